@@ -1,0 +1,173 @@
+"""One config path (D1): YAML -> overrides -> strict typed config, or an error that names the key.
+
+Every config section derives from `Section`. Values are validated in JSON mode: a list may fill a tuple and a
+string may fill a path, but `"3"` is no integer and an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticUndefined
+
+from mepa_ds.errors import UserError
+
+
+class Section(BaseModel):
+    """Base of all config sections: strict types, no unknown keys, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means."""
+
+
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+# Whole numbers match the float pattern too; the int resolver must be asked first.
+for _resolvers in _Yaml12Loader.yaml_implicit_resolvers.values():
+    _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe: {error.strerror or error}") from error
+    data = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
+    return data
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets `a.b.c=value` pairs in a copy of `data`; values are YAML (`x=[1,2]`, `x=1e-4`, `x=null`)."""
+    result = json.loads(json.dumps(data))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key or key.startswith("-"):
+            raise UserError(f"{override!r}: an override has the form section.key=value, such as optim.base_lr=1e-4")
+        *parents, leaf = key.split(".")
+        node = result
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise UserError(f"{override!r}: {parent!r} is a value, not a section")
+            node = child
+        node[leaf] = parse_yaml(value, override)
+    return result
+
+
+def validate(config_type: type[ConfigT], data: dict[str, Any], where: str) -> ConfigT:
+    """Builds the typed config or raises one UserError that lists every faulty key."""
+    try:
+        return config_type.model_validate_json(json.dumps(data))
+    except TypeError as error:  # a YAML date, say: nothing of ours is one
+        raise UserError(f"{where}: {error}") from error
+    except ValidationError as error:
+        lines = [_explain(config_type, detail) for detail in error.errors()]
+        raise UserError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
+
+
+def load_config(config_type: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Reads a recipe, applies command-line overrides and validates."""
+    return validate(config_type, apply_overrides(read_yaml(path), overrides), str(path))
+
+
+def _explain(config_type: type[Section], detail: ErrorDetails) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(config_type, location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{key}: required, but not given"
+    message = detail["msg"].removeprefix("Value error, ")
+    if not key:  # a model-wide check names its own keys
+        return message
+    given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+    return f"{key}: {message}{given}"
+
+
+def _section_type(annotation: Any) -> type[Section] | None:
+    """The Section inside `Section`, `Section | None` or `Annotated[...]`, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in typing.get_args(annotation):
+        if (found := _section_type(argument)) is not None:
+            return found
+    return None
+
+
+def _fields_at(config_type: type[Section], location: Sequence[str]) -> list[str]:
+    node: type[Section] | None = config_type
+    for part in location:
+        field = node.model_fields.get(part) if node else None
+        node = _section_type(field.annotation) if field else None
+    return list(node.model_fields) if node else []
+
+
+def describe(config_type: type[Section], prefix: str = "") -> Iterator[str]:
+    """One line a key for --help: dotted name, type, default, meaning."""
+    for name, field in config_type.model_fields.items():
+        section = _section_type(field.annotation)
+        if section is not None:
+            optional = " (null turns it off)" if type(None) in typing.get_args(field.annotation) else ""
+            yield f"\n  {prefix}{name}: {_one_line(field.description)}{optional}"
+            yield from describe(section, f"{prefix}{name}.")
+            continue
+        if field.default is not PydanticUndefined:
+            default = json.dumps(field.default, default=str)
+        else:
+            default = "required"
+        yield f"  {prefix}{name}  {_type_name(field.annotation)} = {default}\n      {_one_line(field.description)}"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return " | ".join(str(argument) for argument in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join("null" if a is type(None) else _type_name(a) for a in arguments)
+    if origin in (tuple, list):
+        return f"list of {_type_name(arguments[0])}"
+    if origin is typing.Annotated:
+        return _type_name(arguments[0])
+    return getattr(annotation, "__name__", str(annotation)).lower().removeprefix("posix")
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved config as YAML, ready to be used as a recipe."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)

@@ -1,0 +1,95 @@
+"""Process groups without DeepSpeed: who am I, start, agree, stop.
+
+Works from torchrun's variables, the `deepspeed` launcher's, srun's, or none at all (one process).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mepa_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place in the job, as the launcher's environment gives it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """Reads torchrun's or the `deepspeed` launcher's variables, else srun's, else one process.
+
+    srun is believed only inside a step of several tasks with MASTER_ADDR set by the batch script: a shell inside
+    an allocation has SLURM_NTASKS too and must stay one process.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+    if "SLURM_PROCID" in env and "MASTER_ADDR" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return Launch(0, 1, 0)
+
+
+def device_of(launch: Launch) -> torch.device:
+    """This rank's GPU where there are any, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Creates the default process group (NCCL with GPUs, else gloo) when there is more than one process."""
+    device = device_of(launch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launch.world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+    return device
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def agree(error: UserError | None) -> None:
+    """Raises on every rank if any rank has an error, with the first such rank's message. Collective.
+
+    A check that can fail on one rank alone (a path that one node does not see) ends in this call, so that no
+    rank waits for ever for another that has left.
+    """
+    if not dist.is_initialized():
+        if error is not None:
+            raise error
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else str(error))
+    for source, message in enumerate(messages):
+        if message is not None:
+            everywhere = all(other == message for other in messages)
+            raise UserError(message if everywhere else f"rank {source}: {message}")

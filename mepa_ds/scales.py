@@ -1,0 +1,70 @@
+"""The scale schedule: which token maps make up an image, and where each lies in the token sequence.
+
+Shape legend (the whole project): B batch, L tokens over all scales, S scales, C width, V codebook size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from mepa_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """Sides of the square token maps, coarse to fine (VAR's `patch_nums`).
+
+    VAR-256 uses (1, 2, 3, 4, 5, 6, 8, 10, 13, 16): 680 tokens. Tokens of one image are laid out scale after
+    scale, each map in row-major order.
+    """
+
+    sides: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sides or any(side < 1 for side in self.sides):
+            raise UserError(f"scales: expected positive sides such as 1,2,3,4, got {list(self.sides)}")
+        if any(a >= b for a, b in zip(self.sides, self.sides[1:], strict=False)):
+            raise UserError(f"scales: sides must grow from coarse to fine, got {list(self.sides)}")
+
+    @classmethod
+    def of(cls, sides: Sequence[int]) -> ScaleSchedule:
+        return cls(tuple(sides))
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.sides)
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the finest map, which is the latent grid's side."""
+        return self.sides[-1]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each scale."""
+        return tuple(side * side for side in self.sides)
+
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """(start, end) of each scale in the sequence of L tokens."""
+        ends = [sum(self.lengths[: index + 1]) for index in range(self.num_scales)]
+        return tuple((end - length, end) for end, length in zip(ends, self.lengths, strict=True))
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the length of the sequence over all scales."""
+        return self.bounds[-1][1]
+
+    def split(self, x_BL: Tensor) -> list[Tensor]:
+        """Views of (B, L, ...) by scale."""
+        return list(x_BL.split(self.lengths, dim=1))
+
+    def scale_index_L(self, device: torch.device | str | None = None) -> Tensor:
+        """(L,) int64: the 0-based scale of every position."""
+        lengths = torch.tensor(self.lengths, device=device)
+        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), lengths)
