@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.files import write_text
+
 
 class MetricsWriter:
     """Appends records to `metrics.jsonl`, flushed line by line, so a killed run keeps what it logged.
@@ -17,11 +19,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_metrics(path) if record.get("step", 0) <= resume_step]
-        self._file = open(path, "w")  # noqa: SIM115 - lives as long as the run
-        for record in kept:
-            self.write(record)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""

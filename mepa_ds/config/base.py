@@ -144,10 +144,8 @@ def describe(config_type: type[Section], prefix: str = "") -> Iterator[str]:
             yield f"\n  {prefix}{name}: {_one_line(field.description)}{optional}"
             yield from describe(section, f"{prefix}{name}.")
             continue
-        if field.default is not PydanticUndefined:
-            default = json.dumps(field.default, default=str)
-        else:
-            default = "required"
+        required = field.default is PydanticUndefined
+        default = "required" if required else json.dumps(field.default, default=str)
         yield f"  {prefix}{name}  {_type_name(field.annotation)} = {default}\n      {_one_line(field.description)}"
 
 
