@@ -1,0 +1,155 @@
+"""A shard set's `index.json` (D2): what is in the set, how much, made by whom; and the offsets beside each shard.
+
+A set is a directory of WebDataset tars `shard-000000.tar`, a table of offsets `shard-000000.idx.npz` beside each,
+and one `index.json`. Tokens and features are sets of their own with the same keys in the same order as the images
+they come from, shard by shard: their `keys_sha256` are equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from mepa_ds.config.base import Section, validate
+from mepa_ds.data.tar import SampleTable, scan_tar
+from mepa_ds.errors import UserError
+from mepa_ds.files import atomic_path, write_json
+
+INDEX_NAME = "index.json"
+Kind = Literal["images", "tokens", "features"]
+
+
+class Member(Section):
+    """What the members of one extension hold. Bytes that are no array (images, labels) have neither."""
+
+    dtype: str | None = None
+    """NumPy dtype string of an .npy member, such as `uint16`."""
+    shape: tuple[int, ...] | None = None
+    """Shape of an .npy member, the same for every sample."""
+
+
+class MadeBy(Section):
+    """What derived a set, and how."""
+
+    name: str
+    """Tokenizer or teacher (or reader, for images), as a person names it."""
+    identity: str = ""
+    """Hash of the weights (mepa_ds.files.identity_of_weights); empty for images."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Everything else that the content depends on: scales, codebook size, codec, views, image side..."""
+
+
+class ShardEntry(Section):
+    """One shard of a set."""
+
+    name: str
+    """File name, such as `shard-000000.tar`."""
+    num_samples: int
+    bytes: int
+    sha256: str
+    """Of the tar file; empty when unknown (a set that others made)."""
+    keys_sha256: str
+    """Of the keys in order, each ended by a newline."""
+
+
+class ShardIndex(Section):
+    """The content of `index.json`."""
+
+    # cached_property writes to __dict__, which frozen models allow; ignored_types keeps pydantic from taking it.
+    model_config = ConfigDict(ignored_types=(cached_property,))
+
+    version: Literal[1] = 1
+    kind: Kind
+    shards: tuple[ShardEntry, ...]
+    members: dict[str, Member]
+    """By extension, without the leading dot."""
+    classes: tuple[str, ...] = ()
+    """Class names by label; empty when unknown."""
+    made_by: MadeBy
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @cached_property
+    def keys_sha256(self) -> str:
+        """Equal for two sets exactly when their shards hold the same keys in the same order."""
+        return hashlib.sha256("\n".join(shard.keys_sha256 for shard in self.shards).encode()).hexdigest()
+
+    @classmethod
+    def read(cls, directory: Path, what: str = "shards") -> ShardIndex:
+        """Reads `directory/index.json`; `what` is the name of the setting for the error message.
+
+        Raises:
+            UserError: no such directory or file, or a file that does not hold an index.
+        """
+        path = directory / INDEX_NAME
+        if not directory.is_dir():
+            raise UserError(f"{what}: {directory}: no such directory; give a shard set, or make one with data_tools/")
+        if not path.exists():
+            raise UserError(
+                f"{what}: {directory}: no {INDEX_NAME} there; if a job is still writing the set, wait for it or run "
+                "data_tools/merge_index.py; for shards that others made, run data_tools/merge_index.py --scan"
+            )
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{what}: {path}: cannot be read: {error}; make the set again") from error
+        return validate(cls, data, f"{what}: {path}")
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / INDEX_NAME, self.model_dump(mode="json"))
+
+
+def keys_digest(table: SampleTable) -> str:
+    digest = hashlib.sha256()
+    for key in table.keys_N:
+        digest.update(bytes(key) + b"\n")
+    return digest.hexdigest()
+
+
+def table_path(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}.idx.npz")
+
+
+def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dict[str, Member]) -> None:
+    """Stores a shard's offsets and its own index entry; written last, it marks the shard as complete."""
+    description = {"entry": entry.model_dump(mode="json"), "members": {k: m.model_dump() for k, m in members.items()}}
+    with atomic_path(table_path(shard)) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            keys=table.keys_N,
+            extensions=np.array(table.extensions),
+            offsets=table.offsets_NM,
+            sizes=table.sizes_NM,
+            description=np.array(json.dumps(description)),
+        )
+
+
+def read_table(shard: Path) -> SampleTable:
+    """The stored offsets of a shard, or those found by stepping over its headers."""
+    path = table_path(shard)
+    if not path.exists():
+        return scan_tar(shard)
+    with np.load(path) as stored:
+        extensions = tuple(str(extension) for extension in stored["extensions"])
+        return SampleTable(stored["keys"], extensions, stored["offsets"], stored["sizes"])
+
+
+def read_description(shard: Path) -> tuple[ShardEntry, dict[str, Member]] | None:
+    """The index entry stored beside a complete shard; None if the shard is missing, torn or foreign."""
+    path = table_path(shard)
+    if not path.exists() or not shard.exists():
+        return None
+    with np.load(path) as stored:
+        description = json.loads(str(stored["description"]))
+    entry = validate(ShardEntry, description["entry"], str(path))
+    if entry.name != shard.name or entry.bytes != shard.stat().st_size:
+        return None
+    return entry, {key: validate(Member, member, str(path)) for key, member in description["members"].items()}
