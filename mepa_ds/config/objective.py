@@ -1,0 +1,49 @@
+"""What is minimised: cross-entropy, semantic alignment, expert balance."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from mepa_ds.config.base import Section
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class AlignmentConfig(Section):
+    """Semantic guidance (MEPA): hidden states follow a frozen teacher's patch features. Training only."""
+
+    weight: Weight = 0.5
+    """Weight of L_SG."""
+    scales: tuple[Annotated[int, Field(ge=1)], ...] = (5, 6, 7)
+    """F: 1-based scales whose aggregate is compared with the teacher (SG-M of the paper)."""
+    block: Annotated[int, Field(ge=0)] | None = None
+    """0-based block whose output is aligned; null: 8 when depth >= 16, else depth // 2."""
+    projector_hidden: Annotated[int, Field(gt=0)] = 2048
+    """Hidden width of the projector MLP."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.scales:
+            raise ValueError("scales must name at least one scale (1-based)")
+        return self
+
+    def block_of(self, depth: int) -> int:
+        if self.block is not None:
+            return self.block
+        return 8 if depth >= 16 else depth // 2
+
+
+class ObjectiveConfig(Section):
+    """total = ce_weight CE + alignment.weight L_SG + sum over MoE layers (balance_weight L_b + router_z_weight L_z)"""
+
+    ce_weight: Weight = 1.0
+    """Weight of the cross-entropy."""
+    alignment: AlignmentConfig | None = AlignmentConfig()
+    """Semantic guidance"""
+    balance_weight: Weight = 0.01
+    """alpha, weight of the load-balance loss of each MoE layer."""
+    router_z_weight: Weight = 0.0
+    """Weight of the router z-loss of each MoE layer (arXiv 2202.08906 uses 1e-3)."""

@@ -1,0 +1,85 @@
+"""Initial weights as VAR draws them, each parameter from a stream of its own.
+
+A parameter's values depend on the seed and its name only (for experts: also on the expert's global number), so
+they are the same on any number of ranks, at any expert-parallel size, and when layers are added or reordered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from mepa_ds.models.feed_forward import FeedForward
+from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.layer import MoEFeedForward
+
+if TYPE_CHECKING:
+    from mepa_ds.models.transformer import Block, NextScaleTransformer
+
+
+def stream(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator for one named purpose."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def init_weights(model: NextScaleTransformer, seed: int) -> None:
+    """VAR's scheme: truncated normal of std sqrt(1 / 3C) for weights and embeddings, zero biases; projections that
+    write to the residual stream (experts' and shared expert's too) divided by sqrt(2 depth); head and AdaLN scaled.
+    """
+    config = model.config
+    std = math.sqrt(1 / (3 * config.C))
+    experts_first = {
+        f"{name}.experts": module.first_expert
+        for name, module in model.named_modules()
+        if isinstance(module, MoEFeedForward)
+    }
+    for name, parameter in model.named_parameters():
+        parent, _, leaf = name.rpartition(".")
+        if leaf.endswith("bias"):
+            parameter.zero_()
+        elif leaf == "log_temperature":
+            parameter.fill_(math.log(4.0))
+        elif leaf == "scale_logits_SE":
+            # The product of an embedding and a gate that are both drawn with `std`.
+            _draw(parameter, math.sqrt(config.C) * std * std, stream(seed, name))
+        elif parent in experts_first:
+            for local, weight in enumerate(parameter):
+                _draw(weight, std, stream(seed, name, experts_first[parent] + local))
+        else:
+            _draw(parameter, std, stream(seed, name))
+    _scale_special(model)
+
+
+def _draw(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+    # Drawn on the CPU: the same weights on every device.
+    drawn = torch.empty(parameter.shape, dtype=torch.float32)
+    nn.init.trunc_normal_(drawn, std=std, generator=generator)
+    parameter.copy_(drawn)
+
+
+def _scale_special(model: NextScaleTransformer) -> None:
+    config = model.config
+    residual = 1 / math.sqrt(2 * config.depth)
+    model.head.weight.mul_(config.head_init)
+    model.head_adaln.weight.mul_(config.adaln_init)
+    for block in cast("list[Block]", list(model.blocks)):
+        block.attention.proj.weight.mul_(residual)
+        for module in block.ffn.modules():
+            if isinstance(module, Experts):
+                module.fc2_weight.mul_(residual)
+            elif isinstance(module, FeedForward):
+                module.fc2.weight.mul_(residual)
+        if config.shared_adaln:
+            # VAR draws the offsets with std 1 / sqrt(C), sqrt(3) times the others'.
+            block.adaln_offset.mul_(math.sqrt(3))
+            gates, rest = block.adaln_offset[:, :, :2], block.adaln_offset[:, :, 2:]
+        else:
+            gates, rest = block.adaln.weight[: 2 * config.C], block.adaln.weight[2 * config.C :]
+        gates.mul_(config.adaln_gamma_init)
+        rest.mul_(config.adaln_init)

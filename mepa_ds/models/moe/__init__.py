@@ -1,0 +1,1 @@
+"""Mixture of experts: a router, a dispatcher and experts, side by side."""

@@ -1,0 +1,140 @@
+"""Routers: which experts see a token, with what weight.
+
+Shapes: B batch, L positions, T = B L tokens, C width, S scales, E experts, K choices a token.
+All routing is fp32, whatever the model's type (D6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mepa_ds.config.model import MoEConfig
+
+
+@dataclass
+class Routing:
+    """One layer's decision for T tokens.
+
+    `expert_index_TK` and `weight_TK` list each token's choices. A choice of weight 0 is not dispatched at all
+    when `kept_TK` says so (capacity limits, expert choice); `kept_TK` is None when every choice is kept.
+    """
+
+    logits_TE: Tensor
+    probs_TE: Tensor
+    expert_index_TK: Tensor
+    weight_TK: Tensor
+    kept_TK: Tensor | None = None
+
+
+class Router(nn.Module):
+    """Token-choice top-K router; subclasses differ in what the logits see.
+
+    S = softmax_E(...); each token goes to the K experts of largest S, weighted by S itself (MEPA's STMoE), or by
+    S / sum_K S with `renormalize`.
+    """
+
+    def __init__(self, width: int, num_scales: int, config: MoEConfig):
+        super().__init__()
+        self.top_k = config.top_k
+        self.renormalize = config.renormalize
+
+    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
+        """(T, E) fp32 router logits."""
+        raise NotImplementedError
+
+    def forward(self, x_TC: Tensor, scale_index_T: Tensor) -> Routing:
+        logits_TE = self.logits(x_TC, scale_index_T)
+        probs_TE = logits_TE.softmax(-1)
+        weight_TK, expert_index_TK = probs_TE.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+        return Routing(logits_TE, probs_TE, expert_index_TK, weight_TK)
+
+
+class TokenRouter(Router):
+    """Plain token routing: x W. (The level embedding still reaches it through the residual stream.)"""
+
+    def __init__(self, width: int, num_scales: int, config: MoEConfig):
+        super().__init__(width, num_scales, config)
+        self.gate = nn.Linear(width, config.num_experts, bias=False)
+
+    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
+        return F.linear(x_TC.float(), self.gate.weight.float())
+
+
+class ScaleTokenRouter(TokenRouter):
+    """STMoE: (x + SE(scale)) W = x W + SE(scale) W.
+
+    The scale embedding SE enters through its S x E product with W alone, so that product is what is learned: the
+    same family of routers with S E parameters in place of S C, and no T x C sum.
+    """
+
+    def __init__(self, width: int, num_scales: int, config: MoEConfig):
+        super().__init__(width, num_scales, config)
+        self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
+
+    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
+        return super().logits(x_TC, scale_index_T) + self.scale_logits_SE.float()[scale_index_T]
+
+
+class ScaleRouter(Router):
+    """SMoE: all tokens of a scale share one choice, softmax(SE(scale) W); see ScaleTokenRouter for the product."""
+
+    def __init__(self, width: int, num_scales: int, config: MoEConfig):
+        super().__init__(width, num_scales, config)
+        self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
+
+    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
+        return self.scale_logits_SE.float()[scale_index_T]
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "stmoe": ScaleTokenRouter,
+    "smoe": ScaleRouter,
+    "token": TokenRouter,
+}
+
+
+@dataclass
+class RoutingStatistics:
+    """What one MoE layer reports about a forward pass, summed over its tokens, per scale (S) and expert (E).
+
+    `prob_sum_SE` carries the gradient of the balance loss; everything else is detached. Sums add up over
+    micro-batches and ranks; ratios are formed last.
+    """
+
+    counts_SE: Tensor
+    """Routed (token, choice) pairs."""
+    prob_sum_SE: Tensor
+    """Sum of router probabilities over tokens."""
+    entropy_sum_S: Tensor
+    """Sum of the routing distribution's entropy in nats over tokens."""
+    z_sum_S: Tensor
+    """Sum of logsumexp(logits)^2 over tokens, with gradient (router z-loss, arXiv 2202.08906)."""
+    dropped_S: Tensor
+    """(token, choice) pairs that no expert took."""
+    tokens_S: Tensor
+    """Tokens."""
+
+    @classmethod
+    def of(cls, routing: Routing, scale_index_T: Tensor, num_scales: int) -> RoutingStatistics:
+        # Matrix products with one-hot rows: deterministic, and no host sync as bincount would have on a GPU.
+        scale_TS = F.one_hot(scale_index_T, num_scales).float()
+        chosen_TE = torch.zeros_like(routing.probs_TE).detach()
+        kept_TK = torch.ones_like(routing.weight_TK) if routing.kept_TK is None else routing.kept_TK.float()
+        chosen_TE.scatter_add_(1, routing.expert_index_TK, kept_TK.detach())
+        log_probs_TE = routing.probs_TE.detach().clamp_min(1e-30).log()
+        entropy_T = -(routing.probs_TE.detach() * log_probs_TE).sum(-1)
+        z_T = routing.logits_TE.logsumexp(-1).square()
+        return cls(
+            counts_SE=scale_TS.T @ chosen_TE,
+            prob_sum_SE=scale_TS.T @ routing.probs_TE,
+            entropy_sum_S=scale_TS.T @ entropy_T,
+            z_sum_S=scale_TS.T @ z_T,
+            dropped_S=scale_TS.T @ (1 - kept_TK.detach()).sum(-1),
+            tokens_S=scale_TS.sum(0),
+        )

@@ -1,0 +1,131 @@
+"""The pretraining objective: one module from a batch to named losses.
+
+Shapes: B batch, L positions, S scales, V codebook, Z code width, C width, N teacher patches, P teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.errors import UserError
+from mepa_ds.models.moe.routing import RoutingStatistics
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.alignment import Projector, alignment_loss
+from mepa_ds.objective.balance import balance_loss, router_z_loss
+from mepa_ds.scales import ScaleSchedule
+
+
+@dataclass
+class ModelInputs:
+    """One micro-batch on the device. Randomness (dropped labels, stochastic depth) is drawn by the caller."""
+
+    labels_B: Tensor
+    inputs_BLZ: Tensor
+    tokens_BL: Tensor
+    features_BNP: Tensor | None = None
+    branch_scale_D2B: Tensor | None = None
+
+
+@dataclass
+class ScaleScores:
+    """Sums over images and positions, per scale; they add up over micro-batches and ranks."""
+
+    ce_sum_S: Tensor
+    correct_S: Tensor
+    tokens_S: Tensor
+
+
+@dataclass
+class Losses:
+    """`total` is what backward takes; `terms` are its detached parts before weighting."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    scores: ScaleScores
+    routing: dict[int, RoutingStatistics]
+
+
+def sum_scales(ce_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, schedule: ScaleSchedule) -> ScaleScores:
+    """Cross-entropy (nats) and top-1 hits of every scale, summed."""
+    hits_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
+    sums = [torch.stack([part.sum() for part in schedule.split(x_BL)]) for x_BL in (ce_BL, hits_BL)]
+    lengths = torch.tensor(schedule.lengths, device=ce_BL.device, dtype=torch.float32)
+    return ScaleScores(sums[0], sums[1], lengths * len(tokens_BL))
+
+
+class PretrainingObjective(nn.Module):
+    """Transformer + projector + losses. `reduce_counts` sums routing counts over ranks (identity in one process)."""
+
+    def __init__(
+        self,
+        transformer: NextScaleTransformer,
+        config: ObjectiveConfig,
+        teacher_width: int | None,
+        reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts,
+    ):
+        super().__init__()
+        self.transformer = transformer
+        self.config = config
+        self.reduce_counts = reduce_counts
+        self.projector: Projector | None = None
+        self.hidden_after: int | None = None
+        if config.alignment is not None:
+            self.hidden_after = config.alignment.block_of(transformer.config.depth)
+            self._check_alignment(transformer, config.alignment.scales, self.hidden_after)
+            assert teacher_width is not None, "semantic guidance needs the teacher's width"
+            self.projector = Projector(transformer.config.C, config.alignment.projector_hidden, teacher_width)
+
+    @staticmethod
+    def _check_alignment(transformer: NextScaleTransformer, scales: tuple[int, ...], block: int) -> None:
+        if max(scales) > transformer.schedule.num_scales:
+            raise UserError(
+                f"objective.alignment.scales: {list(scales)} are 1-based scales, but the model has only "
+                f"{transformer.schedule.num_scales}"
+            )
+        if block >= transformer.config.depth:
+            raise UserError(
+                f"objective.alignment.block: {block} is 0-based, but the model has {transformer.config.depth} blocks"
+            )
+
+    def forward(self, inputs: ModelInputs) -> Losses:
+        output = self.transformer(
+            inputs.labels_B,
+            inputs.inputs_BLZ,
+            branch_scale_D2B=inputs.branch_scale_D2B,
+            hidden_after=self.hidden_after,
+        )
+        logits_BLV = output.logits_BLV.float()
+        ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), inputs.tokens_BL, reduction="none")
+        ce = ce_BL.mean()
+        total, terms = self.config.ce_weight * ce, {"ce": ce.detach()}
+        if self.config.alignment is not None:
+            alignment = self._alignment(output.hidden_BLC, inputs.features_BNP)
+            total = total + self.config.alignment.weight * alignment
+            terms["alignment"] = alignment.detach()
+        if output.routing:
+            layers = list(output.routing.values())
+            balance_N = balance_loss(layers, self.reduce_counts)
+            total = total + self.config.balance_weight * balance_N.sum()
+            terms["balance"] = balance_N.detach().mean()
+            if self.config.router_z_weight:
+                z_N = router_z_loss(layers)
+                total = total + self.config.router_z_weight * z_N.sum()
+                terms["router_z"] = z_N.detach().mean()
+        scores = sum_scales(ce_BL.detach(), logits_BLV.detach(), inputs.tokens_BL, self.transformer.schedule)
+        return Losses(total, terms | {"total": total.detach()}, scores, output.routing)
+
+    def _alignment(self, hidden_BLC: Tensor | None, features_BNP: Tensor | None) -> Tensor:
+        assert hidden_BLC is not None
+        assert self.projector is not None
+        assert self.config.alignment is not None
+        if features_BNP is None:
+            raise UserError("objective.alignment needs teacher features: set data.features or objective.alignment=null")
+        schedule, scales = self.transformer.schedule, self.config.alignment.scales
+        end = schedule.bounds[max(scales) - 1][1]
+        return alignment_loss(self.projector(hidden_BLC[:, :end]), features_BNP, schedule, scales)

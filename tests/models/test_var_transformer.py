@@ -1,0 +1,56 @@
+"""The transformer against numbers that VAR's own code computed (tests/fixtures/var)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mepa_ds.errors import UserError
+from mepa_ds.models.transformer import NextScaleTransformer
+from tests.var_fixtures import fixture_state, random_state, vectors
+
+SCALES = (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("layout", ["adaln", "shared", "adaln_nol2"])
+def test_logits_equal_vars(layout: str) -> None:
+    model = NextScaleTransformer.from_var(fixture_state(f"tiny_var_{layout}"), scales=SCALES).eval()
+    arrays = vectors()
+    with torch.no_grad():
+        output = model(torch.from_numpy(arrays["labels"]), torch.from_numpy(arrays["teacher_input"]))
+    expected = torch.from_numpy(arrays[f"logits_{layout}"])
+    torch.testing.assert_close(output.logits_BLV, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "depth", "shared"), [("var_d16", 16, False), ("var_shared_adaln_d4_512", 4, True)])
+def test_official_shapes_load_strictly(name: str, depth: int, shared: bool) -> None:
+    model = NextScaleTransformer.from_var(random_state(name))
+    assert model.config.depth == depth
+    assert model.config.shared_adaln is shared
+    assert model.config.H == depth
+
+
+def test_unknown_key_is_named_with_its_neighbour() -> None:
+    state = fixture_state("tiny_var_adaln")
+    state["blocks.0.attn.prj.weight"] = state.pop("blocks.0.attn.proj.weight")
+    with pytest.raises(UserError, match=r"blocks\.0\.attention\.proj\.weight"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+def test_wrong_shape_names_layer_and_sizes() -> None:
+    state = fixture_state("tiny_var_adaln")
+    state["blocks.1.ffn.fc2.weight"] = torch.zeros(128, 500)
+    with pytest.raises(UserError, match=r"blocks\.1\.ffn\.fc2\.weight.*\(128, 500\).*\(128, 512\)"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+def test_scales_of_another_length_are_refused() -> None:
+    with pytest.raises(UserError, match="30 positions"):
+        NextScaleTransformer.from_var(fixture_state("tiny_var_adaln"), scales=(1, 2, 3))
+
+
+@pytest.mark.parametrize("labels", [[0, 11], [-1, 3]])
+def test_labels_outside_the_classes_are_refused(labels: list[int]) -> None:
+    model = NextScaleTransformer.from_var(fixture_state("tiny_var_adaln"), scales=SCALES)
+    with pytest.raises(UserError, match=r"labels: expected 0\.\.9"):
+        model(torch.tensor(labels), torch.zeros(2, 29, 8))
