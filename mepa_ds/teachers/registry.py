@@ -1,0 +1,71 @@
+"""Teachers by name. A new one is a file with a `Teacher` and a line in TEACHERS; then the precompute runs again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from mepa_ds.errors import UserError
+from mepa_ds.teachers import patch_pca
+from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.patch_pca import PatchPca
+from mepa_ds.teachers.timm_vit import TimmVit
+
+Loader = Callable[[str, str | Path | None, int | None], Teacher]
+"""(name, weights, grid side or None for the teacher's own) -> frozen teacher."""
+
+
+def _patch_pca(name: str, weights: str | Path | None, grid_side: int | None) -> Teacher:
+    if weights is None:
+        raise UserError(f"teacher {name!r} needs weights: the directory that `fit-teacher {name}` wrote")
+    teacher = PatchPca.load(Path(weights), name)
+    if grid_side not in (None, teacher.grid_side):
+        raise UserError(f"{weights}: fitted for a grid of side {teacher.grid_side}, not {grid_side}; fit it again")
+    return teacher
+
+
+def _timm(model_name: str) -> Loader:
+    return lambda name, weights, grid_side: TimmVit.load(name, model_name, weights, grid_side)
+
+
+TEACHERS: dict[str, Loader] = {
+    patch_pca.KIND: _patch_pca,
+    "dinov2-s": _timm("vit_small_patch14_dinov2"),
+    "dinov2-b": _timm("vit_base_patch14_dinov2"),
+    "dinov2-l": _timm("vit_large_patch14_dinov2"),
+    "dinov2-g": _timm("vit_giant_patch14_dinov2"),
+    "dinov2-s-reg": _timm("vit_small_patch14_reg4_dinov2"),
+    "dinov2-b-reg": _timm("vit_base_patch14_reg4_dinov2"),
+    "dinov2-l-reg": _timm("vit_large_patch14_reg4_dinov2"),
+    "dinov2-g-reg": _timm("vit_giant_patch14_reg4_dinov2"),
+    "dinov3-s": _timm("vit_small_patch16_dinov3"),
+    "dinov3-s-plus": _timm("vit_small_plus_patch16_dinov3"),
+    "dinov3-b": _timm("vit_base_patch16_dinov3"),
+    "dinov3-l": _timm("vit_large_patch16_dinov3"),
+    "dinov3-h-plus": _timm("vit_huge_plus_patch16_dinov3"),
+    "dinov3-7b": _timm("vit_7b_patch16_dinov3"),
+}
+"""Beside these, every plain ViT goes by its own name in timm, with or without a tag."""
+
+
+def build_teacher(name: str, weights: str | Path | None, grid_side: int | None = None) -> Teacher:
+    """The frozen teacher of that name.
+
+    Args:
+        name: a key of TEACHERS, or a ViT's name in timm.
+        weights: a local checkpoint; `hub` lets timm download it (the only way to touch the network).
+        grid_side: features along one side; None is the teacher's own (16 for ViTs).
+
+    Raises:
+        UserError: unknown name (with the nearest known), or weights that are missing or do not fit.
+    """
+    if name in TEACHERS:
+        return TEACHERS[name](name, weights, grid_side)
+    import timm
+
+    if timm.is_model(name):
+        return TimmVit.load(name, name, weights, grid_side)
+    near = difflib.get_close_matches(name, [*TEACHERS, *timm.list_models("*vit*")], n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(TEACHERS)}"
+    raise UserError(f"teacher {name!r} is unknown; {hint} (or any plain ViT by its name in timm)")

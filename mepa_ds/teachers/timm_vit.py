@@ -1,0 +1,120 @@
+"""DINOv2, DINOv3 and any other plain ViT of timm as a teacher: patch tokens after the final norm.
+
+Shape legend: B batch, H image height, W image width, N patches (row-major), C width of the ViT.
+
+A 256-pixel image on a 16x16 grid enters at 224 px with patch 14 (DINOv2) and at 256 px with patch 16 (DINOv3), as
+REPA and MEPA do. Position embeddings are resampled to the grid by timm.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mepa_ds.errors import UserError
+from mepa_ds.teachers.base import Teacher
+from mepa_ds.weights import load_strict, read_state_dict
+
+HUB = "hub"
+"""Given in place of a weights path: let timm resolve the model's name and download it."""
+DEFAULT_GRID_SIDE = 16
+
+
+class TimmVit(Teacher):
+    """Wraps a timm ViT built with `dynamic_img_size=True`."""
+
+    mean_311: Tensor
+    std_311: Tensor
+
+    def __init__(self, name: str, model: Any, grid_side: int):
+        super().__init__(name, model.num_features, grid_side, model.patch_embed.patch_size[0])
+        self.model: Any = model
+        settings = model.pretrained_cfg
+        # Not persistent: the identity is the hash of the weights alone.
+        for key in ("mean", "std"):
+            self.register_buffer(f"{key}_311", torch.tensor(settings[key]).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def load(cls, name: str, model_name: str, weights: str | Path | None, grid_side: int | None) -> TimmVit:
+        """Builds timm's `model_name` with weights from a local file or directory, or from the hub when asked.
+
+        Local weights may be timm's own or the authors' original file (DINOv2's and DINOv3's .pth are converted).
+        Raises UserError for weights that are missing, unreadable or of another model, and for a model that is no
+        plain ViT.
+        """
+        if weights is None:
+            raise UserError(
+                f"teacher {name!r} needs weights: give the path of a local checkpoint (.pth or .safetensors) of timm's "
+                f"{model_name}, or {HUB!r} to let timm download it"
+            )
+        model = _create(model_name, pretrained=str(weights) == HUB)
+        if str(weights) != HUB:
+            _load_local(model, model_name, Path(weights))
+        return cls(name, model, grid_side or DEFAULT_GRID_SIDE).freeze()
+
+    @property
+    def has_cls(self) -> bool:
+        return getattr(self.model, "cls_token", None) is not None
+
+    def _features(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = self.model.forward_features(((images_B3HW + 1) / 2 - self.mean_311) / self.std_311)
+        if isinstance(self.model.norm, nn.Identity):  # ViTs that pool by mean keep their final norm behind the pooling
+            tokens = self.model.fc_norm(tokens)
+        return tokens[:, self.model.num_prefix_tokens :], tokens[:, 0] if self.has_cls else None
+
+
+def _create(model_name: str, pretrained: bool) -> Any:
+    import timm
+
+    try:
+        model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError as error:  # the constructor takes no dynamic_img_size
+        raise UserError(f"timm's {model_name} is not a plain ViT with an adjustable input size ({error})") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise
+        raise UserError(
+            f"timm could not fetch {model_name} from the hub ({error}); give a local checkpoint instead"
+        ) from error
+    if not hasattr(model, "num_prefix_tokens"):
+        raise UserError(f"timm's {model_name} is a {type(model).__name__}, not a plain ViT")
+    return model
+
+
+def _load_local(model: Any, model_name: str, path: Path) -> None:
+    state = read_state_dict(path)
+    _check_format(state, model, model_name, path)
+    # timm keeps each architecture's conversion of original checkpoints beside the architecture.
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        try:
+            state = convert(state, model)
+        except (KeyError, RuntimeError, AttributeError) as error:
+            raise UserError(f"{path}: these are not weights of timm's {model_name} ({error})") from error
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    load_strict(model, {name: tensor for name, tensor in state.items() if not name.startswith(heads)}, str(path))
+
+
+def _check_format(state: dict[str, Tensor], model: nn.Module, model_name: str, path: Path) -> None:
+    """Refuses what timm's conversion would take without a word, and drops what it would complain of in vain."""
+    if any(name.startswith("embeddings.") for name in state):
+        raise UserError(
+            f"{path}: a checkpoint of the transformers library; give timm's {model_name} or the authors' original file"
+        )
+    if "storage_tokens" not in state or _has_qkv_bias(model):
+        return
+    # DINOv3's original files have a qkv bias that is zero in most models; timm leaves it out of those.
+    for name in [name for name in state if name.endswith("attn.qkv.bias")]:
+        mask = state.get(f"{name}_mask")
+        if (state[name] * (1 if mask is None else mask.nan_to_num(0))).any():
+            raise UserError(f"{path}: these weights have a qkv bias; use the teacher {model_name}_qkvb")
+        del state[name]
+
+
+def _has_qkv_bias(model: nn.Module) -> bool:
+    return any(name.endswith("q_bias") for name, _ in model.named_parameters())
