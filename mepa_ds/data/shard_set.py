@@ -13,6 +13,7 @@ import io
 import os
 import resource
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.tar import DamagedError, SampleTable
 from mepa_ds.data.writer import read_npy_header
-from mepa_ds.errors import UserError
 
 Indices = NDArray[np.int64]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -116,34 +116,42 @@ class ShardSet:
             raise IndexError(sample)
         (shard,), (row,) = self.locate(np.array([sample]))
         table = self.table(shard)
-        members = {}
-        for column, extension in enumerate(table.extensions):
-            size = int(table.sizes_NM[row, column])
-            if size >= 0:
-                members[extension] = data = bytearray(size)
-                self._read_into([data], shard, int(table.offsets_NM[row, column]), size, table.key(row))
-        return table.key(row), {extension: bytes(data) for extension, data in members.items()}
+        present = [column for column in range(len(table.extensions)) if table.sizes_NM[row, column] >= 0]
+        return table.key(row), {table.extensions[column]: self._read_member(shard, row, column) for column in present}
 
-    def read_arrays(self, samples: Indices, extension: str, out: NDArray[Any]) -> None:
+    def read_arrays(self, samples: Indices, extension: str, out: NDArray[Any], views: Indices | None = None) -> None:
         """Reads the .npy members of B samples into `out` (B, *shape), which must have the stored dtype.
+
+        Args:
+            views: (B,) for members that hold several views (V, *shape): which one to read of each sample.
 
         Raises:
             DamagedError: a member is missing, cut short, or holds another dtype or shape.
         """
+        member = self.index.members[extension]
+        assert member.dtype == str(out.dtype) and member.shape is not None, (extension, member)
+        assert out.shape[1:] == (member.shape if views is None else member.shape[1:]), (out.shape, member.shape)
         rows_out = out.reshape(len(out), -1).view(np.uint8)
-        expected = self._npy_header(extension, str(out.dtype), out.shape[1:])
-        size_expected = len(expected) + rows_out.shape[1]
+        row_bytes = rows_out.shape[1]
+        expected = self._npy_header(extension, member)
+        num_views = 1 if views is None else member.shape[0]
         scratch = bytearray(len(expected))
         shards, rows = self.locate(samples)
-        for row_out, shard, row in zip(rows_out, shards, rows, strict=True):
+        for number, (shard, row) in enumerate(zip(shards, rows, strict=True)):
             table = self.table(shard)
             column = self._column(table, extension, shard)
             offset, size = int(table.offsets_NM[row, column]), int(table.sizes_NM[row, column])
-            if size == size_expected:
-                self._read_into([scratch, row_out], shard, offset, size, table.key(row))
+            view = 0 if views is None else int(views[number])
+            if size == len(expected) + num_views * row_bytes:
+                if view == 0:
+                    self._read_into([scratch, rows_out[number]], shard, offset, row)
+                else:
+                    self._read_into([scratch], shard, offset, row)
+                    self._read_into([rows_out[number]], shard, offset + len(expected) + view * row_bytes, row)
                 if scratch == expected:
                     continue
-            self._read_other_npy(row_out, out, shard, row, column)
+            data = self._read_other_npy(shard, row, column, member)
+            rows_out[number] = data[view * row_bytes : (view + 1) * row_bytes]
 
     def read_labels(self, samples: Indices) -> Indices:
         """(B,) int64 labels: the `cls` members, in ASCII.
@@ -153,11 +161,8 @@ class ShardSet:
         """
         labels = np.empty(len(samples), np.int64)
         for number, (shard, row) in enumerate(zip(*self.locate(samples), strict=True)):
-            table = self.table(shard)
-            column = self._column(table, LABEL_EXTENSION, shard)
-            data = bytearray(max(int(table.sizes_NM[row, column]), 0))
-            self._read_into([data], shard, int(table.offsets_NM[row, column]), len(data), table.key(row))
-            labels[number] = parse_label(bytes(data), len(self.index.classes), self._where(shard, row))
+            data = self._read_member(shard, row, self._column(self.table(shard), LABEL_EXTENSION, shard))
+            labels[number] = parse_label(data, len(self.index.classes), lambda: self._where(shard, row))  # noqa: B023
         return labels
 
     def keys(self, samples: Indices) -> list[bytes]:
@@ -174,45 +179,48 @@ class ShardSet:
             path = self.directory / self.index.shards[shard].name
             raise DamagedError(f"{self.what}: {path}: has no members .{extension}; {_REMEDY}") from None
 
-    def _npy_header(self, extension: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    def _npy_header(self, extension: str, member: Member) -> bytes:
         if extension not in self._npy_headers:
             buffer = io.BytesIO()
-            descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
-            np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
+            fields = {"descr": np.dtype(member.dtype).str, "fortran_order": False, "shape": member.shape}
+            np.lib.format.write_array_header_1_0(buffer, fields)
             self._npy_headers[extension] = buffer.getvalue()
         return self._npy_headers[extension]
 
-    def _read_other_npy(self, row_out: NDArray[np.uint8], out: NDArray[Any], shard: int, row: int, column: int) -> None:
-        """The slow way, for .npy files whose header another writer laid out differently."""
+    def _read_other_npy(self, shard: int, row: int, column: int, expected: Member) -> NDArray[np.uint8]:
+        """The slow way, for .npy files whose header another writer laid out differently: all data bytes."""
         table = self.table(shard)
-        extension = table.extensions[column]
-        data = bytearray(max(int(table.sizes_NM[row, column]), 0))
-        self._read_into([data], shard, int(table.offsets_NM[row, column]), len(data), table.key(row))
+        data = self._read_member(shard, row, column)
+        where = f"{self._where(shard, row)}: .{table.extensions[column]}"
         try:
-            member, start = read_npy_header(bytes(data[:4096]))
+            member, start = read_npy_header(data)
         except ValueError as error:
-            raise DamagedError(f"{self._where(shard, row)}: .{extension} is no array: {error}; {_REMEDY}") from error
-        if np.dtype(member.dtype) != out.dtype or member.shape != out.shape[1:] or len(data) - start != len(row_out):
+            raise DamagedError(f"{where} is no array: {error}; {_REMEDY}") from error
+        num_bytes = int(np.prod(member.shape or (0,))) * np.dtype(member.dtype).itemsize
+        if member != expected or len(data) - start != num_bytes:
             raise DamagedError(
-                f"{self._where(shard, row)}: .{extension} holds {member.dtype} {member.shape}, expected "
-                f"{out.dtype} {out.shape[1:]}; {_REMEDY}"
+                f"{where} holds {member.dtype} {member.shape}, expected {expected.dtype} {expected.shape}; {_REMEDY}"
             )
-        row_out[:] = np.frombuffer(data, np.uint8, offset=start)
+        return np.frombuffer(data, np.uint8, offset=start)
 
-    def _read_into(self, buffers: list[Any], shard: int, offset: int, size: int, key: str) -> None:
-        if size == 0:
-            return
+    def _read_member(self, shard: int, row: int, column: int) -> bytes:
+        table = self.table(shard)
+        data = bytearray(max(int(table.sizes_NM[row, column]), 0))
+        if data:
+            self._read_into([data], shard, int(table.offsets_NM[row, column]), row)
+        return bytes(data)
+
+    def _read_into(self, buffers: list[Any], shard: int, offset: int, row: int) -> None:
         path = self.directory / self.index.shards[shard].name
         try:
-            done = os.preadv(self._descriptor(shard, path), buffers, offset)
+            file = self._open(shard, path)  # held while reading: another thread may drop it from the cache
+            done = os.preadv(file.descriptor, buffers, offset)
         except OSError as error:
-            raise DamagedError(
-                f"{self.what}: {path}: cannot be read at sample {key!r}: {error.strerror}; {_REMEDY}"
-            ) from error
-        if done != size:
-            raise DamagedError(f"{self.what}: {path}: ends inside sample {key!r}; {_REMEDY}")
+            raise DamagedError(f"{self._where(shard, row)}: cannot be read: {error.strerror}; {_REMEDY}") from error
+        if done != sum(len(buffer) for buffer in buffers):
+            raise DamagedError(f"{self._where(shard, row)}: the shard ends inside it; {_REMEDY}")
 
-    def _descriptor(self, shard: int, path: Path) -> int:
+    def _open(self, shard: int, path: Path) -> _OpenFile:
         file = self._files.get(shard)
         if file is None:
             file = _OpenFile(path)
@@ -222,7 +230,7 @@ class ShardSet:
             self._files[shard] = file
             while len(self._files) > _max_open_files():
                 self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
-        return file.descriptor
+        return file
 
 
 _REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"
@@ -242,12 +250,12 @@ def _max_open_files() -> int:
     return max(min(_MAX_OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4), 8)
 
 
-def parse_label(data: bytes, num_classes: int, where: str) -> int:
+def parse_label(data: bytes, num_classes: int, where: Callable[[], str]) -> int:
     """The number in a `cls` member. `num_classes` 0: any number from 0 up."""
     text = data.strip()
     if not text.isdigit():
-        raise DamagedError(f"{where}: its label {data[:20]!r} is no number; {_REMEDY}")
+        raise DamagedError(f"{where()}: its label {data[:20]!r} is no number; {_REMEDY}")
     label = int(text)
     if num_classes and label >= num_classes:
-        raise DamagedError(f"{where}: label {label} is out of range, the set has {num_classes} classes; {_REMEDY}")
+        raise DamagedError(f"{where()}: label {label} is out of range, the set has {num_classes} classes; {_REMEDY}")
     return label

@@ -7,7 +7,7 @@ key ends at the first dot of the file name.
 Legend: N samples of a shard, M member extensions.
 """
 
-# ruff: noqa: N815 - shape suffixes in field names
+
 from __future__ import annotations
 
 import mmap

@@ -1,0 +1,265 @@
+"""Batches of images from shards: decode, resize, crop; the same at any number of workers and ranks.
+
+Legend: B batch of this rank, H = W image side.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mepa_ds.data.order import Indices, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
+from mepa_ds.data.tar import DamagedError
+from mepa_ds.errors import UserError
+
+RESIZE_RATIO = 1.125
+"""VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
+_MAX_ASPECT = 16
+OnDamaged = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one rank's slice of a global batch."""
+
+    pixels_B3HW: Tensor
+    """uint8; what travels between processes and to the GPU."""
+    labels_B: Tensor
+    """int64; -1 where the set has no labels."""
+    keys: tuple[str, ...]
+    next_position: int
+    """Global stream position after this global batch: where a resumed run goes on."""
+    damaged: tuple[str, ...] = ()
+    """What was wrong with samples that were replaced (on_damaged="skip"), one message each."""
+
+    @property
+    def images_B3HW(self) -> Tensor:
+        """float32 in [-1, 1], on the device of the pixels."""
+        return self.pixels_B3HW.float().mul_(2 / 255).sub_(1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> ImageBatch:
+        return replace(
+            self,
+            pixels_B3HW=self.pixels_B3HW.to(device, non_blocking=non_blocking),
+            labels_B=self.labels_B.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> ImageBatch:
+        return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), labels_B=self.labels_B.pin_memory())
+
+
+def decode_image(data: bytes, where: str) -> Image.Image:
+    """The image as RGB. Greyscale, palette, CMYK and 16-bit images are converted; alpha is laid over white.
+
+    Raises:
+        DamagedError: the bytes are no image, are cut short, or hold more pixels than Pillow takes for safe.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DamagedError(f"{where}: not a readable image: {error}; replace or remove it") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        levels = np.asarray(image, np.float32)  # 16-bit greyscale; PIL's own conversion clips it at 255
+        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def resize_shorter(image: Image.Image, side: int) -> Image.Image:
+    """The shorter side becomes `side` pixels, Lanczos as in VAR; strips beyond 16:1 lose their ends first."""
+    width, height = image.size
+    longest = _MAX_ASPECT * min(width, height)
+    if max(width, height) > longest:  # a 1 x 10000 strip would grow to gigabytes
+        left, top = (max(length - longest, 0) // 2 for length in (width, height))
+        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        width, height = image.size
+    if min(width, height) == side:
+        return image
+    scale = side / min(width, height)
+    size = (side, int(height * scale)) if width <= height else (int(width * scale), side)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def crop_square(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """A `side` x `side` crop; `at` in [0, 1) for each axis, (0.5, 0.5) is the centre."""
+    left = _place(image.width - side, at[0])
+    top = _place(image.height - side, at[1])
+    return image.crop((left, top, left + side, top + side))
+
+
+def _place(spare: int, at: float) -> int:
+    return spare // 2 if at == 0.5 else int(at * (spare + 1))
+
+
+def uniform_pair(seed: int, position: int) -> tuple[float, float]:
+    """Two numbers in [0, 1), a pure function of the arguments (raw Philox output is stable between versions)."""
+    bits = np.random.Philox(key=seed, counter=position).random_raw(2)
+    first, second = (int(bit) >> 11 for bit in bits)
+    return first / 2**53, second / 2**53
+
+
+def fit_image(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
+    """VAR's transform: shorter side to 1.125 x `side`, then a crop. Images that fit already are left as they are."""
+    if image.size == (side, side):
+        return image
+    return crop_square(resize_shorter(image, round(RESIZE_RATIO * side)), side, at)
+
+
+def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
+    """(extension, bytes) of the image among a sample's members."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return extension, members[extension]
+    raise DamagedError(f"{where}: has no image, only {sorted(members)}; expected one of {IMAGE_EXTENSIONS}")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One batch to read: stream positions, or sample numbers where there is no stream."""
+
+    positions: Indices
+    next_position: int
+
+
+class _ImageDataset(Dataset[Any]):
+    """Reads whole batches. An error is returned, not raised, so that it crosses processes as it is."""
+
+    def __init__(self, shards: ShardSet, stream: OrderedStream | None, side: int, seed: int, on_damaged: OnDamaged):
+        self._shards, self._stream, self._side = shards, stream, side
+        self._seed, self._on_damaged = seed, on_damaged
+
+    def __getitem__(self, task: _Task) -> ImageBatch | DamagedError:
+        pixels_B3HW = torch.empty(len(task.positions), 3, self._side, self._side, dtype=torch.uint8)
+        labels, keys, damaged = [], [], list[str]()
+        try:
+            for row, position in enumerate(task.positions.tolist()):
+                key, label, image = self._read(position, damaged)
+                pixels_B3HW[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+                labels.append(label)
+                keys.append(key)
+        except DamagedError as error:
+            return error
+        labels_B = torch.tensor(labels, dtype=torch.int64)
+        return ImageBatch(pixels_B3HW, labels_B, tuple(keys), task.next_position, tuple(damaged))
+
+    def _read(self, position: int, damaged: list[str]) -> tuple[str, int, Image.Image]:
+        """The sample at a position, or the next one of the stream that is whole."""
+        for step in range(len(self._shards)):
+            try:
+                return self._read_one(position + step, position)
+            except DamagedError as error:
+                if self._on_damaged == "stop" or self._stream is None:
+                    raise
+                damaged.append(str(error))
+        raise DamagedError(f"{self._shards.directory}: no sample of the set can be read; make it again")
+
+    def _read_one(self, position: int, crop_position: int) -> tuple[str, int, Image.Image]:
+        sample, at = position, (0.5, 0.5)
+        if self._stream is not None:
+            sample = int(self._stream.samples_at(np.array([position]))[0])
+            at = uniform_pair(self._seed, crop_position)
+        key, members = self._shards.read(sample)
+        where = f"{self._shards.directory}: sample {key!r}"
+        image = fit_image(decode_image(image_member(members, where)[1], where), self._side, at)
+        if LABEL_EXTENSION not in members:
+            return key, -1, image
+        return key, parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where), image
+
+
+def image_batches(
+    shards: Path,
+    *,
+    batch_size: int,
+    image_side: int,
+    seed: int = 0,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    train: bool = True,
+    on_damaged: OnDamaged = "stop",
+) -> Iterator[ImageBatch]:
+    """Image batches of this rank.
+
+    With `train`, an endless shuffled stream (mepa_ds.data.order) with VAR's random crop: the shorter side is
+    resized to 1.125 x `image_side`, then cropped at random; no flip. Which crop is a pure function of (seed,
+    position). Without, one pass: rank r has the samples r, r + W, ... in order, centre-cropped; its last batch may
+    be short, and a rank may have one batch fewer than another.
+
+    Args:
+        shards: an image set.
+        batch_size: of this rank.
+        image_side: pixels; images that are that size already are neither resized nor cropped.
+        position: global stream position to go on from (`ImageBatch.next_position`); training only.
+        num_workers: processes that decode; 0 decodes in this one.
+        on_damaged: "stop" raises at a sample that cannot be read; "skip" takes the next readable one of the stream
+            in its place and reports it in `ImageBatch.damaged` (training only).
+
+    Raises:
+        UserError: no such set, it has no images, or a damaged sample under "stop".
+    """
+    opened = ShardSet(shards, "images")
+    if not set(IMAGE_EXTENSIONS) & opened.index.members.keys():
+        raise UserError(f"images: {shards}: holds {sorted(opened.index.members)}, no images; give the image set")
+    stream = OrderedStream(SampleOrder(opened.shard_sizes, seed)) if train else None
+    tasks = _training_tasks(position, batch_size, rank, world_size) if train else None
+    if tasks is None:
+        tasks = _single_pass_tasks(len(opened), batch_size, rank, world_size)
+    dataset = _ImageDataset(opened, stream, image_side, seed, on_damaged)
+    return _run(dataset, tasks, num_workers)
+
+
+def _run(dataset: _ImageDataset, tasks: Iterator[_Task], num_workers: int) -> Iterator[ImageBatch]:
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_Tasks(tasks),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, DamagedError):
+            raise batch
+        yield batch
+
+
+class _Tasks:
+    """What DataLoader takes for a sampler: anything iterable."""
+
+    def __init__(self, tasks: Iterator[_Task]):
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[_Task]:
+        return self._tasks
+
+
+def _training_tasks(position: int, batch_size: int, rank: int, world_size: int) -> Iterator[_Task]:
+    for positions in rank_batches(position, batch_size * world_size, rank, world_size):
+        position += batch_size * world_size
+        yield _Task(positions, position)
+
+
+def _single_pass_tasks(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[_Task]:
+    samples = np.arange(rank, num_samples, world_size, dtype=np.int64)
+    for start in range(0, len(samples), batch_size):
+        share = samples[start : start + batch_size]
+        yield _Task(share, int(share[-1]) + 1)
