@@ -50,13 +50,16 @@ def device_of(launch: Launch) -> torch.device:
 
 
 def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
-    """Creates the default process group (NCCL with GPUs, else gloo) when there is more than one process."""
+    """Creates the default process group: NCCL with GPUs, else gloo. A single process needs no port."""
     device = device_of(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if launch.world_size > 1 and not dist.is_initialized():
+    if not dist.is_initialized():
+        store = dist.HashStore() if launch.world_size == 1 else None
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store
+        )
     return device
 
 

@@ -6,7 +6,6 @@ they are the same on any number of ranks, at any expert-parallel size, and when 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING, cast
 
@@ -16,15 +15,10 @@ from torch import Tensor, nn
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.random_streams import generator
 
 if TYPE_CHECKING:
     from mepa_ds.models.transformer import Block, NextScaleTransformer
-
-
-def stream(seed: int, *names: object) -> torch.Generator:
-    """A CPU generator for one named purpose."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
@@ -47,19 +41,19 @@ def init_weights(model: NextScaleTransformer, seed: int) -> None:
             parameter.fill_(math.log(4.0))
         elif leaf == "scale_logits_SE":
             # The product of an embedding and a gate that are both drawn with `std`.
-            _draw(parameter, math.sqrt(config.C) * std * std, stream(seed, name))
+            _draw(parameter, math.sqrt(config.C) * std * std, generator(seed, "init", name))
         elif parent in experts_first:
             for local, weight in enumerate(parameter):
-                _draw(weight, std, stream(seed, name, experts_first[parent] + local))
+                _draw(weight, std, generator(seed, "init", name, experts_first[parent] + local))
         else:
-            _draw(parameter, std, stream(seed, name))
+            _draw(parameter, std, generator(seed, "init", name))
     _scale_special(model)
 
 
-def _draw(parameter: Tensor, std: float, generator: torch.Generator) -> None:
+def _draw(parameter: Tensor, std: float, stream: torch.Generator) -> None:
     # Drawn on the CPU: the same weights on every device.
     drawn = torch.empty(parameter.shape, dtype=torch.float32)
-    nn.init.trunc_normal_(drawn, std=std, generator=generator)
+    nn.init.trunc_normal_(drawn, std=std, generator=stream)
     parameter.copy_(drawn)
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, L positions, S scales, V codebook, Z code width, C width, N tea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mepa_ds.config.objective import ObjectiveConfig
-from mepa_ds.errors import UserError
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
 from mepa_ds.objective.balance import balance_loss, router_z_loss
+from mepa_ds.random_streams import generator
 from mepa_ds.scales import ScaleSchedule
 
 
@@ -77,21 +78,22 @@ class PretrainingObjective(nn.Module):
         self.hidden_after: int | None = None
         if config.alignment is not None:
             self.hidden_after = config.alignment.block_of(transformer.config.depth)
-            self._check_alignment(transformer, config.alignment.scales, self.hidden_after)
+            assert self.hidden_after < transformer.config.depth, "alignment block beyond the last block"
+            assert max(config.alignment.scales) <= transformer.schedule.num_scales, "alignment scale beyond the last"
             assert teacher_width is not None, "semantic guidance needs the teacher's width"
             self.projector = Projector(transformer.config.C, config.alignment.projector_hidden, teacher_width)
 
-    @staticmethod
-    def _check_alignment(transformer: NextScaleTransformer, scales: tuple[int, ...], block: int) -> None:
-        if max(scales) > transformer.schedule.num_scales:
-            raise UserError(
-                f"objective.alignment.scales: {list(scales)} are 1-based scales, but the model has only "
-                f"{transformer.schedule.num_scales}"
-            )
-        if block >= transformer.config.depth:
-            raise UserError(
-                f"objective.alignment.block: {block} is 0-based, but the model has {transformer.config.depth} blocks"
-            )
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draws all initial weights; a function of seed and parameter names only."""
+        self.transformer.init_weights(seed)
+        if self.projector is not None:
+            for name, parameter in self.projector.named_parameters():
+                bound = 1 / math.sqrt(parameter.shape[-1])  # nn.Linear's own
+                drawn = torch.empty(parameter.shape).uniform_(
+                    -bound, bound, generator=generator(seed, "init", "projector", name)
+                )
+                parameter.copy_(drawn)
 
     def forward(self, inputs: ModelInputs) -> Losses:
         output = self.transformer(
@@ -124,8 +126,7 @@ class PretrainingObjective(nn.Module):
         assert hidden_BLC is not None
         assert self.projector is not None
         assert self.config.alignment is not None
-        if features_BNP is None:
-            raise UserError("objective.alignment needs teacher features: set data.features or objective.alignment=null")
+        assert features_BNP is not None, "semantic guidance needs the teacher's features"
         schedule, scales = self.transformer.schedule, self.config.alignment.scales
         end = schedule.bounds[max(scales) - 1][1]
         return alignment_loss(self.projector(hidden_BLC[:, :end]), features_BNP, schedule, scales)

@@ -27,7 +27,7 @@ def test_official_shapes_load_strictly(name: str, depth: int, shared: bool) -> N
     model = NextScaleTransformer.from_var(random_state(name))
     assert model.config.depth == depth
     assert model.config.shared_adaln is shared
-    assert model.config.H == depth
+    assert depth == model.config.H
 
 
 def test_unknown_key_is_named_with_its_neighbour() -> None:

@@ -1,0 +1,171 @@
+"""The recipe of a pretraining run: everything that `pretrain.py` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from mepa_ds.config.base import Section
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.objective import ObjectiveConfig
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(Section):
+    """Sibling shard sets that `data_tools/precompute.py` wrote."""
+
+    tokens: Path
+    """Token maps of the training images (a directory with index.json)."""
+    features: Path | None = None
+    """Teacher features of the same images; needed by semantic guidance."""
+    heldout_tokens: Path | None = None
+    """Token maps of held-out images; null: no evaluation."""
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Loader processes a rank; the order of samples does not depend on it."""
+
+
+class OptimConfig(Section):
+    """AdamW with VAR's settings."""
+
+    base_lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate at a global batch of 256; it grows linearly with the batch."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    """Decay of matrices; biases, embeddings of position and scale, and temperatures have none (VAR)."""
+    schedule: Literal["lin0", "cosine", "constant"] = "lin0"
+    """After the warm-up. lin0: flat for 5 %, then linear to final_lr; cosine; constant."""
+    warmup: Fraction = 0.02
+    """Share of all steps with a linearly growing rate."""
+    warmup_start: Fraction = 0.005
+    """Rate of the first step as a share of the peak."""
+    final_lr: Fraction = 0.1
+    """Rate of the last step as a share of the peak (VAR's wpe)."""
+    clip: Annotated[float, Field(gt=0)] | None = 2.0
+    """Largest global gradient norm; null: no clipping."""
+
+
+class TrainConfig(Section):
+    """How long, and with what batch."""
+
+    global_batch: PositiveInt = 768
+    """Images a step over all ranks."""
+    accumulation: PositiveInt = 1
+    """Micro-batches a step on each rank."""
+    epochs: PositiveInt | None = None
+    """Length of the run in passes over the data. Give epochs or steps."""
+    steps: PositiveInt | None = None
+    """Length of the run in optimizer steps. Give epochs or steps."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("train: give either epochs or steps")
+        return self
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole run; an epoch's last, partly filled step belongs to it."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return -(-self.epochs * num_samples // self.global_batch)
+
+
+class ParallelConfig(Section):
+    """How the run is spread over ranks, and in what precision."""
+
+    ep_size: PositiveInt = 1
+    """Ranks that share one set of experts; divides num_experts and the number of ranks."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Type of weights and activations; optimizer masters are fp32 always."""
+    deepspeed: Path = Path("ds_configs/zero2.json")
+    """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
+
+
+class LogConfig(Section):
+    """What is written, and when (in steps)."""
+
+    every: PositiveInt = 50
+    """A record in metrics.jsonl and a line in the log."""
+    evaluate_every: PositiveInt = 1000
+    """Held-out cross-entropy; the best weights are exported to <output_dir>/best."""
+    evaluate_batch: PositiveInt = 64
+    """Images a rank and forward pass in evaluation."""
+    checkpoint_every: PositiveInt = 1000
+    """A checkpoint that any number of ranks can resume from."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (offline unless WANDB_MODE says otherwise)."""
+
+
+class PretrainConfig(Section):
+    """A whole run."""
+
+    output_dir: Path
+    """Where metrics.jsonl, checkpoints and weights go; running again resumes from there."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, order of samples and dropout."""
+    tokenizer: Path
+    """Directory of the tokenizer that made data.tokens (its codebook makes the model's inputs)."""
+    data: DataConfig
+    """Shard sets"""
+    model: ModelConfig = ModelConfig()
+    """Transformer"""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """Losses"""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule"""
+    train: TrainConfig
+    """Length and batch"""
+    parallel: ParallelConfig = ParallelConfig()
+    """Ranks and precision"""
+    log: LogConfig = LogConfig()
+    """Records, evaluation, checkpoints"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        num_experts = self.model.moe.num_experts if self.model.moe else 1
+        if num_experts % self.parallel.ep_size:
+            raise ValueError(
+                f"parallel.ep_size ({self.parallel.ep_size}) must divide model.moe.num_experts ({num_experts}): "
+                "every rank of an expert-parallel group holds the same number of experts"
+            )
+        alignment = self.objective.alignment
+        if alignment is not None:
+            if self.data.features is None:
+                raise ValueError(
+                    "objective.alignment needs teacher features: set data.features, or objective.alignment: null"
+                )
+            if max(alignment.scales) > len(self.model.scales):
+                raise ValueError(
+                    f"objective.alignment.scales: {list(alignment.scales)} are 1-based, "
+                    f"but model.scales has only {len(self.model.scales)}"
+                )
+            if alignment.block_of(self.model.depth) >= self.model.depth:
+                raise ValueError(
+                    f"objective.alignment.block: {alignment.block} is 0-based, "
+                    f"but model.depth is {self.model.depth}"
+                )
+        return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raises ValueError when the run cannot be spread over this many ranks."""
+        if world_size % self.parallel.ep_size:
+            raise ValueError(
+                f"parallel.ep_size ({self.parallel.ep_size}) must divide the number of ranks ({world_size}): "
+                "start another number of ranks, or change ep_size"
+            )
+        per_step = world_size * self.train.accumulation
+        if self.train.global_batch % per_step:
+            raise ValueError(
+                f"train.global_batch ({self.train.global_batch}) must be a multiple of ranks x train.accumulation "
+                f"({world_size} x {self.train.accumulation} = {per_step})"
+            )

@@ -1,0 +1,69 @@
+"""DeepSpeed's config: engine knobs from a JSON file, everything else derived from the recipe (D1)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
+
+# Keys of the JSON that the recipe decides, and where.
+OWNED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.global_batch and train.accumulation",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "parallel.precision",
+    "fp16": "parallel.precision",
+    "amp": "parallel.precision",
+}
+
+
+def read_knobs(path: Path) -> dict[str, Any]:
+    """The JSON's engine knobs. Raises UserError for keys the recipe owns and for what experts cannot run with."""
+    try:
+        knobs = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"parallel.deepspeed: {path}: cannot read it: {error.strerror or error}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"parallel.deepspeed: {path}: not valid JSON: {error}") from error
+    for key, owner in OWNED.items():
+        if key in knobs:
+            raise UserError(f"parallel.deepspeed: {path}: {key!r} belongs into the recipe ({owner}); delete it here")
+    zero = knobs.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (1, 2):
+        reason = "ZeRO-3 cannot partition expert-parallel layers" if stage == 3 else "masters are kept by ZeRO"
+        raise UserError(
+            f"parallel.deepspeed: {path}: zero_optimization.stage must be 1 or 2, got {stage!r} ({reason})"
+        )
+    if zero.get("round_robin_gradients") or zero.get("offload_optimizer"):
+        raise UserError(
+            f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "
+            "checkpoints read ZeRO's partitions"
+        )
+    return knobs
+
+
+def zero_stage(path: Path) -> int:
+    return int(read_knobs(path)["zero_optimization"]["stage"])
+
+
+def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` gets."""
+    micro_batch = config.train.global_batch // (world_size * config.train.accumulation)
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.train.accumulation,
+        "gradient_clipping": config.optim.clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1_000_000_000,
+    }
+    if config.parallel.precision != "fp32":
+        derived[config.parallel.precision] = {"enabled": True}
+    return read_knobs(config.parallel.deepspeed) | derived
