@@ -3,15 +3,16 @@
 Shape legend: B batch, K views, H and W of the resized image, S the crop's side, h and w rows and columns of a feature
 map, N = g * g cells of a crop, C channels.
 
-Random crops are VAR's: the shorter side is resized (Lanczos) to 1.125 S, then S x S pixels are taken anywhere. A crop
-is a pure function of (seed, key, sizes), so tokens and features made by different tools, at different times, on
-different machines, have the same crops.
+Random crops are VAR's: the shorter side is resized to 1.125 S, then S x S pixels are taken anywhere. A crop is a pure
+function of (seed, key, sizes), so tokens and features made at different times on different machines have the same
+crops.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from mepa_ds.data.images import RESIZE_RATIO, fit_image, resize_shorter
 from mepa_ds.errors import UserError
 
 BOX_EXT = "box.npy"
@@ -29,7 +31,6 @@ BOX_EXT = "box.npy"
 CENTRE = "centre"
 WHOLE = "whole"
 """Views of a feature set: one map of the whole image, which the loader reads at the token set's boxes."""
-RESIZE_RATIO = 1.125
 
 Boxes = npt.NDArray[np.float32]
 
@@ -53,19 +54,16 @@ class Views:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the index of a set says of its views. Sets whose views are the same have the same settings."""
+        """What the index of a set says of its views; see `check_same_views`."""
         if self.count == 0:
-            return {"views": CENTRE}
-        return {"views": f"random:{self.count}", "views_seed": self.seed, "views_side": self.side}
+            return {"views": CENTRE, "image_side": self.side}
+        return {"views": f"random:{self.count}", "image_side": self.side, "views_seed": self.seed}
 
-    @property
-    def resized_side(self) -> int:
-        """The shorter side, in pixels, of an image before it is cropped."""
-        return self.side if self.count == 0 else round(RESIZE_RATIO * self.side)
-
-    def crop(self, image: Image.Image, key: str) -> tuple[npt.NDArray[np.uint8], Boxes]:
-        """An RGB image of any size -> pixels (K, S, S, 3) and boxes (K, 4) as in BOX_EXT; K = 1 for the centre."""
-        pixels_HW3 = np.asarray(_resize_shorter_side(image, self.resized_side))
+    def crop(self, image: Image.Image, key: str) -> tuple[npt.NDArray[np.uint8], Boxes | None]:
+        """An RGB image of any size -> pixels (K, S, S, 3) and boxes (K, 4) as in BOX_EXT; centre: K = 1, no boxes."""
+        if self.count == 0:
+            return np.asarray(fit_image(image, self.side))[None], None
+        pixels_HW3 = np.asarray(resize_shorter(image, round(RESIZE_RATIO * self.side)))
         height, width = pixels_HW3.shape[:2]
         corners = self.corners(key, height, width)
         crops = np.stack([pixels_HW3[top : top + self.side, left : left + self.side] for top, left in corners])
@@ -73,22 +71,36 @@ class Views:
         return crops, (boxes / [height, width, height, width]).astype(np.float32)
 
     def corners(self, key: str, height: int, width: int) -> list[tuple[int, int]]:
-        """(top, left) in pixels of each crop of a resized image; one, at the centre, without random crops."""
-        free_rows, free_columns = height - self.side, width - self.side
-        if self.count == 0:
-            return [(free_rows // 2, free_columns // 2)]
+        """(top, left) in pixels of each random crop of a resized image."""
         digest = hashlib.sha256(f"{self.seed}/{key}".encode()).digest()
         bits = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(2 * self.count).reshape(-1, 2)
+        free = (height - self.side + 1, width - self.side + 1)
         # A modulus of 64 random bits: small numbers are preferred by less than one part in 2^50 at any image size.
-        return [(int(row % (free_rows + 1)), int(column % (free_columns + 1))) for row, column in bits.tolist()]
+        return [(int(row % free[0]), int(column % free[1])) for row, column in bits.tolist()]
 
 
-def _resize_shorter_side(image: Image.Image, side: int) -> Image.Image:
-    width, height = image.size
-    shorter = min(width, height)
-    if shorter == side:
-        return image
-    return image.resize((round(width * side / shorter), round(height * side / shorter)), Image.Resampling.LANCZOS)
+def check_same_views(tokens: Mapping[str, Any], features: Mapping[str, Any], where: str) -> None:
+    """Compares the settings (`MadeBy.settings`) of a token set and a feature set.
+
+    Raises UserError unless view k of both is the same part of the image, or the features are of the whole image and
+    the tokens have boxes to read it at.
+    """
+    ours, theirs = tokens.get("views", CENTRE), features.get("views", CENTRE)
+    if theirs == WHOLE:
+        same = ours != CENTRE
+    elif ours == CENTRE:
+        same = theirs == CENTRE  # the same picture at any resolution
+    else:
+        same = all(tokens.get(name) == features.get(name) for name in ("views", "views_seed", "image_side"))
+    if not same:
+        shown = [
+            ", ".join(f"{name} {settings[name]}" for name in ("views", "views_seed", "image_side") if name in settings)
+            for settings in (tokens, features)
+        ]
+        raise UserError(
+            f"{where}: tokens and features show different parts of the images (tokens: {shown[0]}; features: "
+            f"{shown[1]}); precompute one of them again with the other's --views, --views-seed and --image-side"
+        )
 
 
 def whole_grid(height: int, width: int, grid_side: int) -> tuple[int, int]:

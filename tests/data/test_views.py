@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.views import Views, choose_views, sample_boxes, whole_grid
+from mepa_ds.data.images import resize_shorter
+from mepa_ds.data.views import Views, check_same_views, choose_views, sample_boxes, whole_grid
 from mepa_ds.errors import UserError
 
 
@@ -26,10 +29,7 @@ def test_random_crops_are_the_pixels_of_their_boxes(width: int, height: int, key
     crops, boxes = views.crop(image, key)
     assert crops.shape == (3, 32, 32, 3)
     assert boxes.shape == (3, 4)
-    shorter = min(width, height)
-    resized = np.asarray(
-        image.resize((round(width * 36 / shorter), round(height * 36 / shorter)), Image.Resampling.LANCZOS)
-    )
+    resized = np.asarray(resize_shorter(image, 36))
     assert min(resized.shape[:2]) == 36  # 1.125 * 32
     scale = np.array([*resized.shape[:2], *resized.shape[:2]])
     for crop, box in zip(crops, boxes, strict=True):
@@ -54,13 +54,41 @@ def test_centre_of_a_stored_square_is_the_image() -> None:
     image = image_of(32, 32)
     crops, boxes = Views.parse("centre", side=32).crop(image, "any")
     np.testing.assert_array_equal(crops[0], np.asarray(image))
-    np.testing.assert_array_equal(boxes, [[0, 0, 1, 1]])
+    assert boxes is None
 
 
 def test_centre_crop_of_an_oblong_image() -> None:
-    image = image_of(48, 32)
+    """VAR's: shorter side to 1.125 S, then the middle."""
+    image = image_of(54, 36)
     crops, _ = Views.parse("centre", side=32).crop(image, "any")
-    np.testing.assert_array_equal(crops[0], np.asarray(image)[:, 8:40])
+    np.testing.assert_array_equal(crops[0], np.asarray(image)[2:34, 11:43])
+
+
+CENTRE, RANDOM = Views(32).settings, Views(32, 4, seed=1).settings
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features"),
+    [(CENTRE, CENTRE), (CENTRE, Views(36).settings), (RANDOM, RANDOM), (RANDOM, {"views": "whole"}), ({}, {})],
+)
+def test_views_that_go_together(tokens: dict[str, Any], features: dict[str, Any]) -> None:
+    check_same_views(tokens, features, "data")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "features"),
+    [
+        (CENTRE, RANDOM),
+        (RANDOM, CENTRE),
+        (CENTRE, {"views": "whole"}),
+        (RANDOM, Views(32, 5, seed=1).settings),
+        (RANDOM, Views(32, 4, seed=2).settings),
+        (RANDOM, Views(48, 4, seed=1).settings),
+    ],
+)
+def test_views_that_do_not_go_together(tokens: dict[str, Any], features: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"different parts of the images.*again with the other's --views"):
+        check_same_views(tokens, features, "data")
 
 
 @pytest.mark.parametrize("text", ["center", "random", "random:0", "random:-1", "whole:3"])
