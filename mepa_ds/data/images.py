@@ -65,7 +65,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         DamagedError: the bytes are no image, are cut short, or hold more pixels than Pillow takes for safe.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
     except Image.DecompressionBombError as error:
         raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error

@@ -56,6 +56,8 @@ class ShardEntry(Section):
     """Of the tar file; empty when unknown (a set that others made)."""
     keys_sha256: str
     """Of the keys in order, each ended by a newline."""
+    skipped: tuple[str, ...] = ()
+    """Damaged source images that were left out of this shard, with the reason."""
 
 
 class ShardIndex(Section):

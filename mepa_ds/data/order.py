@@ -23,8 +23,10 @@ versions (NEP 19), which it does not promise of `Generator.permutation`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,23 +90,33 @@ class SampleOrder:
 
 
 class OrderedStream:
-    """Looks positions up in a `SampleOrder`, keeping the permutations of the epochs at hand."""
+    """Looks positions up in a `SampleOrder`, keeping the permutations of two epochs at hand. Threads may share it."""
 
     def __init__(self, order: SampleOrder):
-        self._order, self._epochs = order, dict[int, Indices]()
+        self._order, self._epochs, self._lock = order, dict[int, Indices](), threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_order": self._order, "_epochs": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def samples_at(self, positions: Indices) -> Indices:
         """Sample numbers of stream positions, both (B,) int64."""
         epochs, offsets = np.divmod(positions, self._order.num_samples)
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            samples[here] = self._epoch(epoch)[offsets[here]]
+        return samples
+
+    def _epoch(self, epoch: int) -> Indices:
+        with self._lock:
             if epoch not in self._epochs:
                 if len(self._epochs) >= 2:
                     del self._epochs[min(self._epochs)]
                 self._epochs[epoch] = self._order.epoch(epoch)
-            here = epochs == epoch
-            samples[here] = self._epochs[epoch][offsets[here]]
-        return samples
+            return self._epochs[epoch]
 
 
 def rank_batches(

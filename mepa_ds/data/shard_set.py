@@ -129,7 +129,8 @@ class ShardSet:
             DamagedError: a member is missing, cut short, or holds another dtype or shape.
         """
         member = self.index.members[extension]
-        assert member.dtype == str(out.dtype) and member.shape is not None, (extension, member)
+        assert member.shape is not None, extension
+        assert member.dtype == str(out.dtype), (member.dtype, out.dtype)
         assert out.shape[1:] == (member.shape if views is None else member.shape[1:]), (out.shape, member.shape)
         rows_out = out.reshape(len(out), -1).view(np.uint8)
         row_bytes = rows_out.shape[1]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,12 +118,13 @@ class ShardWriter:
         """Planned shards that are not there yet."""
         return [name for name in self.plan.shard_names if not self.is_complete(name)]
 
-    def write_shard(self, name: str, samples: Iterable[Sample]) -> ShardEntry:
+    def write_shard(self, name: str, samples: Iterable[Sample], skipped: Sequence[str] = ()) -> ShardEntry:
         """Writes one shard, replacing what is there under its name.
 
         Args:
             name: one of the planned names.
             samples: in the order of the file; keys unique within the set.
+            skipped: notes on samples that were left out; looked at after `samples` has run out.
         """
         assert name in self.plan.shard_names, name
         path = self.directory / name
@@ -140,6 +141,7 @@ class ShardWriter:
             bytes=path.stat().st_size,
             sha256=tar.digest.hexdigest(),
             keys_sha256=keys_digest(table),
+            skipped=tuple(skipped),
         )
         write_table(path, table, entry, tar.members)
         return entry
@@ -187,8 +189,14 @@ def finish_index(directory: Path, plan: Plan) -> ShardIndex:
         classes=plan.classes,
         made_by=plan.made_by,
     )
-    index.write(directory)
+    try:
+        index.write(directory)
+    except FileNotFoundError:  # another process finished the set at the same moment and cleaned up
+        if not (directory / INDEX_NAME).exists():
+            raise
     (directory / PLAN_NAME).unlink(missing_ok=True)
+    for leftover in directory.glob(".*.tmp"):  # of killed processes: the set is complete, nobody writes any more
+        leftover.unlink(missing_ok=True)
     return index
 
 

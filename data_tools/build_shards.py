@@ -1,0 +1,266 @@
+"""Makes image shards from a dataset: `python data_tools/build_shards.py READER --out DIR ...` (see --help).
+
+Which image stands where is decided before the first shard is written, from the listing alone: a permutation by
+`--shuffle-seed`, cut into shards. So shards can be written by any number of processes and jobs, in any order, and a
+run that was killed goes on where it stopped; the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.readers import READERS
+from data_tools.readers.source import Reader, Source
+from mepa_ds.cli import entry
+from mepa_ds.data.images import crop_square, decode_image, resize_shorter
+from mepa_ds.data.index import MadeBy, ShardEntry, ShardIndex
+from mepa_ds.data.order import permutation
+from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
+from mepa_ds.errors import UserError
+
+_PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+_SIZE_PROBES = 64
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. Every image is decoded once, whatever is stored, so that none is found damaged later."""
+
+    image_side: int | None = None
+    """Resize the shorter side to this and crop the centre square; without it the original bytes are stored."""
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    """Of resized images."""
+    quality: int = 95
+    """Of resized JPEG and WebP images (WebP 100 is lossless)."""
+
+    def apply(self, extension: str, data: bytes, where: str) -> tuple[str, bytes]:
+        """(extension, bytes) to store. Raises DamagedError for what is no image."""
+        image = decode_image(data, where)
+        if self.image_side is not None:
+            image = crop_square(resize_shorter(image, self.image_side), self.image_side)
+            return self.format, _encode(image, self.format, self.quality)
+        extension = "jpg" if extension == "jpeg" else extension
+        if extension not in IMAGE_EXTENSIONS:  # BMP, TIFF...: not what WebDataset's users expect in shards
+            return "png", _encode(image, "png", self.quality)
+        return extension, data
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of every reader."""
+
+    out: Path
+    """Directory of the shard set."""
+    encoding: Encoding
+    shard_samples: int = 1000
+    """Images a shard."""
+    shard_megabytes: int | None = None
+    """Size of a shard instead: images a shard are chosen from the mean size of a few."""
+    shuffle_seed: int = 0
+    """The order in which images are spread over the shards."""
+    on_damaged: Literal["stop", "skip"] = "stop"
+    """A file that is no readable image: stop and name it, or leave it out and record it in index.json."""
+    workers: int = max((os.cpu_count() or 1) - 1, 1)
+    """Processes; 0 works in this one."""
+    num_parts: int = 1
+    """Job array: split the shards into this many parts..."""
+    part: int = 0
+    """...and write this one (0-based). The part that finishes last writes index.json."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to write any shard."""
+
+    source: Source
+    options: BuildOptions
+    order: np.ndarray[Any, np.dtype[np.int64]]
+    shard_samples: int
+    plan: Plan
+
+    def samples(self, shard: int, skipped: list[str]) -> Iterator[Sample]:
+        start = shard * self.shard_samples
+        for place in range(start, min(start + self.shard_samples, len(self.order))):
+            number = int(self.order[place])
+            where = self.source.describe(number)
+            try:
+                extension, data = self.options.encoding.apply(*self.source.load(number), where)
+            except DamagedError as error:
+                if self.options.on_damaged == "stop":
+                    raise UserError(f"{error}; or run with --on-damaged skip") from error
+                skipped.append(str(error))
+                continue
+            label = str(self.source.label(number)).encode()
+            yield f"{place:09d}", {extension: data, LABEL_EXTENSION: label}
+
+
+def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
+    """Writes one part of a set; returns the index if the set is now complete."""
+    if not 0 <= options.part < options.num_parts:
+        raise UserError(f"--part: expected 0 to {options.num_parts - 1}, got {options.part}")
+    source = reader.open()
+    if len(source) == 0:
+        raise UserError(f"{source.name}: no images found")
+    job = plan_job(source, options)
+    writer = ShardWriter(options.out, job.plan)
+    mine = list(range(len(job.plan.shard_names)))[options.part :: options.num_parts]
+    todo = [shard for shard in mine if not writer.is_complete(job.plan.shard_names[shard])]
+    if len(todo) < len(mine):
+        print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
+    num_skipped = 0
+    with tqdm(total=_num_samples(job, todo), unit="image", desc=str(options.out)) as progress:
+        for written in _write_all(job, todo, options.workers):
+            progress.update(written.num_samples + len(written.skipped))
+            num_skipped += len(written.skipped)
+            for message in written.skipped:
+                progress.write(f"skipped: {message}")
+    if num_skipped:
+        print(f"{options.out}: {num_skipped} damaged images left out; index.json names them")
+    return writer.finish()
+
+
+def plan_job(source: Source, options: BuildOptions) -> Job:
+    """Fixes which image goes where."""
+    order = permutation(options.shuffle_seed, 0, len(source))
+    shard_samples = options.shard_samples
+    if options.shard_megabytes is not None:
+        shard_samples = max(int(options.shard_megabytes * 1e6 / _mean_bytes(source, options.encoding)), 1)
+    if shard_samples < 1:
+        raise UserError(f"--shard-samples: expected at least 1, got {options.shard_samples}")
+    encoding = options.encoding
+    stored = {"image_side": None}
+    if encoding.image_side is not None:
+        stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
+    settings = {
+        **source.settings,
+        **stored,
+        "shard_samples": shard_samples,
+        "shuffle_seed": options.shuffle_seed,
+        "on_damaged": options.on_damaged,
+        "source": _fingerprint(source),
+    }
+    plan = Plan(
+        kind="images",
+        shard_names=tuple(shard_name(number) for number in range(-(-len(source) // shard_samples))),
+        classes=source.classes,
+        made_by=MadeBy(name=source.name, settings=settings),
+    )
+    return Job(source, options, order, shard_samples, plan)
+
+
+def _fingerprint(source: Source) -> str:
+    """Changes when the listing does: a rerun over other files must not go on with the old shards."""
+    digest = hashlib.sha256()
+    for number in range(len(source)):
+        digest.update(f"{source.label(number)} {source.describe(number)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _mean_bytes(source: Source, encoding: Encoding) -> float:
+    """Stored bytes of an image, tar headers included, from images spread over the dataset."""
+    sizes = []
+    for number in np.linspace(0, len(source) - 1, _SIZE_PROBES).astype(int).tolist():
+        try:
+            sizes.append(len(encoding.apply(*source.load(number), source.describe(number))[1]) + 2048)
+        except DamagedError:  # met again, and dealt with, when its shard is written
+            continue
+    return float(np.mean(sizes)) if sizes else 1e5
+
+
+def _num_samples(job: Job, shards: list[int]) -> int:
+    return sum(min(job.shard_samples, len(job.order) - shard * job.shard_samples) for shard in shards)
+
+
+def _write_all(job: Job, shards: list[int], workers: int) -> Iterator[ShardEntry]:
+    """Writes shards, in this process or in several; yields each entry as it is done."""
+    if workers <= 1 or len(shards) <= 1:
+        yield from map(partial(_write_shard, job), shards)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(shards)), _start_worker, (job, os.getpid())) as pool:
+        for written in pool.imap_unordered(_write_shard_in_worker, shards):
+            if isinstance(written, str):
+                raise UserError(written)
+            yield written
+
+
+def _write_shard(job: Job, shard: int) -> ShardEntry:
+    skipped: list[str] = []
+    writer = ShardWriter(job.options.out, job.plan)
+    return writer.write_shard(job.plan.shard_names[shard], job.samples(shard, skipped), skipped)
+
+
+_worker_job: Job | None = None
+
+
+def _start_worker(job: Job, parent: int) -> None:
+    global _worker_job
+    _worker_job = job
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """A killed parent cannot stop its pool: workers look for themselves."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _write_shard_in_worker(shard: int) -> ShardEntry | str:
+    assert _worker_job is not None
+    try:
+        return _write_shard(_worker_job, shard)
+    except UserError as error:
+        return str(error)
+
+
+def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"quality": quality}
+    if extension == "png":
+        options = {}
+    elif extension == "webp" and quality == 100:
+        options["lossless"] = True
+    image.save(buffer, _PILLOW_FORMATS[extension], **options)
+    return buffer.getvalue()
+
+
+_READERS = Union[tuple(Annotated[reader, tyro.conf.subcommand(name)] for name, reader in READERS.items())]  # noqa: UP007
+
+
+@dataclass(frozen=True)
+class _Command:
+    reader: _READERS  # type: ignore[valid-type]
+    options: BuildOptions
+
+
+def main() -> None:
+    markers = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+    command = tyro.cli(_Command, prog="build_shards.py", description=__doc__, config=markers)
+    reader, options = command.reader, command.options
+    index = build(reader, options)
+    if index is None:
+        print(f"{options.out}: part {options.part} of {options.num_parts} is done, other parts are still to be written")
+    else:
+        print(f"{options.out}: {index.num_samples} images, {len(index.classes)} classes, {len(index.shards)} shards")
+
+
+if __name__ == "__main__":
+    entry.run(main)

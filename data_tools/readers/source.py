@@ -1,0 +1,34 @@
+"""What a reader gives: images by number, each with a label. A new dataset is one file like those beside this one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Source(Protocol):
+    """An opened dataset. It is sent to worker processes, so it pickles and opens files when asked to load."""
+
+    name: str
+    """Goes into `index.json` as the maker of the images."""
+    settings: dict[str, Any]
+    """What a reader was told and its content depends on (no paths); a rerun with others is refused."""
+    classes: tuple[str, ...]
+    """Class names by label."""
+
+    def __len__(self) -> int: ...
+
+    def label(self, number: int) -> int:
+        """Label of an image, in range(len(classes))."""
+
+    def describe(self, number: int) -> str:
+        """Where an image comes from, for messages and for the fingerprint of the dataset."""
+
+    def load(self, number: int) -> tuple[str, bytes]:
+        """(extension, encoded bytes): `png`, `jpg` or `webp`, or another that Pillow reads, to be encoded anew."""
+
+
+class Reader(Protocol):
+    """The options of a reader, a dataclass that becomes its command line."""
+
+    def open(self) -> Source:
+        """Lists the dataset. Raises UserError for whatever is wrong with it."""

@@ -1,0 +1,342 @@
+"""The training loader: precomputed token maps and teacher features, joined by position, ready for the model.
+
+Legend: B batch of this rank, L tokens over all scales, N teacher patches, C teacher width, X stored width, V views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mepa_ds.data.codecs import (
+    BASIS_NAME,
+    FEATURES_EXT,
+    SCALE_EXT,
+    FeatureDecoder,
+    PcaBasis,
+    codec_named,
+    pca_components,
+)
+from mepa_ds.data.index import MadeBy
+from mepa_ds.data.order import Indices, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.prefetch import BufferPool, ordered_map
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.views import choose_views
+from mepa_ds.errors import UserError
+
+TOKENS_EXT = "tokens.npy"
+OnDamaged = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """This rank's slice of a global batch. Features travel as they are stored and are decoded where they lie."""
+
+    tokens_BL: Tensor
+    """int64 codes, scale after scale."""
+    labels_B: Tensor
+    """int64 class."""
+    weight_B: Tensor
+    """float32: 1, or 0 for a sample that only fills up a last evaluation batch."""
+    positions_B: Tensor
+    """int64 positions in the global stream (sample numbers in evaluation)."""
+    keys: tuple[str, ...]
+    next_position: int
+    """Global stream position after this global batch: where a resumed run goes on."""
+    stored_features: dict[str, Tensor] = field(default_factory=dict)
+    """Members of the feature codec by extension, batched."""
+    decoder: FeatureDecoder | None = None
+    damaged: tuple[str, ...] = ()
+    """What was wrong with samples that were replaced (on_damaged="skip"), one message each."""
+
+    @property
+    def features_BNC(self) -> Tensor | None:
+        """float32 teacher features, decoded on the device that the batch is on; None without a feature set."""
+        if self.decoder is None:
+            return None
+        features = self.stored_features[FEATURES_EXT]
+        return self.decoder.to(features.device)(features, self.stored_features.get(SCALE_EXT))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainingBatch:
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            tokens_BL=move(self.tokens_BL),
+            labels_B=move(self.labels_B),
+            weight_B=move(self.weight_B),
+            positions_B=move(self.positions_B),
+            stored_features={extension: move(tensor) for extension, tensor in self.stored_features.items()},
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """A token set and, if semantic guidance is on, the feature set of the same images, checked against each other."""
+
+    tokens: ShardSet
+    features: ShardSet | None
+    decoder: FeatureDecoder | None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_classes(self) -> int:
+        """0 when the set does not say."""
+        return len(self.tokens.index.classes)
+
+    @property
+    def tokenizer(self) -> MadeBy:
+        """Who made the tokens: `.name`, `.identity`, `.settings`."""
+        return self.tokens.index.made_by
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        return tuple(self.tokenizer.settings["scales"])
+
+    @property
+    def codebook_size(self) -> int:
+        return int(self.tokenizer.settings["codebook_size"])
+
+    @property
+    def num_views(self) -> int:
+        """Token maps of each sample."""
+        shape = self.tokens.index.members[TOKENS_EXT].shape
+        assert shape is not None
+        return shape[0] if len(shape) == 2 else 1
+
+    @property
+    def teacher(self) -> MadeBy | None:
+        """Who made the features: `.name`, `.identity`, `.settings`."""
+        return None if self.features is None else self.features.index.made_by
+
+    @property
+    def feature_width(self) -> int | None:
+        """C, after decoding."""
+        return None if self.teacher is None else int(self.teacher.settings["width"])
+
+    @property
+    def feature_grid_side(self) -> int | None:
+        """sqrt(N)."""
+        if self.features is None:
+            return None
+        shape = self.features.index.members[FEATURES_EXT].shape
+        assert shape is not None
+        return math.isqrt(shape[-2])
+
+
+def open_training_sets(tokens: Path, features: Path | None) -> TrainingSets:
+    """Opens and checks the sets; reads their indices only.
+
+    Raises:
+        UserError: a set is missing or of another kind, or the two do not hold the same samples in the same order.
+    """
+    token_set = ShardSet(tokens, "data.tokens")
+    _check_kind(token_set, "tokens", TOKENS_EXT)
+    if features is None:
+        return TrainingSets(token_set, None, None)
+    feature_set = ShardSet(features, "data.features")
+    _check_kind(feature_set, "features", FEATURES_EXT)
+    check_siblings(token_set, feature_set)
+    codec = str(feature_set.index.made_by.settings["codec"])
+    basis = PcaBasis.load(features / BASIS_NAME) if pca_components(codec) is not None else None
+    return TrainingSets(token_set, feature_set, FeatureDecoder(codec_named(codec, basis)))
+
+
+def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
+    if shards.index.kind != kind or extension not in shards.index.members:
+        raise UserError(
+            f"{shards.what}: {shards.directory}: holds {shards.index.kind} ({', '.join(shards.index.members)}), not "
+            f"{kind}; give the set that `data_tools/precompute.py {kind}` made"
+        )
+
+
+def check_siblings(first: ShardSet, second: ShardSet) -> None:
+    """Raises UserError unless both sets hold the same keys in the same order."""
+    if first.index.keys_sha256 != second.index.keys_sha256:
+        raise UserError(
+            f"{first.what} {first.directory} ({len(first)} samples) and {second.what} {second.directory} "
+            f"({len(second)} samples) are not made from the same images in the same order; "
+            "run data_tools/precompute.py again for one of them, on the image set of the other"
+        )
+
+
+class _Reader:
+    """Turns one rank's positions into a batch. Called from several threads."""
+
+    def __init__(
+        self, sets: TrainingSets, stream: OrderedStream | None, seed: int, pin_memory: bool, on_damaged: OnDamaged
+    ):
+        self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
+        self._buffers = BufferPool(pin_memory)
+        self._arrays = [(sets.tokens, TOKENS_EXT)]
+        if sets.features is not None:
+            extensions = [name for name in (FEATURES_EXT, SCALE_EXT) if name in sets.features.index.members]
+            self._arrays += [(sets.features, extension) for extension in extensions]
+
+    def __call__(self, task: tuple[Indices, int, int]) -> TrainingBatch:
+        """From (positions, how many of them are real, next position)."""
+        positions, num_real, next_position = task
+        damaged: list[str] = []
+        samples = self._samples(positions)
+        try:
+            batch = self._read(samples, positions)
+        except DamagedError:
+            if self._on_damaged == "stop":
+                raise
+            samples = np.array([self._whole(position, damaged) for position in positions.tolist()])
+            batch = self._read(samples, positions)
+        batch.weight_B[num_real:] = 0
+        return replace(batch, next_position=next_position, damaged=tuple(damaged))
+
+    def _samples(self, positions: Indices) -> Indices:
+        return positions if self._stream is None else self._stream.samples_at(positions)
+
+    def _whole(self, position: int, damaged: list[str]) -> int:
+        """The sample at a position, or the next one of the stream that can be read."""
+        for step in range(self._sets.num_samples):
+            at = np.array([position + step])
+            if self._stream is None:
+                at %= self._sets.num_samples
+            sample = self._samples(at)
+            try:
+                self._read(sample, at)
+            except DamagedError as error:
+                damaged.append(str(error))
+            else:
+                return int(sample[0])
+        raise DamagedError(f"{self._sets.tokens.directory}: no sample of the set can be read; make it again")
+
+    def _read(self, samples: Indices, positions: Indices) -> TrainingBatch:
+        tokens = self._sets.tokens
+        keys = tokens.keys(samples)
+        if self._sets.features is not None and self._sets.features.keys(samples) != keys:
+            raise DamagedError(
+                f"{tokens.directory} and {self._sets.features.directory}: keys differ at samples "
+                f"{samples.tolist()}; run data_tools/verify_shards.py on both"
+            )
+        stored = {extension: self._array(shards, extension, samples, positions) for shards, extension in self._arrays}
+        codes_BL = stored.pop(TOKENS_EXT)
+        tokens_BL = self._buffers.empty(tuple(codes_BL.shape), torch.int64)
+        tokens_BL.copy_(codes_BL)
+        self._check_codes(tokens_BL, keys)
+        labels_B = torch.from_numpy(tokens.read_labels(samples))
+        return TrainingBatch(
+            tokens_BL=tokens_BL,
+            labels_B=labels_B,
+            weight_B=torch.ones(len(samples)),
+            positions_B=torch.from_numpy(positions),
+            keys=tuple(key.decode() for key in keys),
+            next_position=0,
+            stored_features=stored,
+            decoder=self._sets.decoder,
+        )
+
+    def _array(self, shards: ShardSet, extension: str, samples: Indices, positions: Indices) -> Tensor:
+        member = shards.index.members[extension]
+        assert member.shape is not None
+        shape, views = member.shape, None
+        single = {TOKENS_EXT: 1, FEATURES_EXT: 2, SCALE_EXT: 1}[extension]
+        if len(shape) == single + 1:
+            num_views, shape = shape[0], shape[1:]
+            views = np.zeros_like(positions)
+            if self._stream is not None:
+                views = choose_views(self._seed, positions, num_views)
+        tensor = self._buffers.empty((len(samples), *shape), getattr(torch, str(member.dtype)))
+        shards.read_arrays(samples, extension, tensor.numpy(), views)
+        return tensor
+
+    def _check_codes(self, tokens_BL: Tensor, keys: list[bytes]) -> None:
+        over_B = tokens_BL.amax(dim=1) >= self._sets.codebook_size
+        if over_B.any():
+            key = keys[int(over_B.nonzero()[0])].decode()
+            raise DamagedError(
+                f"{self._sets.tokens.directory}: sample {key!r} has codes outside the codebook of "
+                f"{self._sets.codebook_size}; run data_tools/verify_shards.py"
+            )
+
+
+def training_batches(
+    tokens: Path,
+    features: Path | None,
+    *,
+    global_batch: int,
+    seed: int,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    on_damaged: OnDamaged = "stop",
+) -> Iterator[TrainingBatch]:
+    """The endless training stream from `position` on: this rank's share of each global batch.
+
+    Order, views and batches are pure functions of (seed, position): see mepa_ds.data.order for what that gives.
+
+    Args:
+        tokens: token set; features: feature set of the same images, or None.
+        global_batch: samples a step over all ranks, a multiple of `world_size`.
+        position: `TrainingBatch.next_position` of the last batch that a resumed run had consumed.
+        num_workers: threads that read ahead; 0 reads when asked.
+        pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
+        on_damaged: "stop" raises at a sample that cannot be read; "skip" puts the next readable one of the stream
+            in its place (the same on any world size) and reports it in `TrainingBatch.damaged`.
+
+    Raises:
+        UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop".
+    """
+    sets = open_training_sets(tokens, features)
+    stream = OrderedStream(SampleOrder(sets.tokens.shard_sizes, seed))
+    reader = _Reader(sets, stream, seed, pin_memory, on_damaged)
+    starts = rank_batches(position, global_batch, rank, world_size)
+    first = next(starts)  # raises for bad arguments here, not at the first batch
+    return ordered_map(reader, _stream_tasks(first, starts, position, global_batch), num_workers)
+
+
+def _stream_tasks(
+    first: Indices, rest: Iterator[Indices], position: int, global_batch: int
+) -> Iterator[tuple[Indices, int, int]]:
+    positions = first
+    while True:
+        position += global_batch
+        yield positions, len(positions), position
+        positions = next(rest)
+
+
+def evaluation_batches(
+    tokens: Path,
+    features: Path | None,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[TrainingBatch]:
+    """One pass in order, each sample once over the ranks; every rank has the same number of batches of `batch_size`.
+
+    The places that are left over in the last batches hold the last sample again with `weight_B` 0: sums weighted by
+    it, reduced over the ranks, are exact.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size: expected at least 1, got {batch_size}")
+    sets = open_training_sets(tokens, features)
+    reader = _Reader(sets, None, 0, pin_memory, "stop")
+    return ordered_map(reader, _pass_tasks(len(sets.tokens), batch_size, rank, world_size), num_workers)
+
+
+def _pass_tasks(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[Indices, int, int]]:
+    for positions in rank_batches(0, batch_size * world_size, rank, world_size, last=num_samples):
+        num_real = int((positions < num_samples).sum())
+        yield np.minimum(positions, num_samples - 1), num_real, int(positions[-1]) + 1
