@@ -1,11 +1,10 @@
 """The training loader: precomputed token maps and teacher features, joined by position, ready for the model.
 
-Legend: B batch of this rank, L tokens over all scales, N teacher patches, C teacher width, X stored width, V views.
+Legend: B batch of this rank, L tokens over all scales, N teacher patches, C teacher width, X stored width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,24 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mepa_ds.data.codecs import (
-    BASIS_NAME,
-    FEATURES_EXT,
-    SCALE_EXT,
-    FeatureDecoder,
-    PcaBasis,
-    codec_named,
-    pca_components,
-)
-from mepa_ds.data.index import MadeBy
+from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
 from mepa_ds.data.order import Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
-from mepa_ds.data.views import choose_views
+from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
+from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
 from mepa_ds.errors import UserError
 
-TOKENS_EXT = "tokens.npy"
 OnDamaged = Literal["stop", "skip"]
 
 
@@ -54,6 +44,8 @@ class TrainingBatch:
     stored_features: dict[str, Tensor] = field(default_factory=dict)
     """Members of the feature codec by extension, batched."""
     decoder: FeatureDecoder | None = None
+    whole_map_grid_side: int | None = None
+    """Set when the stored features are maps of whole images: the side of the grid to read from them at the boxes."""
     damaged: tuple[str, ...] = ()
     """What was wrong with samples that were replaced (on_damaged="skip"), one message each."""
 
@@ -62,8 +54,11 @@ class TrainingBatch:
         """float32 teacher features, decoded on the device that the batch is on; None without a feature set."""
         if self.decoder is None:
             return None
-        features = self.stored_features[FEATURES_EXT]
-        return self.decoder.to(features.device)(features, self.stored_features.get(SCALE_EXT))
+        stored = self.stored_features[FEATURES_EXT]
+        features = self.decoder.to(stored.device)(stored, self.stored_features.get(SCALE_EXT))
+        if self.whole_map_grid_side is None:
+            return features
+        return sample_boxes(features, self.stored_features[BOX_EXT], self.whole_map_grid_side)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainingBatch:
         def move(tensor: Tensor) -> Tensor:
@@ -79,99 +74,6 @@ class TrainingBatch:
         )
 
 
-@dataclass(frozen=True)
-class TrainingSets:
-    """A token set and, if semantic guidance is on, the feature set of the same images, checked against each other."""
-
-    tokens: ShardSet
-    features: ShardSet | None
-    decoder: FeatureDecoder | None
-
-    @property
-    def num_samples(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def num_classes(self) -> int:
-        """0 when the set does not say."""
-        return len(self.tokens.index.classes)
-
-    @property
-    def tokenizer(self) -> MadeBy:
-        """Who made the tokens: `.name`, `.identity`, `.settings`."""
-        return self.tokens.index.made_by
-
-    @property
-    def scales(self) -> tuple[int, ...]:
-        return tuple(self.tokenizer.settings["scales"])
-
-    @property
-    def codebook_size(self) -> int:
-        return int(self.tokenizer.settings["codebook_size"])
-
-    @property
-    def num_views(self) -> int:
-        """Token maps of each sample."""
-        shape = self.tokens.index.members[TOKENS_EXT].shape
-        assert shape is not None
-        return shape[0] if len(shape) == 2 else 1
-
-    @property
-    def teacher(self) -> MadeBy | None:
-        """Who made the features: `.name`, `.identity`, `.settings`."""
-        return None if self.features is None else self.features.index.made_by
-
-    @property
-    def feature_width(self) -> int | None:
-        """C, after decoding."""
-        return None if self.teacher is None else int(self.teacher.settings["width"])
-
-    @property
-    def feature_grid_side(self) -> int | None:
-        """sqrt(N)."""
-        if self.features is None:
-            return None
-        shape = self.features.index.members[FEATURES_EXT].shape
-        assert shape is not None
-        return math.isqrt(shape[-2])
-
-
-def open_training_sets(tokens: Path, features: Path | None) -> TrainingSets:
-    """Opens and checks the sets; reads their indices only.
-
-    Raises:
-        UserError: a set is missing or of another kind, or the two do not hold the same samples in the same order.
-    """
-    token_set = ShardSet(tokens, "data.tokens")
-    _check_kind(token_set, "tokens", TOKENS_EXT)
-    if features is None:
-        return TrainingSets(token_set, None, None)
-    feature_set = ShardSet(features, "data.features")
-    _check_kind(feature_set, "features", FEATURES_EXT)
-    check_siblings(token_set, feature_set)
-    codec = str(feature_set.index.made_by.settings["codec"])
-    basis = PcaBasis.load(features / BASIS_NAME) if pca_components(codec) is not None else None
-    return TrainingSets(token_set, feature_set, FeatureDecoder(codec_named(codec, basis)))
-
-
-def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
-    if shards.index.kind != kind or extension not in shards.index.members:
-        raise UserError(
-            f"{shards.what}: {shards.directory}: holds {shards.index.kind} ({', '.join(shards.index.members)}), not "
-            f"{kind}; give the set that `data_tools/precompute.py {kind}` made"
-        )
-
-
-def check_siblings(first: ShardSet, second: ShardSet) -> None:
-    """Raises UserError unless both sets hold the same keys in the same order."""
-    if first.index.keys_sha256 != second.index.keys_sha256:
-        raise UserError(
-            f"{first.what} {first.directory} ({len(first)} samples) and {second.what} {second.directory} "
-            f"({len(second)} samples) are not made from the same images in the same order; "
-            "run data_tools/precompute.py again for one of them, on the image set of the other"
-        )
-
-
 class _Reader:
     """Turns one rank's positions into a batch. Called from several threads."""
 
@@ -180,10 +82,15 @@ class _Reader:
     ):
         self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
         self._buffers = BufferPool(pin_memory)
-        self._arrays = [(sets.tokens, TOKENS_EXT)]
+        whole = sets.whole_maps
+        # (set, extension, dimensions of one view): a member with one dimension more holds several views.
+        self._arrays = [(sets.tokens, TOKENS_EXT, 1)]
         if sets.features is not None:
-            extensions = [name for name in (FEATURES_EXT, SCALE_EXT) if name in sets.features.index.members]
-            self._arrays += [(sets.features, extension) for extension in extensions]
+            self._arrays.append((sets.features, FEATURES_EXT, 3 if whole else 2))
+            if SCALE_EXT in sets.features.index.members:
+                self._arrays.append((sets.features, SCALE_EXT, 2 if whole else 1))
+        if whole:
+            self._arrays.append((sets.tokens, BOX_EXT, 1))
 
     def __call__(self, task: tuple[Indices, int, int]) -> TrainingBatch:
         """From (positions, how many of them are real, next position)."""
@@ -226,7 +133,7 @@ class _Reader:
                 f"{tokens.directory} and {self._sets.features.directory}: keys differ at samples "
                 f"{samples.tolist()}; run data_tools/verify_shards.py on both"
             )
-        stored = {extension: self._array(shards, extension, samples, positions) for shards, extension in self._arrays}
+        stored = {array[1]: self._array(*array, samples, positions) for array in self._arrays}
         codes_BL = stored.pop(TOKENS_EXT)
         tokens_BL = self._buffers.empty(tuple(codes_BL.shape), torch.int64)
         tokens_BL.copy_(codes_BL)
@@ -241,14 +148,16 @@ class _Reader:
             next_position=0,
             stored_features=stored,
             decoder=self._sets.decoder,
+            whole_map_grid_side=self._sets.feature_grid_side if self._sets.whole_maps else None,
         )
 
-    def _array(self, shards: ShardSet, extension: str, samples: Indices, positions: Indices) -> Tensor:
+    def _array(
+        self, shards: ShardSet, extension: str, dimensions: int, samples: Indices, positions: Indices
+    ) -> Tensor:
         member = shards.index.members[extension]
         assert member.shape is not None
         shape, views = member.shape, None
-        single = {TOKENS_EXT: 1, FEATURES_EXT: 2, SCALE_EXT: 1}[extension]
-        if len(shape) == single + 1:
+        if len(shape) == dimensions + 1:
             num_views, shape = shape[0], shape[1:]
             views = np.zeros_like(positions)
             if self._stream is not None:

@@ -1,0 +1,132 @@
+"""The precomputed sets that training reads: opened, and checked against each other.
+
+Legend: L tokens over all scales, N teacher patches, C teacher width, X stored width, V views.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, FeatureDecoder, PcaBasis, codec_named, pca_components
+from mepa_ds.data.index import MadeBy
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.views import WHOLE, check_same_views
+from mepa_ds.errors import UserError
+
+TOKENS_EXT = "tokens.npy"
+
+
+@dataclass(frozen=True)
+class TrainingSets:
+    """A token set and, if semantic guidance is on, the feature set of the same images, checked against each other."""
+
+    tokens: ShardSet
+    features: ShardSet | None
+    decoder: FeatureDecoder | None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_classes(self) -> int:
+        """0 when the set does not say."""
+        return len(self.tokens.index.classes)
+
+    @property
+    def tokenizer(self) -> MadeBy:
+        """Who made the tokens: `.name`, `.identity`, `.settings`."""
+        return self.tokens.index.made_by
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        return tuple(_setting(self.tokens, "scales"))
+
+    @property
+    def codebook_size(self) -> int:
+        return int(_setting(self.tokens, "codebook_size"))
+
+    @property
+    def num_views(self) -> int:
+        """Token maps of each sample."""
+        shape = self.tokens.index.members[TOKENS_EXT].shape
+        assert shape is not None
+        return shape[0] if len(shape) == 2 else 1
+
+    @property
+    def teacher(self) -> MadeBy | None:
+        """Who made the features: `.name`, `.identity`, `.settings`."""
+        return None if self.features is None else self.features.index.made_by
+
+    @property
+    def feature_width(self) -> int | None:
+        """C, after decoding."""
+        return None if self.features is None else int(_setting(self.features, "width"))
+
+    @property
+    def whole_maps(self) -> bool:
+        """Whether features are maps of whole images, to be read at the boxes of the token set's views."""
+        return self.teacher is not None and self.teacher.settings.get("views") == WHOLE
+
+    @property
+    def feature_grid_side(self) -> int | None:
+        """sqrt(N), of what a batch holds."""
+        if self.features is None:
+            return None
+        if self.whole_maps:
+            return int(_setting(self.features, "grid_side"))
+        shape = self.features.index.members[FEATURES_EXT].shape
+        assert shape is not None
+        return math.isqrt(shape[-2])
+
+
+def open_training_sets(tokens: Path, features: Path | None) -> TrainingSets:
+    """Opens and checks the sets; reads their indices only.
+
+    Raises:
+        UserError: a set is missing or of another kind, or the two do not hold the same samples in the same order.
+    """
+    token_set = ShardSet(tokens, "data.tokens")
+    _check_kind(token_set, "tokens", TOKENS_EXT)
+    for name in ("scales", "codebook_size"):
+        _setting(token_set, name)
+    if features is None:
+        return TrainingSets(token_set, None, None)
+    feature_set = ShardSet(features, "data.features")
+    _check_kind(feature_set, "features", FEATURES_EXT)
+    check_siblings(token_set, feature_set)
+    check_same_views(token_set.index.made_by.settings, feature_set.index.made_by.settings, "data")
+    codec = str(_setting(feature_set, "codec"))
+    basis = PcaBasis.load(features / BASIS_NAME) if pca_components(codec) is not None else None
+    return TrainingSets(token_set, feature_set, FeatureDecoder(codec_named(codec, basis)))
+
+
+def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
+    if shards.index.kind != kind or extension not in shards.index.members:
+        raise UserError(
+            f"{shards.what}: {shards.directory}: holds {shards.index.kind} ({', '.join(shards.index.members)}), not "
+            f"{kind}; give the set that `data_tools/precompute.py {kind}` made"
+        )
+
+
+def check_siblings(first: ShardSet, second: ShardSet) -> None:
+    """Raises UserError unless both sets hold the same keys in the same order."""
+    if first.index.keys_sha256 != second.index.keys_sha256:
+        raise UserError(
+            f"{first.what} {first.directory} ({len(first)} samples) and {second.what} {second.directory} "
+            f"({len(second)} samples) are not made from the same images in the same order; "
+            "run data_tools/precompute.py again for one of them, on the image set of the other"
+        )
+
+
+def _setting(shards: ShardSet, name: str) -> Any:
+    try:
+        return shards.index.made_by.settings[name]
+    except KeyError:
+        raise UserError(
+            f"{shards.what}: {shards.directory}: index.json does not say {name!r} in made_by.settings; "
+            f"make the set again with data_tools/precompute.py {shards.index.kind}"
+        ) from None
