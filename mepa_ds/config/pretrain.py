@@ -11,6 +11,7 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -151,21 +152,20 @@ class PretrainConfig(Section):
                 )
             if alignment.block_of(self.model.depth) >= self.model.depth:
                 raise ValueError(
-                    f"objective.alignment.block: {alignment.block} is 0-based, "
-                    f"but model.depth is {self.model.depth}"
+                    f"objective.alignment.block: {alignment.block} is 0-based, but model.depth is {self.model.depth}"
                 )
         return self
 
     def check_world(self, world_size: int) -> None:
-        """Raises ValueError when the run cannot be spread over this many ranks."""
+        """Raises UserError when the run cannot be spread over this many ranks."""
         if world_size % self.parallel.ep_size:
-            raise ValueError(
+            raise UserError(
                 f"parallel.ep_size ({self.parallel.ep_size}) must divide the number of ranks ({world_size}): "
                 "start another number of ranks, or change ep_size"
             )
         per_step = world_size * self.train.accumulation
         if self.train.global_batch % per_step:
-            raise ValueError(
+            raise UserError(
                 f"train.global_batch ({self.train.global_batch}) must be a multiple of ranks x train.accumulation "
                 f"({world_size} x {self.train.accumulation} = {per_step})"
             )

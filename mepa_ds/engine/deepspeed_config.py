@@ -38,9 +38,7 @@ def read_knobs(path: Path) -> dict[str, Any]:
     stage = zero.get("stage", 0)
     if stage not in (1, 2):
         reason = "ZeRO-3 cannot partition expert-parallel layers" if stage == 3 else "masters are kept by ZeRO"
-        raise UserError(
-            f"parallel.deepspeed: {path}: zero_optimization.stage must be 1 or 2, got {stage!r} ({reason})"
-        )
+        raise UserError(f"parallel.deepspeed: {path}: zero_optimization.stage must be 1 or 2, got {stage!r} ({reason})")
     if zero.get("round_robin_gradients") or zero.get("offload_optimizer"):
         raise UserError(
             f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.expert_parallel import shard_experts
+from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import set_adam_step
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -45,12 +46,14 @@ class PretrainEngine:
         deepspeed_logger.setLevel(logging.ERROR)
         # On a CPU the shared-memory op would be compiled at start (33 s), and crash without g++.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, even for one process
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         with torch.device("meta"):
             transformer = NextScaleTransformer(config.model)
             objective = PretrainingObjective(transformer, config.objective, teacher_width, _sum_over_ranks)
             shard_experts(objective, config.parallel.ep_size)
         objective.to_empty(device=device)
+        mark_expert_parameters(objective)
         objective.init_weights(config.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,

@@ -24,9 +24,7 @@ class _AllToAll(torch.autograd.Function):
     """Rows to and from all ranks of a group; the gradient travels back the same way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         return _exchange(rows, send, receive, group)
 
@@ -59,9 +57,7 @@ class ExpertParallelDispatcher:
         x_QC = _AllToAll.apply(rows.x_RC, send, receive, self.group)
         # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
         expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
-        expert_Q = torch.repeat_interleave(
-            expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive)
-        )
+        expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive))
         order_Q = expert_Q.argsort(stable=True)
         place_Q = torch.empty_like(order_Q)
         place_Q[order_Q] = torch.arange(len(order_Q), device=order_Q.device)
@@ -114,8 +110,16 @@ def _shard(
     sharded.first_expert = rank * sharded.num_local_experts
     sharded.experts = Experts(sharded.num_local_experts, width, hidden).to(layer.experts.fc1_weight.device)
     sharded.dispatcher = ExpertParallelDispatcher(group, layer.num_experts)
-    for parameter in sharded.experts.parameters():
-        # DeepSpeed averages these over the ranks that hold the same experts only.
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = group_name  # type: ignore[attr-defined]
     return sharded
+
+
+def mark_expert_parameters(model: nn.Module) -> None:
+    """Tells DeepSpeed to average experts' gradients over the ranks that hold the same experts only.
+
+    To be called once the parameters have memory: moving from the meta device makes new ones.
+    """
+    for module in model.modules():
+        if isinstance(module, ExpertParallelFeedForward):
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = module.expert_group_name  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ arithmetic then reads any other partition of it. Each rank writes and reads its 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,74 +36,85 @@ from mepa_ds.errors import UserError
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans one chunk a fragment. The state dict that DCP passes around is {name: Fragment}."""
+    """Plans one chunk a fragment; DCP itself sees plain 1-D tensors."""
+
+    def __init__(self, fragments: dict[str, Fragment]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._fragments = fragments
 
     def create_local_plan(self) -> SavePlan:
         items = []
-        for name, fragment in self.state_dict.items():
-            offset, size = torch.Size([fragment.offset]), torch.Size([len(fragment.data)])
+        for name, fragment in self._fragments.items():
             data = TensorWriteData(
-                chunk=ChunkStorageMetadata(offsets=offset, sizes=size),
+                chunk=_chunk(fragment),
                 properties=TensorProperties.create_from_tensor(fragment.data),
                 size=torch.Size([fragment.numel]),
             )
-            items.append(WriteItem(MetadataIndex(name, offset), WriteItemType.SHARD, tensor_data=data))
+            index = MetadataIndex(name, data.chunk.offsets)
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         self.plan = SavePlan(items)
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.state_dict[index.fqn].data
+        return self._fragments[index.fqn].data
 
 
 class _LoadPlanner(DefaultLoadPlanner):
     """Reads into the fragments' own memory."""
 
+    def __init__(self, fragments: dict[str, Fragment]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._fragments = fragments
+
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for name, fragment in self.state_dict.items():
+        for name, fragment in self._fragments.items():
             stored = self.metadata.state_dict_metadata.get(name)
             if not isinstance(stored, TensorStorageMetadata) or stored.size.numel() != fragment.numel:
-                found = "nothing" if stored is None else f"{getattr(stored, 'size', stored)}"
-                raise UserError(f"the checkpoint has {found} for {name}, the run needs {fragment.numel} elements")
-            chunk = ChunkStorageMetadata(torch.Size([fragment.offset]), torch.Size([len(fragment.data)]))
-            items += create_read_items_for_chunk_list(name, stored, [chunk])
+                found = stored.size.numel() if isinstance(stored, TensorStorageMetadata) else 0
+                raise UserError(f"the checkpoint has {found} elements of {name}, the run needs {fragment.numel}")
+            items += create_read_items_for_chunk_list(name, stored, [_chunk(fragment)])
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn].data
+        return self._fragments[index.fqn].data
+
+
+def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size([fragment.offset]), torch.Size([len(fragment.data)]))
 
 
 def save_fragments(fragments: Iterable[Fragment], directory: Path) -> None:
     """Writes every rank's fragments. Collective."""
+    named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
-        {fragment.name: fragment for fragment in fragments},
+        {name: fragment.data for name, fragment in named.items()},
         storage_writer=dcp.FileSystemWriter(directory, sync_files=True),
-        planner=_SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        planner=_SavePlanner(named),
     )
 
 
-def load_fragments(fragments: Iterable[Fragment], directory: Path) -> None:
-    """Fills every rank's fragments in place. Collective."""
+def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
+    """Fills fragments in place. Collective, unless one process reads `alone`."""
+    named = {fragment.name: fragment for fragment in fragments}
     dcp.load(
-        {fragment.name: fragment for fragment in fragments},
+        {name: fragment.data for name, fragment in named.items()},
         storage_reader=dcp.FileSystemReader(directory),
-        planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        planner=_LoadPlanner(named),
+        no_dist=alone,
     )
 
 
 def read_whole(directory: Path, kind: str) -> dict[str, Tensor]:
     """All parameters of one kind as flat fp32 tensors, in one process and without any process group."""
     metadata = dcp.FileSystemReader(directory).read_metadata()
-    whole = {
-        name: Fragment(name, stored.size.numel(), 0, torch.empty(stored.size))
+    whole = [
+        Fragment(name, stored.size.numel(), 0, torch.empty(stored.size))
         for name, stored in metadata.state_dict_metadata.items()
         if name.startswith(f"{kind}/") and isinstance(stored, TensorStorageMetadata)
-    }
-    dcp.load(
-        dict(whole),
-        storage_reader=dcp.FileSystemReader(directory),
-        planner=_LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=True,
-    )
-    return {name.removeprefix(f"{kind}/"): fragment.data for name, fragment in whole.items()}
+    ]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
+        load_fragments(whole, directory, alone=True)
+    return {fragment.name.removeprefix(f"{kind}/"): fragment.data for fragment in whole}

@@ -39,9 +39,7 @@ def aggregates(z_BLP: Tensor, schedule: ScaleSchedule, grid_side: int, last_scal
         yield total
 
 
-def alignment_loss(
-    z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: Sequence[int]
-) -> Tensor:
+def alignment_loss(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: Sequence[int]) -> Tensor:
     """L_SG = -mean over images and patches of sum_{j in F} cos(g^n, z_j^n), cosine over channels, in fp32.
 
     z_BLP: projected hidden states of all positions (those past max(F) are not read). features_BNP: the teacher's

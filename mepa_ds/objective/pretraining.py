@@ -52,12 +52,18 @@ class Losses:
     routing: dict[int, RoutingStatistics]
 
 
-def sum_scales(ce_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, schedule: ScaleSchedule) -> ScaleScores:
-    """Cross-entropy (nats) and top-1 hits of every scale, summed."""
+def sum_scales(
+    ce_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None
+) -> ScaleScores:
+    """Cross-entropy (nats) and top-1 hits of every scale, summed over images (each times its weight, if given)."""
+    if weight_B is None:
+        weight_B = ce_BL.new_ones(len(ce_BL))
     hits_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
-    sums = [torch.stack([part.sum() for part in schedule.split(x_BL)]) for x_BL in (ce_BL, hits_BL)]
-    lengths = torch.tensor(schedule.lengths, device=ce_BL.device, dtype=torch.float32)
-    return ScaleScores(sums[0], sums[1], lengths * len(tokens_BL))
+    sums = [
+        torch.stack([part.sum() for part in schedule.split(x_BL * weight_B[:, None])])
+        for x_BL in (ce_BL, hits_BL, torch.ones_like(ce_BL))
+    ]
+    return ScaleScores(*sums)
 
 
 class PretrainingObjective(nn.Module):

@@ -1,0 +1,36 @@
+"""The `mepa` command: one sub-command a module, imported when called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from mepa_ds.cli import entry
+
+COMMANDS = {
+    "quickstart": "the whole system on real images, in minutes, on a CPU",
+    "pretrain": "pretrain a model by a recipe (as pretrain.py)",
+    "train-tokenizer": "train a multi-scale tokenizer by a recipe",
+    "sample": "generate images, class by class",
+    "export": "a checkpoint's weights as safetensors + config.json",
+    "report": "what a pretraining run did: report.json and a table",
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items()]
+    return "usage: mepa COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0 if arguments else 2)
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}")
+    entry.run(lambda: module.main(arguments[1:]))

@@ -1,0 +1,67 @@
+"""From a loaded batch to what the objective takes: codebook inputs, dropped labels, stochastic depth.
+
+Shapes: B batch, L positions, D blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.objective.pretraining import ModelInputs
+from mepa_ds.random_streams import uniforms
+from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
+
+
+class InputMaker:
+    """Randomness is a function of the image's position in the sample stream: the same on any number of ranks."""
+
+    def __init__(self, config: ModelConfig, quantizer: MultiScaleQuantizer, seed: int, device: torch.device):
+        self._config = config
+        self._quantizer = quantizer.to(device)
+        self._seed = seed
+        self._device = device
+
+    def training(self, batch: TrainingBatch, num_micro_batches: int) -> Iterator[ModelInputs]:
+        """Splits this rank's batch into micro-batches, each with its own labels dropped and branches skipped."""
+        batch = batch.to(self._device)
+        positions_B = batch.positions_B.cpu().numpy()
+        labels_B = self._drop_labels(batch.labels_B, positions_B)
+        branch_scale_D2B = self._stochastic_depth(positions_B)
+        features_BNP = batch.features_BNC
+        size = len(labels_B) // num_micro_batches
+        for start in range(0, len(labels_B), size):
+            part = slice(start, start + size)
+            yield ModelInputs(
+                labels_B=labels_B[part],
+                inputs_BLZ=self._quantizer.inputs_from_tokens(batch.tokens_BL[part]),
+                tokens_BL=batch.tokens_BL[part],
+                features_BNP=None if features_BNP is None else features_BNP[part],
+                branch_scale_D2B=None if branch_scale_D2B is None else branch_scale_D2B[..., part],
+            )
+
+    def evaluation(self, batch: TrainingBatch) -> ModelInputs:
+        """All labels kept, all branches run."""
+        batch = batch.to(self._device)
+        return ModelInputs(batch.labels_B, self._quantizer.inputs_from_tokens(batch.tokens_BL), batch.tokens_BL)
+
+    def _drop_labels(self, labels_B: Tensor, positions_B: NDArray[np.int64]) -> Tensor:
+        dropped_B = uniforms(self._seed, "class_dropout", positions_B, 1)[:, 0] < self._config.class_dropout
+        dropped = torch.from_numpy(dropped_B).to(labels_B.device)
+        return labels_B.masked_fill(dropped, self._config.num_classes)
+
+    def _stochastic_depth(self, positions_B: NDArray[np.int64]) -> Tensor | None:
+        """(D, 2, B) factors 0 or 1 / keep; the rate grows linearly from 0 at the first block (VAR)."""
+        if self._config.drop_path_rate == 0:
+            return None
+        rates_D = np.linspace(0, self._config.drop_path_rate, self._config.depth, dtype=np.float32)
+        drawn = uniforms(self._seed, "drop_path", positions_B, 2 * self._config.depth)
+        drawn_D2B = drawn.T.reshape(self._config.depth, 2, len(positions_B))
+        keep_D11 = 1 - rates_D[:, None, None]
+        return torch.from_numpy((drawn_D2B < keep_D11) / keep_D11).float().to(self._device)

@@ -1,0 +1,168 @@
+"""Class-conditional sampling, scale by scale, with classifier-free guidance (VAR's sampler).
+
+Shapes: B images, l tokens of the current scale, L tokens over all scales, V codebook, Z code width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mepa_ds.errors import UserError
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.random_streams import uniforms
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+Rng = Literal["image", "var"]
+
+
+@torch.no_grad()
+def sample(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels_B: Tensor | Sequence[int],
+    *,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seed: int = 0,
+    batch_size: int | None = None,
+    first_index: int = 0,
+    smooth: bool = False,
+    rng: Rng = "image",
+) -> Tensor:
+    """Generates one image for each label: (B, 3, H, W) float32 in [0, 1].
+
+    Args:
+        labels_B: classes in 0..num_classes - 1.
+        cfg: guidance; at scale k of 0..S-1 the logits are (1 + t) conditional - t unconditional, t = cfg k / (S - 1).
+        top_k: keep the k most probable codes; 0 keeps all.
+        top_p: of those, keep the most probable ones whose mass first exceeds p; 0 or 1 keeps all.
+        seed: image number i draws from a stream of its own, a function of (seed, first_index + i) alone.
+        batch_size: images at a time (None: all); the result does not depend on it but for rounding.
+        first_index: number of the first image, for a job that generates a part of a larger set.
+        smooth: mix codes by Gumbel-softmax weights instead of picking one (VAR's "more smooth", for demonstrations:
+            never for evaluation).
+        rng: "image" as above; "var" repeats VAR's own order of draws (one generator for the batch, so batch_size
+            must be None).
+
+    Raises:
+        UserError: labels outside the classes, a tokenizer of another schedule, codebook or code width.
+    """
+    device = model.head.weight.device
+    labels = torch.as_tensor(labels_B, dtype=torch.int64, device=device)
+    _check(model, tokenizer, labels, rng, batch_size)
+    tokenizer = tokenizer.to(device)
+    step = batch_size or max(len(labels), 1)
+    images = []
+    for start in range(0, len(labels), step):
+        part = labels[start : start + step]
+        generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
+        index_B = np.arange(first_index + start, first_index + start + len(part))
+        draw = _SmoothDraw(seed, index_B, generator) if smooth else _CodeDraw(seed, index_B, generator, top_k, top_p)
+        images.append(_sample_batch(model, tokenizer, part, cfg, draw))
+    side = tokenizer.config.image_side
+    return torch.cat(images) if images else torch.empty(0, 3, side, side)
+
+
+def _sample_batch(
+    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _CodeDraw | _SmoothDraw
+) -> Tensor:
+    quantizer, schedule = tokenizer.quantizer, model.schedule
+    B, guided = len(labels_B), cfg != 0
+    null_B = torch.full_like(labels_B, model.config.num_classes)
+    class_BC = model.class_embed(torch.cat([labels_B, null_B]) if guided else labels_B)
+    condition = model.condition(class_BC)
+    caches = model.new_caches(len(class_BC))
+    f_hat = quantizer.empty_f_hat(B)
+    x_BlC = model.first_input(class_BC)
+    for scale in range(schedule.num_scales):
+        logits_BlV = model.logits(model.run_scale(x_BlC, condition, scale, caches), class_BC).float()
+        ratio = scale / max(schedule.num_scales - 1, 1)
+        if guided:
+            t = cfg * ratio
+            logits_BlV = (1 + t) * logits_BlV[:B] - t * logits_BlV[B:]
+        codes_BlZ = draw(logits_BlV, scale, ratio, quantizer.codebook.weight)
+        f_hat = quantizer.add_codes(f_hat, codes_BlZ, scale)
+        if scale + 1 < schedule.num_scales:
+            next_BlZ = quantizer.next_input(f_hat, scale)
+            x_BlC = model.next_input(torch.cat([next_BlZ, next_BlZ]) if guided else next_BlZ, scale + 1)
+    return tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1)
+
+
+def keep_top(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Sets all but the top-k, then all but the top-p codes to -inf (VAR's order and comparisons)."""
+    V = logits_BlV.shape[-1]
+    if 0 < top_k < V:
+        smallest = logits_BlV.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        logits_BlV = logits_BlV.masked_fill(logits_BlV < smallest, -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits_BlV.sort(dim=-1)
+        remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        remove[..., -1:] = False
+        logits_BlV = logits_BlV.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
+    return logits_BlV
+
+
+class _CodeDraw:
+    """Draws one code for each position."""
+
+    def __init__(
+        self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float
+    ):
+        self._seed, self._index_B, self._generator = seed, index_B, generator
+        self._top_k, self._top_p = top_k, top_p
+
+    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
+        probs_BlV = keep_top(logits_BlV, self._top_k, self._top_p).softmax(-1)
+        if self._generator is not None:
+            drawn = torch.multinomial(probs_BlV.flatten(0, 1), 1, generator=self._generator)
+            return codebook_VZ[drawn.view(probs_BlV.shape[:2])]
+        return codebook_VZ[self._by_image(probs_BlV, scale)]
+
+    def _by_image(self, probs_BlV: Tensor, scale: int) -> Tensor:
+        """Inverse of the cumulative distribution at one uniform number a position, from each image's own stream."""
+        drawn = uniforms(self._seed, f"sample/{scale}", self._index_B, probs_BlV.shape[1])
+        # fp64: rounding of the sum must not make the last, perhaps impossible, code come out.
+        cumulative = probs_BlV.double().cumsum(-1)
+        target = torch.from_numpy(drawn).to(probs_BlV.device)[..., None].double() * cumulative[..., -1:]
+        return torch.searchsorted(cumulative, target, right=True)[..., 0]
+
+
+class _SmoothDraw:
+    """Mixes the codebook's entries by Gumbel-softmax weights, colder at finer scales."""
+
+    def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None):
+        self._seed, self._index_B, self._generator = seed, index_B, generator
+
+    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
+        temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
+        if self._generator is not None:
+            noise = torch.empty_like(logits_BlV).exponential_(generator=self._generator)
+        else:
+            count = logits_BlV.shape[1] * logits_BlV.shape[2]
+            drawn = uniforms(self._seed, f"smooth/{scale}", self._index_B, count)
+            noise = -torch.from_numpy(drawn).to(logits_BlV.device).view_as(logits_BlV).neg().log1p()
+        gumbels = -noise.clamp_min(1e-30).log()
+        weights = F.softmax((logits_BlV * (1 + ratio) + gumbels) / temperature, dim=-1)
+        return weights @ codebook_VZ
+
+
+def _check(
+    model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rng: str, batch_size: int | None
+) -> None:
+    last = model.config.num_classes - 1
+    outside = sorted({int(label) for label in labels.tolist() if not 0 <= label <= last})
+    if outside:
+        raise UserError(f"labels: {outside} are no classes of this model; give 0..{last}")
+    for name in ("scales", "codebook_size", "code_width"):
+        ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
+        if ours != theirs:
+            raise UserError(f"tokenizer: its {name} is {theirs}, the model's {ours}; give the model's own tokenizer")
+    if rng == "var" and batch_size is not None and batch_size < len(labels):
+        raise UserError('rng="var" draws for the whole batch at once: leave batch_size unset')
