@@ -8,15 +8,16 @@ token and the original; docs/data.md has it, with the bytes a sample, for every 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, identity_of_weights
+from mepa_ds.files import atomic_path
 
 FEATURES_EXT = "features.npy"
 SCALE_EXT = "scale.npy"
@@ -33,27 +34,23 @@ class PcaBasis:
 
     mean: Tensor  # (C,) float32
     components: Tensor  # (K, C) float32
-
-    @property
-    def identity(self) -> str:
-        return identity_of_weights(self._tensors())
+    teacher: str
+    """Identity of the teacher whose features it was fitted on."""
 
     def save(self, path: Path) -> None:
         with atomic_path(path) as temporary:
-            save_file(self._tensors(), temporary)
+            tensors = {"mean": self.mean, "components": self.components}
+            save_file(tensors, temporary, metadata={"teacher": self.teacher})
 
     @classmethod
     def load(cls, path: Path) -> PcaBasis:
         if not path.is_file():
             raise UserError(f"{path}: the PCA basis of the shard set is missing; precompute the features again")
-        tensors = load_file(path)
-        return cls(tensors["mean"], tensors["components"])
+        with safe_open(path, framework="pt") as file:
+            return cls(file.get_tensor("mean"), file.get_tensor("components"), file.metadata()["teacher"])
 
     def to(self, device: torch.device | str) -> PcaBasis:
-        return PcaBasis(self.mean.to(device), self.components.to(device))
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {"mean": self.mean, "components": self.components}
+        return replace(self, mean=self.mean.to(device), components=self.components.to(device))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class PatchPcaConfig(Section):
     whitening_floor: Annotated[float, Field(gt=0)] = 0.01
     """Components are divided by sqrt(variance + floor * largest variance): 0.01 damps what is below a hundredth of the
     first, so that noise is not blown up to the size of structure."""
+    fitted_on: str = ""
+    """Which images, as the tool that fitted it names them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -37,7 +37,7 @@ def vit_like(seed: int, tokens: int = 64, width: int = 384) -> Tensor:
 def basis_of(features: Tensor, components: int) -> PcaBasis:
     covariance = RunningCovariance(features.shape[-1])
     covariance.add(features)
-    return PcaBasis(*covariance.principal_components(components)[:2])
+    return PcaBasis(*covariance.principal_components(components)[:2], teacher="0123")
 
 
 @given(seed=st.integers(0, 2**32 - 1), width=st.sampled_from([64, 384, 768, 1024]))
@@ -97,7 +97,7 @@ def test_basis_file_round_trip(tmp_path: Path) -> None:
     basis.save(tmp_path / "basis.safetensors")
     loaded = PcaBasis.load(tmp_path / "basis.safetensors")
     assert torch.equal(loaded.components, basis.components)
-    assert loaded.identity == basis.identity
+    assert loaded.teacher == "0123"
     with pytest.raises(UserError, match="needs a PCA basis of 8 components, got 16"):
         codec_named("pca8-int8", loaded)
     with pytest.raises(UserError, match="PCA basis of the shard set is missing"):

@@ -1,0 +1,303 @@
+"""Makes token and feature sets from an image set: `python data_tools/precompute.py tokens|features|fit-teacher --help`.
+
+Runs on one process, under torchrun (the shards are split over the ranks) or as a job array (--num-parts, --part); a
+run that was killed goes on with the shards that are missing, and a rerun ends the same to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from data_tools.precompute_sets import (
+    Derivation,
+    Item,
+    Pixels,
+    RunOptions,
+    batches_of,
+    derive_set,
+    images_identity,
+    open_images,
+    stored_square,
+    to_device,
+)
+from mepa_ds import distributed
+from mepa_ds.cli import entry
+from mepa_ds.config.base import validate
+from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
+from mepa_ds.data.index import Kind, MadeBy, ShardIndex
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.training_sets import TOKENS_EXT
+from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
+from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.errors import UserError
+from mepa_ds.pca import RunningCovariance
+from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
+from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
+from mepa_ds.teachers.registry import build_teacher
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.weights import CONFIG_NAME, read_config
+
+CLS_TOKEN_EXT = "cls_token.npy"
+_BASIS_IMAGES = 1024
+
+Run = Annotated[RunOptions, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token maps of every image, by a frozen tokenizer."""
+
+    images: tyro.conf.Positional[Path]
+    """Directory of the image set."""
+    tokenizer: Path
+    """Directory of a trained tokenizer, or VAR's vae_ch160v4096z32.pth."""
+    scales: tuple[int, ...] | None = None
+    """Sides of the token maps, where they are not the tokenizer's own (512 px: 1 2 3 4 6 9 13 18 24 32)."""
+    views: str = CENTRE
+    """`centre`, or `random:K` for K random crops out of a resize to 1.125x (VAR), whose boxes are stored."""
+    views_seed: int = 0
+    """Draws the random crops; give the features the same."""
+    out: Path | None = None
+    """Directory of the new set [default: IMAGES.tokens-TOKENIZER, beside the images]."""
+    run: Run = field(default_factory=RunOptions)
+
+    def __call__(self) -> None:
+        images, device = open_images(self.images), _device(self.run)
+        tokenizer = _load_tokenizer(self.tokenizer, self.scales).to(device)
+        config = tokenizer.config
+        views = Views.parse(self.views, config.image_side, self.views_seed)
+        settings = {"scales": list(config.scales), "codebook_size": config.codebook_size, **views.settings}
+        made_by = _made_by(images, self.tokenizer.stem, tokenizer.identity, settings)
+        dtype = torch.uint16 if config.codebook_size <= 2**16 else torch.int32
+
+        def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
+            return {TOKENS_EXT: tokenizer.encode(images_B3HW).to(dtype)}
+
+        def extras(item: Item) -> dict[str, bytes]:
+            members = {LABEL_EXTENSION: item.members[LABEL_EXTENSION]} if LABEL_EXTENSION in item.members else {}
+            return members if item.boxes is None else {**members, BOX_EXT: npy_bytes(item.boxes)}
+
+        writer = _writer(images, self.out, "tokens", made_by)
+        _derive(images, writer, Derivation(views.crop, encode, extras, views.count), device, self.run)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Patch features of every image, by a frozen teacher."""
+
+    images: tyro.conf.Positional[Path]
+    """Directory of the image set."""
+    teacher: str
+    """patch-pca, dinov2-s|b|l|g[-reg], dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
+    weights: str | None = None
+    """Local checkpoint of the teacher (for patch-pca, its directory), or `hub` to let timm download it."""
+    codec: str = "int8"
+    """How features are stored: fp16, int8 (a scale a token) or pca<k>-int8 (k principal components)."""
+    grid_side: int | None = None
+    """Features along one side of a view [default: the teacher's own, 16 for ViTs]."""
+    views: str = CENTRE
+    """`centre`; `random:K`, the crops of the token set; or `whole`: one map of the whole image, read at their boxes."""
+    views_seed: int = 0
+    """As given to the tokens."""
+    image_side: int | None = None
+    """Side of the square cut from each image, in pixels [default, for centre: that of the stored squares]."""
+    cls: bool = False
+    """Also store the CLS token (fp16)."""
+    out: Path | None = None
+    """Directory of the new set [default: IMAGES.features-TEACHER, beside the images]."""
+    run: Run = field(default_factory=RunOptions)
+
+    def __call__(self) -> None:
+        pca_components(self.codec)  # an unknown codec is said at once
+        images, device = open_images(self.images), _device(self.run)
+        teacher = build_teacher(self.teacher, self.weights, self.grid_side).to(device)
+        if self.cls and not teacher.has_cls:
+            raise UserError(f"--cls: the teacher {teacher.name} has no CLS token")
+        views = None if self.views == WHOLE else self._views(images)
+        view_settings = {"views": WHOLE, "resize_ratio": RESIZE_RATIO} if views is None else views.settings
+        own = {"codec": self.codec, "width": teacher.width, "grid_side": teacher.grid_side, "cls": self.cls}
+        made_by = _made_by(images, teacher.name, teacher.identity, {**own, **view_settings})
+        writer = _writer(images, self.out, "features", made_by)
+        prepare = _whole_image if views is None else views.crop
+
+        def features(images_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
+            if views is not None:
+                return teacher.features(images_B3HW)
+            rows, columns = whole_grid(*images_B3HW.shape[-2:], teacher.grid_side)
+            patches_BNC, cls_BC = teacher.features(images_B3HW, (rows, columns))
+            return patches_BNC.unflatten(1, (rows, columns)), cls_BC
+
+        basis = None
+        if pca_components(self.codec) is not None:
+            batches = batches_of(images, _spread(len(images), _BASIS_IMAGES), prepare, 1, self.run.workers)
+            patches = (features(to_device(batch, device))[0] for batch in batches)
+            basis = _shared_basis(writer.directory / BASIS_NAME, self.codec, teacher, patches, len(images)).to(device)
+        codec = codec_named(self.codec, basis)
+
+        def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
+            patches, cls_BC = features(images_B3HW)
+            stored = codec.encode(patches)
+            return {**stored, CLS_TOKEN_EXT: cls_BC.half()} if self.cls and cls_BC is not None else stored
+
+        derivation = Derivation(prepare, encode, lambda _: {}, 0 if views is None else views.count)
+        _derive(images, writer, derivation, device, self.run)
+
+    def _views(self, images: ShardSet) -> Views:
+        side = self.image_side
+        if side is None:
+            if self.views != CENTRE:
+                raise UserError("--image-side: give the tokenizer's image side, so that the crops are the tokens' own")
+            side = stored_square(images)
+        return Views.parse(self.views, side, self.views_seed)
+
+
+@dataclass(frozen=True)
+class FitTeacher:
+    """Fits a teacher that needs no download on the images themselves."""
+
+    kind: tyro.conf.Positional[Literal["patch-pca"]]
+    """patch-pca: whitened PCA of local image patches."""
+    images: tyro.conf.Positional[Path]
+    """Directory of the image set (the training images)."""
+    out: Path
+    """Directory of the teacher; give it to `features --teacher patch-pca --weights`."""
+    grid_side: int = 16
+    """Cells along one side of an image."""
+    pixels_per_cell: int = 8
+    """Images are resized so that a cell has this many pixels along one side."""
+    window: int = 16
+    """Side of the square window of pixels that a cell looks at."""
+    width: int = 64
+    """Features of a cell: the number of principal components."""
+    max_images: int = 10_000
+    """Fit on this many images, spread evenly over the set."""
+
+    def __call__(self) -> None:
+        images = open_images(self.images)
+        samples = _spread(len(images), self.max_images)
+        settings = {name: getattr(self, name) for name in ("grid_side", "pixels_per_cell", "window", "width")}
+        settings["fitted_on"] = f"{len(samples)} images of {images_identity(images.index)}"
+        config = validate(PatchPcaConfig, settings, f"fit-teacher {self.kind}")
+        if (self.out / CONFIG_NAME).exists():
+            if read_config(self.out, PatchPcaConfig, PATCH_PCA) != config:
+                raise UserError(
+                    f"--out: {self.out}: holds a teacher fitted otherwise; give another directory or remove it"
+                )
+            print(f"{self.out}: fitted already, kept")
+            return
+        views = Views.parse(CENTRE, stored_square(images))
+        batches = tqdm(batches_of(images, samples, views.crop, 64, RunOptions.workers), "fit", -(-len(samples) // 64))
+        teacher = PatchPca.fit((to_device(batch, torch.device("cpu")) for batch in batches), config)
+        teacher.save(self.out)
+        print(
+            f"{self.out}: {teacher.name} of width {teacher.width}, fitted on {len(samples)} images, {teacher.identity}"
+        )
+
+
+def _device(options: RunOptions) -> torch.device:
+    options.check()
+    device = distributed.device_of(distributed.read_launch())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _load_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
+    if not path.exists():
+        raise UserError(f"--tokenizer: {path}: no such file or directory")
+    return Tokenizer.load(path, scales) if path.is_dir() else Tokenizer.from_var(path, scales)
+
+
+def _made_by(images: ShardSet, name: str, identity: str, settings: dict[str, Any]) -> MadeBy:
+    return MadeBy(name=name, identity=identity, settings={**settings, "images": images_identity(images.index)})
+
+
+def _writer(images: ShardSet, out: Path | None, kind: Kind, made_by: MadeBy) -> ShardWriter:
+    directory = images.directory.resolve()
+    out = out or directory.with_name(f"{directory.name}.{kind}-{made_by.name}")
+    names = tuple(shard.name for shard in images.index.shards)
+    return ShardWriter(out, Plan(kind=kind, shard_names=names, classes=images.index.classes, made_by=made_by))
+
+
+def _derive(
+    images: ShardSet, writer: ShardWriter, derivation: Derivation, device: torch.device, options: RunOptions
+) -> None:
+    start = time.monotonic()
+    index = derive_set(images, writer, derivation, device, options)
+    if index is None:
+        print(f"{writer.directory}: this part is done; {len(writer.missing())} shards are missing", flush=True)
+        return
+    _report(writer.directory, index, time.monotonic() - start)
+
+
+def _report(directory: Path, index: ShardIndex, seconds: float) -> None:
+    size = sum(shard.bytes for shard in index.shards)
+    print(
+        f"{directory}: {index.num_samples} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB, made by "
+        f"{index.made_by.name} ({index.made_by.identity}) in {seconds:.1f} s",
+        flush=True,
+    )
+
+
+def _whole_image(image: Image.Image, key: str) -> tuple[Pixels, Boxes | None]:
+    return np.asarray(image)[None], None
+
+
+def _spread(size: int, count: int) -> list[int]:
+    """At most `count` sample numbers, evenly over the set."""
+    return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(int)).tolist()
+
+
+def _shared_basis(path: Path, codec: str, teacher: Teacher, patches: Any, num_images: int) -> PcaBasis:
+    """The PCA basis of a set. Of the processes that write the set, the first to fit one decides for all."""
+    components = pca_components(codec)
+    assert components is not None
+    if not path.exists():
+        covariance = RunningCovariance(teacher.width)
+        for features in tqdm(patches, f"PCA to {components}", min(num_images, _BASIS_IMAGES)):
+            covariance.add(features.reshape(-1, teacher.width))
+        mean, basis, _ = covariance.principal_components(components)
+        own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+        PcaBasis(mean, basis, teacher.identity).save(own)
+        try:
+            os.link(own, path)
+        except FileExistsError:
+            pass
+        finally:
+            own.unlink()
+    loaded = PcaBasis.load(path)
+    if loaded.teacher != teacher.identity:
+        raise UserError(f"{path}: fitted on another teacher's features; remove it, or write to another directory")
+    return loaded
+
+
+def main() -> None:
+    commands = (
+        Annotated[Tokens, tyro.conf.subcommand("tokens")]
+        | Annotated[Features, tyro.conf.subcommand("features")]
+        | Annotated[FitTeacher, tyro.conf.subcommand("fit-teacher")]
+    )
+    command = tyro.cli(commands, prog="precompute.py", description=__doc__)
+    try:
+        command()
+    except UserError as error:
+        if not (launch := distributed.read_launch()).is_main:  # each rank has its own shards, and its own trouble
+            print(f"error: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+if __name__ == "__main__":
+    entry.run(main)

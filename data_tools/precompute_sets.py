@@ -1,0 +1,195 @@
+"""Derives a shard set from an image set: a shard for a shard, the same keys in the same order.
+
+Legend: B images of a batch, K views of an image, H and W of a view.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mepa_ds import distributed
+from mepa_ds.data.images import decode_image, image_member
+from mepa_ds.data.index import ShardIndex
+from mepa_ds.data.prefetch import ordered_map
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.views import Boxes
+from mepa_ds.data.writer import Sample, ShardWriter, npy_bytes
+from mepa_ds.errors import UserError
+
+Pixels = npt.NDArray[np.uint8]
+Prepare = Callable[[Image.Image, str], tuple[Pixels, Boxes | None]]
+"""(RGB image, key) -> views (K, H, W, 3) and their boxes, if any."""
+Encode = Callable[[Tensor], dict[str, Tensor]]
+"""Images (B * K, 3, H, W) in [-1, 1] on the device -> arrays (B * K, ...) by extension."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How the work is done; none of it changes what is written, but for rounding."""
+
+    batch_size: int = 64
+    """Pictures (images times views) in a forward pass."""
+    workers: int = min(os.cpu_count() or 1, 16)
+    """Threads that decode images ahead; 0 decodes in between."""
+    num_parts: int = 1
+    """Job array: split the shards into this many parts (under torchrun each part is split over the ranks)..."""
+    part: int = 0
+    """...and write this one (0-based). The part that finishes last writes index.json."""
+
+    def check(self) -> None:
+        for name, value, least in (("batch-size", self.batch_size, 1), ("workers", self.workers, 0)):
+            if value < least:
+                raise UserError(f"--{name}: expected at least {least}, got {value}")
+        if not 0 <= self.part < self.num_parts:
+            raise UserError(f"--part: expected 0 to {self.num_parts - 1}, got {self.part}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, read and cut into views."""
+
+    key: str
+    members: dict[str, bytes]
+    pixels_KHW3: Pixels
+    boxes: Boxes | None
+
+
+def open_images(directory: Path) -> ShardSet:
+    """Raises UserError unless there is a set of images."""
+    images = ShardSet(directory, "images")
+    if images.index.kind != "images":
+        raise UserError(f"images: {directory}: holds {images.index.kind}; give the image set they were made from")
+    if len(images) == 0:
+        raise UserError(f"images: {directory}: the set is empty")
+    return images
+
+
+def images_identity(index: ShardIndex) -> str:
+    """Names the content of an image set by its keys and sizes; the same with or without checksums in the index."""
+    lines = [f"{shard.name} {shard.bytes} {shard.keys_sha256}\n" for shard in index.shards]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def load_item(images: ShardSet, sample: int, prepare: Prepare) -> Item:
+    """Raises DamagedError, naming the shard and key, for an image that cannot be decoded."""
+    key, members = images.read(sample)
+    where = f"images: {images.directory}: sample {key!r}"
+    return Item(key, members, *prepare(decode_image(image_member(members, where)[1], where), key))
+
+
+def stored_square(images: ShardSet) -> int:
+    """The side of the first image; raises UserError unless it is a square."""
+    item = load_item(images, 0, lambda image, _: (np.asarray(image)[None], None))
+    height, width = item.pixels_KHW3.shape[1:3]
+    if height != width:
+        raise UserError(
+            f"images: {images.directory}: the first image is {width} x {height} pixels, no square; say with "
+            "--image-side how large the square is that is cut from each (256, as for VAR's tokens)"
+        )
+    return height
+
+
+def to_device(items: list[Item], device: torch.device) -> Tensor:
+    """(B * K, 3, H, W) float32 in [-1, 1]. Raises UserError for images of different sizes."""
+    shapes = {item.pixels_KHW3.shape for item in items}
+    if len(shapes) > 1:
+        (_, *first, _), (_, *second, _) = sorted(shapes)[:2]
+        raise UserError(
+            f"images of different sizes ({first[0]} x {first[1]} and {second[0]} x {second[1]} pixels) cannot have "
+            "feature maps of one shape; build the image shards with one --image-side, or use other --views"
+        )
+    pixels_NHW3 = torch.from_numpy(np.concatenate([item.pixels_KHW3 for item in items])).to(device)
+    return pixels_NHW3.permute(0, 3, 1, 2).float().mul_(2 / 255).sub_(1)
+
+
+def batches_of(
+    images: ShardSet, samples: Iterable[int], prepare: Prepare, size: int, workers: int
+) -> Iterator[list[Item]]:
+    """The images of these samples in order, `size` at a time, decoded ahead by threads."""
+    items = _items(images, samples, prepare, size, workers)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _items(images: ShardSet, samples: Iterable[int], prepare: Prepare, size: int, workers: int) -> Iterator[Item]:
+    depth = -(-2 * size // max(workers, 1))  # two batches ahead
+    return ordered_map(lambda sample: load_item(images, sample, prepare), samples, workers, depth)
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """What is made of each image."""
+
+    prepare: Prepare
+    encode: Encode
+    extras: Callable[[Item], dict[str, bytes]]
+    """Members beside the encoded arrays: label, boxes."""
+    views: int
+    """K; 0 for a single view that is stored without an axis of views."""
+
+    def samples(self, batch: list[Item], device: torch.device) -> Iterator[Sample]:
+        """The encoded samples of one batch."""
+        try:
+            arrays = {ext: array.cpu() for ext, array in self.encode(to_device(batch, device)).items()}
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of GPU memory with {len(batch)} images at once; use a smaller --batch-size"
+            ) from error
+        for row, item in enumerate(batch):
+            members = {}
+            for ext, array in arrays.items():
+                own = array[row] if self.views == 0 else array[row * self.views : (row + 1) * self.views]
+                members[ext] = npy_bytes(own.numpy())
+            yield item.key, {**members, **self.extras(item)}
+
+
+def derive_set(
+    images: ShardSet, writer: ShardWriter, derivation: Derivation, device: torch.device, options: RunOptions
+) -> ShardIndex | None:
+    """Writes this process's share of a planned set, and the index if the set is then complete.
+
+    Shards that are there already are kept. Batches end with their shard, so that what is written does not depend on
+    which shards those were.
+    """
+    launch = distributed.read_launch()
+    worker, num_workers = options.part * launch.world_size + launch.rank, options.num_parts * launch.world_size
+    names, sizes = writer.plan.shard_names, images.shard_sizes
+    ours = range(worker, len(names), num_workers)
+    todo = [number for number in ours if not writer.is_complete(names[number])]
+    if len(todo) < len(ours):
+        print(f"{writer.directory}: {len(ours) - len(todo)} of {len(ours)} shards are there already, kept", flush=True)
+    starts = np.cumsum([0, *sizes]).tolist()
+    samples = chain.from_iterable(range(starts[number], starts[number + 1]) for number in todo)
+    size = max(options.batch_size // max(derivation.views, 1), 1)
+    items = _items(images, samples, derivation.prepare, size, options.workers)
+    with tqdm(
+        total=sum(sizes[number] for number in todo),
+        desc=writer.directory.name,
+        unit="img",
+        disable=not launch.is_main or not todo,
+    ) as progress:
+        for number in todo:
+            shard = _shard_samples(islice(items, sizes[number]), derivation, device, size, progress)
+            writer.write_shard(names[number], shard)
+    return writer.finish()
+
+
+def _shard_samples(
+    items: Iterator[Item], derivation: Derivation, device: torch.device, size: int, progress: tqdm[Any]
+) -> Iterator[Sample]:
+    while batch := list(islice(items, size)):
+        yield from derivation.samples(batch, device)
+        progress.update(len(batch))
