@@ -7,6 +7,7 @@ more than the copy (page faults: 3 GB/s against 7 GB/s measured), hence the pool
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TaskT = TypeVar("TaskT")
@@ -49,7 +51,7 @@ class BufferPool:
 
     def __init__(self, pinned: bool = False):
         self._pinned = pinned
-        self._free: dict[int, list[Tensor]] = {}
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor."""
@@ -57,8 +59,15 @@ class BufferPool:
             return torch.empty(shape, dtype=dtype, pin_memory=True)
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         free = self._free.setdefault(num_bytes, [])
-        memory = free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8)
+        memory = free.pop() if free else _allocate(num_bytes)
         # Tensors made by from_numpy keep this array alive, whatever views are taken of them.
-        lease = memory.numpy().view()
+        lease = memory.view()
         weakref.finalize(lease, free.append, memory)
         return torch.from_numpy(lease).view(dtype).reshape(shape)
+
+
+def _allocate(num_bytes: int) -> NDArray[np.uint8]:
+    memory = mmap.mmap(-1, max(num_bytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: fewer, larger pages copy faster
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)[:num_bytes]

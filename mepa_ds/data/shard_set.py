@@ -50,6 +50,7 @@ class ShardSet:
             self.index = self._scan()
         else:
             self.index = ShardIndex.read(directory, what)
+        self._paths = [str(directory / shard.name) for shard in self.index.shards]
         self._starts = np.cumsum([0] + [shard.num_samples for shard in self.index.shards], dtype=np.int64)
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
         self._npy_headers: dict[str, bytes] = {}
@@ -66,7 +67,7 @@ class ShardSet:
 
     @property
     def shard_paths(self) -> list[Path]:
-        return [self.directory / shard.name for shard in self.index.shards]
+        return [Path(path) for path in self._paths]
 
     def _scan(self) -> ShardIndex:
         """An index of tars that came without one."""
@@ -89,9 +90,9 @@ class ShardSet:
     def table(self, shard: int) -> SampleTable:
         """The keys and offsets of a shard, read when first asked for."""
         if shard not in self._tables:
-            path = self.directory / self.index.shards[shard].name
+            path = self._paths[shard]
             try:
-                table = read_table(path)
+                table = read_table(Path(path))
             except (OSError, ValueError, KeyError) as error:
                 raise DamagedError(f"{self.what}: {path}: its offsets cannot be read: {error}; {_REMEDY}") from error
             if len(table) != self.index.shards[shard].num_samples:
@@ -145,10 +146,11 @@ class ShardSet:
             view = 0 if views is None else int(views[number])
             if size == len(expected) + num_views * row_bytes:
                 if view == 0:
-                    self._read_into([scratch, rows_out[number]], shard, offset, row)
+                    self._read_into([scratch, rows_out[number]], len(expected) + row_bytes, shard, offset, row)
                 else:
-                    self._read_into([scratch], shard, offset, row)
-                    self._read_into([rows_out[number]], shard, offset + len(expected) + view * row_bytes, row)
+                    self._read_into([scratch], len(expected), shard, offset, row)
+                    start = offset + len(expected) + view * row_bytes
+                    self._read_into([rows_out[number]], row_bytes, shard, start, row)
                 if scratch == expected:
                     continue
             data = self._read_other_npy(shard, row, column, member)
@@ -171,13 +173,13 @@ class ShardSet:
         return [bytes(self.table(shard).keys_N[row]) for shard, row in zip(*self.locate(samples), strict=True)]
 
     def _where(self, shard: int, row: int) -> str:
-        return f"{self.what}: {self.directory / self.index.shards[shard].name}: sample {self.table(shard).key(row)!r}"
+        return f"{self.what}: {self._paths[shard]}: sample {self.table(shard).key(row)!r}"
 
     def _column(self, table: SampleTable, extension: str, shard: int) -> int:
         try:
             return table.extensions.index(extension)
         except ValueError:
-            path = self.directory / self.index.shards[shard].name
+            path = self._paths[shard]
             raise DamagedError(f"{self.what}: {path}: has no members .{extension}; {_REMEDY}") from None
 
     def _npy_header(self, extension: str, member: Member) -> bytes:
@@ -208,29 +210,27 @@ class ShardSet:
         table = self.table(shard)
         data = bytearray(max(int(table.sizes_NM[row, column]), 0))
         if data:
-            self._read_into([data], shard, int(table.offsets_NM[row, column]), row)
+            self._read_into([data], len(data), shard, int(table.offsets_NM[row, column]), row)
         return bytes(data)
 
-    def _read_into(self, buffers: list[Any], shard: int, offset: int, row: int) -> None:
-        path = self.directory / self.index.shards[shard].name
+    def _read_into(self, buffers: list[Any], size: int, shard: int, offset: int, row: int) -> None:
         try:
-            file = self._open(shard, path)  # held while reading: another thread may drop it from the cache
+            file = self._files.get(shard) or self._open(shard)  # held while reading: another thread may drop it
             done = os.preadv(file.descriptor, buffers, offset)
         except OSError as error:
             raise DamagedError(f"{self._where(shard, row)}: cannot be read: {error.strerror}; {_REMEDY}") from error
-        if done != sum(len(buffer) for buffer in buffers):
+        if done != size:
             raise DamagedError(f"{self._where(shard, row)}: the shard ends inside it; {_REMEDY}")
 
-    def _open(self, shard: int, path: Path) -> _OpenFile:
-        file = self._files.get(shard)
-        if file is None:
-            file = _OpenFile(path)
-            actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
-            if actual != expected:
-                raise DamagedError(f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {_REMEDY}")
-            self._files[shard] = file
-            while len(self._files) > _max_open_files():
-                self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
+    def _open(self, shard: int) -> _OpenFile:
+        path = self._paths[shard]
+        file = _OpenFile(path)
+        actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
+        if actual != expected:
+            raise DamagedError(f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {_REMEDY}")
+        self._files[shard] = file
+        while len(self._files) > _max_open_files():
+            self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
         return file
 
 
@@ -238,7 +238,7 @@ _REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it i
 
 
 class _OpenFile:
-    def __init__(self, path: Path):
+    def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:

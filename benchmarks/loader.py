@@ -1,0 +1,235 @@
+"""Speed of the loader: samples/s and bytes/s of one worker, against plain webdataset and `cat` on the same files.
+
+    python benchmarks/loader.py [--json FILE] [--samples 3000]
+
+Makes shards in a temporary directory (tokens as VAR's, features of 256 x 768 by codec, JPEG images of 500 x 375),
+reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, the loader
+with one worker. The best of the rounds counts, for each alike. A batch of ours is ready for the model: joined,
+checked, in tensors; features are dequantised on the device, which is timed apart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+import webdataset as wds
+from PIL import Image
+
+from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
+from mepa_ds.data.images import fit_image, image_batches
+from mepa_ds.data.index import Kind, MadeBy
+from mepa_ds.data.training import training_batches
+from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
+
+NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
+CODECS = ("int8", "fp16", "pca256-int8")
+
+
+@dataclass(frozen=True)
+class Options:
+    samples: int = 3000
+    """Samples of the token and feature sets."""
+    images: int = 600
+    rounds: int = 5
+    directory: Path | None = None
+    """Where to put the shards; a temporary directory by default."""
+    json: Path | None = None
+    """Write the numbers to this file."""
+
+
+@dataclass
+class Row:
+    """One kind of shards, read in three ways."""
+
+    name: str
+    samples: int
+    total_bytes: int
+    seconds: dict[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        rates = {name: self.samples / seconds for name, seconds in self.seconds.items()}
+        return {
+            "name": self.name,
+            "samples_per_second": {name: round(rate) for name, rate in rates.items()},
+            "bytes_per_second": {name: round(self.total_bytes / seconds) for name, seconds in self.seconds.items()},
+            "loader_over_webdataset": round(rates["loader"] / rates["webdataset"], 2),
+            "loader_over_cat": round(rates["loader"] / rates["cat"], 3),
+        }
+
+
+def write_set(
+    directory: Path, kind: Kind, num: int, members: Callable[[int], dict[str, bytes]], **settings: Any
+) -> None:
+    per_shard = num // NUM_SHARDS
+    names = tuple(shard_name(number) for number in range(NUM_SHARDS))
+    plan = Plan(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings=settings))
+    writer = ShardWriter(directory, plan)
+    for shard, name in enumerate(names):
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        samples: Iterator[Sample] = ((f"{number:09d}", members(number)) for number in numbers)
+        if not writer.is_complete(name):
+            writer.write_shard(name, samples)
+    writer.finish()
+
+
+def make_shards(root: Path, options: Options) -> None:
+    rng = np.random.default_rng(0)
+
+    def tokens(number: int) -> dict[str, bytes]:
+        codes = rng.integers(0, 4096, NUM_TOKENS).astype(np.uint16)
+        return {"tokens.npy": npy_bytes(codes), "cls": str(number % 1000).encode()}
+
+    def photo(number: int) -> dict[str, bytes]:
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        image = np.asarray(Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC), np.int16)
+        noisy = (image + rng.integers(-12, 13, image.shape)).clip(0, 255).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+        return {"jpg": buffer.getvalue(), "cls": str(number % 1000).encode()}
+
+    write_set(root / "tokens", "tokens", options.samples, tokens, scales=[1], codebook_size=4096)
+    write_set(root / "images", "images", options.images, photo)
+    for name in CODECS:
+        components = pca_components(name)
+        basis = None
+        if components is not None:
+            rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+            basis = PcaBasis(torch.zeros(WIDTH), rotation[:components].contiguous(), "random")
+            basis.save(root / name / BASIS_NAME)
+        codec = codec_named(name, basis)
+
+        def features(number: int, codec: Any = codec) -> dict[str, bytes]:
+            values = torch.from_numpy(rng.standard_normal((NUM_PATCHES, WIDTH), dtype=np.float32))
+            return {extension: npy_bytes(array.numpy()) for extension, array in codec.encode(values).items()}
+
+        write_set(root / name, "features", options.samples, features, codec=name, width=WIDTH)
+
+
+def shards_of(directory: Path) -> list[str]:
+    return sorted(str(path) for path in directory.glob("*.tar"))
+
+
+def cat(directories: list[Path]) -> None:
+    files = [name for directory in directories for name in shards_of(directory)]
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+
+
+def plain(directory: Path, *decoders: Any) -> Any:
+    return wds.WebDataset(shards_of(directory), shardshuffle=False, empty_check=False).shuffle(200).decode(*decoders)
+
+
+def drain(iterator: Iterator[Any]) -> None:
+    for _ in iterator:
+        pass
+
+
+class LoaderRun:
+    """A running loader, asked for an epoch at a time, as training does."""
+
+    def __init__(self, batches: Iterator[Any], samples: int):
+        self._batches, self._steps = batches, samples // BATCH
+        self.samples = self._steps * BATCH
+        for _ in range(4):
+            next(batches)
+
+    def __call__(self) -> None:
+        for _ in range(self._steps):
+            next(self._batches)
+
+
+def measure(name: str, directories: list[Path], ways: dict[str, Callable[[], None]], samples: int, rounds: int) -> Row:
+    """Best seconds of each way for `samples` samples; the ways take turns, so that a busy machine hits all alike."""
+    total_bytes = sum(Path(file).stat().st_size for directory in directories for file in shards_of(directory))
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(rounds):
+        for way, run in ways.items():
+            start = time.perf_counter()
+            run()
+            elapsed = time.perf_counter() - start
+            if isinstance(run, LoaderRun):
+                elapsed *= samples / run.samples
+            seconds[way] = min(seconds[way], elapsed)
+    return Row(name, samples, total_bytes, seconds)
+
+
+def measure_precomputed(root: Path, codec: str | None, options: Options) -> Row:
+    tokens, features = root / "tokens", None if codec is None else root / codec
+    directories = [tokens] if features is None else [tokens, features]
+    loader = training_batches(tokens, features, global_batch=BATCH, seed=0, num_workers=1)
+
+    def webdataset() -> None:
+        drain(zip(*(plain(directory) for directory in directories), strict=True))
+
+    ways = {"cat": lambda: cat(directories), "webdataset": webdataset, "loader": LoaderRun(loader, options.samples)}
+    name = "tokens" if codec is None else f"tokens + features {codec}"
+    return measure(name, directories, ways, options.samples, options.rounds)
+
+
+def decode_like_the_loader(sample: dict[str, Any]) -> np.ndarray[Any, Any]:
+    return np.asarray(fit_image(sample["jpg"], 256, (0.3, 0.7))).transpose(2, 0, 1).copy()
+
+
+def measure_images(root: Path, options: Options) -> Row:
+    directory = root / "images"
+    loader = image_batches(directory, batch_size=BATCH, image_side=256, num_workers=1)
+    ways = {
+        "cat": lambda: cat([directory]),
+        "webdataset": lambda: drain(plain(directory, "pil").map(decode_like_the_loader)),
+        "loader": LoaderRun(loader, options.images),
+    }
+    return measure("images, JPEG 500 x 375 to 256", [directory], ways, options.images, min(options.rounds, 3))
+
+
+def dequantise_rate(root: Path) -> dict[str, float]:
+    """Samples a second that one CPU thread dequantises; on a GPU this is a fraction of a millisecond a batch."""
+    rates = {}
+    for codec in CODECS:
+        batch = next(training_batches(root / "tokens", root / codec, global_batch=BATCH, seed=0))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert batch.features_BNC is not None
+            times.append(time.perf_counter() - start)
+        rates[codec] = round(BATCH / min(times))
+    return rates
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = options.directory or Path(temporary)
+        make_shards(root, options)
+        rows = [measure_precomputed(root, codec, options) for codec in (None, *CODECS)]
+        rows.append(measure_images(root, options))
+        result = {
+            "rows": [row.summary() for row in rows],
+            "features_dequantised_per_second_cpu": dequantise_rate(root),
+            "torch": torch.__version__,
+            "webdataset": wds.__version__,
+        }
+    for row in rows:
+        summary = row.summary()
+        rates = summary["samples_per_second"]
+        print(
+            f"{row.name:32s} loader {rates['loader']:7d}/s {summary['bytes_per_second']['loader'] / 1e9:5.2f} GB/s   "
+            f"webdataset {rates['webdataset']:6d}/s   ratio {summary['loader_over_webdataset']:6.2f}   "
+            f"of cat {summary['loader_over_cat']:.2f}"
+        )
+    print("dequantised on one CPU thread, samples/s:", result["features_dequantised_per_second_cpu"])
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
