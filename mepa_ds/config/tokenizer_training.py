@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
-from mepa_ds.config.pretrain import TrainConfig
+from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -48,8 +48,8 @@ class AdversarialConfig(Section):
     """Also scale it so that its gradient at the decoder's last layer is as large as the reconstruction's."""
     start_step: Annotated[int, Field(ge=0)] = 0
     """Step from which the discriminator trains and counts."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """The discriminator's peak learning rate."""
+    lr_factor: Annotated[float, Field(gt=0)] = 1.0
+    """The discriminator's learning rate as a multiple of the tokenizer's."""
     channels: PositiveInt = 64
     """Width of its first convolution."""
     num_layers: PositiveInt = 3
@@ -94,19 +94,13 @@ class CodebookConfig(Section):
     """Scales that such a sample uses at least; 3 means that the 4th is the first that may be left out."""
 
 
-class TokenizerOptimConfig(Section):
-    """AdamW, cosine schedule."""
+class TokenizerOptimConfig(OptimConfig):
+    """AdamW; the keys are pretraining's, with other defaults."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    """Adam's decay rates, also the discriminator's."""
     weight_decay: NonNegative = 0.0
-    """Decay of every parameter."""
-    warmup: Fraction = 0.02
-    """Share of all steps with a linearly growing rate."""
-    final_lr: Fraction = 0.1
-    """Rate of the last step as a share of the peak, reached by a cosine; 1: constant."""
+    """Decay of matrices; biases, norms and the codebook have none."""
+    schedule: Literal["lin0", "cosine", "constant"] = "cosine"
+    """After the warm-up. lin0: flat for 5 %, then linear to final_lr; cosine; constant."""
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest global gradient norm; null: no clipping."""
 

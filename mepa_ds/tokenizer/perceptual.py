@@ -1,0 +1,42 @@
+"""LPIPS (arXiv 1801.03924) from the `lpips` package, with the backbone's weights from a local file."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from mepa_ds.errors import UserError
+from mepa_ds.weights import load_strict, read_state_dict
+
+
+def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Module:
+    """A frozen module of two batches of images (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1).
+
+    LPIPS's own linear weights ship with the package; `backbone_weights` is torchvision's vgg16 or alexnet.
+
+    Raises:
+        UserError: the package is not installed, or the weights cannot be read or are another network's.
+    """
+    try:
+        import lpips  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise UserError(
+            "loss.perceptual needs the package lpips: pip install 'mepa_ds[perceptual]', or set loss.perceptual: null"
+        ) from error
+    with warnings.catch_warnings():  # lpips calls torchvision in a way that is being retired
+        warnings.simplefilter("ignore", UserWarning)
+        # pnet_rand: build the backbone without downloading; its weights come next.
+        module = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+    state = read_state_dict(backbone_weights, prefix="features.")
+    load_strict(module.net, _by_slice(module.net, state), f"loss.perceptual.backbone_weights: {backbone_weights}")
+    return module.requires_grad_(False).eval()
+
+
+def _by_slice(backbone: nn.Module, state: dict) -> dict:
+    """torchvision's `features.N.weight` under the names of lpips, which cuts the features into `sliceM.N.weight`."""
+    ours = {re.sub(r"slice\d+\.", "features.", name): name for name in backbone.state_dict()}
+    return {ours.get(name, name): tensor for name, tensor in state.items()}

@@ -1,0 +1,178 @@
+"""The tokenizer's training: resume, ranks, micro-batches, and what users get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from mepa_ds import distributed
+from mepa_ds.errors import UserError
+from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
+from mepa_ds.metrics import read_metrics
+from mepa_ds.tokenizer import Tokenizer
+from tests.tiny_run import launch
+from tests.tokenizer import training_run as tiny
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left() -> Iterator[None]:
+    yield
+    distributed.stop()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.make_data(tmp_path)
+    return tmp_path
+
+
+def records(run: Path, event: str) -> list[dict[str, Any]]:
+    found = [record for record in read_metrics(run / "metrics.jsonl") if record["event"] == event]
+    for record in found:
+        del record["event"]
+        record.pop("images_per_second", None)
+        for number, share in enumerate(record.pop("usage_by_scale")):
+            record[f"usage_of_scale_{number}"] = share
+    return found
+
+
+def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
+    """Weights, logged losses and usage of two runs agree, after optimizer steps of size 1e-3."""
+    states = [Tokenizer.load(run).state_dict() for run in (left, right)]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for event in ("train", "heldout"):
+        ours, theirs = records(left, event), records(right, event)
+        assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert a == pytest.approx(b, rel=20 * tolerance, abs=tolerance) if tolerance else a == b
+
+
+def test_a_run_learns_and_leaves_what_it_says(folder: Path) -> None:
+    tiny.train(folder, "train.steps=40", "codebook.dropout=0.0", "log.evaluate_every=20")
+    run = folder / "run"
+    losses = [record["reconstruction"] for record in records(run, "train")]
+    assert losses[-1] < 0.3 * losses[0]
+    first, last = records(run, "heldout")
+    assert last["psnr"] > first["psnr"] - 0.5
+    assert last["num_images"] == 7
+    assert 0 < last["usage"] <= 1
+    tokenizer = Tokenizer.load(run)
+    images = torch.zeros(1, 3, 8, 8)
+    assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape
+    assert Image.open(run / "reconstructions.png").size == (7 * 8, 2 * 8)
+    assert (run / "reconstructions" / "step-00000020.png").exists()
+    assert tiny.TokenizerTrainingConfig.model_validate_json(
+        torch.load(run / "checkpoint.pt", weights_only=True)["config"]
+    ) == tiny.config(folder, "train.steps=40", "codebook.dropout=0.0", "log.evaluate_every=20")
+
+
+@pytest.mark.parametrize("adversarial", ["null", tiny.ADVERSARIAL])
+def test_resume_equals_an_uninterrupted_run(
+    folder: Path, adversarial: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"loss.adversarial={adversarial}", "train.steps=8"]
+    tiny.train(folder, *settings, f"output_dir={folder / 'whole'}")
+    step = TokenizerTrainer.step
+
+    def killed_at_five(self: TokenizerTrainer, batches: Any) -> None:
+        if self.step_index == 5:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    monkeypatch.setattr(TokenizerTrainer, "step", killed_at_five)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.train(folder, *settings)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        Tokenizer.load(folder / "run")
+    monkeypatch.setattr(TokenizerTrainer, "step", step)
+    tiny.train(folder, *settings)
+    assert "resuming" in capsys.readouterr().out
+    assert_same_run(folder / "run", folder / "whole", tolerance=0)
+
+    tiny.train(folder, *settings)
+    assert "is finished (8 steps); nothing to do" in capsys.readouterr().out
+
+
+def test_two_ranks_equal_one(folder: Path) -> None:
+    """Dropout, revival, the data-driven codebook and the adversary included; started as users start it."""
+    settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
+    tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
+    script = tiny.write_script(folder)
+    result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=script)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
+
+
+def test_micro_batches_equal_one_batch(folder: Path) -> None:
+    settings = ["optim.base_lr=0.003"]
+    tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
+    tiny.train(folder, *settings, "train.accumulation=4")
+    assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
+
+
+def test_bf16_trains(folder: Path) -> None:
+    tiny.train(folder, "precision=bf16", "train.steps=30", f"loss.adversarial={tiny.ADVERSARIAL}")
+    losses = [record["reconstruction"] for record in records(folder / "run", "train")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_start_from_a_saved_tokenizer(folder: Path) -> None:
+    tiny.train(folder)
+    tiny.train(folder, f"start_from={folder / 'run'}", f"output_dir={folder / 'more'}", "optim.base_lr=1e-9")
+    before, after = Tokenizer.load(folder / "run"), Tokenizer.load(folder / "more")
+    # nothing was drawn anew, not even the codebook; codes that died were revived
+    torch.testing.assert_close(after.decoder.conv_out.weight, before.decoder.conv_out.weight, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"start_from: .*run: .* of another shape: .*conv"):
+        tiny.train(folder, f"start_from={folder / 'run'}", f"output_dir={folder / 'x'}", "tokenizer.channels=64")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("loss.comitment=1.0", r"loss\.comitment: unknown key; did you mean 'commitment'"),
+            ("tokenizer.channels=48", "channels must be a multiple of 32"),
+            ("tokenizer.scales=[1, 2, 2]", "sides must grow"),
+            ("train.global_batch=10", "must be a multiple of 1 ranks x train.accumulation"),
+            ("data.images=nowhere", r"data\.images: nowhere: no such directory"),
+            ("data.heldout_images=nowhere", r"data\.heldout_images: nowhere: no such directory"),
+            ("loss.adversarial={}", "needs images of at least 24 pixels, but the tokenizer makes 8; use fewer layers"),
+            ("loss.adversarial.channels=48", "channels must be a multiple of 32"),
+            ("codebook.dropout_from=3", r"dropout_from \(3\) must be below the number of scales \(3\)"),
+            ("start_from=nowhere.pth", r"nowhere\.pth: cannot read the weights"),
+            ("loss.perceptual={backbone_weights: nowhere.pth}", r"nowhere\.pth: cannot read the weights|pip install"),
+        ],
+    )
+    def test_recipe(self, folder: Path, override: str, message: str) -> None:
+        extra = ["train.accumulation=4"] if "global_batch" in override else []
+        with pytest.raises(UserError, match=message):
+            tiny.train(folder, override, *extra)
+        assert not (folder / "run").exists()
+
+    def test_another_recipe_in_the_same_directory(self, folder: Path) -> None:
+        tiny.train(folder)
+        with pytest.raises(UserError, match=r"made by another recipe: codebook, train\.global_batch changed"):
+            tiny.train(folder, "codebook.dropout=0.0", "train.global_batch=4")
+
+    def test_a_damaged_checkpoint(self, folder: Path) -> None:
+        tiny.train(folder)
+        path = folder / "run" / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint .*remove it"):
+            tiny.train(folder)
+
+    def test_exit_status_and_help(self, folder: Path) -> None:
+        script, path = tiny.write_script(folder), tiny.write_recipe(folder, "train.global_batch=9")
+        result = launch([str(path)], ranks=2, script=script)
+        assert result.returncode != 0
+        assert result.stderr.count("error: train.global_batch (9) must be a multiple of 2 ranks") == 1
+        assert "mepa_ds/loops" not in result.stderr  # torchrun shows a traceback, but not ours
+        text = launch(["--help"], script=script).stdout
+        assert "codebook.revive_every" in text
+        assert "loss.perceptual.backbone_weights" in text
