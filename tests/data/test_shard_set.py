@@ -1,0 +1,147 @@
+"""Random access to shards, and what it says about damaged ones."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mepa_ds.data import shard_set
+from mepa_ds.data.index import INDEX_NAME, table_path
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.writer import npy_bytes
+from mepa_ds.errors import UserError
+from tests.data.shard_fixtures import features_of, make_set, sample_of, tokens_of
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> ShardSet:
+    make_set(tmp_path / "tokens", "tokens", [4, 0, 3])
+    return ShardSet(tmp_path / "tokens", "data.tokens")
+
+
+def test_samples_by_number(tokens: ShardSet) -> None:
+    assert len(tokens) == 7
+    for number in range(7):
+        key, members = sample_of("tokens", number)
+        assert tokens.read(number) == (key, members)
+        assert tokens.key(number) == key
+    with pytest.raises(IndexError):
+        tokens.read(7)
+
+
+def test_arrays_and_labels_in_any_order(tokens: ShardSet) -> None:
+    samples = np.array([6, 0, 3, 0])
+    out = np.empty((4, 5), np.uint16)
+    tokens.read_arrays(samples, "tokens.npy", out)
+    np.testing.assert_array_equal(out, [tokens_of(number) for number in samples])
+    assert tokens.read_labels(samples).tolist() == [1, 0, 3, 0]
+    assert tokens.keys(samples) == [b"000000006", b"000000000", b"000000003", b"000000000"]
+
+
+def test_one_view_of_several(tmp_path: Path) -> None:
+    make_set(tmp_path, "features", [5])
+    features, out = ShardSet(tmp_path), np.empty((3, 6), np.int8)
+    samples, rows = np.array([4, 1, 2]), np.array([0, 3, 1])
+    features.read_arrays(samples, "features.npy", out, views=rows)
+    np.testing.assert_array_equal(out, [features_of(int(s))[r] for s, r in zip(samples, rows, strict=True)])
+
+
+def test_pickles_and_forgets_its_files(tokens: ShardSet) -> None:
+    tokens.read(0)
+    assert pickle.loads(pickle.dumps(tokens)).read(5) == tokens.read(5)
+
+
+def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_set, "_max_open_files", lambda: 2)
+    make_set(tmp_path, "tokens", [1] * 6)
+    shards = ShardSet(tmp_path)
+    for number in [*range(6), *range(6)]:
+        assert shards.read(number)[0] == f"{number:09d}"
+    assert len(shards._files) == 2
+
+
+def test_a_set_without_stored_offsets_is_read_alike(tmp_path: Path) -> None:
+    make_set(tmp_path, "tokens", [4])
+    table_path(tmp_path / "shard-000000.tar").unlink()
+    assert ShardSet(tmp_path).read(2) == sample_of("tokens", 2)
+
+
+def test_arrays_that_another_writer_laid_out(tmp_path: Path) -> None:
+    """A version 2.0 .npy header is longer than ours."""
+    make_set(tmp_path, "tokens", [1])
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, tokens_of(3), version=(2, 0))
+    with tarfile.open(tmp_path / "shard-000000.tar", "w") as tar:
+        for name, data in (("000000000.tokens.npy", buffer.getvalue()), ("000000000.cls", b"3")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    table_path(tmp_path / "shard-000000.tar").unlink()
+    out = np.empty((1, 5), np.uint16)
+    ShardSet(tmp_path).read_arrays(np.array([0]), "tokens.npy", out)
+    np.testing.assert_array_equal(out[0], tokens_of(3))
+
+
+def test_a_file_cut_short_while_open_is_an_error_not_a_crash(tokens: ShardSet) -> None:
+    tokens.read(0)
+    path = tokens.shard_paths[0]
+    with open(path, "r+b") as file:
+        file.truncate(2000)
+    with pytest.raises(DamagedError, match=r"shard-000000\.tar: sample '000000003': the shard ends inside it"):
+        tokens.read(3)
+
+
+@pytest.mark.parametrize("action", ["truncate", "remove", "other array", "other table"])
+def test_damage_is_named(tokens: ShardSet, action: str) -> None:
+    path, out = tokens.shard_paths[0], np.empty((1, 5), np.uint16)
+    content = path.read_bytes()
+    if action == "truncate":
+        path.write_bytes(content[:5000])
+        message = "has 5000 bytes, the index says 10240"
+    elif action == "remove":
+        path.unlink()
+        message = "No such file"
+    elif action == "other array":
+        path.write_bytes(content.replace(npy_bytes(tokens_of(1))[:128], npy_bytes(np.zeros(5, np.int16))[:128]))
+        message = r"sample '000000000': \.tokens\.npy holds int16 \(5,\), expected uint16"
+    else:
+        make_set(path.parent.parent / "other", "tokens", [3])
+        table_path(path).write_bytes(table_path(path.parent.parent / "other" / path.name).read_bytes())
+        message = "has 3 samples, the index says 4"
+    with pytest.raises(DamagedError, match=message):
+        tokens.read_arrays(np.array([0]), "tokens.npy", out)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(b"5", "label 5 is out of range"), (b"x", "is no number"), (b"", "is no number")]
+)
+def test_labels_are_checked(tmp_path: Path, label: bytes, message: str) -> None:
+    make_set(tmp_path, "tokens", [1])
+    path = tmp_path / "shard-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("000000000.cls")
+        info.size = len(label)
+        tar.addfile(info, io.BytesIO(label))
+    table_path(path).unlink()
+    with pytest.raises(DamagedError, match=f"sample '000000000': .*{message}"):
+        ShardSet(tmp_path).read_labels(np.array([0]))
+
+
+def test_a_missing_set_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.tokens: .*nowhere: no such directory"):
+        ShardSet(tmp_path / "nowhere", "data.tokens")
+    with pytest.raises(UserError, match=r"data\.tokens: .*: no index\.json there"):
+        ShardSet(tmp_path, "data.tokens")
+    (tmp_path / INDEX_NAME).write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        ShardSet(tmp_path)
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"kind": "images", "shards": [], "members": {}, "extra": 1}))
+    with pytest.raises(UserError, match="made_by: required"):
+        ShardSet(tmp_path)
