@@ -80,7 +80,7 @@ class Tokens:
         config = tokenizer.config
         views = Views.parse(self.views, config.image_side, self.views_seed)
         settings = {"scales": list(config.scales), "codebook_size": config.codebook_size, **views.settings}
-        made_by = _made_by(images, self.tokenizer.stem, tokenizer.identity, settings)
+        made_by = _made_by(images, _name_of(self.tokenizer), tokenizer.identity, settings)
         dtype = torch.uint16 if config.codebook_size <= 2**16 else torch.int32
 
         def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
@@ -123,6 +123,7 @@ class Features:
     def __call__(self) -> None:
         pca_components(self.codec)  # an unknown codec is said at once
         images, device = open_images(self.images), _device(self.run)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs: the mantissa of fp16, finer than int8's steps
         teacher = build_teacher(self.teacher, self.weights, self.grid_side).to(device)
         if self.cls and not teacher.has_cls:
             raise UserError(f"--cls: the teacher {teacher.name} has no CLS token")
@@ -136,7 +137,7 @@ class Features:
         def features(images_B3HW: Tensor) -> tuple[Tensor, Tensor | None]:
             if views is not None:
                 return teacher.features(images_B3HW)
-            rows, columns = whole_grid(*images_B3HW.shape[-2:], teacher.grid_side)
+            rows, columns = whole_grid(images_B3HW.shape[-2], images_B3HW.shape[-1], teacher.grid_side)
             patches_BNC, cls_BC = teacher.features(images_B3HW, (rows, columns))
             return patches_BNC.unflatten(1, (rows, columns)), cls_BC
 
@@ -219,6 +220,10 @@ def _load_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     if not path.exists():
         raise UserError(f"--tokenizer: {path}: no such file or directory")
     return Tokenizer.load(path, scales) if path.is_dir() else Tokenizer.from_var(path, scales)
+
+
+def _name_of(path: Path) -> str:
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _made_by(images: ShardSet, name: str, identity: str, settings: dict[str, Any]) -> MadeBy:

@@ -23,8 +23,9 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, SCALE_EXT, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.index import MadeBy, ShardIndex
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.training import training_batches
 from mepa_ds.data.training_sets import open_training_sets
-from mepa_ds.data.views import BOX_EXT, Views
+from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
 from mepa_ds.data.writer import Plan, ShardWriter
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import PatchPca
@@ -166,6 +167,39 @@ def test_features_of_whole_images(tmp_path: Path, teacher: Path) -> None:
     decoded = decoder(torch.from_numpy(array(members[FEATURES_EXT])), torch.from_numpy(array(members[SCALE_EXT])))
     expected = PatchPca.load(teacher).patch_features(as_tensor(picture(3, 20, 28)), (rows, columns))[0]
     assert torch.nn.functional.cosine_similarity(decoded.flatten(0, 1), expected, dim=-1).mean() > 0.999
+
+
+@pytest.mark.parametrize("feature_views", ["random:3", "whole"])
+def test_the_loader_pairs_a_view_s_tokens_with_its_features(
+    tmp_path: Path, tokenizer: Path, teacher: Path, feature_views: str
+) -> None:
+    """Over a few epochs: each batch's tokens are those of one crop, its features those of the same crop."""
+    images = write_images(tmp_path / "images", height=20, width=28)
+    tokens, features = tmp_path / "tokens", tmp_path / "features"
+    Tokens(images, tokenizer, views="random:3", out=tokens, run=RUN)()
+    side = None if feature_views == "whole" else SIDE
+    arguments: dict[str, Any] = {"views": feature_views, "image_side": side, "out": features, "run": RUN}
+    Features(images, "patch-pca", str(teacher), **arguments)()
+    encoder, reference, views = Tokenizer.load(tokenizer), PatchPca.load(teacher), Views.parse("random:3", SIDE)
+    seen = set()
+    for _, batch in zip(range(12), training_batches(tokens, features, global_batch=6, seed=3), strict=False):
+        features_BNC = batch.features_BNC
+        assert features_BNC is not None
+        for key, tokens_L, features_NC in zip(batch.keys, batch.tokens_BL, features_BNC, strict=True):
+            image = picture(int(key[1:]), 20, 28)
+            crops, boxes = views.crop(image, key)
+            codes = [encoder.encode(as_tensor(crop))[0] for crop in crops]
+            matching = [view for view in range(3) if torch.equal(codes[view], tokens_L)]
+            assert matching, f"{key}: the tokens are of no view"
+            if feature_views == "whole":
+                whole = reference.patch_features(as_tensor(image), (4, 6)).unflatten(1, (4, 6))
+                choices = sample_boxes(whole.expand(3, -1, -1, -1), torch.from_numpy(boxes), 4)
+            else:
+                choices = torch.cat([reference.patch_features(as_tensor(crop)) for crop in crops])
+            cosines = torch.nn.functional.cosine_similarity(choices, features_NC[None], dim=-1).mean(dim=1)
+            assert any(cosines[view] > 0.999 for view in matching)
+            seen.add((key, matching[0]))
+    assert len({view for _, view in seen}) == 3
 
 
 def test_parts_of_a_job_array_make_the_same_set(images: Path, tokenizer: Path, capsys: Any) -> None:
