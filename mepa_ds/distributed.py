@@ -57,9 +57,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
     if not dist.is_initialized():
         store = dist.HashStore() if launch.world_size == 1 else None
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store
-        )
+        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store)
     return device
 
 

@@ -112,9 +112,7 @@ def keep_top(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 class _CodeDraw:
     """Draws one code for each position."""
 
-    def __init__(
-        self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float
-    ):
+    def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float):
         self._seed, self._index_B, self._generator = seed, index_B, generator
         self._top_k, self._top_p = top_k, top_p
 
@@ -153,9 +151,7 @@ class _SmoothDraw:
         return weights @ codebook_VZ
 
 
-def _check(
-    model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rng: str, batch_size: int | None
-) -> None:
+def _check(model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rng: str, batch_size: int | None) -> None:
     last = model.config.num_classes - 1
     outside = sorted({int(label) for label in labels.tolist() if not 0 <= label <= last})
     if outside:

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from mepa_ds.scales import ScaleSchedule
 
 
+# Below this length a vector counts as zero: the cosine's gradient, which grows with 1 / length, stays within fp16.
+NORM_EPS = 1e-4
+
+
 class Projector(nn.Sequential):
     """MLP m: C -> hidden -> hidden -> P with SiLU (as REPA's), trained along and left out of the exported model."""
 
@@ -51,6 +55,6 @@ def alignment_loss(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule,
     cosine = z_BLP.new_zeros((), dtype=torch.float32)
     for scale, z_BPGG in enumerate(aggregates(z_BLP, schedule, grid_side, max(scales) - 1), start=1):
         if scale in scales:
-            z_BNP = F.normalize(z_BPGG.flatten(2).transpose(1, 2), dim=-1)
+            z_BNP = F.normalize(z_BPGG.flatten(2).transpose(1, 2), dim=-1, eps=NORM_EPS)
             cosine = cosine + (z_BNP * teacher).sum(-1).mean()
     return -cosine

@@ -1,0 +1,40 @@
+"""mepa_ds: pretraining of visual autoregressive mixture-of-experts models.
+
+The public names below are imported on first use: `import mepa_ds` is instant and needs neither a process group nor
+DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mepa_ds.errors import UserError as UserError
+    from mepa_ds.loops.sampling import sample as sample
+    from mepa_ds.models.transformer import NextScaleTransformer as NextScaleTransformer
+    from mepa_ds.pretrained import load_pretrained as load_pretrained
+    from mepa_ds.pretrained import save_pretrained as save_pretrained
+    from mepa_ds.scales import ScaleSchedule as ScaleSchedule
+    from mepa_ds.tokenizer.tokenizer import Tokenizer as Tokenizer
+
+_PUBLIC = {
+    "NextScaleTransformer": "mepa_ds.models.transformer",
+    "ScaleSchedule": "mepa_ds.scales",
+    "Tokenizer": "mepa_ds.tokenizer.tokenizer",
+    "UserError": "mepa_ds.errors",
+    "load_pretrained": "mepa_ds.pretrained",
+    "sample": "mepa_ds.loops.sampling",
+    "save_pretrained": "mepa_ds.pretrained",
+}
+__all__ = list(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mepa_ds' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,26 @@
+"""`mepa report`: what a pretraining run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mepa_ds.files import write_json
+from mepa_ds.loops.run_report import format_report, run_report
+
+
+@dataclass
+class ReportOptions:
+    """Reads a run's metrics.jsonl; prints a table and writes report.json beside it."""
+
+    run: tyro.conf.Positional[Path]
+    """output_dir of a pretraining run, finished or not."""
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(ReportOptions, prog="mepa report", args=argv)
+    report = run_report(options.run)
+    write_json(options.run / "report.json", report)
+    print(format_report(report))

@@ -1,0 +1,46 @@
+"""Image tensors to PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mepa_ds.files import atomic_path
+
+
+def to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
+    """[0, 1] -> (B, H, W, 3) uint8 by x 255 + 0.5, rounded down (the ADM evaluation's convention)."""
+    return images_B3HW.mul(255).add(0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def save_png(pixels_HW3: NDArray[np.uint8], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels_HW3).save(temporary, format="PNG")
+
+
+def save_images(images_B3HW: Tensor, directory: Path, names: Sequence[str]) -> None:
+    """One PNG for each image: `<directory>/<name>.png`."""
+    for pixels, name in zip(to_uint8(images_B3HW), names, strict=True):
+        save_png(pixels, directory / f"{name}.png")
+
+
+def save_grid(images_B3HW: Tensor, path: Path, columns: int, gap: int = 2, min_side: int = 64) -> None:
+    """One PNG of all images, row by row with white gaps; small images are enlarged to at least `min_side` pixels."""
+    side = images_B3HW.shape[-1]
+    if side < min_side:
+        images_B3HW = F.interpolate(images_B3HW, scale_factor=-(-min_side // side), mode="nearest")
+    tiles = to_uint8(images_B3HW)
+    side = tiles.shape[1]
+    rows = -(-len(tiles) // columns)
+    step = side + gap
+    sheet = np.full((rows * step - gap, columns * step - gap, 3), 255, np.uint8)
+    for number, tile in enumerate(tiles):
+        top, left = number // columns * step, number % columns * step
+        sheet[top : top + side, left : left + side] = tile
+    save_png(sheet, path)

@@ -1,0 +1,27 @@
+"""Models to and from directories: safetensors + config.json, Hugging Face layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mepa_ds.errors import UserError
+from mepa_ds.models import transformer
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.tokenizer import quantizer
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.weights import read_kind
+
+
+def save_pretrained(model: NextScaleTransformer | Tokenizer, directory: Path | str) -> None:
+    """Writes `model.safetensors` (sharded above 5 GB) and `config.json`."""
+    model.save_pretrained(directory)
+
+
+def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
+    """Loads whichever of the two the directory holds. Raises UserError for anything else."""
+    kind = read_kind(directory)
+    if kind == transformer.KIND:
+        return NextScaleTransformer.load(directory)
+    if kind == quantizer.KIND:
+        return Tokenizer.load(directory)
+    raise UserError(f"{directory}: holds {kind!r}; expected {transformer.KIND!r} or {quantizer.KIND!r}")

@@ -1,0 +1,152 @@
+"""The MoE layer against a double loop over tokens and choices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.transformer import NextScaleTransformer
+
+SCALES = (1, 2, 3)
+L = 14
+
+
+def make_layer(seed: int = 0, width: int = 16, **moe: object) -> MoEFeedForward:
+    values = {"depth": 1, "width": width, "num_heads": 2, "scales": list(SCALES), "moe": {"expert_ratio": 1.5, **moe}}
+    layer = MoEFeedForward(validate(ModelConfig, values, "model"))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return layer
+
+
+def naive_forward(layer: MoEFeedForward, x_BLC: Tensor, scale_index_L: Tensor) -> Tensor:
+    """One token, one choice at a time, in the words of the paper."""
+    out = torch.zeros_like(x_BLC)
+    experts, router = layer.experts, layer.router
+    for b in range(x_BLC.shape[0]):
+        for position in range(x_BLC.shape[1]):
+            x = x_BLC[b, position]
+            logits = torch.zeros(layer.num_experts)
+            if hasattr(router, "gate"):
+                logits = logits + router.gate.weight @ x
+            if hasattr(router, "scale_logits_SE"):
+                logits = logits + router.scale_logits_SE[scale_index_L[position]]
+            probs = logits.softmax(-1)
+            chosen = probs.argsort(descending=True)[: router.top_k].tolist()
+            norm = probs[chosen].sum() if router.renormalize else 1.0
+            y = torch.zeros_like(x)
+            for e in chosen:
+                hidden = F.gelu(experts.fc1_weight[e] @ x + experts.fc1_bias[e], approximate="tanh")
+                y = y + probs[e] / norm * (experts.fc2_weight[e] @ hidden + experts.fc2_bias[e])
+            if layer.shared is not None:
+                hidden = F.gelu(layer.shared.fc1.weight @ x + layer.shared.fc1.bias, approximate="tanh")
+                y = y + layer.shared.fc2.weight @ hidden + layer.shared.fc2.bias
+            out[b, position] = y
+    return out
+
+
+def gradients(layer: MoEFeedForward, y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    target = torch.sin(torch.arange(y.numel(), dtype=torch.float32)).view_as(y)
+    found = torch.autograd.grad((y * target).sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+def assert_same_as_naive(layer: MoEFeedForward, x_BLC: Tensor) -> None:
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    x_BLC.requires_grad_()
+    inputs = [x_BLC, *layer.parameters()]
+    y, _ = layer(x_BLC, scale_index_L)
+    expected = naive_forward(layer, x_BLC, scale_index_L)
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+    names = ["x", *(name for name, _ in layer.named_parameters())]
+    for name, ours, theirs in zip(names, gradients(layer, y, inputs), gradients(layer, expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    router=st.sampled_from(["stmoe", "smoe", "token"]),
+    num_experts=st.integers(1, 9),
+    top_k=st.integers(1, 4),
+    renormalize=st.booleans(),
+    shared=st.booleans(),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 1000),
+)
+def test_layer_equals_a_double_loop(
+    router: str, num_experts: int, top_k: int, renormalize: bool, shared: bool, batch: int, seed: int
+) -> None:
+    layer = make_layer(
+        seed,
+        router=router,
+        num_experts=max(num_experts, top_k),
+        top_k=top_k,
+        renormalize=renormalize,
+        shared_expert=shared,
+    )
+    x = torch.randn(batch, L, 16, generator=torch.Generator().manual_seed(seed))
+    assert_same_as_naive(layer, x)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_one_expert_takes_all_tokens_and_others_none(top_k: int) -> None:
+    layer = make_layer(num_experts=6, top_k=top_k)
+    layer.router.scale_logits_SE.data[:, 4] = 100.0
+    layer.router.scale_logits_SE.data[:, 2] = 50.0
+    layer.router.gate.weight.data *= 0.01
+    assert_same_as_naive(layer, torch.randn(2, L, 16))
+
+
+def test_statistics_count_every_pair() -> None:
+    layer = make_layer(num_experts=4, top_k=2)
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    _, statistics = layer(torch.randn(5, L, 16), scale_index_L)
+    assert statistics.tokens_S.tolist() == [5, 20, 45]
+    assert statistics.counts_SE.sum(-1).tolist() == [10, 40, 90]
+    torch.testing.assert_close(statistics.prob_sum_SE.sum(-1), statistics.tokens_S)
+    assert (statistics.dropped_S == 0).all()
+    entropy_S = statistics.entropy_sum_S / statistics.tokens_S
+    assert ((entropy_S > 0) & (entropy_S <= torch.tensor(4.0).log() + 1e-6)).all()
+
+
+def test_initial_weights_are_a_function_of_seed_and_name() -> None:
+    shallow = NextScaleTransformer.from_preset("mepa-d2", num_classes=3, scales=SCALES, codebook_size=16)
+    again = NextScaleTransformer.from_preset("mepa-d2", num_classes=3, scales=SCALES, codebook_size=16)
+    for (name, ours), (_, theirs) in zip(shallow.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    more = NextScaleTransformer.from_preset(
+        "mepa-d2", num_classes=3, scales=SCALES, codebook_size=16, moe={"num_experts": 12}
+    )
+    ours, theirs = shallow.blocks[1].ffn.experts.fc1_weight, more.blocks[1].ffn.experts.fc1_weight
+    assert torch.equal(ours, theirs[:8])  # an expert's values depend on its own number alone
+
+
+def test_initialisation_follows_var() -> None:
+    model = NextScaleTransformer.from_preset("mepa-d8", num_classes=10, scales=(1, 2))
+    C, depth = 512, 8
+    std = (1 / (3 * C)) ** 0.5
+    block = model.blocks[3]
+    expected = {
+        block.attention.qkv.weight: std,
+        block.attention.proj.weight: std / (2 * depth) ** 0.5,
+        block.ffn.shared.fc2.weight: std / (2 * depth) ** 0.5,
+        block.ffn.experts.fc1_weight: std,
+        block.ffn.experts.fc2_weight: std / (2 * depth) ** 0.5,
+        block.adaln.weight[: 2 * C]: std * 1e-3,
+        block.adaln.weight[2 * C :]: std * 0.5,
+        model.head.weight: std * 0.02,
+        model.head_adaln.weight: std * 0.5,
+        model.class_embed.weight: std,
+    }
+    for weight, wanted in expected.items():
+        assert weight.std().item() == pytest.approx(wanted, rel=0.05)
+    assert not block.ffn.experts.fc1_bias.any()
+    assert (block.attention.log_temperature.exp() - 4).abs().max() < 1e-5

@@ -1,0 +1,107 @@
+"""Random streams, schedules, scales, metrics, atomic files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mepa_ds.config.pretrain import OptimConfig, TrainConfig
+from mepa_ds.errors import UserError
+from mepa_ds.files import atomic_path
+from mepa_ds.loops.schedule import learning_rate
+from mepa_ds.metrics import MetricsWriter, read_metrics
+from mepa_ds.random_streams import uniforms
+from mepa_ds.scales import ScaleSchedule
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 5))
+def test_uniforms_depend_on_the_item_alone(items: list[int], count: int, seed: int) -> None:
+    together = uniforms(seed, "test", np.array(items), count)
+    alone = np.concatenate([uniforms(seed, "test", np.array([item]), count) for item in items])
+    np.testing.assert_array_equal(together, alone)
+    assert ((together >= 0) & (together < 1)).all()
+
+
+def test_uniforms_are_uniform_and_independent() -> None:
+    drawn = uniforms(0, "a", np.arange(200_000), 2)
+    counts, _ = np.histogram(drawn, bins=20, range=(0, 1))
+    assert abs(counts / counts.mean() - 1).max() < 0.03
+    correlations = [
+        np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1],
+        np.corrcoef(drawn[:-1, 0], drawn[1:, 0])[0, 1],
+        np.corrcoef(drawn[:, 0], uniforms(1, "a", np.arange(200_000), 2)[:, 0])[0, 1],
+        np.corrcoef(drawn[:, 0], uniforms(0, "b", np.arange(200_000), 2)[:, 0])[0, 1],
+    ]
+    assert max(map(abs, correlations)) < 0.01
+
+
+def test_lin0_is_vars_schedule() -> None:
+    """`lr_wd_annealing('lin0', ...)` of VAR, written out."""
+    config, steps, batch = OptimConfig(), 1000, 768
+    warmup, peak = 20, 1e-4 * 768 / 256
+    for step in range(steps):
+        if step < warmup:
+            expected = 0.005 + 0.995 * step / warmup
+        else:
+            passed = (step - warmup) / (steps - 1 - warmup)
+            expected = 1.0 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
+        assert learning_rate(config, batch, step, steps) == pytest.approx(peak * expected)
+
+
+@pytest.mark.parametrize("schedule", ["lin0", "cosine"])
+def test_schedules_end_at_their_final_rate(schedule: str) -> None:
+    config = OptimConfig(schedule=schedule, final_lr=0.1)
+    assert learning_rate(config, 256, 99, 100) == pytest.approx(1e-5)
+    assert learning_rate(config, 256, 0, 1) > 0
+
+
+def test_run_length_in_epochs_rounds_up() -> None:
+    assert TrainConfig(global_batch=100, epochs=3).num_steps(250) == 8
+    assert TrainConfig(global_batch=100, steps=5).num_steps(250) == 5
+
+
+def test_scale_schedule() -> None:
+    schedule = ScaleSchedule.of((1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
+    assert schedule.num_tokens == 680
+    assert schedule.bounds[1] == (1, 5)
+    assert schedule.scale_index_L().bincount().tolist() == list(schedule.lengths)
+    for sides in ((), (2, 1), (1, 1), (0, 1)):
+        with pytest.raises(UserError, match="scales"):
+            ScaleSchedule.of(sides)
+
+
+def test_metrics_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    for step in range(1, 6):
+        writer.write({"event": "train", "step": step, "loss": float("nan") if step == 2 else step / 2})
+    writer.close()
+    path.write_text(path.read_text() + '{"event": "train", "st')  # killed in the middle of a write
+    resumed = MetricsWriter(path, resume_step=3)
+    resumed.write({"event": "train", "step": 4, "loss": 9.0})
+    resumed.close()
+    records = list(read_metrics(path))
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert records[1]["loss"] == "nan"
+    assert records[-1]["loss"] == 9.0
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("new, but not all of it")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
