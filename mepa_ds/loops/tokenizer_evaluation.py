@@ -31,7 +31,8 @@ def evaluate_tokenizer(
 
     Returns:
         - `psnr`: dB, mean over images of `10 log10(1 / mse)`, pixels in [0, 1];
-        - `usage_by_scale`, `usage`: share of codes in [0, 1] that occur at all, at each scale and over all scales;
+        - `codebook_use_by_scale`, `codebook_use`: share of codes in [0, 1] that occur at all, at each scale and over
+          all scales;
         - `perplexity`: exp of the entropy of the codes over all scales;
         - `num_images`;
         and a grid (3, h, w) in [-1, 1] of this rank's first images: originals above their reconstructions.
@@ -59,8 +60,8 @@ def evaluate_tokenizer(
     usage.update(hits_SV)
     metrics = {
         "psnr": float(totals[0] / totals[1]),
-        "usage_by_scale": (hits_SV > 0).float().mean(1).tolist(),
-        "usage": float((hits_SV.sum(0) > 0).float().mean()),
+        "codebook_use_by_scale": (hits_SV > 0).float().mean(1).tolist(),
+        "codebook_use": float((hits_SV.sum(0) > 0).float().mean()),
         "perplexity": perplexity(usage.frequency_V),
         "num_images": int(totals[1]),
     }

@@ -174,7 +174,7 @@ class TokenizerTrainer:
         means = mean_over_ranks(torch.stack([self._totals[name] for name in names])) / self._num_logged_steps
         record: dict[str, Any] = dict(zip(names, means.tolist(), strict=True))
         record["revived_codes"] = self._num_revived
-        record["usage_by_scale"], record["usage"] = self.usage.shares()
+        record["codebook_use_by_scale"], record["codebook_use"] = self.usage.shares()
         record["perplexity"] = perplexity(self.usage.frequency_V)
         self._totals.clear()
         self._num_logged_steps = self._num_revived = 0

@@ -81,7 +81,7 @@ class _Loop:
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
                 self._write("train", record)
-                progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['usage']:.0f}%")
+                progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
                 since, since_step = time.perf_counter(), trainer.step_index
             if last or trainer.step_index % log.evaluate_every == 0:
                 self._evaluate(progress)
@@ -122,7 +122,7 @@ class _Loop:
             save_image(grid, self.config.output_dir / "reconstructions.png")
             progress.write(
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
-                f"images, {100 * metrics['usage']:.0f} % of the codes in use"
+                f"images, {100 * metrics['codebook_use']:.0f} % of the codes in use"
             )
 
     def _finish(self) -> None:

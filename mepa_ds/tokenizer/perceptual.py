@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from pathlib import Path
@@ -22,7 +23,7 @@ def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Mo
         UserError: the package is not installed, or the weights cannot be read or are another network's.
     """
     try:
-        import lpips  # type: ignore[import-not-found, unused-ignore]
+        lpips = importlib.import_module("lpips")
     except ImportError as error:
         raise UserError(
             "loss.perceptual needs the package lpips: pip install 'mepa_ds[perceptual]', or set loss.perceptual: null"

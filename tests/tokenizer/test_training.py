@@ -36,8 +36,8 @@ def records(run: Path, event: str) -> list[dict[str, Any]]:
     for record in found:
         del record["event"]
         record.pop("images_per_second", None)
-        for number, share in enumerate(record.pop("usage_by_scale")):
-            record[f"usage_of_scale_{number}"] = share
+        for number, share in enumerate(record.pop("codebook_use_by_scale")):
+            record[f"codebook_use_of_scale_{number}"] = share
     return found
 
 
@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_what_it_says(folder: Path) -> None:
     first, last = records(run, "heldout")
     assert last["psnr"] > first["psnr"] - 0.5
     assert last["num_images"] == 7
-    assert 0 < last["usage"] <= 1
+    assert 0 < last["codebook_use"] <= 1
     tokenizer = Tokenizer.load(run)
     images = torch.zeros(1, 3, 8, 8)
     assert tokenizer.decode(tokenizer.encode(images)).shape == images.shape

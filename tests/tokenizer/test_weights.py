@@ -61,7 +61,7 @@ def test_safetensors_and_mappings_are_read(tmp_path: Path) -> None:
 def test_a_pickle_with_more_than_tensors_is_refused_and_not_executed(tmp_path: Path) -> None:
     trace = tmp_path / "executed"
     torch.save({"weight": torch.zeros(2), "payload": Bomb(trace)}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"payload": Bomb(trace)}))
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"payload": Bomb(trace)}, protocol=2))
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(UserError, match=r"not a plain state dict.*nothing in it was executed"):
             weights.read_state_dict(tmp_path / name)
