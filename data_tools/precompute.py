@@ -272,7 +272,8 @@ def _shared_basis(path: Path, codec: str, teacher: Teacher, patches: Any, num_im
     assert components is not None
     if not path.exists():
         covariance = RunningCovariance(teacher.width)
-        for features in tqdm(patches, f"PCA to {components}", min(num_images, _BASIS_IMAGES)):
+        quiet = not distributed.read_launch().is_main
+        for features in tqdm(patches, f"PCA to {components}", min(num_images, _BASIS_IMAGES), disable=quiet):
             covariance.add(features.reshape(-1, teacher.width))
         mean, basis, _ = covariance.principal_components(components)
         own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")

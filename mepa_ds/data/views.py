@@ -85,16 +85,14 @@ def check_same_views(tokens: Mapping[str, Any], features: Mapping[str, Any], whe
     Raises UserError unless view k of both is the same part of the image, or the features are of the whole image and
     the tokens have boxes to read it at.
     """
-    ours, theirs = tokens.get("views", CENTRE), features.get("views", CENTRE)
-    if theirs == WHOLE:
-        same = ours != CENTRE
-    elif ours == CENTRE:
-        same = theirs == CENTRE  # the same picture at any resolution
+    names = ("views", "image_side", "views_seed")
+    if features.get("views") == WHOLE:
+        same = tokens.get("views", CENTRE) != CENTRE
     else:
-        same = all(tokens.get(name) == features.get(name) for name in ("views", "views_seed", "image_side"))
+        same = all(tokens.get(name) == features.get(name) for name in names)
     if not same:
         shown = [
-            ", ".join(f"{name} {settings[name]}" for name in ("views", "views_seed", "image_side") if name in settings)
+            ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
             for settings in (tokens, features)
         ]
         raise UserError(

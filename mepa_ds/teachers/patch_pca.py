@@ -77,7 +77,8 @@ class PatchPca(Teacher):
 
     @classmethod
     def fit(cls, batches_B3HW: Iterable[Tensor], config: PatchPcaConfig) -> PatchPca:
-        """Fits on batches of images (B, 3, H, W) in [-1, 1]; the same images in the same order give the same weights.
+        """Fits on batches of images (B, 3, H, W) in [-1, 1]. The same images in the same order give the same
+        weights, to the bit with the same number of threads.
 
         Raises UserError when the images hold fewer cells than components.
         """

@@ -201,6 +201,19 @@ def test_no_weights_given() -> None:
         build_teacher("dinov2-b", None)
 
 
+def test_the_hub_is_asked_only_when_told_and_its_failure_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def offline(model_name: str, pretrained: bool, **_: Any) -> None:
+        asked.append((model_name, pretrained))
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"could not fetch vit_base_patch14_dinov2 from the hub \(no route"):
+        build_teacher("dinov2-b", "hub")
+    assert asked == [("vit_base_patch14_dinov2", True)]
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot read the weights"):
         build_teacher("dinov3-s", tmp_path / "none.safetensors")
