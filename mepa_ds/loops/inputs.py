@@ -5,8 +5,6 @@ Shapes: B batch, L positions, D blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,23 +26,17 @@ class InputMaker:
         self._seed = seed
         self._device = device
 
-    def training(self, batch: TrainingBatch, num_micro_batches: int) -> Iterator[ModelInputs]:
-        """Splits this rank's batch into micro-batches, each with its own labels dropped and branches skipped."""
+    def training(self, batch: TrainingBatch) -> ModelInputs:
+        """One micro-batch, with some labels dropped and some branches skipped."""
+        positions_B = batch.positions_B.numpy()
         batch = batch.to(self._device)
-        positions_B = batch.positions_B.cpu().numpy()
-        labels_B = self._drop_labels(batch.labels_B, positions_B)
-        branch_scale_D2B = self._stochastic_depth(positions_B)
-        features_BNP = batch.features_BNC
-        size = len(labels_B) // num_micro_batches
-        for start in range(0, len(labels_B), size):
-            part = slice(start, start + size)
-            yield ModelInputs(
-                labels_B=labels_B[part],
-                inputs_BLZ=self._quantizer.inputs_from_tokens(batch.tokens_BL[part]),
-                tokens_BL=batch.tokens_BL[part],
-                features_BNP=None if features_BNP is None else features_BNP[part],
-                branch_scale_D2B=None if branch_scale_D2B is None else branch_scale_D2B[..., part],
-            )
+        return ModelInputs(
+            labels_B=self._drop_labels(batch.labels_B, positions_B),
+            inputs_BLZ=self._quantizer.inputs_from_tokens(batch.tokens_BL),
+            tokens_BL=batch.tokens_BL,
+            features_BNP=batch.features_BNC,
+            branch_scale_D2B=self._stochastic_depth(positions_B),
+        )
 
     def evaluation(self, batch: TrainingBatch) -> ModelInputs:
         """All labels kept, all branches run."""

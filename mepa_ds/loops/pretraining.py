@@ -133,12 +133,12 @@ class PretrainRun:
         batches = self._batches()
         while self.state.step < self.num_steps:
             started = time.perf_counter()
-            batch = next(batches)
+            micro_batches = [next(batches) for _ in range(self.config.train.accumulation)]
             waited = time.perf_counter() - started
             lr = learning_rate(self.config.optim, self.config.train.global_batch, self.state.step, self.num_steps)
-            report = self.engine.step(self.inputs.training(batch, self.engine.accumulation), lr)
+            report = self.engine.step(map(self.inputs.training, micro_batches), lr)
             self.state.step += 1
-            self.state.position = batch.next_position
+            self.state.position = micro_batches[-1].next_position
             last = self.state.step == self.num_steps
             if self.recorder:
                 self.recorder.advance()
@@ -151,11 +151,12 @@ class PretrainRun:
         self._finish()
 
     def _batches(self) -> Iterator[TrainingBatch]:
+        """This rank's share of one micro-batch after the other; which images share one does not depend on the ranks."""
         config = self.config
         return training_batches(
             config.data.tokens,
             config.data.features if config.objective.alignment is not None else None,
-            global_batch=config.train.global_batch,
+            global_batch=config.train.global_batch // config.train.accumulation,
             seed=config.seed,
             position=self.state.position,
             rank=distributed.rank(),
