@@ -145,7 +145,7 @@ def measure(source: Source, options: Options) -> dict[str, Any]:
             fitting.add(features_KNC.flatten(0, 1))
             continue
         per_view.append(features_KNC.cpu())
-        map_hwC = teacher.patch_features(_tensor(np.asarray(image)[None]).to(device), grid)[0].unflatten(0, grid)
+        map_hwC = teacher.patch_features(_tensor(np.array(image)[None]).to(device), grid)[0].unflatten(0, grid)
         boxes_K4 = torch.from_numpy(boxes).to(device)
         from_whole.append(sample_boxes(map_hwC.expand(len(boxes), -1, -1, -1), boxes_K4, teacher.grid_side).cpu())
     features = torch.stack(per_view)

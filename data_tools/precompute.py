@@ -6,7 +6,6 @@ run that was killed goes on with the shards that are missing, and a rerun ends t
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data_tools.precompute_basis import shared_basis
 from data_tools.precompute_sets import (
     Derivation,
     Item,
@@ -29,21 +29,20 @@ from data_tools.precompute_sets import (
     derive_set,
     images_identity,
     open_images,
+    spread,
     stored_square,
     to_device,
 )
 from mepa_ds import distributed
 from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
-from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
+from mepa_ds.data.codecs import codec_named, pca_components
 from mepa_ds.data.index import Kind, MadeBy, ShardIndex
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
 from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
-from mepa_ds.pca import RunningCovariance
-from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.registry import build_teacher
@@ -84,7 +83,7 @@ class Tokens:
         dtype = torch.uint16 if config.codebook_size <= 2**16 else torch.int32
 
         def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
-            return {TOKENS_EXT: tokenizer.encode(images_B3HW).to(dtype)}
+            return {TOKENS_EXT: tokenizer.encode(images_B3HW).cpu().to(dtype)}
 
         def extras(item: Item) -> dict[str, bytes]:
             members = {LABEL_EXTENSION: item.members[LABEL_EXTENSION]} if LABEL_EXTENSION in item.members else {}
@@ -121,9 +120,9 @@ class Features:
     run: Run = field(default_factory=RunOptions)
 
     def __call__(self) -> None:
-        pca_components(self.codec)  # an unknown codec is said at once
+        components = pca_components(self.codec)
         images, device = open_images(self.images), _device(self.run)
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs: the mantissa of fp16, finer than int8's steps
+        _allow_tf32(device)
         teacher = build_teacher(self.teacher, self.weights, self.grid_side).to(device)
         if self.cls and not teacher.has_cls:
             raise UserError(f"--cls: the teacher {teacher.name} has no CLS token")
@@ -142,10 +141,11 @@ class Features:
             return patches_BNC.unflatten(1, (rows, columns)), cls_BC
 
         basis = None
-        if pca_components(self.codec) is not None:
-            batches = batches_of(images, _spread(len(images), _BASIS_IMAGES), prepare, 1, self.run.workers)
-            patches = (features(to_device(batch, device))[0] for batch in batches)
-            basis = _shared_basis(writer.directory / BASIS_NAME, self.codec, teacher, patches, len(images)).to(device)
+        if components is not None:
+            samples = spread(len(images), _BASIS_IMAGES)
+            blocks = batches_of(images, samples, prepare, 1, self.run.workers)
+            patches = (features(to_device(block, device))[0] for block in blocks)
+            basis = shared_basis(writer, components, teacher, patches, len(samples)).to(device)
         codec = codec_named(self.codec, basis)
 
         def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ class FitTeacher:
 
     def __call__(self) -> None:
         images = open_images(self.images)
-        samples = _spread(len(images), self.max_images)
+        samples = spread(len(images), self.max_images)
         settings = {name: getattr(self, name) for name in ("grid_side", "pixels_per_cell", "window", "width")}
         settings["fitted_on"] = f"{len(samples)} images of {images_identity(images.index)}"
         config = validate(PatchPcaConfig, settings, f"fit-teacher {self.kind}")
@@ -214,6 +214,12 @@ def _device(options: RunOptions) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _allow_tf32(device: torch.device) -> None:
+    """For teachers alone: TF32 is as fine as fp16 and finer than int8, but may turn a token into its neighbour."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
 
 
 def _load_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
@@ -259,35 +265,6 @@ def _report(directory: Path, index: ShardIndex, seconds: float) -> None:
 
 def _whole_image(image: Image.Image, key: str) -> tuple[Pixels, Boxes | None]:
     return np.asarray(image)[None], None
-
-
-def _spread(size: int, count: int) -> list[int]:
-    """At most `count` sample numbers, evenly over the set."""
-    return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(int)).tolist()
-
-
-def _shared_basis(path: Path, codec: str, teacher: Teacher, patches: Any, num_images: int) -> PcaBasis:
-    """The PCA basis of a set. Of the processes that write the set, the first to fit one decides for all."""
-    components = pca_components(codec)
-    assert components is not None
-    if not path.exists():
-        covariance = RunningCovariance(teacher.width)
-        quiet = not distributed.read_launch().is_main
-        for features in tqdm(patches, f"PCA to {components}", min(num_images, _BASIS_IMAGES), disable=quiet):
-            covariance.add(features.reshape(-1, teacher.width))
-        mean, basis, _ = covariance.principal_components(components)
-        own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        PcaBasis(mean, basis, teacher.identity).save(own)
-        try:
-            os.link(own, path)
-        except FileExistsError:
-            pass
-        finally:
-            own.unlink()
-    loaded = PcaBasis.load(path)
-    if loaded.teacher != teacher.identity:
-        raise UserError(f"{path}: fitted on another teacher's features; remove it, or write to another directory")
-    return loaded
 
 
 def main() -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from data_tools import precompute
@@ -29,6 +31,7 @@ from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
 from mepa_ds.data.writer import Plan, ShardWriter
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import PatchPca
+from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 SIDE, SHARD_SIZES = 16, (7, 5, 6)
@@ -127,6 +130,23 @@ def test_features_against_the_teacher(images: Path, teacher: Path, codec: str) -
         torch.testing.assert_close(decoded, again, rtol=0, atol=0.02 * float(expected.abs().max()))
         cosine = torch.nn.functional.cosine_similarity(decoded, expected, dim=-1).mean()
         assert cosine > (0.6 if basis else 0.999)  # 6 of 12 whitened components keep about sqrt(1/2)
+
+
+def test_features_and_cls_of_a_vit(images: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True)
+    save_file(model.state_dict(), tmp_path / "test_vit.safetensors")
+    weights = str(tmp_path / "test_vit.safetensors")
+    Features(images, "test_vit", weights, codec="fp16", grid_side=2, cls=True, run=RUN)()
+    made = ShardSet(images.with_name("images.features-test_vit"))
+    reference = build_teacher("test_vit", weights, grid_side=2)
+    assert made.index.made_by.identity == reference.identity
+    for number in (0, 11):
+        patches, cls = reference.features(as_tensor(picture(number)))
+        assert cls is not None
+        _, members = made.read(number)
+        np.testing.assert_allclose(array(members[FEATURES_EXT]), patches[0].half().numpy(), rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(array(members["cls_token.npy"]), cls[0].half().numpy(), rtol=1e-2, atol=1e-2)
 
 
 def test_what_it_writes_opens_for_training(images: Path, tokenizer: Path, teacher: Path) -> None:
@@ -312,6 +332,15 @@ def test_a_basis_of_another_teacher_is_refused(images: Path, teacher: Path, tmp_
     PcaBasis(torch.zeros(12), torch.eye(12)[:6], teacher="another").save(out / BASIS_NAME)
     with pytest.raises(UserError, match="fitted on another teacher's features; remove it"):
         Features(images, "patch-pca", str(teacher), codec="pca6-int8", out=out, run=RUN)()
+
+
+def test_a_lost_basis_is_not_replaced(images: Path, teacher: Path, tmp_path: Path) -> None:
+    command = Features(images, "patch-pca", str(teacher), codec="pca6-int8", out=tmp_path / "out", run=RUN)
+    command()
+    command()
+    (tmp_path / "out" / BASIS_NAME).unlink()
+    with pytest.raises(UserError, match="lost, and the shards cannot be read without it"):
+        command()
 
 
 def test_fitting_again_keeps_the_teacher_or_says_what_differs(images: Path, tmp_path: Path, capsys: Any) -> None:
