@@ -171,7 +171,11 @@ def measure_precomputed(root: Path, codec: str | None, options: Options) -> Row:
     def webdataset() -> None:
         drain(zip(*(plain(directory) for directory in directories), strict=True))
 
-    ways = {"cat": lambda: cat(directories), "webdataset": webdataset, "loader": LoaderRun(loader, options.samples)}
+    ways: dict[str, Callable[[], None]] = {
+        "cat": lambda: cat(directories),
+        "webdataset": webdataset,
+        "loader": LoaderRun(loader, options.samples),
+    }
     name = "tokens" if codec is None else f"tokens + features {codec}"
     return measure(name, directories, ways, options.samples, options.rounds)
 
@@ -183,7 +187,7 @@ def decode_like_the_loader(sample: dict[str, Any]) -> np.ndarray[Any, Any]:
 def measure_images(root: Path, options: Options) -> Row:
     directory = root / "images"
     loader = image_batches(directory, batch_size=BATCH, image_side=256, num_workers=1)
-    ways = {
+    ways: dict[str, Callable[[], None]] = {
         "cat": lambda: cat([directory]),
         "webdataset": lambda: drain(plain(directory, "pil").map(decode_like_the_loader)),
         "loader": LoaderRun(loader, options.images),
@@ -193,7 +197,7 @@ def measure_images(root: Path, options: Options) -> Row:
 
 def dequantise_rate(root: Path) -> dict[str, float]:
     """Samples a second that one CPU thread dequantises; on a GPU this is a fraction of a millisecond a batch."""
-    rates = {}
+    rates: dict[str, float] = {}
     for codec in CODECS:
         batch = next(training_batches(root / "tokens", root / codec, global_batch=BATCH, seed=0))
         times = []

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
-import threading
-import time
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +22,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
+from data_tools.pool import unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import Reader, Source
 from mepa_ds.cli import entry
@@ -37,6 +36,8 @@ from mepa_ds.errors import UserError
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
+SCRATCH_NAME = ".scratch"
+DEFAULT_WORKERS = max((os.cpu_count() or 1) - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class BuildOptions:
     """The order in which images are spread over the shards."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A file that is no readable image: stop and name it, or leave it out and record it in index.json."""
-    workers: int = max((os.cpu_count() or 1) - 1, 1)
+    workers: int = DEFAULT_WORKERS
     """Processes; 0 works in this one."""
     num_parts: int = 1
     """Job array: split the shards into this many parts..."""
@@ -115,7 +116,8 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     """Writes one part of a set; returns the index if the set is now complete."""
     if not 0 <= options.part < options.num_parts:
         raise UserError(f"--part: expected 0 to {options.num_parts - 1}, got {options.part}")
-    source = reader.open()
+    scratch = options.out / SCRATCH_NAME
+    source = reader.open(scratch if options.num_parts == 1 else None)
     if len(source) == 0:
         raise UserError(f"{source.name}: no images found")
     job = plan_job(source, options)
@@ -126,14 +128,17 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
         print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
     num_skipped = 0
     with tqdm(total=_num_samples(job, todo), unit="image", desc=str(options.out)) as progress:
-        for written in _write_all(job, todo, options.workers):
+        for written in unordered_map(partial(_write_shard, job), todo, options.workers):
             progress.update(written.num_samples + len(written.skipped))
             num_skipped += len(written.skipped)
             for message in written.skipped:
                 progress.write(f"skipped: {message}")
     if num_skipped:
         print(f"{options.out}: {num_skipped} damaged images left out; index.json names them")
-    return writer.finish()
+    index = writer.finish()
+    if index is not None and scratch.exists():
+        shutil.rmtree(scratch)
+    return index
 
 
 def plan_job(source: Source, options: BuildOptions) -> Job:
@@ -145,7 +150,7 @@ def plan_job(source: Source, options: BuildOptions) -> Job:
     if shard_samples < 1:
         raise UserError(f"--shard-samples: expected at least 1, got {options.shard_samples}")
     encoding = options.encoding
-    stored = {"image_side": None}
+    stored: dict[str, Any] = {"image_side": None}
     if encoding.image_side is not None:
         stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
     settings = {
@@ -188,47 +193,10 @@ def _num_samples(job: Job, shards: list[int]) -> int:
     return sum(min(job.shard_samples, len(job.order) - shard * job.shard_samples) for shard in shards)
 
 
-def _write_all(job: Job, shards: list[int], workers: int) -> Iterator[ShardEntry]:
-    """Writes shards, in this process or in several; yields each entry as it is done."""
-    if workers <= 1 or len(shards) <= 1:
-        yield from map(partial(_write_shard, job), shards)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(shards)), _start_worker, (job, os.getpid())) as pool:
-        for written in pool.imap_unordered(_write_shard_in_worker, shards):
-            if isinstance(written, str):
-                raise UserError(written)
-            yield written
-
-
 def _write_shard(job: Job, shard: int) -> ShardEntry:
     skipped: list[str] = []
     writer = ShardWriter(job.options.out, job.plan)
     return writer.write_shard(job.plan.shard_names[shard], job.samples(shard, skipped), skipped)
-
-
-_worker_job: Job | None = None
-
-
-def _start_worker(job: Job, parent: int) -> None:
-    global _worker_job
-    _worker_job = job
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """A killed parent cannot stop its pool: workers look for themselves."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
-def _write_shard_in_worker(shard: int) -> ShardEntry | str:
-    assert _worker_job is not None
-    try:
-        return _write_shard(_worker_job, shard)
-    except UserError as error:
-        return str(error)
 
 
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:

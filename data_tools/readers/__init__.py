@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from data_tools.readers.digits import Digits
 from data_tools.readers.imagefolder import ImageFolder
+from data_tools.readers.imagenet import ImageNet
+from data_tools.readers.parquet import Parquet
+from data_tools.readers.webdataset import WebDataset
 
 READERS = {
     "digits": Digits,
     "imagefolder": ImageFolder,
+    "imagenet": ImageNet,
+    "parquet": Parquet,
+    "webdataset": WebDataset,
 }

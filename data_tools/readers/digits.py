@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,7 +26,7 @@ class Digits:
     side: int = 32
     """Pixels; the originals have 8 x 8 and are upscaled bicubically."""
 
-    def open(self) -> DigitsSource:
+    def open(self, scratch: Path | None) -> DigitsSource:
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -20,7 +20,7 @@ class ImageFolder:
     root: Path
     """The folder of class folders, such as ILSVRC2012/train."""
 
-    def open(self) -> ImageFolderSource:
+    def open(self, scratch: Path | None) -> ImageFolderSource:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
         classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())

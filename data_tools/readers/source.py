@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 
@@ -30,5 +31,13 @@ class Source(Protocol):
 class Reader(Protocol):
     """The options of a reader, a dataclass that becomes its command line."""
 
-    def open(self) -> Source:
-        """Lists the dataset. Raises UserError for whatever is wrong with it."""
+    def open(self, scratch: Path | None) -> Source:
+        """Lists the dataset.
+
+        Args:
+            scratch: directory for a reader that cannot read single images in place and copies them to tars first;
+                None when several jobs write the set, which would each copy everything.
+
+        Raises:
+            UserError: whatever is wrong with the dataset.
+        """

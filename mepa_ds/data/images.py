@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mepa_ds.data.order import Indices, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError
@@ -131,14 +132,6 @@ def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
     raise DamagedError(f"{where}: has no image, only {sorted(members)}; expected one of {IMAGE_EXTENSIONS}")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One batch to read: stream positions, or sample numbers where there is no stream."""
-
-    positions: Indices
-    next_position: int
-
-
 class _ImageDataset(Dataset[Any]):
     """Reads whole batches. An error is returned, not raised, so that it crosses processes as it is."""
 
@@ -146,7 +139,7 @@ class _ImageDataset(Dataset[Any]):
         self._shards, self._stream, self._side = shards, stream, side
         self._seed, self._on_damaged = seed, on_damaged
 
-    def __getitem__(self, task: _Task) -> ImageBatch | DamagedError:
+    def __getitem__(self, task: BatchTask) -> ImageBatch | DamagedError:
         pixels_B3HW = torch.empty(len(task.positions), 3, self._side, self._side, dtype=torch.uint8)
         labels, keys, damaged = [], [], list[str]()
         try:
@@ -219,15 +212,16 @@ def image_batches(
     opened = ShardSet(shards, "images")
     if not set(IMAGE_EXTENSIONS) & opened.index.members.keys():
         raise UserError(f"images: {shards}: holds {sorted(opened.index.members)}, no images; give the image set")
-    stream = OrderedStream(SampleOrder(opened.shard_sizes, seed)) if train else None
-    tasks = _training_tasks(position, batch_size, rank, world_size) if train else None
-    if tasks is None:
+    if not train:
         tasks = _single_pass_tasks(len(opened), batch_size, rank, world_size)
-    dataset = _ImageDataset(opened, stream, image_side, seed, on_damaged)
-    return _run(dataset, tasks, num_workers)
+        return _run(_ImageDataset(opened, None, image_side, seed, "stop"), tasks, num_workers)
+    order = SampleOrder(opened.shard_sizes, seed, opened.window)
+    tasks = rank_batches(position, batch_size * world_size, rank, world_size)
+    dataset = _ImageDataset(opened, OrderedStream(order), image_side, seed, on_damaged)
+    return _run(dataset, fetched_ahead(tasks, order, [opened.cache] if opened.cache else []), num_workers)
 
 
-def _run(dataset: _ImageDataset, tasks: Iterator[_Task], num_workers: int) -> Iterator[ImageBatch]:
+def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -> Iterator[ImageBatch]:
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -245,21 +239,15 @@ def _run(dataset: _ImageDataset, tasks: Iterator[_Task], num_workers: int) -> It
 class _Tasks:
     """What DataLoader takes for a sampler: anything iterable."""
 
-    def __init__(self, tasks: Iterator[_Task]):
+    def __init__(self, tasks: Iterator[BatchTask]):
         self._tasks = tasks
 
-    def __iter__(self) -> Iterator[_Task]:
+    def __iter__(self) -> Iterator[BatchTask]:
         return self._tasks
 
 
-def _training_tasks(position: int, batch_size: int, rank: int, world_size: int) -> Iterator[_Task]:
-    for positions in rank_batches(position, batch_size * world_size, rank, world_size):
-        position += batch_size * world_size
-        yield _Task(positions, position)
-
-
-def _single_pass_tasks(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[_Task]:
+def _single_pass_tasks(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[BatchTask]:
     samples = np.arange(rank, num_samples, world_size, dtype=np.int64)
     for start in range(0, len(samples), batch_size):
         share = samples[start : start + batch_size]
-        yield _Task(share, int(share[-1]) + 1)
+        yield BatchTask(share, int(share[-1]) + 1)

@@ -11,7 +11,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -48,8 +48,8 @@ class MadeBy(Section):
 class ShardEntry(Section):
     """One shard of a set."""
 
-    name: str
-    """File name, such as `shard-000000.tar`."""
+    name: Annotated[str, Field(pattern=r"^[^/]*[^/.][^/]*$")]
+    """File name, such as `shard-000000.tar`; never a path."""
     num_samples: int
     bytes: int
     sha256: str

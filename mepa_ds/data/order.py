@@ -23,6 +23,7 @@ versions (NEP 19), which it does not promise of `Generator.permutation`.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,27 @@ class SampleOrder:
         return [shards[start : start + size] for start in range(0, len(shards), size)]
 
 
+class WindowWatch:
+    """Says, as positions go by, which shards are needed now and next."""
+
+    def __init__(self, order: SampleOrder):
+        self._order = order
+        self._epoch, self._ends, self._current = -1, np.empty(0, np.int64), (-1, -1)
+
+    def needed(self, position: int) -> list[int] | None:
+        """Shards of the window at a position and of the next one; None while the window is the last call's."""
+        epoch, offset = divmod(position, self._order.num_samples)
+        if epoch != self._epoch:
+            sizes = [sum(self._order.shard_sizes[s] for s in shards) for shards in self._order.windows(epoch)]
+            self._epoch, self._ends = epoch, np.cumsum(sizes)
+        number = int(np.searchsorted(self._ends, offset, side="right"))
+        if self._current == (epoch, number):
+            return None
+        self._current = (epoch, number)
+        windows = self._order.windows(epoch) + self._order.windows(epoch + 1)[:1]
+        return windows[number] + windows[number + 1]
+
+
 class OrderedStream:
     """Looks positions up in a `SampleOrder`, keeping the permutations of two epochs at hand. Threads may share it."""
 
@@ -119,10 +141,20 @@ class OrderedStream:
             return self._epochs[epoch]
 
 
+@dataclass(frozen=True)
+class BatchTask:
+    """One rank's slice of a global batch, before it is read."""
+
+    positions: Indices
+    """(B,) stream positions."""
+    next_position: int
+    """The first position after the global batch."""
+
+
 def rank_batches(
     position: int, global_batch: int, rank: int, world_size: int, last: int | None = None
-) -> Iterator[Indices]:
-    """This rank's positions of each global batch from `position` on; endless unless `last` bounds the stream.
+) -> Iterator[BatchTask]:
+    """This rank's slice of each global batch from `position` on; endless unless `last` bounds the stream.
 
     Raises:
         UserError: the global batch does not divide among the ranks.
@@ -134,10 +166,12 @@ def rank_batches(
     if position < 0:
         raise UserError(f"position: expected at least 0, got {position}")
     share = global_batch // world_size
-    while last is None or position < last:
-        start = position + rank * share
-        yield np.arange(start, start + share, dtype=np.int64)
-        position += global_batch
+    batch_starts = itertools.count(position, global_batch) if last is None else range(position, last, global_batch)
+    for_rank = (start + rank * share for start in batch_starts)
+    return (
+        BatchTask(np.arange(start, start + share, dtype=np.int64), start - rank * share + global_batch)
+        for start in for_rank
+    )
 
 
 def shuffle_quality(samples: Indices, shard_of_sample: Sequence[int] | Indices, batch_size: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
+from mepa_ds.data.remote import RemoteShards, ShardCache
 from mepa_ds.data.tar import DamagedError, SampleTable
 from mepa_ds.data.writer import read_npy_header
 
@@ -36,7 +37,8 @@ class ShardSet:
     Pickles (without its open files) and survives a fork: reads carry their own offset. Threads may share it.
 
     Args:
-        directory: with `index.json`, or with WebDataset tars that others made (their headers are stepped over).
+        directory: with `index.json`, or with WebDataset tars that others made (their headers are stepped over);
+            with `remote.json` too if the tars are to be fetched (mepa_ds.data.remote).
         what: name of the setting that gave the directory, for messages.
 
     Raises:
@@ -50,6 +52,11 @@ class ShardSet:
             self.index = self._scan()
         else:
             self.index = ShardIndex.read(directory, what)
+        remote = RemoteShards.read(directory)
+        self.window = None if remote is None else remote.window
+        """Shards that are shuffled together, where they have to be fetched; None for local files."""
+        self.cache = None if remote is None else ShardCache(remote, self.index.shards, what)
+        self._max_open_files = _max_open_files() if remote is None else 2 * remote.window
         self._paths = [str(directory / shard.name) for shard in self.index.shards]
         self._starts = np.cumsum([0] + [shard.num_samples for shard in self.index.shards], dtype=np.int64)
         self._files: OrderedDict[int, _OpenFile] = OrderedDict()
@@ -224,12 +231,12 @@ class ShardSet:
 
     def _open(self, shard: int) -> _OpenFile:
         path = self._paths[shard]
-        file = _OpenFile(path)
+        file = _OpenFile(path if self.cache is None else str(self.cache.path(shard)))
         actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
         if actual != expected:
             raise DamagedError(f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {_REMEDY}")
         self._files[shard] = file
-        while len(self._files) > _max_open_files():
+        while len(self._files) > self._max_open_files:
             self._files.popitem(last=False)  # closed when the last thread that reads from it lets go
         return file
 

@@ -7,7 +7,6 @@ key ends at the first dot of the file name.
 Legend: N samples of a shard, M member extensions.
 """
 
-
 from __future__ import annotations
 
 import mmap

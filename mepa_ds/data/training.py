@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
-from mepa_ds.data.order import Indices, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
+from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
@@ -81,6 +82,8 @@ class _Reader:
         self, sets: TrainingSets, stream: OrderedStream | None, seed: int, pin_memory: bool, on_damaged: OnDamaged
     ):
         self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
+        # In a single pass, places beyond the last sample are filled with it, at weight 0.
+        self._last = sets.num_samples - 1 if stream is None else None
         self._buffers = BufferPool(pin_memory)
         whole = sets.whole_maps
         # (set, extension, dimensions of one view): a member with one dimension more holds several views.
@@ -92,9 +95,10 @@ class _Reader:
         if whole:
             self._arrays.append((sets.tokens, BOX_EXT, 1))
 
-    def __call__(self, task: tuple[Indices, int, int]) -> TrainingBatch:
-        """From (positions, how many of them are real, next position)."""
-        positions, num_real, next_position = task
+    def __call__(self, task: BatchTask) -> TrainingBatch:
+        positions = task.positions
+        if self._last is not None:
+            positions = np.minimum(positions, self._last)
         damaged: list[str] = []
         samples = self._samples(positions)
         try:
@@ -104,8 +108,8 @@ class _Reader:
                 raise
             samples = np.array([self._whole(position, damaged) for position in positions.tolist()])
             batch = self._read(samples, positions)
-        batch.weight_B[num_real:] = 0
-        return replace(batch, next_position=next_position, damaged=tuple(damaged))
+        batch.weight_B[torch.from_numpy(task.positions != positions)] = 0
+        return replace(batch, next_position=task.next_position, damaged=tuple(damaged))
 
     def _samples(self, positions: Indices) -> Indices:
         return positions if self._stream is None else self._stream.samples_at(positions)
@@ -151,9 +155,7 @@ class _Reader:
             whole_map_grid_side=self._sets.feature_grid_side if self._sets.whole_maps else None,
         )
 
-    def _array(
-        self, shards: ShardSet, extension: str, dimensions: int, samples: Indices, positions: Indices
-    ) -> Tensor:
+    def _array(self, shards: ShardSet, extension: str, dimensions: int, samples: Indices, positions: Indices) -> Tensor:
         member = shards.index.members[extension]
         assert member.shape is not None
         shape, views = member.shape, None
@@ -206,21 +208,10 @@ def training_batches(
         UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop".
     """
     sets = open_training_sets(tokens, features)
-    stream = OrderedStream(SampleOrder(sets.tokens.shard_sizes, seed))
-    reader = _Reader(sets, stream, seed, pin_memory, on_damaged)
-    starts = rank_batches(position, global_batch, rank, world_size)
-    first = next(starts)  # raises for bad arguments here, not at the first batch
-    return ordered_map(reader, _stream_tasks(first, starts, position, global_batch), num_workers)
-
-
-def _stream_tasks(
-    first: Indices, rest: Iterator[Indices], position: int, global_batch: int
-) -> Iterator[tuple[Indices, int, int]]:
-    positions = first
-    while True:
-        position += global_batch
-        yield positions, len(positions), position
-        positions = next(rest)
+    order = SampleOrder(sets.tokens.shard_sizes, seed, sets.window)
+    reader = _Reader(sets, OrderedStream(order), seed, pin_memory, on_damaged)
+    tasks = rank_batches(position, global_batch, rank, world_size)
+    return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), num_workers)
 
 
 def evaluation_batches(
@@ -242,10 +233,5 @@ def evaluation_batches(
         raise UserError(f"batch size: expected at least 1, got {batch_size}")
     sets = open_training_sets(tokens, features)
     reader = _Reader(sets, None, 0, pin_memory, "stop")
-    return ordered_map(reader, _pass_tasks(len(sets.tokens), batch_size, rank, world_size), num_workers)
-
-
-def _pass_tasks(num_samples: int, batch_size: int, rank: int, world_size: int) -> Iterator[tuple[Indices, int, int]]:
-    for positions in rank_batches(0, batch_size * world_size, rank, world_size, last=num_samples):
-        num_real = int((positions < num_samples).sum())
-        yield np.minimum(positions, num_samples - 1), num_real, int(positions[-1]) + 1
+    tasks = rank_batches(0, batch_size * world_size, rank, world_size, last=sets.num_samples)
+    return ordered_map(reader, tasks, num_workers)

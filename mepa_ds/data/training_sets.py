@@ -12,6 +12,7 @@ from typing import Any
 
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, FeatureDecoder, PcaBasis, codec_named, pca_components
 from mepa_ds.data.index import MadeBy
+from mepa_ds.data.remote import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.views import WHOLE, check_same_views
 from mepa_ds.errors import UserError
@@ -30,6 +31,17 @@ class TrainingSets:
     @property
     def num_samples(self) -> int:
         return len(self.tokens)
+
+    @property
+    def window(self) -> int | None:
+        """Shards that are shuffled together; None, a true permutation, if all sets are local."""
+        windows = [shards.window for shards in (self.tokens, self.features) if shards and shards.window]
+        return min(windows, default=None)
+
+    @property
+    def caches(self) -> list[ShardCache]:
+        """Of the sets that are remote."""
+        return [shards.cache for shards in (self.tokens, self.features) if shards and shards.cache]
 
     @property
     def num_classes(self) -> int:

@@ -34,7 +34,7 @@ def read_elastically(order: SampleOrder, legs: list[tuple[int, int, int]]) -> li
         ranks = [rank_batches(position, global_batch, rank, world_size) for rank in range(world_size)]
         for _ in range(steps):
             for rank in ranks:
-                seen += stream.samples_at(next(rank)).tolist()
+                seen += stream.samples_at(next(rank).positions).tolist()
         position += steps * global_batch
     return seen
 

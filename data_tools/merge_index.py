@@ -1,0 +1,216 @@
+"""Writes the index of a shard set: `python data_tools/merge_index.py merge|scan|remote ...` (see --help).
+
+merge   a job array left a set whose last part did not finish it: gather the parts, or say what is missing
+scan    shards that others made: read their headers once, so that opening the set needs no scan; also for URLs
+remote  a set that lies behind a URL: fetch its index, so that the loader can fetch its shards as it needs them
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from data_tools.build_shards import DEFAULT_WORKERS
+from data_tools.pool import unordered_map
+from mepa_ds.cli import entry
+from mepa_ds.config.base import validate
+from mepa_ds.data.codecs import BASIS_NAME, pca_components
+from mepa_ds.data.index import (
+    INDEX_NAME,
+    MadeBy,
+    Member,
+    ShardEntry,
+    ShardIndex,
+    keys_digest,
+    read_description,
+    table_path,
+    write_table,
+)
+from mepa_ds.data.remote import RemoteShards, fetch, is_remote
+from mepa_ds.data.tar import scan_tar
+from mepa_ds.data.writer import PLAN_NAME, Plan, finish_index, read_npy_header, read_plan
+from mepa_ds.errors import UserError
+from mepa_ds.files import sha256_of_file
+
+_NPY_HEADER = 4096
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a remote set is kept at hand while it is used."""
+
+    cache: str = "$TMPDIR/mepa_ds-shards"
+    """Local directory for fetched shards, shared by the processes of a machine; variables are expanded there."""
+    cache_gigabytes: float = 100.0
+    """Of this set: shards that were used longest ago are removed when there is more."""
+    window: int = 8
+    """Shards that samples are shuffled over at a time; the cache must hold three windows."""
+
+    def of(self, urls: list[str]) -> RemoteShards:
+        return RemoteShards(
+            urls=tuple(urls), cache=self.cache, cache_gigabytes=self.cache_gigabytes, window=self.window
+        )
+
+
+Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Gather the shards that the parts of a job array wrote into index.json."""
+
+    directory: tyro.conf.Positional[Path]
+    """The set."""
+
+    def __call__(self) -> ShardIndex:
+        if not (self.directory / PLAN_NAME).exists():
+            index = ShardIndex.read(self.directory)  # a UserError if there is nothing at all
+            missing = [s.name for s in index.shards if read_description(self.directory / s.name) is None]
+            if missing:
+                raise UserError(f"{self.directory}: {len(missing)} shards are missing or torn, {missing[0]} among them")
+            return index
+        return finish_index(self.directory, read_plan(self.directory))
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Index WebDataset shards that others made."""
+
+    shards: tyro.conf.Positional[str]
+    """A directory of tars, or a brace pattern of URLs such as https://host/train-{0000..0099}.tar."""
+    out: Path | None = None
+    """Where index.json goes [default: the directory of the tars]; needed for URLs."""
+    classes: Path | None = None
+    """Text file of class names, one a line in the order of the labels."""
+    workers: int = DEFAULT_WORKERS
+    """Processes."""
+    cache: Cache = field(default_factory=CacheOptions)
+
+    def __call__(self) -> ShardIndex:
+        out, urls = self._places()
+        names = [url.rpartition("/")[2].partition(" ")[0] for url in urls]
+        if len(set(names)) < len(names):
+            raise UserError(f"{self.shards}: two shards have one file name; a set needs different names")
+        out.mkdir(parents=True, exist_ok=True)
+        scan = partial(_scan_shard, out)
+        found = {
+            entry_.name: (entry_, members)
+            for entry_, members in tqdm(
+                unordered_map(scan, list(zip(urls, names, strict=True)), self.workers), "scanning", len(names)
+            )
+        }
+        members: dict[str, Member] = {}
+        for _, shard_members in found.values():
+            members.update(shard_members)
+        classes = () if self.classes is None else tuple(self.classes.read_text().splitlines())
+        plan = Plan(kind="images", shard_names=tuple(names), classes=classes, made_by=MadeBy(name="webdataset"))
+        index = ShardIndex(
+            kind=plan.kind,
+            shards=tuple(found[name][0] for name in names),
+            members=members,
+            classes=classes,
+            made_by=plan.made_by,
+        )
+        if is_remote(self.shards):
+            self.cache.of(urls).write(out)
+        index.write(out)
+        return index
+
+    def _places(self) -> tuple[Path, list[str]]:
+        if is_remote(self.shards):
+            if self.out is None:
+                raise UserError("--out: where should the index of these remote shards go?")
+            return self.out, list(braceexpand(self.shards))
+        directory = Path(self.shards)
+        tars = sorted(str(path) for path in directory.glob("*.tar"))
+        if not tars:
+            raise UserError(f"{directory}: no tar files there")
+        if self.out not in (None, directory):
+            raise UserError("--out: the index of local shards lies beside them; leave --out away")
+        return directory, tars
+
+
+def _scan_shard(out: Path, place: tuple[str, str]) -> tuple[ShardEntry, dict[str, Member]]:
+    url, name = place
+    known = read_description(out / name) if not is_remote(url) else None
+    if known is not None and known[0].sha256:
+        return known
+    if not is_remote(url):
+        return _describe(out / name, out / name)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _describe(fetch(url, Path(temporary) / name), out / name)
+
+
+def _describe(path: Path, shard: Path) -> tuple[ShardEntry, dict[str, Member]]:
+    """Reads a tar's headers and writes its table beside `shard`."""
+    table = scan_tar(path)
+    members: dict[str, Member] = {}
+    with open(path, "rb") as file:
+        for column, extension in enumerate(table.extensions):
+            row = int((table.sizes_NM[:, column] >= 0).argmax())
+            file.seek(int(table.offsets_NM[row, column]))
+            members[extension] = Member()
+            if extension.endswith("npy"):
+                members[extension] = read_npy_header(file.read(_NPY_HEADER))[0]
+    entry_ = ShardEntry(
+        name=shard.name,
+        num_samples=len(table),
+        bytes=path.stat().st_size,
+        sha256=sha256_of_file(path),
+        keys_sha256=keys_digest(table),
+    )
+    write_table(shard, table, entry_, members)
+    return entry_, members
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Use a set of this project's tools that lies behind a URL."""
+
+    url: tyro.conf.Positional[str]
+    """Of the set's directory; {} stands for the file's name where that is not at the end, as in
+    'pipe:aws s3 cp s3://bucket/set/{} -'."""
+    out: Path
+    """Local directory for index.json, offsets and remote.json; give this one to the loader."""
+    cache: Cache = field(default_factory=CacheOptions)
+
+    def __call__(self) -> ShardIndex:
+        if not is_remote(self.url):
+            raise UserError(f"{self.url}: is no URL; a local set is used where it lies")
+        with tempfile.TemporaryDirectory() as temporary:
+            path = fetch(self._url(INDEX_NAME), Path(temporary) / INDEX_NAME)
+            index = validate(ShardIndex, json.loads(path.read_text()), self._url(INDEX_NAME))
+        for shard in tqdm(index.shards, "fetching offsets"):
+            table = table_path(self.out / shard.name)
+            fetch(self._url(table.name), table)
+        codec = index.made_by.settings.get("codec")
+        if codec is not None and pca_components(codec) is not None:
+            fetch(self._url(BASIS_NAME), self.out / BASIS_NAME)
+        self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
+        index.write(self.out)
+        return index
+
+    def _url(self, name: str) -> str:
+        return self.url.replace("{}", name) if "{}" in self.url else f"{self.url.rstrip('/')}/{name}"
+
+
+def main() -> None:
+    commands = (
+        Annotated[Merge, tyro.conf.subcommand("merge")]
+        | Annotated[Scan, tyro.conf.subcommand("scan")]
+        | Annotated[Remote, tyro.conf.subcommand("remote")]
+    )
+    index = tyro.cli(commands, prog="merge_index.py", description=__doc__)()
+    print(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,49 @@
+"""Images that lie in uncompressed tars: named, labelled, and read by offset. What several readers end in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.data.tar import DamagedError
+
+
+@dataclass
+class TarMembers:
+    """A source whose images are members of tars."""
+
+    name: str
+    classes: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+    _members: list[tuple[int, int, int]] = field(default_factory=list)
+    """(number of the path, offset, size)."""
+    _names: list[str] = field(default_factory=list)
+    _labels: list[int] = field(default_factory=list)
+
+    def add(self, path: int, name: str, offset: int, size: int, label: int) -> None:
+        self._members.append((path, offset, size))
+        self._names.append(name)
+        self._labels.append(label)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def label(self, number: int) -> int:
+        return self._labels[number]
+
+    def describe(self, number: int) -> str:
+        return f"{self.paths[self._members[number][0]].name}: {self._names[number]}"
+
+    def load(self, number: int) -> tuple[str, bytes]:
+        path, offset, size = self._members[number]
+        try:
+            with open(self.paths[path], "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise DamagedError(f"{self.describe(number)}: cannot be read: {error.strerror}") from error
+        if len(data) != size:
+            raise DamagedError(f"{self.describe(number)}: the tar ends inside it; copy it again")
+        return self._names[number].rpartition(".")[2].lower(), data

@@ -1,0 +1,170 @@
+"""A contact sheet of shard sets: `python data_tools/show_shards.py IMAGES --tokens T --tokenizer P --features F`.
+
+One row a sample: the image, what the tokenizer reconstructs from its token maps up to each scale, and the feature map
+with its three strongest principal components (over the samples shown) as red, green and blue.
+
+Legend: B samples shown, L tokens, N patches, C teacher width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from mepa_ds.cli import entry
+from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
+from mepa_ds.data.images import decode_image, fit_image, image_member
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, check_siblings, open_training_sets
+from mepa_ds.errors import UserError
+from mepa_ds.images import save_png, to_uint8
+from mepa_ds.pca import RunningCovariance
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+Pixels = NDArray[np.uint8]
+_GAP, _HEADER, _CAPTION = 4, 16, 110
+
+
+@dataclass(frozen=True)
+class Options:
+    images: tyro.conf.Positional[Path]
+    """The image set."""
+    tokens: Path | None = None
+    """Its token set; needs --tokenizer."""
+    tokenizer: Path | None = None
+    """Directory of the tokenizer that made the tokens, or VAR's vae_ch160v4096z32.pth."""
+    features: Path | None = None
+    """Its feature set; needs --tokens."""
+    count: int = 8
+    """Samples to show, evenly over the set."""
+    side: int = 128
+    """Pixels of a tile."""
+    out: Path = Path("shards.png")
+
+
+def contact_sheet(options: Options) -> Pixels:
+    """(height, width, 3) pixels. Raises UserError for sets that do not belong together."""
+    images = ShardSet(options.images, "images")
+    numbers = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
+    titles, columns = ["image"], [[_image(images, int(number), options.side) for number in numbers]]
+    if options.tokens is not None:
+        sets = open_training_sets(options.tokens, options.features)
+        check_siblings(images, sets.tokens)
+        steps = _reconstructions(sets, numbers, _load_tokenizer(options, sets))
+        titles += [f"{side} x {side}" for side in sets.scales]
+        columns += [[_resized(tile, options.side) for tile in column] for column in steps]
+        if sets.features is not None:
+            titles.append("features")
+            columns.append(
+                [_resized(tile, options.side, Image.Resampling.NEAREST) for tile in _pca_maps(sets, numbers)]
+            )
+    elif options.features is not None:
+        raise UserError("--features: give the token set too, which says what part of an image they show")
+    return _lay_out(columns, titles, [_caption(images, int(number)) for number in numbers])
+
+
+def _image(images: ShardSet, number: int, side: int) -> Pixels:
+    key, members = images.read(number)
+    return np.asarray(fit_image(decode_image(image_member(members, key)[1], key), side))
+
+
+def _caption(images: ShardSet, number: int) -> str:
+    key, members = images.read(number)
+    label = members.get(LABEL_EXTENSION, b"").decode().strip()
+    names = images.index.classes
+    return f"{key}\n{names[int(label)] if label and names else label}"
+
+
+def _load_tokenizer(options: Options, sets: TrainingSets) -> Tokenizer:
+    path = options.tokenizer
+    if path is None:
+        raise UserError(f"--tokenizer: the tokens were made by {sets.tokenizer.name!r}; give its directory")
+    tokenizer = Tokenizer.load(path, sets.scales) if path.is_dir() else Tokenizer.from_var(path, sets.scales)
+    if tokenizer.identity != sets.tokenizer.identity:
+        raise UserError(
+            f"--tokenizer: {path} is {tokenizer.identity}, but {sets.tokens.directory} was made by "
+            f"{sets.tokenizer.name!r} ({sets.tokenizer.identity})"
+        )
+    return tokenizer
+
+
+def _reconstructions(sets: TrainingSets, numbers: NDArray[np.int64], tokenizer: Tokenizer) -> list[list[Pixels]]:
+    """For each scale, the images from the token maps up to it."""
+    tokens_BL = torch.from_numpy(_read(sets.tokens, TOKENS_EXT, numbers, 1).astype(np.int64))
+    f_hat = tokenizer.quantizer.empty_f_hat(len(tokens_BL))
+    columns = []
+    for scale, tokens_Bl in enumerate(tokenizer.schedule.split(tokens_BL)):
+        f_hat = tokenizer.quantizer.add_scale(f_hat, tokens_Bl, scale)
+        columns.append(list(to_uint8(tokenizer.decode_f_hat(f_hat).add(1).div(2))))
+    return columns
+
+
+def _pca_maps(sets: TrainingSets, numbers: NDArray[np.int64]) -> list[Pixels]:
+    """(h, w, 3) for each sample: its first view, or the whole image."""
+    assert sets.features is not None
+    assert sets.decoder is not None
+    extra = 1 if sets.whole_maps else 0
+    stored = torch.from_numpy(_read(sets.features, FEATURES_EXT, numbers, 2 + extra))
+    scale = None
+    if SCALE_EXT in sets.features.index.members:
+        scale = torch.from_numpy(_read(sets.features, SCALE_EXT, numbers, 1 + extra))
+    features = sets.decoder(stored, scale)
+    if not sets.whole_maps:
+        side = sets.feature_grid_side
+        assert side is not None
+        features = features.unflatten(1, (side, side))
+    covariance = RunningCovariance(features.shape[-1])
+    covariance.add(features.flatten(0, -2))
+    mean, components, _ = covariance.principal_components(min(3, features.shape[-1]))
+    colours = (features - mean) @ components.T
+    low, high = (torch.quantile(colours.flatten(0, -2)[:100_000], q, dim=0) for q in (0.02, 0.98))
+    colours = ((colours - low) / (high - low).clamp_min(1e-6)).clamp(0, 1)
+    colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[-1]))
+    return list((colours * 255).round().byte().numpy())
+
+
+def _read(shards: ShardSet, extension: str, numbers: NDArray[np.int64], dimensions: int) -> NDArray[Any]:
+    """One view of an array member of several samples."""
+    member = shards.index.members[extension]
+    assert member.shape is not None
+    views = np.zeros_like(numbers) if len(member.shape) > dimensions else None
+    shape = member.shape if views is None else member.shape[1:]
+    out = np.empty((len(numbers), *shape), np.dtype(member.dtype))
+    shards.read_arrays(numbers, extension, out, views)
+    return out
+
+
+def _resized(tile: Pixels, side: int, method: Image.Resampling = Image.Resampling.BICUBIC) -> Pixels:
+    return np.asarray(Image.fromarray(tile).resize((side, side), method))
+
+
+def _lay_out(columns: list[list[Pixels]], titles: list[str], captions: list[str]) -> Pixels:
+    side = columns[0][0].shape[0]
+    step = side + _GAP
+    sheet = Image.new("RGB", (_CAPTION + step * len(columns), _HEADER + step * len(captions)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (title, column) in enumerate(zip(titles, columns, strict=True)):
+        left = _CAPTION + number * step
+        draw.text((left, 2), title, "black")
+        for row, tile in enumerate(column):
+            sheet.paste(Image.fromarray(tile), (left, _HEADER + row * step))
+    for row, caption in enumerate(captions):
+        draw.text((2, _HEADER + row * step), caption, "black")
+    return np.asarray(sheet)
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="show_shards.py", description=__doc__)
+    save_png(contact_sheet(options), options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,310 @@
+"""Checks shard sets: `python data_tools/verify_shards.py IMAGES [TOKENS FEATURES ...]`; exit status 1 for any damage.
+
+Of each set: sizes and checksums, offsets, keys (unique, and the same in all sets), labels (in range, and the same in
+images and tokens), every image, token map and feature map decoded. Prints a class histogram, and images that are
+there twice. `--repair` re-makes the damaged shards of token and feature sets from the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_tools.build_shards import DEFAULT_WORKERS
+from data_tools.pool import unordered_map
+from mepa_ds.cli import entry
+from mepa_ds.data.images import decode_image, image_member
+from mepa_ds.data.index import ShardIndex, keys_digest, read_table, table_path
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, parse_label
+from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
+from mepa_ds.data.training_sets import TOKENS_EXT
+from mepa_ds.data.writer import read_npy_header
+from mepa_ds.errors import UserError
+from mepa_ds.files import sha256_of_file
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    sets: tyro.conf.Positional[tuple[Path, ...]]
+    """Directories of sets that belong together, the image set first."""
+    decode: bool = True
+    """Decode every sample; without, checksums, offsets and keys only."""
+    workers: int = DEFAULT_WORKERS
+    """Processes."""
+    repair: bool = False
+    """Re-make damaged shards of token and feature sets; needs --tokenizer, --weights."""
+    tokenizer: Path | None = None
+    """For --repair: the tokenizer that made the tokens."""
+    weights: str | None = None
+    """For --repair: the weights of the teacher that made the features."""
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard."""
+
+    shard: int
+    problems: list[str] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    """A digest of each image."""
+
+
+@dataclass
+class SetReport:
+    """What was found in one set."""
+
+    shards: ShardSet
+    reports: list[ShardReport]
+
+    @property
+    def damaged(self) -> list[int]:
+        return [report.shard for report in self.reports if report.problems]
+
+
+def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
+    """Everything that can be said about one shard by itself."""
+    report, path, entry_ = ShardReport(number), shards.shard_paths[number], shards.index.shards[number]
+    if not path.exists():
+        report.problems.append("is missing")
+        return report
+    if path.stat().st_size != entry_.bytes:
+        report.problems.append(f"has {path.stat().st_size} bytes, the index says {entry_.bytes}")
+    elif entry_.sha256 and sha256_of_file(path) != entry_.sha256:
+        report.problems.append("its SHA-256 differs from the index's")
+    try:
+        table = scan_tar(path)
+    except DamagedError as error:
+        report.problems.append(str(error))
+        return report
+    if table_path(path).exists() and not _same_table(path, table):
+        report.problems.append("its stored offsets differ from the tar")
+    if len(table) != entry_.num_samples or keys_digest(table) != entry_.keys_sha256:
+        report.problems.append(f"its {len(table)} keys are not those of the index")
+    report.keys = [bytes(key) for key in table.keys_N]
+    with open(path, "rb") as file:
+        for row in range(len(table) if decode else 0):
+            members = {}
+            for column, extension in enumerate(table.extensions):
+                if table.sizes_NM[row, column] >= 0:
+                    file.seek(int(table.offsets_NM[row, column]))
+                    members[extension] = file.read(int(table.sizes_NM[row, column]))
+            try:
+                _check_sample(shards.index, members, f"sample {table.key(row)!r}", report)
+            except DamagedError as error:
+                report.problems.append(str(error))
+    return report
+
+
+def _same_table(path: Path, table: SampleTable) -> bool:
+    try:
+        stored = read_table(path)
+    except (OSError, ValueError, KeyError):
+        return False
+    if stored.extensions != table.extensions or len(stored) != len(table):
+        return False
+    pairs = ((stored.keys_N, table.keys_N), (stored.offsets_NM, table.offsets_NM), (stored.sizes_NM, table.sizes_NM))
+    return all(bool((ours == theirs).all()) for ours, theirs in pairs)
+
+
+def _check_sample(index: ShardIndex, members: dict[str, bytes], where: str, report: ShardReport) -> None:
+    if LABEL_EXTENSION in members:
+        report.labels.append(parse_label(members[LABEL_EXTENSION], len(index.classes), lambda: where))
+    if index.kind == "images":
+        _, data = image_member(members, where)
+        decode_image(data, where)
+        report.contents.append(hashlib.sha256(data).digest()[:16])
+    for extension, data in members.items():
+        if extension.endswith("npy"):
+            _check_array(index, extension, data, where)
+
+
+def _check_array(index: ShardIndex, extension: str, data: bytes, where: str) -> None:
+    try:
+        member, start = read_npy_header(data)
+    except ValueError as error:
+        raise DamagedError(f"{where}: .{extension} is no array: {error}") from error
+    expected = index.members.get(extension)
+    if expected is not None and expected.shape is not None and member != expected:
+        raise DamagedError(
+            f"{where}: .{extension} holds {member.dtype} {member.shape}, expected {expected.dtype} {expected.shape}"
+        )
+    assert member.shape is not None
+    values: NDArray[Any] = np.frombuffer(data, np.dtype(member.dtype), offset=start)
+    if values.size != int(np.prod(member.shape)):
+        raise DamagedError(f"{where}: .{extension} is cut short")
+    codebook = index.made_by.settings.get("codebook_size")
+    if extension == TOKENS_EXT and codebook is not None and (values >= codebook).any():
+        raise DamagedError(f"{where}: code {np.max(values)} is outside the codebook of {codebook}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DamagedError(f"{where}: .{extension} has values that are not finite")
+
+
+def check_set(directory: Path, options: Options) -> SetReport:
+    """Checks all shards of one set."""
+    shards = ShardSet(directory)
+    if shards.cache is not None:
+        raise UserError(f"{directory}: its shards are remote; run this where they lie")
+    reports = []
+    total = sum(shard.bytes for shard in shards.index.shards)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:
+        check = partial(check_shard, shards, options.decode)
+        for report in unordered_map(check, range(len(shards.index.shards)), options.workers):
+            reports.append(report)
+            progress.update(shards.index.shards[report.shard].bytes)
+    reports.sort(key=lambda report: report.shard)
+    _check_unique(reports)
+    return SetReport(shards, reports)
+
+
+def _check_unique(reports: list[ShardReport]) -> None:
+    seen: dict[bytes, int] = {}
+    for report in reports:
+        for key in report.keys:
+            if key in seen:
+                report.problems.append(f"key {key.decode()!r} is also in shard {seen[key]}")
+            seen[key] = report.shard
+
+
+def compare(first: SetReport, other: SetReport) -> None:
+    """Adds to the reports of `other` what does not fit the first set, shard by shard."""
+    if len(first.reports) != len(other.reports):
+        other.reports[0].problems.append(
+            f"the set has {len(other.reports)} shards, {first.shards.directory} has {len(first.reports)}"
+        )
+    for ours, theirs in zip(first.reports, other.reports, strict=False):
+        # A shard whose own damage hides its keys or labels is reported for that alone.
+        if ours.keys and theirs.keys and ours.keys != theirs.keys:
+            theirs.problems.append(f"its keys are not those of {first.shards.shard_paths[ours.shard]}")
+        complete = len(ours.labels) == len(ours.keys) and len(theirs.labels) == len(theirs.keys)
+        if complete and ours.labels != theirs.labels:
+            theirs.problems.append(f"its labels are not those of {first.shards.shard_paths[ours.shard]}")
+
+
+def print_report(report: SetReport) -> None:
+    """Problems by shard, classes, duplicates."""
+    index = report.shards.index
+    print(f"{report.shards.directory}: {index.num_samples} {index.kind} in {len(index.shards)} shards")
+    problems = [
+        f"  {index.shards[shard.shard].name}: {problem}" for shard in report.reports for problem in shard.problems
+    ]
+    for line in problems[:_SHOWN]:
+        print(line)
+    if len(problems) > _SHOWN:
+        print(f"  ... and {len(problems) - _SHOWN} problems more")
+    skipped = sum(len(shard.skipped) for shard in index.shards)
+    if skipped:
+        print(f"  {skipped} damaged source images were left out when the set was made (index.json names them)")
+    counts = Counter(label for shard in report.reports for label in shard.labels)
+    if counts:
+        _print_histogram(counts, index.classes)
+    contents = Counter(content for shard in report.reports for content in shard.contents)
+    twice = sum(count - 1 for count in contents.values() if count > 1)
+    if twice:
+        print(f"  {twice} images are copies of others (a warning only)")
+    if not problems:
+        print("  no damage found")
+
+
+def _print_histogram(counts: Counter[int], classes: tuple[str, ...]) -> None:
+    empty = [name for label, name in enumerate(classes) if not counts[label]]
+    values = sorted(counts.values())
+    print(f"  {len(counts)} classes with {values[0]} to {values[-1]} samples, median {values[len(values) // 2]}")
+    if empty:
+        print(f"  {len(empty)} classes without samples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
+    if len(counts) <= _SHOWN:
+        for label, count in sorted(counts.items()):
+            name = classes[label] if classes else label
+            print(f"    {name!s:20.20} {count:8d} {'#' * (count * 40 // values[-1])}")
+
+
+def repair(first: SetReport, derived: list[SetReport], options: Options) -> None:
+    """Runs the precompute for the damaged shards of token and feature sets.
+
+    Raises:
+        UserError: the images themselves are damaged, or the maker's weights are not given.
+    """
+    if first.shards.index.kind != "images":
+        raise UserError("--repair: give the image set first: tokens and features are made from it")
+    if first.damaged:
+        raise UserError(
+            f"--repair: {first.shards.directory} is damaged itself: remove the {len(first.damaged)} shards named above "
+            "and run build_shards.py with the settings in index.json again, then this"
+        )
+    for report in derived:
+        if not report.damaged:
+            continue
+        command = _precompute(first.shards.directory, report.shards, options)
+        for number in report.damaged:
+            table_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # no longer counts as complete
+        print(f"{report.shards.directory}: making {len(report.damaged)} shards again")
+        command()
+
+
+def _precompute(images: Path, shards: ShardSet, options: Options) -> Any:
+    """The precompute command, with the settings that the set was made with."""
+    from data_tools.precompute import Features, Tokens
+
+    made_by, out = shards.index.made_by, shards.directory
+    settings = made_by.settings
+    views = {"views": settings.get("views", "centre"), "views_seed": settings.get("views_seed", 0)}
+    if shards.index.kind == "tokens":
+        if options.tokenizer is None:
+            raise UserError(f"--repair: {out} was made by tokenizer {made_by.name!r}; give it as --tokenizer")
+        return Tokens(images, options.tokenizer, tuple(settings["scales"]), out=out, **views)
+    return Features(
+        images,
+        made_by.name,
+        options.weights,
+        codec=settings["codec"],
+        grid_side=settings["grid_side"],
+        image_side=settings.get("image_side"),
+        cls=settings.get("cls", False),
+        out=out,
+        **views,
+    )
+
+
+def verify(options: Options) -> bool:
+    """Checks all sets and prints what was found; True if nothing is wrong."""
+    if not options.sets:
+        raise UserError("give at least one shard set")
+    reports = [check_set(directory, options) for directory in options.sets]
+    for report in reports[1:]:
+        compare(reports[0], report)
+    for report in reports:
+        print_report(report)
+    return not any(report.damaged for report in reports) or _repaired(reports, options)
+
+
+def _repaired(reports: list[SetReport], options: Options) -> bool:
+    if not options.repair:
+        return False
+    repair(reports[0], reports[1:], options)
+    again = [check_set(directory, options) for directory in options.sets]
+    for report in again[1:]:
+        compare(again[0], report)
+        print_report(report)
+    return not any(report.damaged for report in again)
+
+
+def main() -> None:
+    if not verify(tyro.cli(Options, prog="verify_shards.py", description=__doc__)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    entry.run(main)
