@@ -125,7 +125,7 @@ class ShardCache:
 
     def __init__(self, remote: RemoteShards, entries: Sequence[ShardEntry], what: str):
         self._remote, self._entries = remote, entries
-        self._max_bytes = int(remote.cache_gigabytes * 1e9)
+        self._max_bytes = round(remote.cache_gigabytes * 1e9)
         self.directory = _cache_directory(remote, what)
         largest = max((entry.bytes for entry in entries), default=0)
         needed = 3 * min(remote.window, len(entries)) * largest

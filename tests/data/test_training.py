@@ -90,9 +90,7 @@ def test_any_world_sizes_workers_and_interruptions_read_the_same_stream(
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 3), (1, 5), (50, 2)])
-def test_evaluation_counts_each_sample_once_in_step(
-    sets: tuple[Path, Path], batch_size: int, world_size: int
-) -> None:
+def test_evaluation_counts_each_sample_once_in_step(sets: tuple[Path, Path], batch_size: int, world_size: int) -> None:
     ranks = [
         list(evaluation_batches(*sets, batch_size=batch_size, rank=rank, world_size=world_size))
         for rank in range(world_size)

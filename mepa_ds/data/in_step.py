@@ -1,0 +1,41 @@
+"""Batches taken by all ranks together: when one rank's loader fails, all ranks raise, and none waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mepa_ds import distributed
+from mepa_ds.errors import UserError
+
+BatchT = TypeVar("BatchT")
+
+
+def in_step(batches: Iterator[BatchT]) -> Iterator[BatchT]:
+    """Passes batches on; before each, the ranks agree that all have one. Collective, on every batch.
+
+    One integer is reduced over gloo, on the CPU, so that work queued on a GPU is not waited for.
+
+    Raises:
+        UserError: on every rank, with the message of the first rank whose loader raised one.
+    """
+    if distributed.world_size() == 1:
+        yield from batches
+        return
+    group = dist.new_group(backend="gloo")
+    while True:
+        batch, error = None, None
+        try:
+            batch = next(batches, None)
+        except UserError as raised:
+            error = raised
+        failed = torch.tensor([error is not None], dtype=torch.int32)
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group)
+        if failed.item():
+            distributed.agree(error)
+        if batch is None:
+            return
+        yield batch

@@ -1,0 +1,220 @@
+"""Remote sets: whole shards fetched ahead into a bounded cache, the same samples as from local files."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import itertools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.merge_index import CacheOptions, Merge, Remote, Scan
+from mepa_ds.data import remote as remote_module
+from mepa_ds.data.images import image_batches
+from mepa_ds.data.index import INDEX_NAME, ShardIndex, table_path
+from mepa_ds.data.order import SampleOrder
+from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, ShardCache, fetch, is_remote
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.training import training_batches
+from mepa_ds.errors import UserError
+from tests.data.shard_fixtures import features_of, make_set, tokens_of
+
+SIZES = (3, 4, 2, 5, 3, 4)
+SHARD_BYTES = 10_240
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module.time, "sleep", lambda _: None)
+
+
+def make_remote(tmp_path: Path, kind: str, cache_bytes: int = 10**9, window: int = 2, name: str = "r") -> Path:
+    index = make_set(tmp_path / "far" / kind, kind, SIZES)
+    assert kind == "images" or {shard.bytes for shard in index.shards} == {SHARD_BYTES}
+    options = CacheOptions(str(tmp_path / "cache"), cache_bytes / 1e9, window)
+    out = tmp_path / f"{name}-{kind}"
+    Remote(f"pipe:cat {tmp_path / 'far' / kind}/{{}}", out, options)()
+    return out
+
+
+def test_the_same_samples_from_afar(tmp_path: Path) -> None:
+    near, far = tmp_path / "far" / "tokens", make_remote(tmp_path, "tokens")
+    ours, theirs = ShardSet(near), ShardSet(far)
+    assert ours.index == theirs.index
+    for number in range(len(ours)):
+        assert theirs.read(number) == ours.read(number)
+
+
+def test_training_reads_remote_sets_window_by_window(tmp_path: Path) -> None:
+    tokens, features = make_remote(tmp_path, "tokens"), make_remote(tmp_path, "features")
+    batches = list(itertools.islice(training_batches(tokens, features, global_batch=3, seed=4, num_workers=2), 14))
+    expected = [SampleOrder(SIZES, 4, window=2).epoch(epoch).tolist() for epoch in range(2)]
+    assert [int(key) for batch in batches for key in batch.keys] == [*expected[0], *expected[1]]
+    for batch in batches:
+        numbers = [int(key) for key in batch.keys]
+        assert batch.tokens_BL.tolist() == [tokens_of(number).tolist() for number in numbers]
+        assert batch.features_BNC is not None
+        np.testing.assert_array_equal(batch.features_BNC.numpy(), [features_of(n) * np.float32(0.5) for n in numbers])
+
+
+def test_images_are_fetched_by_worker_processes_too(tmp_path: Path) -> None:
+    images = make_remote(tmp_path, "images")
+    options: dict[str, Any] = {"batch_size": 3, "image_side": 8, "seed": 1}
+    keys = [b.keys for b in itertools.islice(image_batches(images, num_workers=2, **options), 7)]
+    assert sorted(itertools.chain(*keys)) == [f"{number:09d}" for number in range(21)]
+    assert keys == [b.keys for b in itertools.islice(image_batches(images, **options), 7)]
+
+
+def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens", cache_bytes=3 * SHARD_BYTES, window=1)
+    shards = ShardSet(tokens)
+    assert shards.cache is not None
+    for number in itertools.chain(range(21), range(21)):
+        shards.read(number)
+        held = sum(path.stat().st_size for path in shards.cache.directory.glob("*.tar"))
+        assert 0 < held <= 3 * SHARD_BYTES
+    assert len(shards._files) <= 2
+
+
+def test_shards_are_fetched_ahead_in_the_order_of_use(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens", window=1)
+    batches = training_batches(tokens, None, global_batch=1, seed=4)
+    next(batches)
+    cache = ShardSet(tokens).cache
+    assert cache is not None
+    first_two = SampleOrder(SIZES, 4, window=1).windows(0)[:2]
+    expected = {f"shard-{window[0]:06d}.tar" for window in first_two}
+    deadline = time.monotonic() + 20
+    while {path.name for path in cache.directory.glob("*.tar")} != expected:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)
+
+
+def test_a_small_cache_is_refused(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens", cache_bytes=5 * SHARD_BYTES, window=2)
+    with pytest.raises(UserError, match=r"cache_gigabytes .* is less than three windows of 2 shards"):
+        ShardSet(tokens)
+
+    remote = RemoteShards(urls=("x://a",), cache="$NO_SUCH_VARIABLE/x", cache_gigabytes=1, window=1)
+    with pytest.raises(UserError, match="a variable that is not set"):
+        ShardCache(remote, [], "shards")
+
+
+def test_what_cannot_be_fetched_is_named(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens")
+    (tmp_path / "far" / "tokens" / "shard-000001.tar").unlink()
+    with pytest.raises(DamagedError, match=r"shard-000001\.tar: cannot be fetched"):
+        ShardSet(tokens).read(4)
+    assert ShardSet(tokens).read(0)[0] == "000000000"
+    skipping = training_batches(tokens, None, global_batch=21, seed=0, on_damaged="skip")
+    assert len(next(skipping).damaged) >= 4
+
+
+def test_bytes_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens")
+    path = tmp_path / "far" / "tokens" / "shard-000000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedError, match="SHA-256 differs"):
+        ShardSet(tokens).read(0)
+
+
+def test_a_fetch_that_fails_at_first_is_tried_again(tmp_path: Path) -> None:
+    script = tmp_path / "flaky.sh"
+    script.write_text(f"if mkdir {tmp_path}/tried 2>/dev/null; then exit 3; fi; echo content\n")
+    assert fetch(f"pipe:sh {script}", tmp_path / "here").read_text() == "content\n"
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens http with curl")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "far"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+def test_over_http(tmp_path: Path, server: str) -> None:
+    make_set(tmp_path / "far" / "tokens", "tokens", SIZES)
+    out = tmp_path / "near"
+    Remote(f"{server}/tokens/", out, CacheOptions(str(tmp_path / "cache")))()
+    assert ShardSet(out).read(7) == ShardSet(tmp_path / "far" / "tokens").read(7)
+
+
+def test_scanning_shards_that_others_made(tmp_path: Path, server: str) -> None:
+    """The same content as our own index, from the tars alone: in place, and behind a brace pattern of URLs."""
+    ours = make_set(tmp_path / "far" / "images", "images", SIZES)
+    for path in (tmp_path / "far" / "images").iterdir():
+        if path.suffix != ".tar":
+            path.unlink()
+    names = tmp_path / "classes.txt"
+    names.write_text("\n".join(ours.classes))
+    pattern = f"{server}/images/shard-{{000000..000005}}.tar"
+    scanned = Scan(pattern, tmp_path / "near", names, 0, CacheOptions(str(tmp_path / "cache")))()
+    assert (scanned.shards, scanned.members, scanned.classes) == (ours.shards, ours.members, ours.classes)
+    assert ShardSet(tmp_path / "near").read(7)[0] == "000000007"
+    assert Scan(str(tmp_path / "far" / "images"), workers=0)().shards == ours.shards
+    assert ShardIndex.read(tmp_path / "far" / "images").keys_sha256 == ours.keys_sha256
+
+
+def test_merge_says_what_is_missing(tmp_path: Path) -> None:
+    index = make_set(tmp_path, "tokens", SIZES)
+    assert Merge(tmp_path)() == index
+    table_path(tmp_path / "shard-000002.tar").unlink()
+    with pytest.raises(UserError, match=r"1 shards are missing or torn, shard-000002\.tar"):
+        Merge(tmp_path)()
+    with pytest.raises(UserError, match="no such directory"):
+        Merge(tmp_path / "nowhere")()
+
+
+@pytest.mark.parametrize(
+    ("url", "remote"),
+    [("https://a/b", True), ("pipe:cat x", True), ("s3://b/k", True), ("/data/x", False), ("data/{0..3}.tar", False)],
+)
+def test_what_counts_as_remote(url: str, remote: bool) -> None:
+    assert is_remote(url) == remote
+
+
+def test_names_in_an_index_cannot_leave_its_directory(tmp_path: Path) -> None:
+    make_set(tmp_path, "tokens", [1])
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    index["shards"][0]["name"] = "../shard-000000.tar"
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"shards\.0\.name"):
+        ShardSet(tmp_path)
+    assert not (tmp_path / REMOTE_NAME).exists()
+
+
+def test_processes_share_a_cache_without_fetching_twice(tmp_path: Path) -> None:
+    """Four processes ask for one file at once; the pipe notes each fetch."""
+    script = f"sleep 0.2; echo fetched >> {tmp_path}/log; cat {tmp_path}/source"
+    (tmp_path / "source").write_text("content")
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                fetch(f"pipe:{script}", tmp_path / "here")
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    assert (tmp_path / "here").read_text() == "content"
+    assert (tmp_path / "log").read_text() == "fetched\n"
