@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mepa_ds import distributed
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch
+from mepa_ds.errors import UserError
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.loops.tokenizer_adversary import Adversary, build_optimizer
 from mepa_ds.loops.tokenizer_reduce import average_gradients, mean_over_ranks, sum_over_ranks
@@ -53,7 +54,8 @@ class TokenizerTrainer:
         self.step_index = 0
         self.position = 0
         self._totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-        self._num_logged_steps = self._num_revived = 0
+        self._num_steps_of: dict[str, float] = defaultdict(float)
+        self._num_revived = 0
 
     @property
     def local_batch(self) -> int:
@@ -88,7 +90,6 @@ class TokenizerTrainer:
             self.usage.forget(revival.dead_D)
         self.step_index += 1
         self.position += self.config.train.global_batch
-        self._num_logged_steps += 1
 
     def _accumulate(self, images_B3HW: Tensor, num_scales_B: Tensor | None) -> Quantized:
         """Forward and backward of one micro-batch."""
@@ -117,14 +118,18 @@ class TokenizerTrainer:
             with self._autocast():
                 terms["discriminator"] = adversary.accumulate(images_B3HW, reconstruction_B3HW, share)
         for name, value in terms.items():
-            self._totals[name] += share * value.detach()
+            self._note(name, value, share)
         return quantized
+
+    def _note(self, name: str, value: Tensor, share: float = 1.0) -> None:
+        self._totals[name] += share * value.detach()
+        self._num_steps_of[name] += share
 
     def _update(self, lr: float) -> None:
         average_gradients(self.parameters)
         limit = self.config.optim.clip
         norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        self._totals["grad_norm"] += norm.detach()
+        self._note("grad_norm", norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -168,16 +173,28 @@ class TokenizerTrainer:
         values_DC = torch.zeros(len(dead_D), self.config.tokenizer.code_width, device=self.device)
         return Revival(dead_D, sample_D.to(self.device), token_D.to(self.device), values_DC)
 
+    def check_finite(self) -> None:
+        """Raises a UserError on all ranks alike if a gradient since the last call of `metrics` was not finite."""
+        # The norm is of gradients averaged over ranks: a loss that is NaN anywhere shows everywhere.
+        if not math.isfinite(float(self._totals["grad_norm"])):
+            raise UserError(
+                f"the gradients became infinite or NaN before step {self.step_index}; lower optim.base_lr, "
+                "or use precision: fp32. Running again resumes from the last checkpoint"
+            )
+
     def metrics(self) -> dict[str, Any]:
         """Means since the last call, over ranks, and the usage of codes. Collective."""
         names = sorted(self._totals)
-        means = mean_over_ranks(torch.stack([self._totals[name] for name in names])) / self._num_logged_steps
-        record: dict[str, Any] = dict(zip(names, means.tolist(), strict=True))
+        totals = mean_over_ranks(torch.stack([self._totals[name] for name in names])).tolist()
+        record: dict[str, Any] = {
+            name: total / self._num_steps_of[name] for name, total in zip(names, totals, strict=True)
+        }
         record["revived_codes"] = self._num_revived
         record["codebook_use_by_scale"], record["codebook_use"] = self.usage.shares()
         record["perplexity"] = perplexity(self.usage.frequency_V)
         self._totals.clear()
-        self._num_logged_steps = self._num_revived = 0
+        self._num_steps_of.clear()
+        self._num_revived = 0
         return record
 
     def state_dict(self) -> dict[str, Any]:

@@ -76,6 +76,7 @@ class _Loop:
             progress.update()
             last = trainer.step_index == trainer.num_steps
             if last or trainer.step_index % log.every == 0:
+                trainer.check_finite()
                 record = trainer.metrics()
                 seconds = time.perf_counter() - since
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
@@ -130,6 +131,7 @@ class _Loop:
             self.trainer.tokenizer.save_pretrained(self.config.output_dir)
 
     def _save(self) -> None:
+        self.trainer.check_finite()
         if distributed.is_main():
             state = {**self.trainer.state_dict(), "config": self.config.model_dump_json()}
             with atomic_path(self.config.output_dir / CHECKPOINT_NAME) as temporary:

@@ -15,6 +15,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
+from mepa_ds.tokenizer.layers import Decoder
 from tests.tiny_run import launch
 from tests.tokenizer import training_run as tiny
 
@@ -39,6 +40,21 @@ def records(run: Path, event: str) -> list[dict[str, Any]]:
         for number, share in enumerate(record.pop("codebook_use_by_scale")):
             record[f"codebook_use_of_scale_{number}"] = share
     return found
+
+
+def train_and_kill(folder: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+    """Stops before step 5 of a run whose last checkpoint is of step 3."""
+    step = TokenizerTrainer.step
+
+    def killed_at_five(self: TokenizerTrainer, batches: Any) -> None:
+        if self.step_index == 5:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "step", killed_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.train(folder, *settings)
 
 
 def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
@@ -78,19 +94,9 @@ def test_resume_equals_an_uninterrupted_run(
 ) -> None:
     settings = [f"loss.adversarial={adversarial}", "train.steps=8"]
     tiny.train(folder, *settings, f"output_dir={folder / 'whole'}")
-    step = TokenizerTrainer.step
-
-    def killed_at_five(self: TokenizerTrainer, batches: Any) -> None:
-        if self.step_index == 5:
-            raise KeyboardInterrupt
-        step(self, batches)
-
-    monkeypatch.setattr(TokenizerTrainer, "step", killed_at_five)
-    with pytest.raises(KeyboardInterrupt):
-        tiny.train(folder, *settings)
+    train_and_kill(folder, monkeypatch, *settings)
     with pytest.raises(UserError, match=r"no config\.json"):
         Tokenizer.load(folder / "run")
-    monkeypatch.setattr(TokenizerTrainer, "step", step)
     tiny.train(folder, *settings)
     assert "resuming" in capsys.readouterr().out
     assert_same_run(folder / "run", folder / "whole", tolerance=0)
@@ -105,6 +111,15 @@ def test_two_ranks_equal_one(folder: Path) -> None:
     tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
     script = tiny.write_script(folder)
     result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=script)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
+
+
+def test_a_run_of_one_rank_resumes_on_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
+    tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
+    train_and_kill(folder, monkeypatch, *settings)
+    result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=tiny.write_script(folder))
     assert result.returncode == 0, result.stderr
     assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
 
@@ -159,6 +174,17 @@ class TestBadInput:
         tiny.train(folder)
         with pytest.raises(UserError, match=r"made by another recipe: codebook, train\.global_batch changed"):
             tiny.train(folder, "codebook.dropout=0.0", "train.global_batch=4")
+
+    def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        train_and_kill(folder, monkeypatch)
+        before = (folder / "run" / "checkpoint.pt").read_bytes()
+        healthy = Decoder.forward
+        monkeypatch.setattr(Decoder, "forward", lambda self, f_hat: healthy(self, f_hat) * float("nan"))
+        with pytest.raises(UserError, match="infinite or NaN before step 4; lower optim"):
+            tiny.train(folder)
+        assert (folder / "run" / "checkpoint.pt").read_bytes() == before
 
     def test_a_damaged_checkpoint(self, folder: Path) -> None:
         tiny.train(folder)
