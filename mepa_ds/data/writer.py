@@ -9,6 +9,7 @@ Whoever finds all planned shards complete turns the plan into `index.json`.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -125,15 +126,23 @@ class ShardWriter:
             name: one of the planned names.
             samples: in the order of the file; keys unique within the set.
             skipped: notes on samples that were left out; looked at after `samples` has run out.
+
+        Raises:
+            UserError: a key that comes twice, members whose type changes, or a full disk.
         """
         assert name in self.plan.shard_names, name
         path = self.directory / name
         table_path(path).unlink(missing_ok=True)
-        with atomic_path(path) as temporary, open(temporary, "wb") as file:
-            tar = _TarFile(file, str(path))
-            for key, members in samples:
-                tar.add(key, members)
-            tar.close()
+        try:
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                tar = _TarFile(file, str(path))
+                for key, members in samples:
+                    tar.add(key, members)
+                tar.close()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"{path}: {error.strerror}; free some and run again: complete shards are kept") from error
         table = SampleTable.of(tar.samples)
         entry = ShardEntry(
             name=name,

@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(writer_module._TarFile, "close", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(UserError, match="No space left on device; free some and run again"):
             writer.write_shard("shard-000000.tar", [sample_of("tokens", 1)])
     assert set(contents(tmp_path)) == {PLAN_NAME}
 
