@@ -130,6 +130,7 @@ def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dic
             extensions=np.array(table.extensions),
             offsets=table.offsets_NM,
             sizes=table.sizes_NM,
+            labels=np.empty(0, np.int64) if table.labels_N is None else table.labels_N,
             description=np.array(json.dumps(description)),
         )
 
@@ -141,7 +142,9 @@ def read_table(shard: Path) -> SampleTable:
         return scan_tar(shard)
     with np.load(path) as stored:
         extensions = tuple(str(extension) for extension in stored["extensions"])
-        return SampleTable(stored["keys"], extensions, stored["offsets"], stored["sizes"])
+        keys, labels = stored["keys"], stored.get("labels", ())
+        known = labels if len(labels) == len(keys) else None
+        return SampleTable(keys, extensions, stored["offsets"], stored["sizes"], known)
 
 
 def read_description(shard: Path) -> tuple[ShardEntry, dict[str, Member]] | None:

@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.remote import RemoteShards, ShardCache
-from mepa_ds.data.tar import DamagedError, SampleTable
+from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable
 from mepa_ds.data.writer import read_npy_header
 
 Indices = NDArray[np.int64]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-LABEL_EXTENSION = "cls"
 _MAX_OPEN_FILES = 512
 
 
@@ -164,15 +163,19 @@ class ShardSet:
             rows_out[number] = data[view * row_bytes : (view + 1) * row_bytes]
 
     def read_labels(self, samples: Indices) -> Indices:
-        """(B,) int64 labels: the `cls` members, in ASCII.
+        """(B,) int64 labels, from the tables or, where they lack them, from the `cls` members.
 
         Raises:
             DamagedError: a label is missing, no number, or outside the set's classes.
         """
-        labels = np.empty(len(samples), np.int64)
+        num_classes, labels = len(self.index.classes), np.empty(len(samples), np.int64)
         for number, (shard, row) in enumerate(zip(*self.locate(samples), strict=True)):
+            known = self.table(shard).labels_N
+            if known is not None and (not num_classes or known[row] < num_classes):
+                labels[number] = known[row]
+                continue
             data = self._read_member(shard, row, self._column(self.table(shard), LABEL_EXTENSION, shard))
-            labels[number] = parse_label(data, len(self.index.classes), lambda: self._where(shard, row))  # noqa: B023
+            labels[number] = parse_label(data, num_classes, lambda: self._where(shard, row))  # noqa: B023
         return labels
 
     def keys(self, samples: Indices) -> list[bytes]:

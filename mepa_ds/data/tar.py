@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mepa_ds.errors import UserError
 
 BLOCK = 512
+LABEL_EXTENSION = "cls"
 _END = b"\0" * BLOCK
 _REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = (b"0", b"\0", b"7"), b"x", b"g", b"L", b"K"
 
@@ -39,6 +40,8 @@ class SampleTable:
     """Byte offset of each member's data in the tar."""
     sizes_NM: NDArray[np.int64]
     """Bytes of each member; -1 where a sample has no such member."""
+    labels_N: NDArray[np.int64] | None = None
+    """What the `cls` members say, so that they need not be read; None when they have not been looked at."""
 
     def __len__(self) -> int:
         return len(self.keys_N)

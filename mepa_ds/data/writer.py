@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +34,7 @@ from mepa_ds.data.index import (
     table_path,
     write_table,
 )
-from mepa_ds.data.tar import BLOCK, SampleTable, check_member_name, member_header, split_member_name
+from mepa_ds.data.tar import BLOCK, LABEL_EXTENSION, SampleTable, check_member_name, member_header, split_member_name
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json
 
@@ -143,7 +144,7 @@ class ShardWriter:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(f"{path}: {error.strerror}; free some and run again: complete shards are kept") from error
-        table = SampleTable.of(tar.samples)
+        table = replace(SampleTable.of(tar.samples), labels_N=tar.labels_N())
         entry = ShardEntry(
             name=name,
             num_samples=len(table),
@@ -218,6 +219,7 @@ class _TarFile:
         self.members: dict[str, Member] = {}
         self._file, self._where, self._position = file, where, 0
         self._keys: set[str] = set()
+        self._labels: list[bytes] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         if key in self._keys:
@@ -235,6 +237,13 @@ class _TarFile:
             self._write(data)
             self._write(b"\0" * (-len(data) % BLOCK))
         self.samples.append((key, places))
+        self._labels.append(members.get(LABEL_EXTENSION, b"").strip())
+
+    def labels_N(self) -> NDArray[np.int64] | None:
+        """Labels of the samples written; None unless all have one that is a number."""
+        if not all(label.isdigit() for label in self._labels):
+            return None
+        return np.array([int(label) for label in self._labels], np.int64)
 
     def close(self) -> None:
         self._write(b"\0" * (2 * BLOCK))

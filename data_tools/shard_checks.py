@@ -1,0 +1,123 @@
+"""Everything that can be wrong with one shard by itself."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mepa_ds.data.images import decode_image, image_member
+from mepa_ds.data.index import ShardIndex, keys_digest, read_table, table_path
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, parse_label
+from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
+from mepa_ds.data.training_sets import TOKENS_EXT
+from mepa_ds.data.writer import read_npy_header
+from mepa_ds.files import sha256_of_file
+
+
+@dataclass
+class ShardReport:
+    """What was found in one shard."""
+
+    shard: int
+    problems: list[str] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
+    """A digest of each image."""
+
+
+def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
+    """Everything that can be said about one shard by itself."""
+    report, path, entry_ = ShardReport(number), shards.shard_paths[number], shards.index.shards[number]
+    if not path.exists():
+        report.problems.append("is missing")
+        return report
+    if path.stat().st_size != entry_.bytes:
+        report.problems.append(f"has {path.stat().st_size} bytes, the index says {entry_.bytes}")
+    elif entry_.sha256 and sha256_of_file(path) != entry_.sha256:
+        report.problems.append("its SHA-256 differs from the index's")
+    try:
+        table = scan_tar(path)
+    except DamagedError as error:
+        report.problems.append(str(error))
+        return report
+    if table_path(path).exists() and not _same_table(path, table):
+        report.problems.append("its stored offsets differ from the tar")
+    if len(table) != entry_.num_samples or keys_digest(table) != entry_.keys_sha256:
+        report.problems.append(f"its {len(table)} keys are not those of the index")
+    report.keys = [bytes(key) for key in table.keys_N]
+    with open(path, "rb") as file:
+        for row in range(len(table) if decode else 0):
+            members = {}
+            for column, extension in enumerate(table.extensions):
+                if table.sizes_NM[row, column] >= 0:
+                    file.seek(int(table.offsets_NM[row, column]))
+                    members[extension] = file.read(int(table.sizes_NM[row, column]))
+            try:
+                _check_sample(shards.index, members, f"sample {table.key(row)!r}", report)
+            except DamagedError as error:
+                report.problems.append(str(error))
+    return report
+
+
+def _same_table(path: Path, table: SampleTable) -> bool:
+    try:
+        stored = read_table(path)
+    except (OSError, ValueError, KeyError):
+        return False
+    if stored.extensions != table.extensions or len(stored) != len(table):
+        return False
+    if stored.labels_N is not None and not (stored.labels_N == _labels(path, table)).all():
+        return False
+    pairs = ((stored.keys_N, table.keys_N), (stored.offsets_NM, table.offsets_NM), (stored.sizes_NM, table.sizes_NM))
+    return all(bool((ours == theirs).all()) for ours, theirs in pairs)
+
+
+def _labels(path: Path, table: SampleTable) -> NDArray[np.int64]:
+    """What the `cls` members say; -1 for what is no number."""
+    column = table.extensions.index(LABEL_EXTENSION)
+    labels = []
+    with open(path, "rb") as file:
+        for offset, size in zip(table.offsets_NM[:, column], table.sizes_NM[:, column], strict=True):
+            file.seek(int(offset))
+            text = file.read(max(int(size), 0)).strip()
+            labels.append(int(text) if text.isdigit() else -1)
+    return np.array(labels, np.int64)
+
+
+def _check_sample(index: ShardIndex, members: dict[str, bytes], where: str, report: ShardReport) -> None:
+    if LABEL_EXTENSION in members:
+        report.labels.append(parse_label(members[LABEL_EXTENSION], len(index.classes), lambda: where))
+    if index.kind == "images":
+        _, data = image_member(members, where)
+        decode_image(data, where)
+        report.contents.append(hashlib.sha256(data).digest()[:16])
+    for extension, data in members.items():
+        if extension.endswith("npy"):
+            _check_array(index, extension, data, where)
+
+
+def _check_array(index: ShardIndex, extension: str, data: bytes, where: str) -> None:
+    try:
+        member, start = read_npy_header(data)
+    except ValueError as error:
+        raise DamagedError(f"{where}: .{extension} is no array: {error}") from error
+    expected = index.members.get(extension)
+    if expected is not None and expected.shape is not None and member != expected:
+        raise DamagedError(
+            f"{where}: .{extension} holds {member.dtype} {member.shape}, expected {expected.dtype} {expected.shape}"
+        )
+    assert member.shape is not None
+    values: NDArray[Any] = np.frombuffer(data, np.dtype(member.dtype), offset=start)
+    if values.size != int(np.prod(member.shape)):
+        raise DamagedError(f"{where}: .{extension} is cut short")
+    codebook = index.made_by.settings.get("codebook_size")
+    if extension == TOKENS_EXT and codebook is not None and (values >= codebook).any():
+        raise DamagedError(f"{where}: code {np.max(values)} is outside the codebook of {codebook}")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DamagedError(f"{where}: .{extension} has values that are not finite")
