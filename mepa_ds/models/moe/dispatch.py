@@ -5,13 +5,34 @@ Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_K weight_TK y_TKC in fp32, one choice at a time: an einsum would first make an fp32 copy of all of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TKC: Tensor, weight_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_TKC, weight_TK)
+        out_TC = y_TKC[:, 0] * weight_TK[:, 0, None]
+        for k in range(1, y_TKC.shape[1]):
+            out_TC.addcmul_(y_TKC[:, k].to(out_TC.dtype), weight_TK[:, k, None])
+        return out_TC
+
+    @staticmethod
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y_TKC, weight_TK = ctx.saved_tensors
+        grad_y_TKC, grad_weight_TK = torch.empty_like(y_TKC), torch.empty_like(weight_TK)
+        for k in range(y_TKC.shape[1]):
+            torch.mul(grad_TC, weight_TK[:, k, None], out=grad_y_TKC[:, k])
+            torch.linalg.vecdot(grad_TC, y_TKC[:, k].to(grad_TC.dtype), out=grad_weight_TK[:, k])
+        return grad_y_TKC, grad_weight_TK
 
 
 class Dispatcher(Protocol):
@@ -52,7 +73,7 @@ class Sorted:
             place_R = torch.empty_like(self._order_R)
             place_R[self._order_R] = torch.arange(len(place_R), device=place_R.device)
             y_TKC = y_RC.index_select(0, place_R).view(num_tokens, num_choices, -1)
-            return torch.einsum("tkc,tk->tc", y_TKC.float(), self._routing.weight_TK)
+            return _WeightedSum.apply(y_TKC, self._routing.weight_TK)
         weighted_RC = y_RC.float() * weight_R[self._order_R, None]
         return weighted_RC.new_zeros(num_tokens, y_RC.shape[1]).index_add(0, self._token_R, weighted_RC)
 

@@ -1,0 +1,325 @@
+"""MoE feed-forward layers, forward + backward, on the same tensors in one run.
+
+    python benchmarks/moe.py --json moe.json
+    python benchmarks/moe.py --shapes 1024x4096x8 1024x1408x8 --dtypes bf16        (on a GPU)
+
+ours          this project's layer: sort, grouped experts, combine
+ours ep2      the same over an expert-parallel group of two ranks (each has all the tokens of its own)
+mask loop     a Python loop over experts with boolean masks, as public reproductions do it
+deepspeed     stock DeepSpeed MoE, dropless (each expert padded to the fullest one); left out where it is not installed
+dense         one FFN of the same active FLOPs (hidden K x F)
+
+All route the same tokens to the same experts: the router's logits are part of the input. `imbalance` is the load of
+the fullest expert over the mean. Times are medians of milliseconds; memory is the peak above what was there before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from mepa_ds.models.moe.dispatch import Dispatcher, LocalDispatcher
+from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.routing import Routing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOP_K = 2
+
+
+@dataclass
+class Options:
+    """Prints one table; ratios are taken within a run."""
+
+    shapes: tuple[str, ...] = ("256x1024x8",)
+    """C x F x E: width, hidden width of an expert, number of experts."""
+    tokens: int = 8160
+    """T, tokens a rank."""
+    imbalances: tuple[float, ...] = (1.0, 2.0, 4.0)
+    """Load of the fullest expert over the mean."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    repeats: int = 9
+    """Timed rounds; each round runs every contender once, in turn."""
+    threads: int = 2
+    """CPU threads (of each rank, for ep2: half of them)."""
+    ep: bool = True
+    """Also the expert-parallel layer on two ranks (two CPU processes)."""
+    deepspeed: bool = True
+    json: Path | None = None
+    contenders: tuple[str, ...] = field(default=("ours", "mask loop", "deepspeed", "dense"))
+
+
+class Parameters(nn.Module):
+    """The weights all contenders share."""
+
+    def __init__(self, C: int, hidden: int, E: int, dtype: torch.dtype, device: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = Experts(E, C, hidden).to(device, dtype)
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+
+def skewed_logits(T: int, E: int, imbalance: float) -> Tensor:
+    """(T, E) logits whose fullest expert has `imbalance` times the mean load; found by bisection on its bonus."""
+    generator = torch.Generator().manual_seed(0)
+    noise_TE = torch.randn(T, E, generator=generator)
+    low, high = 0.0, 20.0
+    for _ in range(40):
+        bonus = (low + high) / 2
+        logits_TE = noise_TE.clone()
+        logits_TE[:, 0] += bonus
+        load = logits_TE.topk(TOP_K).indices.flatten().bincount(minlength=E)
+        low, high = (low, bonus) if load.max() * E / (T * TOP_K) > imbalance else (bonus, high)
+    return logits_TE
+
+
+def route(logits_TE: Tensor) -> Routing:
+    probs_TE = logits_TE.float().softmax(-1)
+    weight_TK, index_TK = probs_TE.topk(TOP_K, dim=-1)
+    return Routing(logits_TE, probs_TE, index_TK, weight_TK)
+
+
+def ours(parameters: Parameters, dispatcher: Dispatcher) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), parameters.experts).to(x_TC.dtype)
+
+
+def mask_loop(parameters: Parameters) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(x_TC: Tensor, logits_TE: Tensor) -> Tensor:
+        routing, experts = route(logits_TE), parameters.experts
+        flat_x = x_TC.repeat_interleave(TOP_K, dim=0)
+        flat_index = routing.expert_index_TK.flatten()
+        y = torch.empty_like(flat_x)
+        for e in range(experts.num_experts):
+            mask = flat_index == e
+            hidden = F.gelu(F.linear(flat_x[mask], experts.fc1_weight[e], experts.fc1_bias[e]), approximate="tanh")
+            y[mask] = F.linear(hidden, experts.fc2_weight[e], experts.fc2_bias[e])
+        weighted = y.view(*routing.weight_TK.shape, -1) * routing.weight_TK[..., None].to(y.dtype)
+        return weighted.sum(1)
+
+    return run
+
+
+def dense(C: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
+    module = nn.Sequential(nn.Linear(C, TOP_K * hidden), nn.GELU("tanh"), nn.Linear(TOP_K * hidden, C)).to(
+        device, dtype
+    )
+    return module, lambda x_TC, _: module(x_TC)
+
+
+class _DeepSpeedExpert(nn.Module):
+    def __init__(self, C: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(C, hidden), nn.Linear(hidden, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def stock_deepspeed(
+    C: int, hidden: int, E: int, dtype: torch.dtype, device: str
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]] | None:
+    """DeepSpeed's own layer with drop_tokens off; its gate is replaced by the given logits."""
+    try:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        from deepspeed.moe.layer import MoE
+        from deepspeed.moe.sharded_moe import top2gating
+    except ImportError:
+        return None
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+    layer = MoE(
+        C, _DeepSpeedExpert(C, hidden), num_experts=E, k=TOP_K, drop_tokens=False, top2_2nd_expert_sampling=False
+    )
+    layer.set_deepspeed_parallelism()
+    layer = layer.to(device, dtype)
+    gate = layer.deepspeed_moe.gate
+
+    def run(x_TC: Tensor, logits_TE: Tensor) -> Tensor:
+        def forward(x: Tensor, used: Any = None, sparse_routes: bool = False, use_tutel: bool = False) -> Any:
+            """The stock gate's, but for its own matrix product; dropless, no noise on the second expert."""
+            return top2gating(logits_TE, 1.0, gate.min_capacity, False, None, False, sparse_routes)
+
+        gate.forward = forward
+        return layer(x_TC)[0]
+
+    return layer, run
+
+
+def peak_memory(step: Callable[[], None], device: str) -> float:
+    """MiB above what is allocated before the step."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    # The allocator's own account: resident size would show what earlier contenders left behind.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak / 2**20
+
+
+def measure(
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    modules: dict[str, nn.Module],
+    x_TC: Tensor,
+    logits_TE: Tensor,
+    repeats: int,
+    device: str,
+) -> dict[str, dict[str, float]]:
+    """Rounds in which every contender runs once, so that a slow moment of the machine meets all of them."""
+    gradient = torch.randn_like(x_TC)
+
+    def step(name: str) -> None:
+        x, logits = x_TC.detach().requires_grad_(), logits_TE.detach().requires_grad_()
+        modules[name].zero_grad(set_to_none=True)
+        runs[name](x, logits).backward(gradient)
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 2):
+        for name in runs:
+            if device == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            step(name)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if repeat >= 2:  # two rounds of warm-up
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {
+        name: {
+            "ms": statistics.median(times[name]),
+            "fastest_ms": min(times[name]),
+            "peak_mib": peak_memory(lambda name=name: step(name), device),  # type: ignore[misc]
+        }
+        for name in runs
+    }
+
+
+def one_case(options: Options, shape: str, dtype_name: str, imbalance: float, device: str) -> dict[str, Any]:
+    C, hidden, E = map(int, shape.split("x"))
+    dtype = DTYPES[dtype_name]
+    shared = Parameters(C, hidden, E, dtype, device)
+    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    modules: dict[str, nn.Module] = {}
+    for name in options.contenders:
+        if name == "ours":
+            modules[name], runs[name] = shared, ours(shared, LocalDispatcher())
+        elif name == "mask loop":
+            modules[name], runs[name] = shared, mask_loop(shared)
+        elif name == "dense":
+            modules[name], runs[name] = dense(C, hidden, dtype, device)
+        elif name == "deepspeed" and options.deepspeed:
+            built = stock_deepspeed(C, hidden, E, dtype, device)
+            if built is not None:
+                modules[name], runs[name] = built
+    torch.manual_seed(1)
+    x_TC = torch.randn(options.tokens, C, device=device).to(dtype)
+    logits_TE = skewed_logits(options.tokens, E, imbalance).to(device)
+    results = measure(runs, modules, x_TC, logits_TE, options.repeats, device)
+    return {"shape": shape, "dtype": dtype_name, "imbalance": imbalance, "tokens": options.tokens, "results": results}
+
+
+def ep_rank(rank: int, store: str, options: Options, cases: list[tuple[str, str, float]], queue: Any) -> None:
+    """One of two ranks; rank 0 reports the medians of times between barriers."""
+    from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher
+
+    torch.set_num_threads(max(1, options.threads // 2))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    assert dist.group.WORLD is not None
+    for shape, dtype_name, imbalance in cases:
+        C, hidden, E = map(int, shape.split("x"))
+        dtype = DTYPES[dtype_name]
+        parameters = Parameters(C, hidden, E // 2, dtype, "cpu")
+        run = ours(parameters, ExpertParallelDispatcher(dist.group.WORLD, E))
+        torch.manual_seed(1)
+        x_TC = torch.randn(options.tokens, C).to(dtype)
+        logits_TE = skewed_logits(options.tokens, E, imbalance)
+        times = []
+        for repeat in range(options.repeats + 2):
+            dist.barrier()
+            started = time.perf_counter()
+            x, logits = x_TC.detach().requires_grad_(), logits_TE.detach().requires_grad_()
+            parameters.zero_grad(set_to_none=True)
+            run(x, logits).backward(torch.ones_like(x_TC))
+            dist.barrier()
+            if repeat >= 2:
+                times.append(1e3 * (time.perf_counter() - started))
+        if rank == 0:
+            queue.put(statistics.median(times))
+    dist.destroy_process_group()
+
+
+def run_ep(options: Options, cases: list[tuple[str, str, float]]) -> list[float]:
+    import tempfile
+
+    import torch.multiprocessing as mp
+
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            context.Process(target=ep_rank, args=(rank, f"{folder}/store", options, cases, queue)) for rank in range(2)
+        ]
+        for process in ranks:
+            process.start()
+        times = [queue.get(timeout=600) for _ in cases]
+        for process in ranks:
+            process.join(60)
+    return times
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cases = [(s, d, i) for s in options.shapes for d in options.dtypes for i in options.imbalances]
+    ep_times = run_ep(options, cases) if options.ep and device == "cpu" else []
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    rows = []
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {options.threads} threads"
+    print(f"{name}, torch {torch.__version__}, {options.tokens} tokens, top-{TOP_K}, forward + backward")
+    print(f"{'C x F x E':>14} {'type':>5} {'imbalance':>9}  {'layer':<10} {'ms':>8} {'MiB':>8}  {'x ours':>7}")
+    for number, (shape, dtype_name, imbalance) in enumerate(cases):
+        row = one_case(options, shape, dtype_name, imbalance, device)
+        if ep_times:
+            row["results"]["ours ep2"] = {"ms": ep_times[number]}
+        rows.append(row)
+        for contender, result in row["results"].items():
+            ratio = result["ms"] / row["results"]["ours"]["ms"]
+            memory = f"{result['peak_mib']:8.0f}" if "peak_mib" in result else " " * 8
+            head = f"{shape:>14} {dtype_name:>5} {imbalance:>9}"
+            print(f"{head}  {contender:<10} {result['ms']:8.1f} {memory}  {ratio:7.2f}", flush=True)
+    if options.json:
+        report = {"device": name, "torch": torch.__version__, "threads": options.threads, "cases": rows}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
