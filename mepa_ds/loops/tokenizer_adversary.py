@@ -82,7 +82,7 @@ def build_optimizer(module: nn.Module, config: TokenizerOptimConfig) -> torch.op
     kernels = [parameter for parameter in module.parameters() if parameter.ndim > 2]
     others = [parameter for parameter in module.parameters() if parameter.ndim <= 2]
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
