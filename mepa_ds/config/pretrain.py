@@ -86,6 +86,8 @@ class ParallelConfig(Section):
     """Ranks that share one set of experts; divides num_experts and the number of ranks."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations; optimizer masters are fp32 always."""
+    activation_checkpointing: Literal["none", "selective", "blocks"] = "none"
+    """Keep everything for the backward pass; or matrix products, attention and routing; or blocks' inputs and routing."""
     deepspeed: Path = Path("ds_configs/zero2.json")
     """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
 
@@ -105,6 +107,15 @@ class LogConfig(Section):
     """How many of the newest checkpoints stay on disk."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (offline unless WANDB_MODE says otherwise)."""
+
+
+class GuardConfig(Section):
+    """What ends a run before its last step, in good order."""
+
+    time_limit: Annotated[float, Field(gt=0)] | None = None
+    """Minutes from the start after which the run saves a checkpoint and exits with status 75; null: no limit."""
+    stop_before_end: Annotated[float, Field(gt=0)] | None = None
+    """The same, so many minutes before the SLURM allocation ends (SLURM_JOB_END_TIME); null: leave it to signals."""
 
 
 class PretrainConfig(Section):
@@ -130,6 +141,8 @@ class PretrainConfig(Section):
     """Ranks and precision"""
     log: LogConfig = LogConfig()
     """Records, evaluation, checkpoints"""
+    guards: GuardConfig = GuardConfig()
+    """Limits"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -44,6 +44,8 @@ class RunState:
     """Steps that Adam has seen (skipped ones are not among them)."""
     best_heldout_ce: float
     """Lowest held-out cross-entropy so far (inf before the first evaluation)."""
+    evaluated_step: int
+    """Step of the last held-out evaluation."""
     model: dict[str, object]
     """The model config's values."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
@@ -22,13 +25,16 @@ from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import reduce_losses, routing_report, score_report
 from mepa_ds.loops.schedule import learning_rate
+from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import identity_of
 
 
-def pretrain(config: PretrainConfig) -> None:
+def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     """Runs, or resumes, the recipe on all ranks that the launcher started. Collective.
+
+    Returns whether the run is finished; if not, a signal or a time limit has stopped it, and it has been saved.
 
     Raises UserError, on every rank, before anything is trained, when the recipe does not fit data or ranks.
     """
@@ -36,10 +42,11 @@ def pretrain(config: PretrainConfig) -> None:
     config.check_world(launch.world_size)
     deepspeed_config.read_knobs(config.parallel.deepspeed)
     device = distributed.start(launch)
+    requests.stop_at(deadline(config.guards.time_limit, config.guards.stop_before_end, os.environ))
     sets = _open_checked(config)
-    run = PretrainRun(config, sets, device)
+    run = PretrainRun(config, sets, device, requests)
     run.resume()
-    run.train()
+    return run.train()
 
 
 def _open_checked(config: PretrainConfig) -> TrainingSets:
@@ -63,9 +70,9 @@ def check_sets(config: PretrainConfig, sets: TrainingSets, key: str = "data.toke
     identity = identity_of(config.tokenizer)
     if sets.tokenizer.identity != identity:
         raise UserError(
-            f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} ({sets.tokenizer.identity}), "
-            f"but tokenizer: {config.tokenizer} is {identity}; precompute the tokens again with that tokenizer "
-            f"(data_tools/precompute.py tokens), or point tokenizer: to the one that made them"
+            f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} "
+            f"({sets.tokenizer.identity}), but tokenizer: {config.tokenizer} is {identity}; precompute "
+            f"the tokens again with that tokenizer (data_tools/precompute.py tokens), or point tokenizer: to the one that made them"
         )
     model = config.model
     facts = (("scales", sets.scales, model.scales), ("codebook_size", sets.codebook_size, model.codebook_size))
@@ -81,7 +88,9 @@ def check_sets(config: PretrainConfig, sets: TrainingSets, key: str = "data.toke
 class PretrainRun:
     """One run's state: engine, place in the sample stream, recorder."""
 
-    def __init__(self, config: PretrainConfig, sets: TrainingSets, device: torch.device):
+    def __init__(self, config: PretrainConfig, sets: TrainingSets, device: torch.device, requests: StopRequests):
+        self.requests = requests
+        self.agreement = Agreement(requests)
         self.config = config
         self.num_steps = config.train.num_steps(sets.num_samples)
         self.num_samples = sets.num_samples
@@ -89,7 +98,9 @@ class PretrainRun:
         self.engine = PretrainEngine(config, sets.feature_width, device)
         self.inputs = InputMaker(config.model, MultiScaleQuantizer.load(config.tokenizer), config.seed, device)
         model = json.loads(config.model.model_dump_json())
-        self.state = RunState(step=0, position=0, adam_step=0, best_heldout_ce=float("inf"), model=model)
+        self.state = RunState(
+            step=0, position=0, adam_step=0, best_heldout_ce=float("inf"), evaluated_step=0, model=model
+        )
         self.recorder: Recorder | None = None
         self._saved_step = 0
 
@@ -127,11 +138,14 @@ class PretrainRun:
         if found:
             self.recorder.say(f"resumed from {found[-1]} at step {self.state.step} of {self.num_steps}")
 
-    def train(self) -> None:
-        """Trains to the end of the recipe."""
+    def train(self) -> bool:
+        """Trains to the end of the recipe, or until it is stopped; returns whether it came to the end."""
         log = self.config.log
+        self._evaluate_if_due()  # a run that was stopped saves first and leaves the evaluation to the next start
         batches = self._batches()
-        while self.state.step < self.num_steps:
+        stop = False
+        while self.state.step < self.num_steps and not stop:
+            self.agreement.begin()
             started = time.perf_counter()
             micro_batches = [next(batches) for _ in range(self.config.train.accumulation)]
             waited = time.perf_counter() - started
@@ -140,15 +154,22 @@ class PretrainRun:
             self.state.step += 1
             self.state.position = micro_batches[-1].next_position
             last = self.state.step == self.num_steps
+            stop = self.agreement.end()
             if self.recorder:
                 self.recorder.advance()
             if self.state.step % log.every == 0 or last:
                 self._record(report, lr, time.perf_counter() - started, waited)
-            if self.state.step % log.evaluate_every == 0 or last:
-                self._evaluate()
-            if self.state.step % log.checkpoint_every == 0 or last:
+            if not stop:
+                self._evaluate_if_due()
+            if self.state.step % log.checkpoint_every == 0 or last or stop:
                 self._save()
-        self._finish()
+        finished = self.state.step == self.num_steps
+        if finished:
+            self._finish()
+        else:
+            self._stop()
+        dist.barrier()  # a launcher ends the other ranks when the first one exits
+        return finished
 
     def _batches(self) -> Iterator[TrainingBatch]:
         """This rank's share of one micro-batch after the other; which images share one does not depend on the ranks."""
@@ -191,15 +212,20 @@ class PretrainRun:
             layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}
             self.recorder.record("routing", self.state.step, {"layers": layers})
 
-    def _evaluate(self) -> None:
+    def _evaluate_if_due(self) -> None:
+        step = self.state.step
+        due = step > 0 and (step % self.config.log.evaluate_every == 0 or step == self.num_steps)
+        if due and self.state.evaluated_step != step and self.config.data.heldout_tokens is not None:
+            self._evaluate(self.config.data.heldout_tokens)
+            self.state.evaluated_step = step
+
+    def _evaluate(self, heldout_tokens: Path) -> None:
         """Held-out scores; the best weights so far go to <output_dir>/best. Collective."""
         config = self.config
-        if config.data.heldout_tokens is None:
-            return
         started = time.perf_counter()
         with self.engine.evaluating() as model:
             scores = heldout_scores(
-                model, self.inputs, config.data.heldout_tokens, config.log.evaluate_batch, config.data.num_workers
+                model, self.inputs, heldout_tokens, config.log.evaluate_batch, config.data.num_workers
             )
         best = scores["ce"] < self.state.best_heldout_ce
         if best:
@@ -217,11 +243,17 @@ class PretrainRun:
         save_checkpoint(self.engine, self.state, self.checkpoints, self.config.log.keep_checkpoints)
         self._saved_step = self.state.step
 
+    def _stop(self) -> None:
+        """Everything is saved: leaves word for whoever starts the run again."""
+        if self.recorder:
+            reason = self.requests.reason or "another rank was asked to stop"
+            line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
+            self.recorder.close("requeue", self.state.step, line)
+
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""
         last = self.config.output_dir / "last"
         if self._saved_step != self.num_steps or not last.exists():
             export_weights(self.engine, last)
         if self.recorder:
-            self.recorder.say(f"done: {self.state.step} steps, weights in {last}")
-            self.recorder.close()
+            self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

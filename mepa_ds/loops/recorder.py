@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import resource
 import secrets
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.files import write_json
 from mepa_ds.metrics import MetricsWriter
+
+RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
 class Recorder:
@@ -22,6 +25,11 @@ class Recorder:
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
         self._wandb = _start_wandb(config) if config.log.wandb_project else None
+        self._status = config.output_dir / "status.json"
+        self._write_status("running", step)
+
+    def _write_status(self, state: RunStatus, step: int) -> None:
+        write_json(self._status, {"state": state, "step": step, "num_steps": self._num_steps})
 
     def advance(self) -> None:
         self._bar.update()
@@ -46,7 +54,10 @@ class Recorder:
         )
         self.say(text)
 
-    def close(self) -> None:
+    def close(self, state: RunStatus, step: int, line: str) -> None:
+        """Says and stores how the run ended."""
+        self.say(line)
+        self._write_status(state, step)
         self._bar.close()
         self._metrics.close()
         if self._wandb is not None:

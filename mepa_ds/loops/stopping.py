@@ -1,0 +1,110 @@
+"""Ends a run between two steps, on all ranks at once: by a signal, or before the time runs out.
+
+SIGUSR1 or SIGTERM on any rank lets the step end; then all ranks save a checkpoint and exit with REQUEUE_EXIT_CODE.
+A second signal exits at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+from mepa_ds import distributed
+
+# EX_TEMPFAIL of sysexits.h: "not done yet, start me again and I go on".
+REQUEUE_EXIT_CODE = 75
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+# Launchers pass a signal on to ranks that have it from the batch system already: one request, delivered twice.
+_SAME_REQUEST_SECONDS = 1.0
+
+
+class StopRequests:
+    """This rank's reasons to stop. Signals are noted from the moment this is made, which is in the main thread."""
+
+    def __init__(self) -> None:
+        self._reason: str | None = None
+        self._deadline: tuple[float, str] | None = None
+        # Python runs handlers only between byte codes of the main thread, which may be waiting in a collective for
+        # minutes. The C part of a handler writes to this socket at once, whatever the main thread does.
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, _noted)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    @property
+    def reason(self) -> str | None:
+        """Why this rank wants to stop; None: it does not."""
+        if self._reason is None and self._deadline is not None and time.time() >= self._deadline[0]:
+            self._reason = self._deadline[1]
+        return self._reason
+
+    def stop_at(self, deadline: tuple[float, str] | None) -> None:
+        """Also stop at a time (Unix seconds), for the reason given."""
+        self._deadline = deadline
+
+    def _listen(self) -> None:
+        first: float | None = None
+        while True:
+            for number in self._reader.recv(64):
+                if number not in SIGNALS:
+                    continue
+                now = time.monotonic()
+                if first is None:
+                    first = now
+                    self._reason = signal.Signals(number).name
+                elif now - first > _SAME_REQUEST_SECONDS:
+                    os._exit(128 + number)
+
+
+def _noted(number: int, frame: object) -> None:
+    """The listener does the work; without a Python handler the signal would end the process."""
+
+
+def deadline(
+    time_limit: float | None, stop_before_end: float | None, environment: Mapping[str, str]
+) -> tuple[float, str] | None:
+    """The earlier of `time_limit` minutes from now, and `stop_before_end` minutes before the SLURM job's end."""
+    candidates = []
+    if time_limit is not None:
+        candidates.append((time.time() + 60 * time_limit, f"guards.time_limit of {time_limit:g} minutes"))
+    job_end = environment.get("SLURM_JOB_END_TIME")
+    if stop_before_end is not None and job_end is not None:
+        reason = f"the allocation ends in {stop_before_end:g} minutes"
+        candidates.append((float(job_end) - 60 * stop_before_end, reason))
+    return min(candidates, default=None)
+
+
+class Agreement:
+    """Whether any rank wants to stop: one small all-reduce a step, under way while the step is computed.
+
+    It runs on CPU ranks' group (gloo) beside NCCL's, so that no GPU waits for it.
+    """
+
+    def __init__(self, requests: StopRequests):
+        self._requests = requests
+        self._group: dist.ProcessGroup | None = None
+        if distributed.world_size() > 1:
+            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]
+        self._wanted = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+
+    def begin(self) -> None:
+        """Before a step: this rank's wish goes out. Collective."""
+        self._wanted.fill_(self._requests.reason is not None)
+        if self._group is not None:
+            self._work = dist.all_reduce(self._wanted, dist.ReduceOp.MAX, self._group, async_op=True)
+
+    def end(self) -> bool:
+        """After the step: the same answer on every rank."""
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._wanted)

@@ -1,0 +1,101 @@
+"""pretrain.py on ranks that a test starts, signals and kills one by one, without a launcher in between.
+
+Each rank is a process of its own, forked from a server that has imported everything: 6 s of imports once, not once a
+rank.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from mepa_ds.metrics import read_metrics
+from tests.tiny_run import free_port
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the server and all ranks inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["mepa_ds.loops.pretraining", "mepa_ds.cli.pretrain", __name__])
+
+
+def _run(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    from mepa_ds.cli import entry
+    from mepa_ds.cli.pretrain import main
+
+    os.environ.update(environment)
+    with open(log, "a") as output:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(output.fileno(), stream.fileno())
+    entry.run(lambda: main(arguments))
+
+
+class Ranks:
+    """The processes of one start of a run. Leaving the context kills what is left of them."""
+
+    def __init__(self, arguments: Sequence[str], count: int, log: Path, **environment: str):
+        self.log = log
+        log.touch()
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), **environment}
+        self.processes = []
+        for rank in range(count):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = _CONTEXT.Process(target=_run, args=(list(arguments), own, log), daemon=True)
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def signal(self, number: signal.Signals, rank: int) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def kill(self) -> None:
+        """kill -9 of all ranks, as a node that loses power."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def wait(self, timeout: float = 100) -> list[int | None]:
+        """Exit status of every rank; None for one that is still running after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(deadline - time.monotonic(), 0.1))
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+
+def finish(arguments: Sequence[str], count: int, log: Path, **environment: str) -> str:
+    """Runs to the end on `count` ranks; returns what was printed."""
+    with Ranks(arguments, count, log, **environment) as ranks:
+        assert ranks.wait() == [0] * count, log.read_text()
+    return log.read_text()
+
+
+def last_step(output_dir: Path) -> int:
+    """The last step in metrics.jsonl, 0 before there is one."""
+    return max((r["step"] for r in read_metrics(output_dir / "metrics.jsonl") if r["event"] == "train"), default=0)
+
+
+def wait_for_step(ranks: Ranks, output_dir: Path, step: int, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while last_step(output_dir) < step:
+        assert ranks.running, ranks.log.read_text()
+        assert time.monotonic() < end, f"step {step} not reached: {ranks.log.read_text()}"
+        time.sleep(0.02)

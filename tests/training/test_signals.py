@@ -1,0 +1,77 @@
+"""A run that is asked to stop saves itself, says so by its exit status, and goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, deadline
+from tests.tiny_run import losses, make_run
+from tests.training.ranks import Ranks, finish, last_step, wait_for_step
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    make_run(folder, f"train.steps={STEPS}", "log.checkpoint_every=1000", "log.evaluate_every=1000")
+    return folder
+
+
+def start(folder: Path, name: str, *overrides: str) -> Ranks:
+    return Ranks([str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides], 2, folder / f"{name}.log")
+
+
+def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -> None:
+    finish([str(folder / "recipe.yaml"), f"output_dir={folder / 'whole'}"], 2, folder / "whole.log")
+    output = folder / "stopped"
+    stopped_at = []
+    for rank, number in ((1, signal.SIGUSR1), (0, signal.SIGTERM)):
+        with start(folder, "stopped") as ranks:
+            wait_for_step(ranks, output, last_step(output) + 5)
+            ranks.signal(number, rank)
+            assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+        status = json.loads((output / "status.json").read_text())
+        assert status["state"] == "requeue"
+        assert status["step"] == last_step(output) < STEPS
+        stopped_at.append(status["step"])
+    log = finish([str(folder / "recipe.yaml"), f"output_dir={output}"], 2, folder / "stopped.log")
+    assert f"stopped at step {stopped_at[1]} of {STEPS} (SIGTERM); start again to go on" in log
+    assert f"at step {stopped_at[0]} of {STEPS}" in log
+    assert losses(output) == losses(folder / "whole")
+    assert json.loads((output / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_second_signal_exits_at_once(folder: Path) -> None:
+    """Rank 1 hangs (it is stopped), so rank 0 waits in a collective and cannot end its step."""
+    with start(folder, "hung", "train.steps=100000") as ranks:
+        wait_for_step(ranks, folder / "hung", 3)
+        ranks.signal(signal.SIGSTOP, 1)
+        ranks.signal(signal.SIGUSR1, 0)
+        time.sleep(1.5)
+        assert ranks.running
+        ranks.signal(signal.SIGUSR1, 0)
+        ranks.processes[0].join(5)
+        assert ranks.processes[0].exitcode == 128 + signal.SIGUSR1
+
+
+def test_a_time_limit_stops_like_a_signal(folder: Path) -> None:
+    with start(folder, "limited", "train.steps=100000", "guards.time_limit=0.04", "log.every=50") as ranks:
+        assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+    assert "guards.time_limit of 0.04 minutes" in ranks.log.read_text()
+
+
+def test_the_earlier_limit_counts() -> None:
+    now = time.time()
+    assert deadline(None, None, {}) is None
+    assert deadline(None, 5, {}) is None
+    in_an_hour = {"SLURM_JOB_END_TIME": str(int(now + 3600))}
+    for limit, expected in ((None, 3300), (10, 600), (120, 3300)):
+        found = deadline(limit, 5, in_an_hour)
+        assert found is not None
+        assert found[0] - now == pytest.approx(expected, abs=2)
