@@ -94,7 +94,7 @@ def route(logits_TE: Tensor) -> Routing:
 
 
 def ours(parameters: Parameters, dispatcher: Dispatcher) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), parameters.experts).to(x_TC.dtype)
+    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), parameters.experts, None).to(x_TC.dtype)
 
 
 def mask_loop(parameters: Parameters) -> Callable[[Tensor, Tensor], Tensor]:

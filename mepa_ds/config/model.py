@@ -37,12 +37,16 @@ class MoEConfig(Section):
     every: PositiveInt = 1
     """Every n-th block is MoE, the others keep a dense FFN; the last block of each n is the MoE one."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    """Tokens an expert takes at most, as a multiple of T K / E; null: dropless."""
+    """In training, an expert takes at most this multiple of T K / E pairs of a rank; null: dropless."""
+    bias_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Step of loss-free balancing by a bias on the choice (arXiv 2408.15664 uses 1e-3); 0: off."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts})")
+        if self.router == "expert_choice" and (self.capacity_factor or self.bias_rate or self.renormalize):
+            raise ValueError("router expert_choice balances by itself: leave capacity_factor, bias_rate, renormalize")
         return self
 
 

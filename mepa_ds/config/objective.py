@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -45,5 +45,7 @@ class ObjectiveConfig(Section):
     """Semantic guidance"""
     balance_weight: Weight = 0.01
     """alpha, weight of the load-balance loss of each MoE layer."""
+    balance_over: Literal["micro_batch", "step"] = "micro_batch"
+    """Expert shares f_e count one micro-batch of all ranks, or also the step's micro-batches before it."""
     router_z_weight: Weight = 0.0
     """Weight of the router z-loss of each MoE layer (arXiv 2202.08906 uses 1e-3)."""

@@ -87,7 +87,7 @@ class ParallelConfig(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type of weights and activations; optimizer masters are fp32 always."""
     activation_checkpointing: Literal["none", "selective", "blocks"] = "none"
-    """Keep everything for the backward pass; or matrix products, attention and routing; or blocks' inputs and routing."""
+    """Keep for the backward pass: all; matrix products, attention and routing; blocks' inputs and routing."""
     deepspeed: Path = Path("ds_configs/zero2.json")
     """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -50,6 +50,7 @@ class PretrainEngine:
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         with torch.device("meta"):
             transformer = NextScaleTransformer(config.model)
+            transformer.recompute = config.parallel.activation_checkpointing
             objective = PretrainingObjective(transformer, config.objective, teacher_width, _sum_over_ranks)
             shard_experts(objective, config.parallel.ep_size)
         objective.to_empty(device=device)
@@ -62,6 +63,7 @@ class PretrainEngine:
             dist_init_required=False,
         )
         self.accumulation = config.train.accumulation
+        self._balance_over_step = config.objective.balance_over == "step"
 
     @property
     def objective(self) -> PretrainingObjective:
@@ -77,12 +79,19 @@ class PretrainEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         losses = []
+        counts_NE: Tensor | None = None
         for inputs in micro_batches:
+            if self._balance_over_step:
+                inputs = replace(inputs, earlier_counts_NE=counts_NE)
             result: Losses = self._engine(inputs)
             self._engine.backward(result.total)
             self._engine.step()
             losses.append(result)
+            if result.counts_NE is not None:
+                counts_NE = result.counts_NE if counts_NE is None else counts_NE + result.counts_NE
         assert len(losses) == self.accumulation
+        if counts_NE is not None:
+            self.objective.update_balance_bias(counts_NE)
         norm = self._engine.get_global_grad_norm()
         grad_norm = float("nan") if norm is None else float(norm)
         return StepReport(losses, grad_norm, not getattr(self._engine.optimizer, "overflow", False))
@@ -96,5 +105,9 @@ class PretrainEngine:
     @contextmanager
     def evaluating(self) -> Iterator[NextScaleTransformer]:
         """The transformer without gradients; training state is as before afterwards."""
-        with torch.no_grad():
-            yield self.objective.transformer
+        transformer = self.objective.transformer.eval()
+        try:
+            with torch.no_grad():
+                yield transformer
+        finally:
+            transformer.train()

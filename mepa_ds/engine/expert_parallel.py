@@ -14,29 +14,40 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mepa_ds.models.moe.dispatch import Sorted
+from mepa_ds.models.moe.dispatch import Alongside, Sorted
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to and from all ranks of a group; the gradient travels back the same way."""
+    """Rows to and from all ranks of a group; the gradient travels back the same way.
+
+    The forward exchange is only started: its handle goes into `started`, and the result must not be read before
+    `_wait` was called on it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, started: list[Any]
+    ) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows, send, receive, group)
+        rows = rows.contiguous()
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        # `rows` stays alive until it has been sent.
+        started += [rows, dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)]
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _exchange(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        out = gradient.new_empty(sum(ctx.send), *gradient.shape[1:])
+        dist.all_to_all_single(out, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None, None
 
 
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-    return out
+def _wait(started: list[Any]) -> None:
+    _, work = started
+    work.wait()
 
 
 class ExpertParallelDispatcher:
@@ -47,14 +58,17 @@ class ExpertParallelDispatcher:
         self.ep_size = group.size()
         self.num_experts = num_experts
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
         rows = Sorted(x_TC, routing, self.num_experts)
         received_E = torch.empty_like(rows.counts_E)
         dist.all_to_all_single(received_E, rows.counts_E, group=self.group)
         received_nJ = received_E.view(self.ep_size, -1)
         sums = torch.stack([rows.counts_E.view(self.ep_size, -1).sum(1), received_nJ.sum(1)])
         send, receive = sums.tolist()
-        x_QC = _AllToAll.apply(rows.x_RC, send, receive, self.group)
+        going: list[Any] = []
+        x_QC = _AllToAll.apply(rows.x_RC, send, receive, self.group, going)
+        beside_TC = None if alongside is None else alongside()
+        _wait(going)
         # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
         expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
         expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive))
@@ -62,7 +76,11 @@ class ExpertParallelDispatcher:
         place_Q = torch.empty_like(order_Q)
         place_Q[order_Q] = torch.arange(len(order_Q), device=order_Q.device)
         y_QC = experts(x_QC.index_select(0, order_Q), received_nJ.sum(0)).index_select(0, place_Q)
-        return rows.combine(_AllToAll.apply(y_QC, receive, send, self.group))
+        coming: list[Any] = []
+        back_RC = _AllToAll.apply(y_QC, receive, send, self.group, coming)
+        _wait(coming)
+        y_TC = rows.combine(back_RC)
+        return y_TC if beside_TC is None else y_TC + beside_TC
 
 
 class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.moe.routing import Router
 from mepa_ds.random_streams import generator
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def init_weights(model: NextScaleTransformer, seed: int) -> None:
                 _draw(weight, std, generator(seed, "init", name, experts_first[parent] + local))
         else:
             _draw(parameter, std, generator(seed, "init", name))
+    for module in model.modules():
+        if isinstance(module, Router) and module.bias_rate:
+            module.bias_steps_E.zero_()
     _scale_special(model)
 
 

@@ -22,6 +22,7 @@ from mepa_ds.models.attention import KVCache, SelfAttention
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
+from mepa_ds.models.recomputation import Recompute, run_block
 
 if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule
@@ -91,7 +92,8 @@ class Block(nn.Module):
 class NextScaleTransformer(nn.Module):
     """Predicts the token map of each scale from all coarser ones and the class.
 
-    The constructor draws the initial weights (seed 0); `init_weights(seed)` draws them anew.
+    The constructor draws the initial weights (seed 0); `init_weights(seed)` draws them anew. `recompute` says what
+    the backward pass computes again instead of keeping it (see mepa_ds.models.recomputation).
     """
 
     def __init__(self, config: ModelConfig):
@@ -108,6 +110,7 @@ class NextScaleTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.depth))
         self.head_adaln = nn.Linear(C, 2 * C)
         self.head = nn.Linear(C, config.codebook_size)
+        self.recompute: Recompute = "none"
         if self.head.weight.device.type != "meta":
             self.init_weights(seed=0)
 
@@ -134,7 +137,7 @@ class NextScaleTransformer(nn.Module):
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
-        """Loads what `save_pretrained` wrote (safetensors + config.json)."""
+        """Loads what `save_pretrained` wrote (safetensors + config.json), in evaluation mode."""
         from mepa_ds.weights import read_pretrained
 
         config, state = read_pretrained(Path(directory), ModelConfig, KIND)
@@ -154,7 +157,7 @@ class NextScaleTransformer(nn.Module):
             model = cls(config)
         model.to_empty(device="cpu")
         load_strict(model, state, where)
-        return model
+        return model.eval()
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter anew, as VAR does (see `initialisation`)."""
@@ -191,7 +194,8 @@ class NextScaleTransformer(nn.Module):
         hidden, routing = None, {}
         for index, block in enumerate(self.blocks):
             branch_scale_2B = None if branch_scale_D2B is None else branch_scale_D2B[index]
-            x_BLC, statistics = block(x_BLC, condition, scale_index_L, self.schedule.bounds, branch_scale_2B)
+            arguments = (x_BLC, condition, scale_index_L, self.schedule.bounds, branch_scale_2B)
+            x_BLC, statistics = run_block(block, arguments, self.recompute)
             if statistics is not None:
                 routing[index] = statistics
             if index == hidden_after:

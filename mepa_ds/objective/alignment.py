@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from mepa_ds.scales import ScaleSchedule
 
-
 # Below this length a vector counts as zero: the cosine's gradient, which grows with 1 / length, stays within fp16.
 NORM_EPS = 1e-4
 

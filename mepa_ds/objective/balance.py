@@ -16,13 +16,17 @@ ReduceCounts = Callable[[Tensor], Tensor]
 """Sums a tensor over all data-parallel ranks; the identity in one process."""
 
 
-def balance_loss(routing: Sequence[RoutingStatistics], reduce_counts: ReduceCounts) -> Tensor:
-    """L_b = E sum_e f_e P_e, one value a layer: (num_layers,). 1 when the load is even, E when one expert has all.
+def global_counts(routing: Sequence[RoutingStatistics], reduce_counts: ReduceCounts) -> Tensor:
+    """(N layers, E): routed pairs of each expert over all ranks, in one reduction for all layers."""
+    return reduce_counts(torch.stack([layer.counts_SE.sum(0) for layer in routing]))
 
-    f_e is the share of routed pairs that went to e over *all* ranks, P_e the mean probability of e here: then the
-    mean of the ranks' losses is the loss of the global batch, exactly.
+
+def balance_loss(routing: Sequence[RoutingStatistics], counts_NE: Tensor) -> Tensor:
+    """L_b = E sum_e f_e P_e, one value a layer: (N,). 1 when the load is even, E when one expert has all.
+
+    f_e is the share of routed pairs that went to e by `counts_NE`, which span *all* ranks, P_e the mean probability of
+    e here: then the mean of the ranks' losses is the loss of the global batch, exactly.
     """
-    counts_NE = reduce_counts(torch.stack([layer.counts_SE.sum(0) for layer in routing]))
     probs_NE = torch.stack([layer.prob_sum_SE.sum(0) / layer.tokens_S.sum() for layer in routing])
     share_NE = counts_NE / counts_NE.sum(-1, keepdim=True)
     return share_NE.shape[1] * (share_NE * probs_NE).sum(-1)

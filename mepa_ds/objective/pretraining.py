@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
-from mepa_ds.objective.balance import balance_loss, router_z_loss
+from mepa_ds.objective.balance import balance_loss, global_counts, router_z_loss
 from mepa_ds.random_streams import generator
 from mepa_ds.scales import ScaleSchedule
 
@@ -31,6 +32,8 @@ class ModelInputs:
     tokens_BL: Tensor
     features_BNP: Tensor | None = None
     branch_scale_D2B: Tensor | None = None
+    earlier_counts_NE: Tensor | None = None
+    """Routed pairs of the step's earlier micro-batches (objective.balance_over = "step")."""
 
 
 @dataclass
@@ -50,6 +53,8 @@ class Losses:
     terms: dict[str, Tensor]
     scores: ScaleScores
     routing: dict[int, RoutingStatistics]
+    counts_NE: Tensor | None = None
+    """Routed pairs of this micro-batch, MoE layer by expert, over all ranks."""
 
 
 def sum_scales(
@@ -112,13 +117,16 @@ class PretrainingObjective(nn.Module):
         ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), inputs.tokens_BL, reduction="none")
         ce = ce_BL.mean()
         total, terms = self.config.ce_weight * ce, {"ce": ce.detach()}
+        counts_NE: Tensor | None = None
         if self.config.alignment is not None:
             alignment = self._alignment(output.hidden_BLC, inputs.features_BNP)
             total = total + self.config.alignment.weight * alignment
             terms["alignment"] = alignment.detach()
         if output.routing:
             layers = list(output.routing.values())
-            balance_N = balance_loss(layers, self.reduce_counts)
+            counts_NE = global_counts(layers, self.reduce_counts)
+            earlier = inputs.earlier_counts_NE
+            balance_N = balance_loss(layers, counts_NE if earlier is None else counts_NE + earlier)
             total = total + self.config.balance_weight * balance_N.sum()
             terms["balance"] = balance_N.detach().mean()
             if self.config.router_z_weight:
@@ -126,7 +134,13 @@ class PretrainingObjective(nn.Module):
                 total = total + self.config.router_z_weight * z_N.sum()
                 terms["router_z"] = z_N.detach().mean()
         scores = sum_scales(ce_BL.detach(), logits_BLV.detach(), inputs.tokens_BL, self.transformer.schedule)
-        return Losses(total, terms | {"total": total.detach()}, scores, output.routing)
+        return Losses(total, terms | {"total": total.detach()}, scores, output.routing, counts_NE)
+
+    def update_balance_bias(self, counts_NE: Tensor) -> None:
+        """One step of loss-free balancing, where it is on: the routed pairs of a whole optimizer step."""
+        layers = [m for m in self.transformer.modules() if isinstance(m, MoEFeedForward)]
+        for layer, counts_E in zip(layers, counts_NE, strict=True):
+            layer.router.update_bias(counts_E)
 
     def _alignment(self, hidden_BLC: Tensor | None, features_BNP: Tensor | None) -> Tensor:
         assert hidden_BLC is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -150,3 +152,119 @@ def test_initialisation_follows_var() -> None:
         assert weight.std().item() == pytest.approx(wanted, rel=0.05)
     assert not block.ffn.experts.fc1_bias.any()
     assert (block.attention.log_temperature.exp() - 4).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("recompute", ["blocks", "selective"])
+@pytest.mark.parametrize("moe", [{}, {"capacity_factor": 1.0}, {"router": "smoe"}])
+def test_recomputation_changes_no_gradient(recompute: str, moe: dict[str, object]) -> None:
+    model = NextScaleTransformer.from_preset(
+        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
+    )
+    labels, inputs = torch.tensor([0, 1, 2]), torch.randn(3, 13, 4)
+
+    def run() -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        output = model(labels, inputs)
+        loss = output.logits_BLV.square().mean() + sum(s.prob_sum_SE.square().mean() for s in output.routing.values())
+        counts = [s.counts_SE for s in output.routing.values()]
+        return loss, list(torch.autograd.grad(loss, list(model.parameters()))), counts
+
+    plain = run()
+    model.recompute = recompute
+    recomputed = run()
+    torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-6)
+
+
+def test_recomputation_never_routes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A router whose logits come out differently every time it is asked: what it chose first must stand."""
+    from mepa_ds.models.moe import dispatch
+    from mepa_ds.models.moe.routing import ScaleTokenRouter
+
+    clean = ScaleTokenRouter.logits
+    monkeypatch.setattr(
+        ScaleTokenRouter, "logits", lambda self, x, scale: clean(self, x, scale) + 3 * torch.randn(len(x), 8)
+    )
+    seen: list[Tensor] = []
+    sort = dispatch.Sorted.__init__
+
+    def spy(self, x_TC, routing, num_experts) -> None:  # type: ignore[no-untyped-def]
+        seen.append(routing.expert_index_TK.clone())
+        sort(self, x_TC, routing, num_experts)
+
+    monkeypatch.setattr(dispatch.Sorted, "__init__", spy)
+    model = NextScaleTransformer.from_preset(
+        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4
+    )
+    model.recompute = "blocks"
+    model(torch.tensor([0, 1]), torch.randn(2, 13, 4)).logits_BLV.square().mean().backward()
+    first, second, second_again, first_again = seen  # forward of two blocks, then backward in reverse
+    assert torch.equal(first, first_again)
+    assert torch.equal(second, second_again)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tokens=st.integers(1, 40), num_experts=st.integers(2, 6), capacity=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_capacity_keeps_the_heaviest_pairs(tokens: int, num_experts: int, capacity: int, seed: int) -> None:
+    from mepa_ds.models.moe.routing import within_capacity
+
+    generator = torch.Generator().manual_seed(seed)
+    weight, index = torch.rand(tokens, num_experts, generator=generator).topk(2, dim=-1)
+    kept = within_capacity(index, weight, num_experts, capacity)
+    for e in range(num_experts):
+        pairs = [(-weight[t, k].item(), t, k) for t in range(tokens) for k in range(2) if index[t, k] == e]
+        expected = {(t, k) for _, t, k in sorted(pairs)[:capacity]}
+        assert {(t, k) for _, t, k in pairs if kept[t, k]} == expected
+
+
+def test_capacity_drops_are_reported_and_only_in_training() -> None:
+    layer = make_layer(num_experts=4, top_k=2, capacity_factor=0.5)
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    x = torch.randn(4, L, 16)
+    y, statistics = layer(x, scale_index_L)
+    pairs = 2 * statistics.tokens_S
+    torch.testing.assert_close(statistics.counts_SE.sum(-1) + statistics.dropped_S, pairs)
+    assert statistics.counts_SE.sum(0).max() <= math.ceil(0.5 * 4 * L * 2 / 4)
+    assert statistics.dropped_S.sum() >= pairs.sum() / 2 - 1
+    assert torch.isfinite(y).all()
+    _, statistics = layer.eval()(x, scale_index_L)
+    assert statistics.dropped_S.sum() == 0
+
+
+def test_expert_choice_gives_every_expert_its_share() -> None:
+    layer = make_layer(router="expert_choice", num_experts=4, top_k=2)
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    x = torch.randn(2, L, 16, requires_grad=True)
+    y, statistics = layer(x, scale_index_L)
+    assert statistics.counts_SE.sum(0).tolist() == [2 * L * 2 / 4] * 4
+    assert statistics.dropped_S.sum() == 0
+    probs = (layer.router.logits(x.view(-1, 16), scale_index_L.repeat(2))).softmax(-1)
+    expected = torch.zeros(2 * L, 16)
+    for e in range(4):
+        for token in probs[:, e].argsort(descending=True)[:L].tolist():
+            hidden = F.gelu(
+                layer.experts.fc1_weight[e] @ x.view(-1, 16)[token] + layer.experts.fc1_bias[e], approximate="tanh"
+            )
+            expected[token] += probs[token, e] * (layer.experts.fc2_weight[e] @ hidden + layer.experts.fc2_bias[e])
+    torch.testing.assert_close(y.view(-1, 16), expected + layer.shared(x).view(-1, 16), atol=1e-5, rtol=1e-5)
+
+
+def test_bias_balances_without_touching_the_weights() -> None:
+    """Loss-free balancing evens a skewed load out by steps, and leaves S as the weight."""
+    layer = make_layer(num_experts=4, top_k=1, bias_rate=0.02, shared_expert=False)
+    layer.router.scale_logits_SE.data.zero_()
+    layer.router.scale_logits_SE.data[:, 1] = 1.0
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    x = torch.randn(64, L, 16)
+
+    def worst_load() -> float:
+        _, statistics = layer(x, scale_index_L)
+        counts_E = statistics.counts_SE.sum(0)
+        layer.router.update_bias(counts_E)
+        return (counts_E.max() / counts_E.mean()).item()
+
+    before = worst_load()
+    for _ in range(60):
+        after = worst_load()
+    assert before > 1.5
+    assert after < 1.1
+    routing = layer.router(x.view(-1, 16), scale_index_L.repeat(64))
+    torch.testing.assert_close(routing.weight_TK, routing.probs_TE.gather(1, routing.expert_index_TK))

@@ -5,6 +5,7 @@ Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
+
+Alongside = Callable[[], Tensor]
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -38,8 +41,12 @@ class _WeightedSum(torch.autograd.Function):
 class Dispatcher(Protocol):
     """Anything that applies experts to routed tokens; the model does not know whether ranks are involved."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """(T, C) -> (T, C) fp32: sum over choices of weight x expert(x)."""
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None) -> Tensor:
+        """(T, C) -> (T, C) fp32: alongside() + sum over choices of weight x expert(x).
+
+        `alongside` is work on the same tokens that needs no routing (the shared expert): a dispatcher that has to wait
+        for rows to travel runs it meanwhile.
+        """
         ...
 
 
@@ -81,6 +88,7 @@ class Sorted:
 class LocalDispatcher:
     """All experts are here: sort, apply, unsort. Needs no process group."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts) -> Tensor:
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
         rows = Sorted(x_TC, routing, experts.num_experts)
-        return rows.combine(experts(rows.x_RC, rows.counts_E))
+        y_TC = rows.combine(experts(rows.x_RC, rows.counts_E))
+        return y_TC if alongside is None else y_TC + alongside()

@@ -5,6 +5,8 @@ Shapes: B batch, L positions, T = B L, C width, S scales, E experts, K choices a
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
@@ -36,7 +38,6 @@ class MoEFeedForward(nn.Module):
         x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
         scale_index_T = scale_index_L.expand(x_BLC.shape[:2]).reshape(-1)
         routing = self.router(x_TC, scale_index_T)
-        y_TC = self.dispatcher(x_TC, routing, self.experts)
-        if self.shared is not None:
-            y_TC = y_TC + self.shared(x_TC)
+        alongside = None if self.shared is None else partial(self.shared, x_TC)
+        y_TC = self.dispatcher(x_TC, routing, self.experts, alongside)
         return y_TC.to(x_BLC.dtype).view_as(x_BLC), RoutingStatistics.of(routing, scale_index_T, self.num_scales)
