@@ -28,7 +28,10 @@ from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import fit_image, image_batches
-from mepa_ds.data.index import Kind, MadeBy
+from mepa_ds.data.index import Kind, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
+from mepa_ds.data.order import OrderedStream, SampleOrder
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.tar import SampleTable
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 
@@ -209,6 +212,26 @@ def dequantise_rate(root: Path) -> dict[str, float]:
     return rates
 
 
+def startup_seconds(root: Path) -> float:
+    """From opening a token set of ImageNet's size (1282 shards) to knowing where the first 768 samples lie."""
+    entries = []
+    for number in range(1282):
+        name = shard_name(number)
+        keys = np.array([f"{number * 1000 + row:09d}".encode() for row in range(1000)])
+        offsets = np.arange(1000, dtype=np.int64)[:, None] * 3072 + np.array([[512, 2560]])
+        sizes = np.tile(np.array([[1488, 3]]), (1000, 1))
+        table = SampleTable(keys, ("tokens.npy", "cls"), offsets, sizes, np.arange(1000))
+        entry = ShardEntry(name=name, num_samples=1000, bytes=3080192, sha256="", keys_sha256=keys_digest(table))
+        write_table(root / name, table, entry, {})
+        entries.append(entry)
+    members = {"tokens.npy": Member(dtype="uint16", shape=(NUM_TOKENS,)), "cls": Member()}
+    ShardIndex(kind="tokens", shards=tuple(entries), members=members, made_by=MadeBy(name="random")).write(root)
+    start = time.perf_counter()
+    shards = ShardSet(root)
+    shards.keys(OrderedStream(SampleOrder(shards.shard_sizes, 0)).samples_at(np.arange(768)))
+    return time.perf_counter() - start
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -219,6 +242,7 @@ def main(options: Options) -> None:
         result = {
             "rows": [row.summary() for row in rows],
             "features_dequantised_per_second_cpu": dequantise_rate(root),
+            "startup_seconds_imagenet": round(startup_seconds(Path(temporary) / "startup"), 2),
             "torch": torch.__version__,
             "webdataset": wds.__version__,
         }
@@ -231,6 +255,7 @@ def main(options: Options) -> None:
             f"of cat {summary['loader_over_cat']:.2f}"
         )
     print("dequantised on one CPU thread, samples/s:", result["features_dequantised_per_second_cpu"])
+    print("seconds to open a set of ImageNet's size:", result["startup_seconds_imagenet"])
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -33,7 +33,7 @@ def in_step(batches: Iterator[BatchT]) -> Iterator[BatchT]:
         except UserError as raised:
             error = raised
         failed = torch.tensor([error is not None], dtype=torch.int32)
-        dist.all_reduce(failed, dist.ReduceOp.MAX, group)  # type: ignore[arg-type]  # new_group is typed too widely
+        dist.all_reduce(failed, dist.ReduceOp.MAX, group)  # type: ignore[arg-type]
         if failed.item():
             distributed.agree(error)
         if batch is None:

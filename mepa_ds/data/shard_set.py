@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.remote import RemoteShards, ShardCache
@@ -78,7 +79,9 @@ class ShardSet:
     def _scan(self) -> ShardIndex:
         """An index of tars that came without one."""
         entries, members = [], dict[str, Member]()
-        for number, path in enumerate(sorted(self.directory.glob("*.tar"))):
+        paths = sorted(self.directory.glob("*.tar"))
+        hint = "reading headers (merge_index.py scan keeps them)"
+        for number, path in enumerate(tqdm(paths, hint, delay=5)):
             table = self._tables[number] = read_table(path)
             digest = keys_digest(table)
             size = path.stat().st_size

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from mepa_ds.data import shard_set
 from mepa_ds.data.index import INDEX_NAME, table_path
+from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import npy_bytes
@@ -145,3 +147,18 @@ def test_a_missing_set_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / INDEX_NAME).write_text(json.dumps({"kind": "images", "shards": [], "members": {}, "extra": 1}))
     with pytest.raises(UserError, match="made_by: required"):
         ShardSet(tmp_path)
+
+
+def test_a_set_of_imagenets_size_opens_without_touching_a_shard(tmp_path: Path) -> None:
+    make_set(tmp_path, "tokens", [1])
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    entry = {**index["shards"][0], "num_samples": 1000}
+    index["shards"] = [{**entry, "name": f"shard-{number:06d}.tar"} for number in range(1282)]
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    for path in tmp_path.glob("shard-*"):
+        path.unlink()
+    start = time.perf_counter()
+    shards = ShardSet(tmp_path)
+    samples = OrderedStream(SampleOrder(shards.shard_sizes, 0)).samples_at(np.arange(768))
+    assert len(set(shards.locate(samples)[0])) > 500
+    assert time.perf_counter() - start < 5
