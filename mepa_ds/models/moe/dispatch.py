@@ -79,7 +79,7 @@ class Sorted:
         if self._routing.kept_TK is None:
             place_R = torch.empty_like(self._order_R)
             place_R[self._order_R] = torch.arange(len(place_R), device=place_R.device)
-            y_TKC = y_RC.index_select(0, place_R).view(num_tokens, num_choices, -1)
+            y_TKC = y_RC.index_select(0, place_R).view(num_tokens, num_choices, y_RC.shape[1])
             return _WeightedSum.apply(y_TKC, self._routing.weight_TK)
         weighted_RC = y_RC.float() * weight_R[self._order_R, None]
         return weighted_RC.new_zeros(num_tokens, y_RC.shape[1]).index_add(0, self._token_R, weighted_RC)

@@ -1,0 +1,200 @@
+"""Expert parallelism against one process: the layer's outputs and gradients, and whole engine steps."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mepa_ds.config.base import apply_overrides, validate
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.models.moe.dispatch import LocalDispatcher
+from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.routing import Routing
+from mepa_ds.objective.pretraining import ModelInputs
+from tests.engine.ranks import run_on_ranks
+from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, FEATURE_WIDTH, NUM_TOKENS, recipe_values
+
+# --- the layer ---------------------------------------------------------------------------------------------------
+
+E, C, F = 4, 8, 12
+LAYER_CASES = [
+    # (tokens of each rank, choices, experts that may be chosen, share of pairs dropped)
+    ((5, 5, 5, 5), 2, range(E), 0.0),
+    ((7, 3, 1, 4), 2, range(E), 0.0),  # uneven ranks
+    ((6, 6, 6, 6), 1, [2], 0.0),  # one expert takes all tokens
+    ((0, 4, 0, 4), 3, range(E), 0.0),  # ranks without tokens
+    ((6, 6, 6, 6), 4, range(E), 0.0),
+    ((6, 5, 6, 5), 2, range(E), 0.4),  # capacity
+]
+
+
+def make_case(number: int, world_size: int) -> tuple[Experts, list[Tensor], list[Routing], list[Tensor]]:
+    sizes, K, allowed, dropped = LAYER_CASES[number]
+    generator = torch.Generator().manual_seed(number)
+    experts = Experts(E, C, F)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    xs, routings, gradients = [], [], []
+    for T in sizes[:world_size]:
+        xs.append(torch.randn(T, C, generator=generator).requires_grad_())
+        choices = [torch.randperm(len(list(allowed)), generator=generator)[:K] for _ in range(T)]
+        index = torch.tensor(list(allowed))[torch.stack(choices)] if T else torch.empty(0, K, dtype=torch.int64)
+        weight = torch.rand(T, K, generator=generator).requires_grad_()
+        kept = torch.rand(T, K, generator=generator) >= dropped if dropped else None
+        routings.append(Routing(torch.empty(T, E), torch.empty(T, E), index, weight, kept))
+        gradients.append(torch.randn(T, C, generator=generator))
+    return experts, xs, routings, gradients
+
+
+def check_layer() -> None:
+    """Every rank computes all ranks' tokens locally, and its own through the exchange."""
+    from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    assert dist.group.WORLD is not None
+    for number in range(len(LAYER_CASES)):
+        experts, xs, routings, gradients = make_case(number, world_size)
+        for x, routing, gradient in zip(xs, routings, gradients, strict=True):
+            LocalDispatcher()(x, routing, experts).backward(gradient)
+        with torch.no_grad():
+            expected_y = LocalDispatcher()(xs[rank], routings[rank], experts)
+        expected = [xs[rank].grad, routings[rank].weight_TK.grad]
+        expected_experts = [parameter.grad for parameter in experts.parameters()]
+
+        here = slice(rank * E // world_size, (rank + 1) * E // world_size)
+        local = Experts(E // world_size, C, F)
+        for ours, whole in zip(local.parameters(), experts.parameters(), strict=True):
+            ours.data = whole.data[here].clone()
+        _, xs, routings, gradients = make_case(number, world_size)
+        y = ExpertParallelDispatcher(dist.group.WORLD, E)(xs[rank], routings[rank], local)
+        y.backward(gradients[rank])
+        torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=1e-5)
+        found = [xs[rank].grad, routings[rank].weight_TK.grad]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        for ours, whole in zip(local.parameters(), expected_experts, strict=True):
+            assert ours.grad is not None  # also where no token came
+            torch.testing.assert_close(ours.grad, whole[here], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_exchange_equals_local_dispatch(world_size: int) -> None:
+    run_on_ranks(world_size, check_layer)
+
+
+# --- the engine --------------------------------------------------------------------------------------------------
+
+GLOBAL_BATCH, STEPS = 12, 3
+LAYOUTS = {1: [1], 2: [1, 2], 4: [1, 2, 4]}
+VARIANTS = {
+    "plain": [],
+    "accumulate": ["train.accumulation=3"],
+    "accumulate_over_step": ["train.accumulation=3", "objective.balance_over=step", "objective.router_z_weight=0.01"],
+    "blocks": ["parallel.activation_checkpointing=blocks"],
+    "selective_accumulate": ["parallel.activation_checkpointing=selective", "train.accumulation=3"],
+    "bias": ["model.moe.bias_rate=0.01", "objective.balance_weight=0"],
+}
+
+
+def make_batch(step: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "labels_B": torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator),
+        "inputs_BLZ": torch.randn(GLOBAL_BATCH, NUM_TOKENS - 1, CODE_WIDTH, generator=generator),
+        "tokens_BL": torch.randint(CODEBOOK, (GLOBAL_BATCH, NUM_TOKENS), generator=generator),
+        "features_BNP": torch.randn(GLOBAL_BATCH, 9, FEATURE_WIDTH, generator=generator),
+    }
+
+
+def run_engines(folder: str, layouts: list[int]) -> None:
+    """Trains every variant at every ep_size of this world; rank 0 writes losses, norms and whole gradients."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from mepa_ds.engine.engine import PretrainEngine
+    from mepa_ds.engine.fragments import parameter_layout
+    from mepa_ds.loops.reports import reduce_losses
+
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for ep_size, (variant, overrides) in itertools.product(layouts, VARIANTS.items()):
+        values = apply_overrides(
+            recipe_values(Path(folder)),
+            [f"train.global_batch={GLOBAL_BATCH}", f"parallel.ep_size={ep_size}", "optim.clip=0.5", *overrides],
+        )
+        config = validate(PretrainConfig, values, "test")
+        engine = PretrainEngine(config, FEATURE_WIDTH, torch.device("cpu"))
+        record: dict[str, Any] = {"losses": [], "norms": []}
+        for step in range(STEPS):
+            batch = make_batch(step)
+            micro = []
+            for m in range(config.train.accumulation):
+                size = GLOBAL_BATCH // config.train.accumulation
+                share = size // world_size
+                rows = slice(m * size + rank * share, m * size + (rank + 1) * share)
+                micro.append(ModelInputs(**{name: tensor[rows] for name, tensor in batch.items()}))
+            gradients: dict[str, Tensor] = {}
+            layout = parameter_layout(engine.objective)
+
+            def capture(step_function=engine._engine.step, gradients=gradients, engine=engine, layout=layout) -> None:
+                if engine._engine.is_gradient_accumulation_boundary():
+                    for name, parameter in engine.objective.named_parameters():
+                        shape, offset = layout[name]
+                        whole = torch.zeros(shape.numel())
+                        local = safe_get_full_grad(parameter).flatten()
+                        whole[offset : offset + len(local)] = local
+                        gradients[name] = whole
+                step_function()
+
+            original, engine._engine.step = engine._engine.step, capture
+            report = engine.step(micro, lr=0.01)
+            engine._engine.step = original
+            terms, _, _ = reduce_losses(report.losses)
+            record["losses"].append(terms)
+            record["norms"].append(report.grad_norm)
+            if step == 0:
+                for name, whole in gradients.items():
+                    if layout[name][0].numel() != engine.objective.get_parameter(name).numel():
+                        # Each expert's gradient stands on world / ep_size ranks.
+                        dist.all_reduce(whole)
+                        whole /= world_size / ep_size
+                record["gradients"] = gradients
+        if rank == 0:
+            torch.save(record, Path(folder) / f"{variant}_{world_size}_{ep_size}.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engines")
+    run_on_ranks(1, run_engines, str(folder), LAYOUTS[1])
+    return folder
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_engine_steps_equal_one_process(folder: Path, world_size: int) -> None:
+    """Loss terms, all gradients and the norm before clipping, at every ep_size and variant."""
+    run_on_ranks(world_size, run_engines, str(folder), LAYOUTS[world_size])
+    for variant, ep_size in itertools.product(VARIANTS, LAYOUTS[world_size]):
+        expected = torch.load(folder / f"{variant}_1_1.pt", weights_only=True)
+        found = torch.load(folder / f"{variant}_{world_size}_{ep_size}.pt", weights_only=True)
+        for name in ("losses", "norms", "gradients"):
+            torch.testing.assert_close(
+                found[name],
+                expected[name],
+                atol=1e-5,
+                rtol=1e-5,
+                msg=lambda text, where=(variant, ep_size, name): f"{where}: {text}",
+            )
+
+
+def test_recomputation_and_accumulation_variants_differ_where_they_should(folder: Path) -> None:
+    load = {name: torch.load(folder / f"{name}_1_1.pt", weights_only=True) for name in VARIANTS}
+    torch.testing.assert_close(load["blocks"]["gradients"], load["plain"]["gradients"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(load["selective_accumulate"], load["accumulate"], atol=1e-6, rtol=1e-5)
+    # Cross-entropy does not care about micro-batches; expert shares do.
+    assert load["accumulate"]["losses"][0]["ce"] == pytest.approx(load["plain"]["losses"][0]["ce"], abs=1e-6)
+    assert load["accumulate"]["losses"][0]["balance"] != load["plain"]["losses"][0]["balance"]
+    assert load["accumulate_over_step"]["losses"][0]["balance"] != load["accumulate"]["losses"][0]["balance"]
