@@ -27,7 +27,7 @@ _PUBLIC = {
     "sample": "mepa_ds.loops.sampling",
     "save_pretrained": "mepa_ds.pretrained",
 }
-__all__ = list(_PUBLIC)  # noqa: PLE0605
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

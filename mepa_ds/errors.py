@@ -5,5 +5,9 @@ class UserError(ValueError):
     """Something the user gave is wrong: says what was given, what is allowed and how to mend it.
 
     Entry points print the message alone and exit with status 2; every other exception is a bug of ours and
-    keeps its traceback.
+    keeps its traceback. `agreed`: every rank raises this same error, so one of them speaks for all.
     """
+
+    def __init__(self, message: str = "", agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed

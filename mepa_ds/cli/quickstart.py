@@ -19,6 +19,7 @@ RUNS = Path("runs/quickstart")
 IMAGES = Path("data/digits-32")
 STAGES_FILE = RUNS / "stages.json"
 RANKS = 2
+TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ STAGES = (
     Stage(
         "tokenizer",
         "a small multi-scale VQVAE on them",
-        ("-m mepa_ds train-tokenizer recipes/tokenizer_quickstart.yaml",),
+        (f"{TORCHRUN} -m mepa_ds train-tokenizer recipes/tokenizer_quickstart.yaml",),
         (RUNS / "tokenizer/model.safetensors",),
     ),
     Stage(
@@ -65,7 +66,7 @@ STAGES = (
     Stage(
         "pretraining",
         f"a nano MEPA under DeepSpeed on {RANKS} CPU ranks",
-        (f"-m torch.distributed.run --standalone --nproc-per-node {RANKS} pretrain.py recipes/quickstart.yaml",),
+        (f"{TORCHRUN} pretrain.py recipes/quickstart.yaml",),
         (RUNS / "pretrain/last/model.safetensors", RUNS / "pretrain/best/model.safetensors"),
     ),
     Stage(

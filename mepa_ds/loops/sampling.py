@@ -77,12 +77,12 @@ def _sample_batch(
     B, guided = len(labels_B), cfg != 0
     null_B = torch.full_like(labels_B, model.config.num_classes)
     class_BC = model.class_embed(torch.cat([labels_B, null_B]) if guided else labels_B)
-    condition = model.condition(class_BC)
+    modulations = model.modulations(class_BC)
     caches = model.new_caches(len(class_BC))
     f_hat = quantizer.empty_f_hat(B)
     x_BlC = model.first_input(class_BC)
     for scale in range(schedule.num_scales):
-        logits_BlV = model.logits(model.run_scale(x_BlC, condition, scale, caches), class_BC).float()
+        logits_BlV = model.logits(model.run_scale(x_BlC, modulations, scale, caches), class_BC).float()
         ratio = scale / max(schedule.num_scales - 1, 1)
         if guided:
             t = cfg * ratio

@@ -60,24 +60,29 @@ class Block(nn.Module):
         else:
             self.adaln = nn.Linear(C, 6 * C)
 
+    def modulation(self, condition: Tensor) -> Tensor:
+        """(B, 1, 6, C): gates, scales and shifts of both branches, the same at every position.
+
+        `condition` is silu(class embedding) (B, C), or with shared AdaLN its projection (B, 1, 6, C).
+        """
+        if hasattr(self, "adaln_offset"):
+            return self.adaln_offset + condition
+        return self.adaln(condition).view(len(condition), 1, 6, -1)
+
     def forward(
         self,
         x_BLC: Tensor,
-        condition: Tensor,
+        modulation_B16C: Tensor,
         scale_index_L: Tensor,
         bounds: Sequence[tuple[int, int]],
         branch_scale_2B: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, RoutingStatistics | None]:
-        """`condition` is silu(class embedding) (B, C), or with shared AdaLN its projection (B, 1, 6, C).
+        """(B, L, C) -> the same and, from a MoE block, its routing statistics.
 
         `branch_scale_2B` scales the attention and FFN branch of each sample: 0 or 1 / keep (stochastic depth).
         """
-        if hasattr(self, "adaln_offset"):
-            modulation = self.adaln_offset + condition
-        else:
-            modulation = self.adaln(condition).view(-1, 1, 6, x_BLC.shape[-1])
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
         branch = self.attention(_modulate(x_BLC, scale1, shift1), bounds, cache) * gamma1
         x_BLC = x_BLC + _scaled(branch, branch_scale_2B, 0)
         normed = _modulate(x_BLC, scale2, shift2)
@@ -194,7 +199,7 @@ class NextScaleTransformer(nn.Module):
         hidden, routing = None, {}
         for index, block in enumerate(self.blocks):
             branch_scale_2B = None if branch_scale_D2B is None else branch_scale_D2B[index]
-            arguments = (x_BLC, condition, scale_index_L, self.schedule.bounds, branch_scale_2B)
+            arguments = (x_BLC, block.modulation(condition), scale_index_L, self.schedule.bounds, branch_scale_2B)
             x_BLC, statistics = run_block(block, arguments, self.recompute)
             if statistics is not None:
                 routing[index] = statistics
@@ -232,11 +237,16 @@ class NextScaleTransformer(nn.Module):
         words_BlC = self.word_embed(codes_BlZ.to(self.word_embed.weight.dtype))
         return words_BlC + self._where_BLC(self._scale_index(scale, codes_BlZ), start)
 
-    def run_scale(self, x_BlC: Tensor, condition: Tensor, scale: int, caches: Sequence[KVCache]) -> Tensor:
+    def modulations(self, class_BC: Tensor) -> list[Tensor]:
+        """Every block's modulation: it depends on the class alone, so sampling computes it once for all scales."""
+        condition = self.condition(class_BC)
+        return [block.modulation(condition) for block in self.blocks]
+
+    def run_scale(self, x_BlC: Tensor, modulations: Sequence[Tensor], scale: int, caches: Sequence[KVCache]) -> Tensor:
         """One scale through all blocks, with the scales before it in the caches."""
         scale_index_l = self._scale_index(scale, x_BlC)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x_BlC, _ = block(x_BlC, condition, scale_index_l, (), cache=cache)
+        for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
+            x_BlC, _ = block(x_BlC, modulation, scale_index_l, (), cache=cache)
         return x_BlC
 
     def new_caches(self, batch: int) -> list[KVCache]:

@@ -18,10 +18,10 @@ def _worker(rank: int, world_size: int, store: str, function: Callable[..., None
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    try:
-        function(*arguments)
-    finally:
-        dist.destroy_process_group()
+    function(*arguments)
+    # A rank that leaves while another still reads from it takes that one down with it.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def run_on_ranks(world_size: int, function: Callable[..., None], *arguments: Any, timeout: float = 200) -> None:
