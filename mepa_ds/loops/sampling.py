@@ -117,19 +117,31 @@ class _CodeDraw:
         self._top_k, self._top_p = top_k, top_p
 
     def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
-        probs_BlV = keep_top(logits_BlV, self._top_k, self._top_p).softmax(-1)
         if self._generator is not None:
+            probs_BlV = keep_top(logits_BlV, self._top_k, self._top_p).softmax(-1)
             drawn = torch.multinomial(probs_BlV.flatten(0, 1), 1, generator=self._generator)
             return codebook_VZ[drawn.view(probs_BlV.shape[:2])]
-        return codebook_VZ[self._by_image(probs_BlV, scale)]
+        drawn_Bl = uniforms(self._seed, f"sample/{scale}", self._index_B, logits_BlV.shape[1])
+        chosen_Bl = draw_top(logits_BlV, self._top_k, self._top_p, torch.from_numpy(drawn_Bl).to(logits_BlV.device))
+        return codebook_VZ[chosen_Bl]
 
-    def _by_image(self, probs_BlV: Tensor, scale: int) -> Tensor:
-        """Inverse of the cumulative distribution at one uniform number a position, from each image's own stream."""
-        drawn = uniforms(self._seed, f"sample/{scale}", self._index_B, probs_BlV.shape[1])
-        # fp64: rounding of the sum must not make the last, perhaps impossible, code come out.
-        cumulative = probs_BlV.double().cumsum(-1)
-        target = torch.from_numpy(drawn).to(probs_BlV.device)[..., None].double() * cumulative[..., -1:]
-        return torch.searchsorted(cumulative, target, right=True)[..., 0]
+
+def draw_top(logits_BlV: Tensor, top_k: int, top_p: float, uniform_Bl: Tensor) -> Tensor:
+    """(B, l) codes: inverse of the cumulative distribution over `keep_top`'s codes at one uniform number a position.
+
+    Works on the k largest logits in descending order: no sort of the whole codebook, and rounding of the sums can
+    never make an excluded code come out.
+    """
+    V = logits_BlV.shape[-1]
+    logits_Blk, codes_Blk = logits_BlV.topk(min(top_k, V) if top_k > 0 else V, dim=-1)
+    mass_Blk = logits_Blk.softmax(-1).cumsum(-1)
+    count_Bl1 = torch.full_like(codes_Blk[..., :1], codes_Blk.shape[-1])
+    if 0 < top_p < 1:
+        # A code stays while the mass before it is below p.
+        count_Bl1 = (mass_Blk < top_p).sum(-1, keepdim=True).add_(1).clamp_(max=codes_Blk.shape[-1])
+    target_Bl1 = uniform_Bl[..., None] * mass_Blk.gather(-1, count_Bl1 - 1)
+    place_Bl1 = torch.minimum(torch.searchsorted(mass_Blk, target_Bl1, right=True), count_Bl1 - 1)
+    return codes_Blk.gather(-1, place_Bl1)[..., 0]
 
 
 class _SmoothDraw:

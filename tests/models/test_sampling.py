@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mepa_ds.errors import UserError
-from mepa_ds.loops.sampling import keep_top, sample
+from mepa_ds.loops.sampling import draw_top, keep_top, sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from tests.var_fixtures import TINY_SCALES, fixture_state, vector
@@ -78,15 +78,24 @@ def test_without_guidance_only_the_conditional_half_runs(tokenizer: Tokenizer) -
     )
 
 
-def test_draws_follow_the_probabilities() -> None:
-    """Inverse-transform draws over 20000 images against the distribution they come from."""
-    from mepa_ds.loops.sampling import _CodeDraw
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (3, 0.0), (0, 0.7), (4, 0.8), (1, 0.0)])
+def test_draws_follow_the_kept_probabilities(top_k: int, top_p: float) -> None:
+    """Draws at evenly spaced uniform numbers against the distribution that VAR's filter leaves."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 1, 6) * 2
+    logits[..., 3] = -torch.inf
+    expected = keep_top(logits, top_k, top_p).softmax(-1)[0, 0]
+    uniform = (torch.arange(10000) + 0.5) / 10000
+    codes = draw_top(logits.expand(10000, 1, 6), top_k, top_p, uniform[:, None])
+    found = codes.flatten().bincount(minlength=6) / 10000
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
-    probs = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    draw = _CodeDraw(0, torch.arange(20000).numpy(), None, 0, 0)
-    codes = draw(probs.log().expand(20000, 1, 4), 0, 0.0, torch.eye(4)).mean((0, 1))
-    assert codes[1] == 0
-    torch.testing.assert_close(codes, probs, atol=0.015, rtol=0)
+
+def test_the_largest_uniform_number_draws_a_possible_code() -> None:
+    logits = torch.full((1, 1, 4096), -torch.inf)
+    logits[..., :5] = torch.randn(5)
+    codes = draw_top(logits.expand(1, 64, 4096), 900, 0.0, torch.full((1, 64), 1 - 2.0**-24))
+    assert codes.max() < 5
 
 
 def test_keep_top_against_a_plain_loop() -> None:
