@@ -13,6 +13,8 @@ COMMANDS = {
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
     "export": "a checkpoint's weights as safetensors + config.json",
+    "checkpoint": "list, verify and compare the checkpoints of a run",
+    "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what a pretraining run did: report.json and a table",
 }
 

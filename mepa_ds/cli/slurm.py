@@ -1,0 +1,74 @@
+"""`mepa slurm submit|pipeline|status`: jobs on a SLURM cluster, checked before they are submitted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from mepa_ds.slurm.pipeline import run_pipeline
+from mepa_ds.slurm.profile import read_profile
+from mepa_ds.slurm.status import format_status, status
+from mepa_ds.slurm.submit import JOBS, Request, submit_recipe
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="mepa slurm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    _submit_options(commands.add_parser("submit", help="check a recipe against the cluster and submit it"))
+    pipeline = commands.add_parser(
+        "pipeline", help="shards, tokens and features, pretraining, samples: one chain of jobs"
+    )
+    pipeline.add_argument("file", type=Path, help="YAML file, such as recipes/pipeline_quickstart.yaml")
+    _common_options(pipeline)
+    show = commands.add_parser(
+        "status", help="state, restarts, step, throughput, time left, last error, last checkpoint"
+    )
+    show.add_argument("run", type=Path, help="output_dir of a run")
+    show.add_argument("--json", action="store_true", help="for programs")
+    # argparse takes no positional words after options.
+    cut = argv.index("--") if "--" in argv else len(argv)
+    arguments = parser.parse_args(argv[:cut])
+    if arguments.command == "status":
+        report = status(arguments.run)
+        print(json.dumps(report) if arguments.json else format_status(report))
+    elif arguments.command == "pipeline":
+        run_pipeline(arguments.file, read_profile(arguments.cluster), dry_run=arguments.dry_run)
+    else:
+        request = Request(
+            recipe=arguments.recipe,
+            overrides=(*arguments.overrides, *argv[cut + 1 :]),
+            job=arguments.job,
+            nodes=arguments.nodes,
+            gpus=arguments.gpus,
+            time=arguments.time,
+            after=tuple(arguments.after or ()),
+            limit=arguments.limit,
+            stage=arguments.stage,
+            dry_run=arguments.dry_run,
+        )
+        submit_recipe(request, read_profile(arguments.cluster))
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    cluster = os.environ.get("MEPA_CLUSTER")
+    parser.add_argument("--cluster", default=cluster, help="profile in slurm/clusters/, or a file NAME.env")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the sbatch line, submit nothing"
+    )
+
+
+def _submit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", type=Path, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="after --, such as train.steps=100")
+    _common_options(parser)
+    parser.add_argument("--job", choices=sorted(JOBS), default="pretrain", help="what the recipe is for")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus", type=int, help="a node [default: the profile's]")
+    parser.add_argument("--time", help="limit, such as 12:00:00 [default: the profile's]; a run goes on after it")
+    parser.add_argument("--after", action="append", metavar="JOB", help="start when this job has succeeded")
+    parser.add_argument("--limit", type=int, default=8, help="members of a scaling study that run at once")
+    parser.add_argument("--stage", action="store_true", help="copy the shard sets to every node's own disk first")

@@ -1,0 +1,38 @@
+"""The line of a log that says why a job failed: `python -m mepa_ds.slurm.cause LOG [BYTES]`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+_RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
+# A message of ours, the last line of a traceback, or SLURM's own words about a killed process.
+_CAUSE = re.compile(
+    r"^(?:error: (?P<ours>.+)"
+    r"|(?P<raised>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?$)"
+    r"|(?P<slurm>(?:slurmstepd|srun): error: .*(?:oom|out of memory|memory limit|[Nn]ode failure).*))",
+)
+
+
+def cause_of(text: str) -> str | None:
+    """The first message of an error in a log: what follows are the ranks that it took down. None: there is none."""
+    for line in text.splitlines():
+        found = _CAUSE.match(_RANK.sub("", line))
+        if found:
+            return found["ours"] or found["raised"] or found["slurm"]
+    return None
+
+
+def main() -> None:
+    path, start = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        cause = cause_of(file.read().decode(errors="replace"))
+    if cause is None:
+        sys.exit(1)
+    print(cause)
+
+
+if __name__ == "__main__":
+    main()

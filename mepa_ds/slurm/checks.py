@@ -1,0 +1,81 @@
+"""What is wrong with a job before it is submitted: the partition, its nodes, the recipe, and where its files are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from mepa_ds.errors import UserError
+from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
+
+PLAN_SECONDS = 300
+
+
+def check_partition(profile: Profile, partition: str) -> None:
+    """Raises UserError unless the partition exists."""
+    known = partitions()
+    if partition not in known:
+        raise UserError(
+            f"{profile.path}: there is no partition {partition!r} on this cluster; its partitions: {', '.join(known)}"
+        )
+
+
+def check_nodes(profile: Profile, partition: str, num_nodes: int) -> None:
+    """Raises UserError unless the partition has so many nodes of one kind with the profile's GPUs."""
+    wanted_type, gpus = profile.get("GPU_TYPE"), profile.gpus_per_node
+    nodes = [node for node in nodes_of(partition) if not wanted_type or node.gpu_type == wanted_type]
+    constraint = profile.get("CONSTRAINT")
+    if constraint:
+        nodes = [node for node in nodes if constraint in node.features]
+    able = [node for node in nodes if node.gpus >= gpus]
+    kinds = Counter(_kind(node) for node in nodes)
+    if len(able) < num_nodes:
+        found = ", ".join(f"{count} with {kind}" for kind, count in kinds.items()) or "none that fit the profile"
+        raise UserError(
+            f"--nodes {num_nodes}: partition {partition} has only {len(able)} nodes with {gpus} "
+            f"{wanted_type or 'GPUs'} a node (its nodes: {found}); ask for fewer nodes, or mend MEPA_GPUS_PER_NODE, "
+            f"MEPA_GPU_TYPE or MEPA_CONSTRAINT in {profile.path}"
+        )
+    if len({node.gpu_type for node in able}) > 1:
+        raise UserError(
+            f"{profile.path}: partition {partition} mixes {' and '.join(sorted({_kind(node) for node in able}))} "
+            "a node; say with MEPA_GPU_TYPE or MEPA_CONSTRAINT which of them"
+        )
+
+
+def _kind(node: Node) -> str:
+    return f"{node.gpus} {node.gpu_type or 'GPUs'}" if node.gpus else "no GPU"
+
+
+def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
+    """Raises UserError for the first (name, path) that is not below one of the directories that all nodes see."""
+    shared = [Path(item).resolve() for item in profile.get("SHARED_PATHS").split()]
+    if not shared:
+        return
+    for name, path in paths:
+        absolute = (ROOT / path).resolve()
+        if not any(absolute.is_relative_to(folder) for folder in shared):
+            raise UserError(
+                f"{name}: {absolute} is not visible from the nodes: {profile.path} says that they see "
+                f"{', '.join(map(str, shared))} (MEPA_SHARED_PATHS); move it there, or mend the profile"
+            )
+
+
+def check_exists(name: str, path: Path) -> None:
+    if not (ROOT / path).exists():
+        raise UserError(f"{name}: {path}: no such file or directory")
+
+
+def check_plan(recipe: Path, overrides: Sequence[str], world_size: int) -> str:
+    """The plan of `pretrain.py --dry-run` for so many ranks; raises UserError with its message if it does not fit."""
+    command = [sys.executable, "pretrain.py", str(recipe), *overrides, "--dry-run", "--world-size", str(world_size)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PLAN_SECONDS, check=False)
+    if result.returncode:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        message = next((line[len("error: ") :] for line in lines if line.startswith("error: ")), None)
+        raise UserError(message or (lines[-1] if lines else f"the plan failed with status {result.returncode}"))
+    return result.stdout

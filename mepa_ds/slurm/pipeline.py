@@ -1,0 +1,192 @@
+"""`mepa slurm pipeline`: shards, tokenizer and teacher, tokens and features, pretraining, samples as one chain of jobs.
+
+Every stage waits for the success of the one before. A stage that is an array ends with a job that names the members
+that failed; then the chain stops there, and the same command again starts only what is not done.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mepa_ds.config.base import Section, load_config
+from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
+from mepa_ds.slurm.parts import DONE, array_of, open_parts, read_result
+from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.submit import Request, check_cluster, check_recipe, refuse_while_active
+
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class ArrayConfig(Section):
+    """Commands that each run as a job array."""
+
+    commands: tuple[str, ...]
+    """Words of data_tools/build_shards.py or data_tools/precompute.py; the commands of a stage run side by side."""
+    parts: PositiveInt = 1
+    """Members of each array."""
+    cpus: PositiveInt = 8
+    """CPUs of a member without a GPU."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of a member; 0: none."""
+
+
+class TrainingConfig(Section):
+    """A training run."""
+
+    recipe: Path
+    """YAML file."""
+    overrides: tuple[str, ...] = ()
+    """key=value words."""
+    nodes: PositiveInt = 1
+    """Nodes, each with the cluster profile's GPUs."""
+
+
+class SamplesConfig(Section):
+    """Images for an evaluation, drawn by a job array and packed into samples.npz."""
+
+    parts: PositiveInt = 1
+    """Members of the array, each with one GPU."""
+    per_class: PositiveInt = 50
+    """Images of each class."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """The samples are a function of seed and parts."""
+    weights: Literal["best", "last"] = "best"
+    """Weights of lowest held-out cross-entropy, or of the last step."""
+    options: str = ""
+    """More options of `mepa sample`, such as --cfg 1.5 --top-k 900."""
+
+
+class PipelineConfig(Section):
+    """All stages; those that are null are left out."""
+
+    shards: ArrayConfig | None = None
+    """data_tools/build_shards.py"""
+    tokenizer: TrainingConfig | None = None
+    """mepa train-tokenizer"""
+    teacher: ArrayConfig | None = None
+    """data_tools/precompute.py fit-teacher"""
+    precompute: ArrayConfig | None = None
+    """data_tools/precompute.py tokens and features"""
+    pretrain: TrainingConfig
+    """pretrain.py"""
+    samples: SamplesConfig | None = None
+    """mepa sample"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Jobs that run side by side, each with the job that checks its array, if it is one."""
+
+    name: str
+    jobs: tuple[tuple[Job, Job | None], ...]
+
+
+def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
+    """Checks all stages, then submits what is not done; returns the numbers of the jobs.
+
+    Raises:
+        UserError: something does not fit, or an earlier start is still at work; nothing was submitted.
+    """
+    config = load_config(PipelineConfig, path)
+    check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
+    request = _request(config.pretrain, "pretrain")
+    prepares = any((config.shards, config.tokenizer, config.teacher, config.precompute))
+    run = check_recipe(request, profile, made_before=prepares)
+    if config.tokenizer is not None:
+        check_recipe(_request(config.tokenizer, "train-tokenizer"), profile, made_before=config.shards is not None)
+    record = run / "slurm"
+    refuse_while_active(record)
+    stages = [stage for stage in _stages(config, run) if stage.jobs]
+    for stage in stages:
+        for job, check in stage.jobs:
+            for planned in (job, check):
+                if planned is not None:
+                    test_only(sbatch_command(planned, profile))
+    if not stages:
+        print(f"{run}: all stages are done")
+    return _submit_all(stages, profile, record, dry_run)
+
+
+def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bool) -> list[str]:
+    after: tuple[str, ...] = ()
+    numbers: list[str] = []
+    for stage in stages:
+        ends = []
+        for job, check in stage.jobs:
+            job = replace(job, after=after)
+            print(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
+            if dry_run:
+                continue
+            number = submit(job, profile, record)
+            numbers.append(number)
+            if check is not None:
+                number = submit(replace(check, after_any=number), profile, record)
+                numbers.append(number)
+            ends.append(number)
+            print(f"{stage.name}: job {number}")
+        after = tuple(ends)
+    return numbers
+
+
+def _request(training: TrainingConfig, job: str) -> Request:
+    return Request(recipe=training.recipe, overrides=training.overrides, job=job, nodes=training.nodes)
+
+
+def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
+    """What is not done yet, stage by stage."""
+    record = run / "slurm"
+    if config.shards is not None:
+        yield Stage("shards", tuple(_arrays("build_shards", "shards", config.shards, record)))
+    if config.tokenizer is not None:
+        yield Stage("tokenizer", tuple(_training("train_tokenizer", config.tokenizer)))
+    if config.teacher is not None:
+        yield Stage("teacher", tuple(_arrays("precompute", "teacher", config.teacher, record)))
+    if config.precompute is not None:
+        yield Stage("precompute", tuple(_arrays("precompute", "precompute", config.precompute, record)))
+    yield Stage("pretrain", tuple(_training("pretrain", config.pretrain)))
+    if config.samples is not None:
+        yield Stage("samples", tuple(_samples(config, run)))
+
+
+def _training(script: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | None]]:
+    state = ROOT / str(recipe_value("output_dir", training.recipe, training.overrides)) / "slurm"
+    if read_result(state) != DONE:
+        words = (str(training.recipe.resolve()), *training.overrides)
+        yield Job(script, words, state, name=f"mepa-{script}", nodes=training.nodes), None
+
+
+def _arrays(script: str, name: str, config: ArrayConfig, record: Path) -> Iterator[tuple[Job, Job | None]]:
+    for number, command in enumerate(config.commands):
+        state = record / f"{name}-{number}"
+        words = (str(state), str(config.parts), *shlex.split(command))
+        yield from _array(Job(script, words, state, f"mepa-{name}", 1, config.gpus, config.cpus), config.parts)
+
+
+def _samples(config: PipelineConfig, run: Path) -> Iterator[tuple[Job, Job | None]]:
+    samples = config.samples
+    assert samples is not None
+    tokenizer = str(recipe_value("tokenizer", config.pretrain.recipe, config.pretrain.overrides))
+    state = run / "slurm" / "samples"
+    if (state / "samples.npz").exists():
+        return
+    words = [str(state), str(samples.parts), str(run / samples.weights), tokenizer, str(samples.per_class)]
+    words += [str(samples.seed), *shlex.split(samples.options)]
+    job = Job("generate_evaluate", tuple(words), state, "mepa-samples", tasks_per_node=1)
+    # All parts may be drawn, and yet not packed.
+    yield from _array(job, samples.parts, always=True)
+
+
+def _array(job: Job, parts: int, always: bool = False) -> Iterator[tuple[Job, Job | None]]:
+    left = open_parts(job.state, parts)
+    check = replace(job, name=f"{job.name}-check", tasks_per_node=0)
+    if left:
+        yield replace(job, array=array_of(left)), check
+    elif always:
+        yield check, None

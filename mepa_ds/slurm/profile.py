@@ -1,0 +1,91 @@
+"""A cluster as one small file of shell assignments, slurm/clusters/NAME.env, read here and sourced by every job."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from mepa_ds.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+"""The clone of the repository: batch scripts and profiles are not part of the installed package."""
+CLUSTERS = ROOT / "slurm" / "clusters"
+KEYS = frozenset(
+    f"MEPA_{name}"
+    for name in re.findall(
+        r"\w+",
+        "PARTITION CPU_PARTITION ACCOUNT QOS CONSTRAINT RESERVATION GPUS_PER_NODE GPU_TYPE CPUS_PER_GPU MEM_PER_GPU_GB "
+        "TIME ACCELERATOR SETUP CONTAINER PYTHON LAUNCHER CPU_BIND SHARED_PATHS SCRATCH STAGE MIN_DISK_GB "
+        "MIN_BANDWIDTH_GBS HEALTH SIGNAL_SECONDS STOP_SECONDS MAX_RESTARTS INTERFACE",
+    )
+)
+_ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>.*)")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A cluster's settings."""
+
+    path: Path
+    values: dict[str, str]
+
+    def get(self, name: str, default: str = "") -> str:
+        """The value of MEPA_<name>; `default` where it is absent or empty."""
+        return self.values.get(f"MEPA_{name}") or default
+
+    def number(self, name: str, default: int) -> int:
+        """Raises UserError for what is no whole number above 0."""
+        text = self.get(name, str(default))
+        if not text.isdigit() or int(text) < 1:
+            raise UserError(f"{self.path}: MEPA_{name}={text}: expected a whole number above 0")
+        return int(text)
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.number("GPUS_PER_NODE", 8)
+
+
+def read_profile(name: str | None) -> Profile:
+    """The profile NAME of slurm/clusters, or a file that ends in .env.
+
+    Raises:
+        UserError: it does not exist, has a line that is no assignment, or a MEPA_ key that means nothing.
+    """
+    known = sorted(path.stem for path in CLUSTERS.glob("*.env"))
+    remedy = f"known clusters: {', '.join(known)}; copy slurm/clusters/h100.env to make one"
+    if name is None:
+        raise UserError(f"--cluster: name the cluster's profile (or set MEPA_CLUSTER); {remedy}")
+    path = Path(name).resolve() if name.endswith(".env") else CLUSTERS / f"{name}.env"
+    if not path.is_file():
+        raise UserError(f"--cluster {name}: no profile {path}; {remedy}")
+    values = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        found = _ASSIGNMENT.fullmatch(line.strip())
+        words = _words(found["value"]) if found else None
+        if found is None or words is None:
+            raise UserError(f"{path}:{number}: expected KEY=value with quotes around blanks, got {line!r}")
+        if found["key"].startswith("MEPA_") and found["key"] not in KEYS:
+            near = difflib.get_close_matches(found["key"], KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(KEYS))}"
+            raise UserError(f"{path}:{number}: unknown key {found['key']}; {hint}")
+        values[found["key"]] = words
+    profile = Profile(path, values)
+    if profile.get("LAUNCHER", "srun") not in ("srun", "torchrun"):
+        raise UserError(f"{path}: MEPA_LAUNCHER={profile.get('LAUNCHER')}: expected srun or torchrun")
+    if not profile.get("PARTITION"):
+        raise UserError(f"{path}: MEPA_PARTITION is not set; `sinfo --summarize` lists the partitions")
+    return profile
+
+
+def _words(text: str) -> str | None:
+    """A shell word without its quotes; None if it is more than one."""
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError:
+        return None
+    return None if len(words) > 1 else "".join(words)

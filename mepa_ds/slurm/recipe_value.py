@@ -1,0 +1,39 @@
+"""Values of a recipe for batch scripts: `python -m mepa_ds.slurm.recipe_value KEY RECIPE [key=value ...]`.
+
+Needs no torch, so that a batch script has its answer at once; the job itself validates the recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.config.base import apply_overrides, read_yaml
+from mepa_ds.errors import UserError
+
+
+def recipe_value(key: str, recipe: Path, overrides: Sequence[str] = ()) -> Any:
+    """What stands under a dotted key once the overrides are applied; None if there is nothing."""
+    value: Any = apply_overrides(read_yaml(recipe), overrides)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) < 2:
+        raise UserError("a recipe is missing: give its path")
+    key, recipe, *overrides = argv
+    value = recipe_value(key, Path(recipe), overrides)
+    if value is None:
+        raise UserError(f"{recipe}: {key}: required, but not given")
+    print(value)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

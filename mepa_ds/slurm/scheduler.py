@@ -1,0 +1,80 @@
+"""What is asked of SLURM's own commands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mepa_ds.errors import UserError
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
+_FIELD = re.compile(r"([A-Z][\w/:]*)=(\S*)")
+_GPU = re.compile(r"gpu(?::(?P<type>[A-Za-z]\w*))?:(?P<count>\d+)")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has to offer."""
+
+    name: str
+    gpu_type: str
+    gpus: int
+    features: tuple[str, ...]
+
+
+def slurm(command: Sequence[str]) -> str:
+    """Runs one of SLURM's commands; raises UserError with its own words if it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]}: not found; run this on a login node of a SLURM cluster") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]}: SLURM did not answer within 60 s; try again (scontrol ping)") from None
+    if result.returncode:
+        raise UserError(f"{command[0]}: {_last_line(result.stderr)}")
+    return result.stdout
+
+
+def _last_line(text: str) -> str:
+    lines = [line.split("error: ", 1)[-1] for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "failed without a message"
+
+
+def partitions() -> list[str]:
+    return [fields["PartitionName"] for fields in _show("partition")]
+
+
+def nodes_of(partition: str) -> list[Node]:
+    """All nodes of a partition, whatever their state."""
+    names = next(fields["Nodes"] for fields in _show("partition", partition))
+    nodes = []
+    for fields in _show("node", names):
+        gpu = _GPU.search(fields.get("Gres", ""))
+        features = tuple(fields.get("AvailableFeatures", "").split(","))
+        nodes.append(
+            Node(fields["NodeName"], (gpu["type"] or "") if gpu else "", int(gpu["count"]) if gpu else 0, features)
+        )
+    return nodes
+
+
+def job_fields(job: str) -> dict[str, str]:
+    """`scontrol show job`; {} once SLURM has forgotten it."""
+    try:
+        return _show("job", job)[0]
+    except (UserError, IndexError):
+        return {}
+
+
+def is_active(job: str) -> bool:
+    """Whether any part of a job waits or runs."""
+    try:
+        return any(fields.get("JobState") not in ENDED for fields in _show("job", job))
+    except UserError:
+        return False
+
+
+def _show(kind: str, name: str | None = None) -> list[dict[str, str]]:
+    command = ["scontrol", "--oneliner", "--all", "show", kind, *([name] if name else [])]
+    return [dict(_FIELD.findall(line)) for line in slurm(command).splitlines() if line.strip()]

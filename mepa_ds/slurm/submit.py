@@ -1,0 +1,186 @@
+"""`mepa slurm submit`: one recipe, or a manifest of many, checked and handed to SLURM."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mepa_ds.config.base import Section, load_config
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
+from mepa_ds.errors import UserError
+from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
+from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
+from mepa_ds.slurm.parts import array_of, open_parts
+from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.scheduler import is_active
+
+JOBS: dict[str, type[Section]] = {
+    "pretrain": PretrainConfig,
+    "train-tokenizer": TokenizerTrainingConfig,
+    "scaling-study": PretrainConfig,
+}
+DATA_KEYS = (
+    "tokenizer",
+    "data.tokens",
+    "data.features",
+    "data.heldout_tokens",
+    "data.images",
+    "data.heldout_images",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `mepa slurm submit`."""
+
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    job: str = "pretrain"
+    nodes: int = 1
+    gpus: int | None = None
+    time: str | None = None
+    after: tuple[str, ...] = ()
+    limit: int = 8
+    stage: bool = False
+    dry_run: bool = False
+
+
+def submit_recipe(request: Request, profile: Profile) -> str | None:
+    """Checks everything that can be known now, prints the sbatch line, submits; returns the job's number.
+
+    Raises:
+        UserError: something does not fit; nothing was submitted.
+    """
+    if request.gpus is not None:
+        profile = replace(profile, values=profile.values | {"MEPA_GPUS_PER_NODE": str(request.gpus)})
+    check_cluster(profile, request.nodes)
+    if request.job == "scaling-study":
+        return _submit_study(request, profile)
+    run = check_recipe(request, profile)
+    record = run / "slurm"
+    refuse_while_active(record)
+    words = (str(request.recipe.resolve()), *request.overrides)
+    job = Job(
+        script=request.job.replace("-", "_"),
+        arguments=words,
+        state=record,
+        name=f"mepa-{run.name}",
+        nodes=request.nodes,
+        time=request.time,
+        after=request.after,
+        stage=request.stage,
+    )
+    return hand_over(job, profile, record, request.dry_run, f"mepa slurm status {run}")
+
+
+def check_cluster(profile: Profile, nodes: int) -> None:
+    """Raises UserError unless the partitions exist and have such nodes."""
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: expected at least 1")
+    partition = profile.get("PARTITION")
+    check_partition(profile, partition)
+    check_nodes(profile, partition, nodes)
+
+
+def check_recipe(request: Request, profile: Profile, made_before: bool = False) -> Path:
+    """Validates a recipe and its plan against the allocation; returns the run's directory.
+
+    `made_before`: earlier jobs of a pipeline make the data, so that it need not be there yet.
+    """
+    config = load_config(JOBS[request.job], request.recipe, request.overrides)
+    world_size = request.nodes * profile.gpus_per_node
+    run = ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
+    paths = list(_data_paths(request))
+    check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", run), *paths])
+    if not made_before:
+        for name, path in paths:
+            check_exists(name, path)
+    if isinstance(config, PretrainConfig):
+        config.check_world(world_size)
+        plan = check_plan(request.recipe.resolve(), request.overrides, world_size)
+        print(plan, end="")
+    return run
+
+
+def _data_paths(request: Request) -> Iterator[tuple[str, Path]]:
+    for key in DATA_KEYS:
+        value = recipe_value(key, request.recipe, request.overrides)
+        if isinstance(value, str):
+            yield key, Path(value)
+
+
+def refuse_while_active(record: Path) -> None:
+    """Raises UserError while a job that was submitted for this run waits or runs."""
+    for line in recorded_jobs(record):
+        if is_active(line["job"]):
+            raise UserError(
+                f"job {line['job']} ({line['name']}) is already at work in {record.parent}; cancel it first "
+                f"(scancel {line['job']}), or choose another output_dir"
+            )
+
+
+def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str) -> str | None:
+    """Asks SLURM, prints the line, and submits unless it is a dry run."""
+    command = sbatch_command(job, profile)
+    test_only(command)
+    print(shlex.join(command))
+    if dry_run:
+        return None
+    number = submit(job, profile, record)
+    print(f"job {number} submitted; {hint}")
+    return number
+
+
+def _submit_study(request: Request, profile: Profile) -> str | None:
+    """An array with a member for each line of a manifest that is not done, and a job that checks them all."""
+    manifest = request.recipe
+    if request.overrides:
+        raise UserError("a scaling study's overrides stand in its manifest: RECIPE key=value ... on a line")
+    lines = manifest_lines(manifest)
+    for number, (recipe, *overrides) in enumerate(lines, start=1):
+        try:
+            member = replace(request, job="pretrain", recipe=Path(recipe), overrides=tuple(overrides))
+            check_recipe(member, profile)
+        except UserError as error:
+            raise UserError(f"{manifest}: run {number}: {error}") from error
+    state = manifest.resolve().with_suffix(".slurm")
+    refuse_while_active(state)
+    left = open_parts(state, len(lines))
+    if not left:
+        print(f"{manifest}: all {len(lines)} runs are done")
+        return None
+    words = (str(state), str(len(lines)), str(manifest.resolve()))
+    job = Job(
+        script="scaling_study",
+        arguments=words,
+        state=state,
+        name=f"mepa-{manifest.stem}",
+        nodes=request.nodes,
+        time=request.time,
+        array=f"{array_of(left)}%{request.limit}",
+        after=request.after,
+        stage=request.stage,
+    )
+    array = hand_over(job, profile, state, request.dry_run, f"{len(left)} of {len(lines)} runs")
+    if array is None:
+        return None
+    check = replace(
+        job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), after_any=array, stage=False
+    )
+    return hand_over(check, profile, state, False, f"it says which runs failed: {state}")
+
+
+def manifest_lines(path: Path) -> list[list[str]]:
+    """The words of every line that is not blank and no comment."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the manifest: {error.strerror}") from error
+    found = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise UserError(f"{path}: no runs; a line is RECIPE [key=value ...]")
+    return found

@@ -1,0 +1,130 @@
+"""One look at the allocation before work begins; every rank runs `health.py STATE [RECIPE key=value ...]`.
+
+Checks that every node has the GPUs that its ranks need, room on its disks and the recipe's data in sight; that all
+ranks find each other; and how fast they exchange data. Trouble is one line that names the node and the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mepa_ds.slurm.recipe_value import recipe_value
+
+MEETING_SECONDS = 120.0
+MEGABYTES = 16
+REPEATS = 3
+DATA_KEYS = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
+
+
+def local_trouble(state: Path, recipe: Sequence[str]) -> str | None:
+    """What is wrong with this node; None: nothing."""
+    env = os.environ
+    ranks = int(env["RANKS_PER_NODE"])
+    if env.get("MEPA_ACCELERATOR", "cuda") == "cuda" and torch.cuda.device_count() < ranks:
+        return f"{torch.cuda.device_count()} GPUs visible, but {ranks} ranks start there; is a GPU or its driver down?"
+    least = float(env.get("MEPA_MIN_DISK_GB", "1"))
+    for folder in (state, Path(env["MEPA_SCRATCH"])):
+        if not folder.is_dir():
+            return f"{folder}: not visible; choose paths that every node sees (MEPA_SCRATCH, output_dir)"
+        free = shutil.disk_usage(folder).free / 1e9
+        if free < least:
+            return f"{folder}: {free:.1f} GB free, at least {least:g} wanted (MEPA_MIN_DISK_GB)"
+    if recipe:
+        for key in DATA_KEYS:
+            value = recipe_value(key, Path(recipe[0]), recipe[1:])
+            if value is not None and not isinstance(value, dict) and not Path(value).exists():
+                return f"{key}: {value} is not visible; put it where all nodes see it, or mount it there"
+    return None
+
+
+def meet(rank: int, world_size: int, node: str, trouble: str | None) -> list[str]:
+    """Exchanges every rank's node and trouble over a store on the head node; returns all lines of trouble."""
+    # Beside the port that the work uses: a socket that has just been closed there would be in the way.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
+    wait = timedelta(seconds=MEETING_SECONDS)
+    try:
+        store = dist.TCPStore(address, port, world_size, rank == 0, wait, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        return [f"{node}: cannot reach {address}:{port} ({type(error).__name__}); check MEPA_INTERFACE and the network"]
+    store.set(f"node-{rank}", f"{node}\n{trouble or ''}")
+    end = time.monotonic() + MEETING_SECONDS
+    lines, absent = [], set(range(world_size))
+    while absent and time.monotonic() < end:
+        for other in sorted(absent):
+            if store.check([f"node-{other}"]):
+                name, text = store.get(f"node-{other}").decode().split("\n", 1)
+                lines += [f"{name}: {text}"] if text else []
+                absent.remove(other)
+        time.sleep(0.05)
+    if absent:
+        lines.append(
+            f"ranks {sorted(absent)} did not answer within {MEETING_SECONDS:g} s (rank // ranks a node is the node)"
+        )
+    if not lines:
+        bandwidth(store, rank, world_size)
+    store.set(f"left-{rank}", "")
+    if rank == 0:  # the store lives here: the last to leave
+        while not lines and not store.check([f"left-{other}" for other in range(world_size)]):
+            time.sleep(0.02)
+    return sorted(set(lines))
+
+
+def bandwidth(store: dist.Store, rank: int, world_size: int) -> None:
+    """Times an all-reduce and an all-to-all; too slow is a RuntimeError, if the profile says what too slow is."""
+    if world_size == 1:
+        return
+    cuda = os.environ.get("MEPA_ACCELERATOR", "cuda") == "cuda"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    wait = timedelta(seconds=MEETING_SECONDS)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
+    count = (MEGABYTES * 2**20 // 4) // world_size * world_size
+    data, received = torch.ones(count, device=device), torch.empty(count, device=device)
+    speeds = {
+        "all-reduce": _gigabytes_a_second(lambda: dist.all_reduce(data), count, device),
+        "all-to-all": _gigabytes_a_second(lambda: dist.all_to_all_single(received, data), count, device),
+    }
+    dist.destroy_process_group()
+    if rank == 0:
+        print("health: " + ", ".join(f"{name} {speed:.2f} GB/s a rank" for name, speed in speeds.items()), flush=True)
+        least = float(os.environ.get("MEPA_MIN_BANDWIDTH_GBS", "0"))
+        if min(speeds.values()) < least:
+            sys.exit(f"error: health: less than {least:g} GB/s (MEPA_MIN_BANDWIDTH_GBS); is the fast network in use?")
+
+
+def _gigabytes_a_second(exchange: Callable[[], object], count: int, device: torch.device) -> float:
+    exchange()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(REPEATS):
+        exchange()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return REPEATS * count * 4 / 1e9 / (time.perf_counter() - start)
+
+
+def main() -> None:
+    state, recipe = Path(sys.argv[1]), sys.argv[2:]
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    node = os.environ["SLURMD_NODENAME"]
+    lines = meet(rank, world_size, node, local_trouble(state, recipe))
+    if lines:
+        # Every rank knows; one tells.
+        if rank == 0 or (len(lines) == 1 and "cannot reach" in lines[0]):
+            print("error: health: " + "; ".join(lines), flush=True)
+        sys.exit(1)
+    if rank == 0:
+        print(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)
+
+
+if __name__ == "__main__":
+    main()

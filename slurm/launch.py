@@ -1,0 +1,106 @@
+"""Starts one rank, or one node's torchrun, inside a SLURM step: `launch.py rank|torchrun STATE COMMAND...`.
+
+rank       sets RANK and its like from srun's variables (torchrun has set them already), runs COMMAND, passes signals on
+           to it, and writes its exit status to STATE/exit-<job>/<rank>: launchers report some other number. When
+           STATE/owner names another start of the run, COMMAND is killed: SLURM has given the run to other nodes.
+torchrun   runs `launch.py rank` on all local ranks under torchrun. torchrun would die of SIGUSR1 and kill its ranks
+           half a minute after SIGTERM, so it is kept from both; the ranks get SIGUSR1 from here.
+
+Only the standard library: this runs in every rank, before anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+OWNER_CHECK_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+
+
+def rank(state: Path, command: list[str]) -> int:
+    """Runs one rank; returns its exit status."""
+    env = os.environ
+    if "RANK" not in env:
+        env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
+        env["LOCAL_WORLD_SIZE"] = env["RANKS_PER_NODE"]
+    me = f"{env['SLURM_JOB_ID']} {env.get('SLURM_RESTART_COUNT', '0')}"
+    child = subprocess.Popen(command)
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _: child.send_signal(received))
+    if "MEPA_PIDS" in env:
+        (Path(env["MEPA_PIDS"]) / str(os.getpid())).touch()
+    while True:
+        try:
+            code = child.wait(timeout=OWNER_CHECK_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            owner = _read(state / "owner")
+            if owner and owner != me:
+                print(f"rank {env['RANK']}: the run now belongs to job and restart {owner}: killed", flush=True)
+                child.kill()
+    code = code if code >= 0 else 128 - code
+    if _read(state / "owner") == me:
+        (state / f"exit-{env['SLURM_JOB_ID']}" / env["RANK"]).write_text(f"{code}\n")
+    return code
+
+
+def torchrun(state: Path, command: list[str]) -> int:
+    """Runs this node's ranks under torchrun; returns torchrun's exit status."""
+    env = os.environ
+    with tempfile.TemporaryDirectory(prefix="mepa-") as pids:
+        options = [f"--nnodes={env['SLURM_NNODES']}", f"--nproc-per-node={env['RANKS_PER_NODE']}", "--max-restarts=0"]
+        options += ["--rdzv-backend=c10d", f"--rdzv-endpoint={env['MASTER_ADDR']}:{env['MASTER_PORT']}"]
+        options += [f"--rdzv-id={env['RENDEZVOUS_ID']}", f"--local-addr={env['SLURMD_NODENAME']}", "--no-python"]
+        worker = [sys.executable, __file__, "rank", str(state), *command]
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, *worker],
+            env=env | {"MEPA_PIDS": pids, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGINT,SIGQUIT"},
+            preexec_fn=_ignore_stop_signals,
+        )
+        stop = False
+
+        def note(*_: object) -> None:
+            nonlocal stop
+            stop = True
+
+        for number in STOP_SIGNALS:
+            signal.signal(number, note)
+        told: set[str] = set()
+        while True:
+            try:
+                return agent.wait(timeout=RETRY_SECONDS)
+            except subprocess.TimeoutExpired:
+                pass
+            if stop:  # again and again: ranks may still be starting
+                for pid in set(os.listdir(pids)) - told:
+                    _signal(int(pid))
+                    told.add(pid)
+
+
+def _ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _signal(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGUSR1)
+    except ProcessLookupError:  # that rank has ended already
+        return
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit({"rank": rank, "torchrun": torchrun}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:]))
