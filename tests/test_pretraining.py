@@ -14,6 +14,7 @@ from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.weights import read_state_dict
 from tests.tiny_run import launch, losses, make_run, make_sets, make_tokenizer, write_recipe
+from tests.training.ranks import Ranks, finish
 
 STEPS = 20
 
@@ -29,8 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, name: str, *overrides: str, ranks: int = 1) -> Path:
     """A finished run in `folder/name`."""
     output = folder / name
-    result = launch([str(folder / "recipe.yaml"), f"output_dir={output}", *overrides], ranks)
-    assert result.returncode == 0, result.stdout + result.stderr
+    finish([str(folder / "recipe.yaml"), f"output_dir={output}", *overrides], ranks, folder / f"{name}.log")
     return output
 
 
@@ -102,10 +102,9 @@ def test_a_checkpoint_resumes_on_another_topology(folder: Path, single: Path, ra
 
 def test_a_finished_run_says_so(folder: Path, single: Path) -> None:
     before = (single / "metrics.jsonl").read_text().count('"train"')
-    result = launch([str(folder / "recipe.yaml"), f"output_dir={single}"])
-    assert result.returncode == 0
-    assert "resumed from" in result.stdout
-    assert f"done: {STEPS} steps" in result.stdout
+    log = finish([str(folder / "recipe.yaml"), f"output_dir={single}"], 1, folder / "again.log")
+    assert "resumed from" in log
+    assert f"done: {STEPS} steps" in log
     assert (single / "metrics.jsonl").read_text().count('"train"') == before
 
 
@@ -154,23 +153,24 @@ def test_bad_input_is_one_message_on_every_rank(folder: Path, ranks: int, overri
         for key, value in [override.split("=")]
     ]
     output = folder / "refused"
-    result = launch([str(folder / "recipe.yaml"), f"output_dir={output}", *overrides], ranks, timeout=60)
-    assert result.returncode != 0
-    assert result.stderr.count(message) == 1, result.stderr
-    assert "error: " in result.stderr
-    if ranks == 1:
-        assert result.returncode == 2
-        assert "Traceback" not in result.stderr
-    assert not (output / "checkpoints").exists()
+    log = folder / "refused.log"
+    log.unlink(missing_ok=True)
+    with Ranks([str(folder / "recipe.yaml"), f"output_dir={output}", *overrides], ranks, log) as started:
+        assert started.wait() == [2] * ranks, log.read_text()
+    assert log.read_text().count(message) == 1, log.read_text()
+    assert "error: " in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert not output.exists()
 
 
 def test_a_changed_model_is_not_resumed(folder: Path, single: Path) -> None:
-    result = launch([str(folder / "recipe.yaml"), f"output_dir={single}", "model.drop_path=0.3"])
-    assert result.returncode == 2
-    assert "model.drop_path: None there, 0.3 now" in result.stderr
+    log = folder / "changed.log"
+    with Ranks([str(folder / "recipe.yaml"), f"output_dir={single}", "model.drop_path=0.3"], 1, log) as started:
+        assert started.wait() == [2], log.read_text()
+    assert "model.drop_path: None there, 0.3 now" in log.read_text()
 
 
-def test_dense_models_train_without_features(folder: Path) -> None:
+def test_dense_models_train_without_features_under_torchrun(folder: Path) -> None:
     recipe = write_recipe(
         folder, "model.moe=null", "objective.alignment=null", "data.features=null", "train.steps=3", name="dense.yaml"
     )

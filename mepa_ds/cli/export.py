@@ -16,11 +16,14 @@ class ExportOptions:
     """A checkpoint directory: <output_dir>/checkpoints/step_00001000."""
     directory: tyro.conf.Positional[Path]
     """Where the weights go; `mepa sample --weights` and `NextScaleTransformer.load` read it."""
+    ema: bool = False
+    """The average of the weights instead (a run with optim.ema)."""
 
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(ExportOptions, prog="mepa export", args=argv)
-    from mepa_ds.engine.checkpoint import export_checkpoint
+    from mepa_ds.engine.checkpoint_files import export_checkpoint
+    from mepa_ds.engine.fragment_store import EMA, MASTER
 
-    export_checkpoint(options.checkpoint, options.directory)
+    export_checkpoint(options.checkpoint, options.directory, EMA if options.ema else MASTER)
     print(f"weights of {options.checkpoint} in {options.directory}")

@@ -53,6 +53,13 @@ class OptimConfig(Section):
     """Largest global gradient norm; null: no clipping."""
 
 
+class PretrainOptimConfig(OptimConfig):
+    """AdamW with VAR's settings."""
+
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of an average of the weights, exported to <output_dir>/last_ema; null: none (VAR, MEPA)."""
+
+
 class TrainConfig(Section):
     """How long, and with what batch."""
 
@@ -61,22 +68,24 @@ class TrainConfig(Section):
     accumulation: PositiveInt = 1
     """Micro-batches a step on each rank."""
     epochs: PositiveInt | None = None
-    """Length of the run in passes over the data. Give epochs or steps."""
+    """Length of the run in passes over the data. Give epochs, steps or samples."""
     steps: PositiveInt | None = None
-    """Length of the run in optimizer steps. Give epochs or steps."""
+    """Length of the run in optimizer steps. Give epochs, steps or samples."""
+    samples: PositiveInt | None = None
+    """Length of the run in images, counted as often as they are seen. Give epochs, steps or samples."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("train: give either epochs or steps")
+        if sum(length is not None for length in (self.epochs, self.steps, self.samples)) != 1:
+            raise ValueError("train: give one of epochs, steps and samples")
         return self
 
     def num_steps(self, num_samples: int) -> int:
-        """Steps of the whole run; an epoch's last, partly filled step belongs to it."""
+        """Steps of the whole run; a last, partly filled step belongs to it."""
         if self.steps is not None:
             return self.steps
-        assert self.epochs is not None
-        return -(-self.epochs * num_samples // self.global_batch)
+        samples = self.samples if self.samples is not None else (self.epochs or 0) * num_samples
+        return -(-samples // self.global_batch)
 
 
 class ParallelConfig(Section):
@@ -105,17 +114,25 @@ class LogConfig(Section):
     """A checkpoint that any number of ranks can resume from."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every such step stay for good; a multiple of checkpoint_every. null: none."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (offline unless WANDB_MODE says otherwise)."""
+    tensorboard: bool = False
+    """Also write <output_dir>/tensorboard (needs the tensorboard package)."""
 
 
 class GuardConfig(Section):
-    """What ends a run before its last step, in good order."""
+    """What watches over a run and ends or mends it."""
 
     time_limit: Annotated[float, Field(gt=0)] | None = None
     """Minutes from the start after which the run saves a checkpoint and exits with status 75; null: no limit."""
     stop_before_end: Annotated[float, Field(gt=0)] | None = None
     """The same, so many minutes before the SLURM allocation ends (SLURM_JOB_END_TIME); null: leave it to signals."""
+    max_bad_steps: PositiveInt = 10
+    """Steps with a gradient that is not finite are skipped; so many in a row: back to a checkpoint, on other images."""
+    hang_timeout: Annotated[float, Field(gt=0)] | None = 480.0
+    """Seconds without a step after which a rank writes the stacks of its threads and exits with status 124."""
 
 
 class PretrainConfig(Section):
@@ -133,7 +150,7 @@ class PretrainConfig(Section):
     """Transformer"""
     objective: ObjectiveConfig = ObjectiveConfig()
     """Losses"""
-    optim: OptimConfig = OptimConfig()
+    optim: PretrainOptimConfig = PretrainOptimConfig()
     """Optimizer and schedule"""
     train: TrainConfig
     """Length and batch"""
@@ -142,7 +159,7 @@ class PretrainConfig(Section):
     log: LogConfig = LogConfig()
     """Records, evaluation, checkpoints"""
     guards: GuardConfig = GuardConfig()
-    """Limits"""
+    """Watching over the run"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,142 +1,163 @@
-"""Checkpoints that do not know the topology, and weights that need no DeepSpeed (D5).
-
-A checkpoint is a directory `step_<number>`: DCP files with every parameter's fp32 master and Adam moments, and
-`run.json` with everything else. It is written under another name and renamed when complete, so a directory with
-this name is a whole checkpoint.
-"""
+"""Checkpoints that do not know the topology, and weights that need no DeepSpeed (D5): saved, loaded, exported."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import os
-import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mepa_ds import distributed
-from mepa_ds.config.base import validate
-from mepa_ds.config.model import ModelConfig
+from mepa_ds.engine import checkpoint_files as files
+from mepa_ds.engine.background_writer import BackgroundWriter, Digests, Staging, Written
+from mepa_ds.engine.checkpoint_files import RunState
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.engine.fragment_store import load_fragments, read_whole, save_fragments
-from mepa_ds.engine.fragments import adam_step, fragments
+from mepa_ds.engine.fragment_store import EMA, MASTER, Fragment, load_fragments, stored_tensors
+from mepa_ds.engine.fragments import (
+    adam_step,
+    buffer_fragments,
+    loss_scaler_state,
+    parameter_fragments,
+    set_adam_step,
+    set_loss_scaler_state,
+)
 from mepa_ds.errors import UserError
-from mepa_ds.files import fsync_directory, write_json
-from mepa_ds.models.transformer import KIND
-from mepa_ds.weights import save_pretrained
-
-_NAME = re.compile(r"step_(\d{8})")
-TRANSFORMER = "transformer."
 
 
-@dataclass
-class RunState:
-    """What a run is, besides tensors. All of it is independent of the number of ranks."""
+@dataclass(frozen=True)
+class Loaded:
+    """`damaged`: a line for each newer checkpoint that could not be used."""
 
-    step: int
-    """Optimizer steps done."""
-    position: int
-    """Images consumed: the position in the endless sample stream."""
-    adam_step: int
-    """Steps that Adam has seen (skipped ones are not among them)."""
-    best_heldout_ce: float
-    """Lowest held-out cross-entropy so far (inf before the first evaluation)."""
-    evaluated_step: int
-    """Step of the last held-out evaluation."""
-    model: dict[str, object]
-    """The model config's values."""
+    state: RunState
+    path: Path
+    damaged: list[str]
 
 
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if _NAME.fullmatch(path.name))
+class Checkpoints:
+    """The checkpoints of one run. Saving and exporting return when the state is copied; files appear later."""
+
+    def __init__(self, engine: PretrainEngine, directory: Path, keep: int, keep_every: int | None):
+        self.directory = directory
+        self._engine, self._keep, self._keep_every = engine, keep, keep_every
+        self._staging = Staging()
+        self._writer = BackgroundWriter()
+
+    def save(self, state: RunState, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Writes `directory/step_<step>` and deletes old checkpoints. Collective."""
+        zero = self._engine.zero
+        state = replace(state, adam_step=adam_step(zero), loss_scaler=loss_scaler_state(zero), versions=_versions())
+        target = self.directory / files.checkpoint_name(state.step)
+        temporary = target.with_name(f".{target.name}.tmp")
+
+        def commit(digests: Digests) -> None:
+            files.complete(temporary, state, digests)
+            files.publish(temporary, target)
+            files.prune(self.directory, self._keep, self._keep_every)
+
+        self._writer.submit(target.name, lambda: self._stage(self._engine.kinds), temporary, commit, on_wait)
+
+    def export(self, directory: Path, kind: str = MASTER, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Writes the model's fp32 masters, or their average, as safetensors + config.json. Collective."""
+        temporary = directory.with_name(f".{directory.name}.tmp")
+        config = self._engine.objective.transformer.config
+
+        def commit(_: Digests) -> None:
+            files.convert_fragments(temporary, config, temporary / "weights", kind)
+            files.publish(temporary / "weights", directory)
+            shutil.rmtree(temporary)
+
+        self._writer.submit(directory.name, lambda: self._stage((kind,)), temporary, commit, on_wait)
+
+    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Returns when everything submitted is on disk, or has failed."""
+        self._writer.wait(on_wait)
+
+    def written(self) -> list[Written]:
+        """What has been written, or has failed, since the last call."""
+        return self._writer.written()
+
+    def _stage(self, kinds: tuple[str, ...]) -> list[Fragment]:
+        model = self._engine.objective
+        fragments = list(parameter_fragments(model, self._staging.copy(self._engine.flats(kinds))))
+        if distributed.is_main():
+            fragments += [replace(fragment, data=fragment.data.cpu().clone()) for fragment in buffer_fragments(model)]
+        return fragments
+
+    def load_newest(self, data: dict[str, str]) -> Loaded | None:
+        """Restores the newest whole checkpoint on any number of ranks and any ep_size; None: there is none. Collective.
+
+        A damaged one is set aside, and the one before it taken. Raises UserError, on every rank, when all are damaged,
+        or when model or data are not the checkpoint's.
+        """
+        damaged: list[str] = []
+        for path in reversed(_agreed(files.list_checkpoints(self.directory))):
+            damage = _first(files.find_damage(path, distributed.rank(), distributed.world_size()))
+            if damage is None:
+                state = files.read_state(path)
+                self._check(path, state, data)
+                self._restore(path, state)
+                return Loaded(state, path, damaged)
+            damaged.append(f"{path} is damaged ({damage}): set aside, the one before it is used")
+            if distributed.is_main():
+                files.set_aside(path)
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({'; '.join(damaged)}); "
+                "restore one from a backup, or choose another output_dir to start anew"
+            )
+        return None
+
+    def _check(self, path: Path, state: RunState, data: dict[str, str]) -> None:
+        expected = json.loads(self._engine.objective.transformer.config.model_dump_json())
+        theirs = state.recipe["model"]
+        changed = [f"model.{line}" for line in _changes(theirs, expected)]
+        if changed:
+            raise UserError(
+                f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(changed)}); "
+                "restore the recipe or choose another output_dir"
+            )
+        if changed := _changes(state.data, data):
+            raise UserError(
+                f"{path}: the checkpoint was trained on other data ({'; '.join(changed)}), so the run "
+                "cannot go on from its place in them; restore the data, or choose another output_dir"
+            )
+
+    def _restore(self, path: Path, state: RunState) -> None:
+        engine = self._engine
+        has_average = any(name.startswith(f"{EMA}/") for name in stored_tensors(path))
+        kinds = [kind for kind in engine.kinds if kind != EMA or has_average]
+        fragments = list(parameter_fragments(engine.objective, engine.flats(tuple(kinds))))
+        load_fragments([*fragments, *buffer_fragments(engine.objective)], path)
+        set_adam_step(engine.zero, state.adam_step)
+        set_loss_scaler_state(engine.zero, state.loss_scaler)
+        engine.restored(has_average)
 
 
-def save_checkpoint(engine: PretrainEngine, state: RunState, directory: Path, keep: int) -> Path:
-    """Writes `directory/step_<step>` and deletes all but the newest `keep`. Collective."""
-    target = directory / f"step_{state.step:08d}"
-    temporary = directory / f".{target.name}.tmp"
-    if distributed.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    save_fragments(fragments(engine.objective, engine.zero), temporary)
-    if distributed.is_main():
-        state.adam_step = adam_step(engine.zero)
-        write_json(temporary / "run.json", asdict(state))
-        _publish(temporary, target)
-        for old in list_checkpoints(directory)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return target
+def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    keys = sorted(theirs.keys() | ours.keys())
+    return [
+        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys if theirs.get(key) != ours.get(key)
+    ]
 
 
-def load_checkpoint(engine: PretrainEngine, path: Path) -> RunState:
-    """Restores weights, optimizer state and position on any number of ranks and any ep_size. Collective."""
-    state = read_state(path)
-    expected = json.loads(engine.objective.transformer.config.model_dump_json())
-    if state.model != expected:
-        changed = [key for key in expected if state.model.get(key) != expected[key]]
-        lines = [f"model.{key}: {state.model.get(key)!r} there, {expected[key]!r} now" for key in changed]
-        raise UserError(
-            f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(lines)}); "
-            "restore the recipe or choose another output_dir"
-        )
-    load_fragments(fragments(engine.objective, engine.zero), path)
-    engine.restored(state.adam_step)
-    return state
+def _agreed(paths: list[Path]) -> list[Path]:
+    """The main rank's list: other nodes may see a shared file system later."""
+    shared: list[list[Path]] = [paths]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
-def read_state(path: Path) -> RunState:
-    try:
-        return RunState(**json.loads((path / "run.json").read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a checkpoint of this project: {error}") from error
+def _first(mine: str | None) -> str | None:
+    """The first rank's message that is one."""
+    gathered: list[str | None] = [None] * distributed.world_size()
+    dist.all_gather_object(gathered, mine)
+    return next((message for message in gathered if message is not None), None)
 
 
-def export_weights(engine: PretrainEngine, directory: Path) -> None:
-    """Writes the model's fp32 masters as safetensors + config.json, over what is there. Collective."""
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    if distributed.is_main():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    save_fragments(fragments(engine.objective, engine.zero, kinds=("master",)), temporary / "fragments")
-    if distributed.is_main():
-        _convert(temporary / "fragments", engine.objective.transformer.config, temporary / "weights")
-        _publish(temporary / "weights", directory)
-        shutil.rmtree(temporary)
-    dist.barrier()
-
-
-def export_checkpoint(checkpoint: Path, directory: Path) -> None:
-    """`mepa export`: a checkpoint's weights as safetensors + config.json, in one process, without DeepSpeed."""
-    config = validate(ModelConfig, dict(read_state(checkpoint).model), str(checkpoint))
-    _convert(checkpoint, config, directory)
-
-
-def _convert(fragment_directory: Path, config: ModelConfig, directory: Path) -> None:
-    from mepa_ds.models.transformer import NextScaleTransformer
-
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in NextScaleTransformer(config).state_dict().items()}
-    flat = read_whole(fragment_directory, "master")
-    weights = {name: flat[TRANSFORMER + name].view(shape) for name, shape in shapes.items()}
-    save_pretrained(directory, config, weights, KIND)
-
-
-def _publish(temporary: Path, target: Path) -> None:
-    """Gives a complete directory its final name; what had that name before is gone only afterwards."""
-    fsync_directory(temporary)
-    aside = target.with_name(f".{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        os.rename(target, aside)
-    os.rename(temporary, target)
-    fsync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("mepa_ds", "torch", "deepspeed")}

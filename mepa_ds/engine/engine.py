@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from torch import Tensor
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
-from mepa_ds.engine.fragments import set_adam_step
+from mepa_ds.engine.fragment_store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
+from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
@@ -26,11 +28,33 @@ from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObject
 
 @dataclass
 class StepReport:
-    """`losses` has one entry a micro-batch of this rank; `grad_norm` is global and before clipping."""
+    """`losses` has one entry a micro-batch of this rank; `grad_norm` is global and before clipping.
+
+    A step whose gradient is not finite on any rank is not `applied`: weights and moments stay as they were.
+    `seconds` are this rank's, by part; on a GPU they are the time to launch the work unless the step was `timed`.
+    """
 
     losses: list[Losses]
     grad_norm: float
     applied: bool
+    seconds: dict[str, float]
+
+
+class Clock:
+    """Seconds by part of a step. `synchronous` waits for the GPU at the end of each part."""
+
+    def __init__(self, synchronous: bool):
+        self._wait = synchronous and torch.cuda.is_available()
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """The time since the last lap belongs to `part`."""
+        if self._wait:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
 
 
 def _sum_over_ranks(counts: Tensor) -> Tensor:
@@ -63,6 +87,8 @@ class PretrainEngine:
             dist_init_required=False,
         )
         self.accumulation = config.train.accumulation
+        self._ema_decay = config.optim.ema
+        self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)] if self._ema_decay else []
         self._balance_over_step = config.objective.balance_over == "step"
 
     @property
@@ -74,33 +100,60 @@ class PretrainEngine:
         """DeepSpeed's ZeRO optimizer; the checkpoint reads its partitions."""
         return self._engine.optimizer
 
-    def step(self, micro_batches: Iterable[ModelInputs], lr: float) -> StepReport:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What there is of every parameter, as a checkpoint stores it."""
+        return (MASTER, EXP_AVG, EXP_AVG_SQ) + ((EMA,) if self._ema_decay else ())
+
+    def flats(self, kinds: tuple[str, ...]) -> dict[str, list[Tensor]]:
+        """This rank's flat fp32 partitions: kind -> one a parameter group. Writing into them writes into the state."""
+        return {kind: self._ema if kind == EMA else flat_partitions(self.zero, kind) for kind in kinds}
+
+    @property
+    def can_overflow(self) -> bool:
+        """Whether a gradient that is not finite may only mean that the loss scale must come down (fp16)."""
+        scaler = self.zero.loss_scaler
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+    def step(self, micro_batches: Iterable[ModelInputs], lr: float, timed: bool = False) -> StepReport:
         """Forward and backward over `accumulation` micro-batches, then one optimizer step at rate `lr`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         losses = []
         counts_NE: Tensor | None = None
+        clock = Clock(timed)
         for inputs in micro_batches:
+            clock.lap("inputs")
             if self._balance_over_step:
                 inputs = replace(inputs, earlier_counts_NE=counts_NE)
             result: Losses = self._engine(inputs)
+            clock.lap("forward")
             self._engine.backward(result.total)
+            clock.lap("backward")
             self._engine.step()
+            clock.lap("optimizer")
             losses.append(result)
             if result.counts_NE is not None:
                 counts_NE = result.counts_NE if counts_NE is None else counts_NE + result.counts_NE
         assert len(losses) == self.accumulation
+        applied = self._engine.was_step_applied()
+        if applied:
+            self._after_update(counts_NE)
+        norm = self._engine.get_global_grad_norm()
+        return StepReport(losses, float("nan") if norm is None else float(norm), applied, clock.seconds)
+
+    def _after_update(self, counts_NE: Tensor | None) -> None:
         if counts_NE is not None:
             self.objective.update_balance_bias(counts_NE)
-        norm = self._engine.get_global_grad_norm()
-        grad_norm = float("nan") if norm is None else float(norm)
-        return StepReport(losses, grad_norm, not getattr(self._engine.optimizer, "overflow", False))
+        if self._ema_decay:
+            masters = flat_partitions(self.zero, MASTER)
+            torch._foreach_lerp_(self._ema, masters, 1 - self._ema_decay)
 
-    def restored(self, adam_step: int) -> None:
-        """To be called when the optimizer's partitions were written from outside (a checkpoint)."""
-        zero = self._engine.optimizer
-        set_adam_step(zero, adam_step)
-        zero.update_lp_params()
+    def restored(self, average_too: bool) -> None:
+        """To be called when the partitions were written from outside (a checkpoint), with their average or without."""
+        self.zero.update_lp_params()
+        if self._ema_decay and not average_too:
+            self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)]
 
     @contextmanager
     def evaluating(self) -> Iterator[NextScaleTransformer]:

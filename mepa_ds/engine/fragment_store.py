@@ -6,17 +6,21 @@ arithmetic then reads any other partition of it. Each rank writes and reads its 
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -31,8 +35,21 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from mepa_ds.engine.fragments import Fragment
 from mepa_ds.errors import UserError
+
+# The kinds of what is kept of every parameter: the fp32 master, Adam's moments, the average of the masters (if the
+# recipe wants one); and what the model keeps beside parameters.
+MASTER, EXP_AVG, EXP_AVG_SQ, EMA, BUFFER = "master", "exp_avg", "exp_avg_sq", "ema", "buffer"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [offset, offset + len(data)) of the flattened tensor `name` ("kind/parameter"), of `numel` elements."""
+
+    name: str
+    numel: int
+    offset: int
+    data: Tensor
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -85,36 +102,78 @@ def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size([fragment.offset]), torch.Size([len(fragment.data)]))
 
 
-def save_fragments(fragments: Iterable[Fragment], directory: Path) -> None:
-    """Writes every rank's fragments. Collective."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """DCP pickles its table of contents; only what belongs into one is built, so a foreign file runs no code (D9)."""
+
+    _CLASSES: ClassVar = {
+        "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
+        "torch.serialization": {"_get_layout"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+        },
+        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+        "pathlib._local": {"PosixPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self._CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                metadata: Metadata = _MetadataUnpickler(file).load()
+        except (OSError, pickle.UnpicklingError, EOFError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+        return metadata
+
+
+def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+    """Writes every rank's fragments, fsynced. Collective over `group`, a CPU group of all ranks."""
     named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
         {name: fragment.data for name, fragment in named.items()},
         storage_writer=dcp.FileSystemWriter(directory, sync_files=True),
         planner=_SavePlanner(named),
+        process_group=group,
     )
 
 
 def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
     """Fills fragments in place. Collective, unless one process reads `alone`."""
     named = {fragment.name: fragment for fragment in fragments}
-    dcp.load(
-        {name: fragment.data for name, fragment in named.items()},
-        storage_reader=dcp.FileSystemReader(directory),
-        planner=_LoadPlanner(named),
-        no_dist=alone,
-    )
-
-
-def read_whole(directory: Path, kind: str) -> dict[str, Tensor]:
-    """All parameters of one kind as flat fp32 tensors, in one process and without any process group."""
-    metadata = dcp.FileSystemReader(directory).read_metadata()
-    whole = [
-        Fragment(name, stored.size.numel(), 0, torch.empty(stored.size))
-        for name, stored in metadata.state_dict_metadata.items()
-        if name.startswith(f"{kind}/") and isinstance(stored, TensorStorageMetadata)
-    ]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
-        load_fragments(whole, directory, alone=True)
-    return {fragment.name.removeprefix(f"{kind}/"): fragment.data for fragment in whole}
+        dcp.load(
+            {name: fragment.data for name, fragment in named.items()},
+            storage_reader=_Reader(directory),
+            planner=_LoadPlanner(named),
+            no_dist=alone,
+        )
+
+
+def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
+    """Name -> size and type of every tensor in a checkpoint."""
+    stored = _Reader(directory).read_metadata().state_dict_metadata
+    return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors, flat, in one process and without any process group."""
+    stored = stored_tensors(directory)
+    if lost := [name for name in names if name not in stored]:
+        raise UserError(f"{directory}: has no {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))
+    whole = [
+        Fragment(
+            name, stored[name].size.numel(), 0, torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        )
+        for name in names
+    ]
+    load_fragments(whole, directory, alone=True)
+    return {fragment.name: fragment.data for fragment in whole}

@@ -9,27 +9,14 @@ This file reads DeepSpeed's internals (`_hp_mapping`, `single_partition_of_fp32_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mepa_ds.engine.expert_parallel import ExpertParallelFeedForward
-
-# What is kept of every parameter: the fp32 master and Adam's moments.
-KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [offset, offset + len(data)) of the flattened parameter `name`, which has `numel` elements."""
-
-    name: str
-    numel: int
-    offset: int
-    data: Tensor
+from mepa_ds.engine.fragment_store import BUFFER, MASTER, Fragment
 
 
 def parameter_layout(model: nn.Module) -> dict[str, tuple[torch.Size, int]]:
@@ -53,8 +40,8 @@ def parameter_layout(model: nn.Module) -> dict[str, tuple[torch.Size, int]]:
 def flat_partitions(zero: Any, kind: str) -> list[Tensor]:
     """This rank's flat fp32 partitions of one kind, one a parameter group. Adam's are made (zero) if not there yet."""
     partitions = zero.single_partition_of_fp32_groups
-    if kind == "master":
-        return list(partitions)
+    if kind == MASTER:
+        return [partition.detach() for partition in partitions]
     for partition in partitions:
         state = zero.optimizer.state[partition]
         state.setdefault("step", torch.zeros((), dtype=torch.float32))
@@ -62,23 +49,46 @@ def flat_partitions(zero: Any, kind: str) -> list[Tensor]:
     return [zero.optimizer.state[partition][kind] for partition in partitions]
 
 
-def fragments(model: nn.Module, zero: Any, kinds: tuple[str, ...] = KINDS) -> Iterator[Fragment]:
-    """All pieces that this rank owns, as views: writing into `data` writes into the optimizer's state."""
-    flats = {kind: flat_partitions(zero, kind) for kind in kinds}
-    for name, (shape, start) in parameter_layout(model).items():
-        mapping = dict(model.named_parameters())[name]._hp_mapping  # type: ignore[attr-defined]
+def parameter_fragments(model: nn.Module, flats: Mapping[str, list[Tensor]]) -> Iterator[Fragment]:
+    """All pieces that this rank owns, as views of `flats`: partitions by kind, in ZeRO's layout."""
+    layout = parameter_layout(model)
+    for name, parameter in model.named_parameters():
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:  # none of this parameter lies in this rank's partition
             continue
+        shape, start = layout[name]
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
         for kind, partitions in flats.items():
-            data = partitions[mapping.param_group_index].detach().narrow(0, hp.start, hp.numel)
+            data = partitions[mapping.param_group_index].narrow(0, hp.start, hp.numel)
             yield Fragment(f"{kind}/{name}", shape.numel(), start + lp.start, data)
+
+
+def buffer_fragments(model: nn.Module) -> Iterator[Fragment]:
+    """What the model keeps beside parameters, the same on every rank."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, tensor in model.state_dict().items():
+        if name not in parameters:
+            yield Fragment(f"{BUFFER}/{name}", tensor.numel(), 0, tensor.view(-1))
 
 
 def adam_step(zero: Any) -> int:
     """Optimizer steps that Adam's bias correction has seen."""
     states = [zero.optimizer.state.get(partition, {}) for partition in zero.single_partition_of_fp32_groups]
     return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scaler_state(zero: Any) -> dict[str, float]:
+    """The dynamic loss scale of fp16; empty in other precisions."""
+    scaler = zero.loss_scaler
+    return {name: float(getattr(scaler, name)) for name in LOSS_SCALER} if scaler.dynamic else {}
+
+
+def set_loss_scaler_state(zero: Any, state: dict[str, float]) -> None:
+    for name, value in state.items() if zero.loss_scaler.dynamic else ():
+        setattr(zero.loss_scaler, name, value if name == "cur_scale" else int(value))
 
 
 def set_adam_step(zero: Any, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from mepa_ds.objective.pretraining import ScaleScores, sum_scales
 
 
 def heldout_scores(
-    model: NextScaleTransformer, inputs: InputMaker, tokens: Path, batch_size: int, num_workers: int
+    model: NextScaleTransformer,
+    inputs: InputMaker,
+    tokens: Path,
+    batch_size: int,
+    num_workers: int,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One pass over a token set, every image once over all ranks: see `score_report`. Collective."""
+    """One pass over a token set, every image once over all ranks: see `score_report`. Collective.
+
+    `on_batch` is called after every batch.
+    """
     parts = []
     batches = evaluation_batches(
         tokens,
@@ -34,6 +43,7 @@ def heldout_scores(
         ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), model_inputs.tokens_BL, reduction="none")
         weight_B = batch.weight_B.to(ce_BL.device)
         parts.append(sum_scales(ce_BL, logits_BLV, model_inputs.tokens_BL, model.schedule, weight_B))
+        on_batch()
     scores = add_up(parts)
     summed = sum_over_ranks([scores.ce_sum_S, scores.correct_S, scores.tokens_S])
     return score_report(ScaleScores(*summed))

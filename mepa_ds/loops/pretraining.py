@@ -14,21 +14,26 @@ import torch.distributed as dist
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.training import TrainingBatch, TrainingSets, open_training_sets, training_batches
+from mepa_ds.data.in_step import in_step
+from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.checkpoint import RunState, export_weights, list_checkpoints, load_checkpoint, save_checkpoint
+from mepa_ds.engine.checkpoint import Checkpoints
+from mepa_ds.engine.checkpoint_files import RunState, clean
 from mepa_ds.engine.engine import PretrainEngine, StepReport
+from mepa_ds.engine.fragment_store import EMA
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.loops.evaluation import heldout_scores
+from mepa_ds.loops.failures import reporting
+from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
-from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
-from mepa_ds.loops.reports import reduce_losses, routing_report, score_report
+from mepa_ds.loops.recorder import Recorder, check_output
 from mepa_ds.loops.schedule import learning_rate
+from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
+from mepa_ds.loops.training_data import Loader, data_identity, open_checked
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
-from mepa_ds.tokenizer.tokenizer import identity_of
 
 
 def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
@@ -41,82 +46,79 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     launch = distributed.read_launch()
     config.check_world(launch.world_size)
     deepspeed_config.read_knobs(config.parallel.deepspeed)
-    device = distributed.start(launch)
     requests.stop_at(deadline(config.guards.time_limit, config.guards.stop_before_end, os.environ))
-    sets = _open_checked(config)
-    run = PretrainRun(config, sets, device, requests)
-    run.resume()
-    return run.train()
+
+    def run_to_the_end() -> bool:
+        device = distributed.start(launch)
+        sets = open_checked(config)
+        _prepare_output(config)
+        run = PretrainRun(config, sets, device, requests)
+        run.resume()
+        return run.train()
+
+    return reporting(config.output_dir, run_to_the_end)
 
 
-def _open_checked(config: PretrainConfig) -> TrainingSets:
-    """Opens the shard sets; every rank leaves together when one of them cannot."""
+def _prepare_output(config: PretrainConfig) -> None:
+    """The main rank tries to write there, and takes away what a killed run left half-written. Collective."""
     error: UserError | None = None
-    sets: TrainingSets | None = None
-    try:
-        sets = open_training_sets(config.data.tokens, config.data.features)
-        check_sets(config, sets)
-        if config.data.heldout_tokens is not None:
-            check_sets(config, open_training_sets(config.data.heldout_tokens, None), "data.heldout_tokens")
-    except UserError as raised:
-        error = raised
+    if distributed.is_main():
+        try:
+            check_output(config)
+            clean(config.output_dir)
+            clean(config.output_dir / "checkpoints")
+        except UserError as raised:
+            error = raised
     distributed.agree(error)
-    assert sets is not None
-    return sets
-
-
-def check_sets(config: PretrainConfig, sets: TrainingSets, key: str = "data.tokens") -> None:
-    """Raises UserError unless the tokens are the run's tokenizer's and fit the model."""
-    identity = identity_of(config.tokenizer)
-    if sets.tokenizer.identity != identity:
-        raise UserError(
-            f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} "
-            f"({sets.tokenizer.identity}), but tokenizer: {config.tokenizer} is {identity}; precompute "
-            f"the tokens again with that tokenizer (data_tools/precompute.py tokens), or point tokenizer: to the one that made them"
-        )
-    model = config.model
-    facts = (("scales", sets.scales, model.scales), ("codebook_size", sets.codebook_size, model.codebook_size))
-    for name, theirs, ours in facts:
-        if theirs != ours:
-            raise UserError(f"model.{name}: {ours}, but {key} {sets.tokens.directory} has {theirs}; set model.{name}")
-    if sets.num_classes and sets.num_classes != model.num_classes:
-        raise UserError(
-            f"model.num_classes: {model.num_classes}, but {key} {sets.tokens.directory} has {sets.num_classes} classes"
-        )
 
 
 class PretrainRun:
-    """One run's state: engine, place in the sample stream, recorder."""
+    """One run's state: engine, place in the sample stream, checkpoints, recorder."""
 
     def __init__(self, config: PretrainConfig, sets: TrainingSets, device: torch.device, requests: StopRequests):
-        self.requests = requests
-        self.agreement = Agreement(requests)
         self.config = config
         self.num_steps = config.train.num_steps(sets.num_samples)
-        self.num_samples = sets.num_samples
-        self.checkpoints = config.output_dir / "checkpoints"
+        self.num_samples, self._teacher_width = sets.num_samples, sets.feature_width
         self.engine = PretrainEngine(config, sets.feature_width, device)
         self.inputs = InputMaker(config.model, MultiScaleQuantizer.load(config.tokenizer), config.seed, device)
-        model = json.loads(config.model.model_dump_json())
-        self.state = RunState(
-            step=0, position=0, adam_step=0, best_heldout_ce=float("inf"), evaluated_step=0, model=model
+        log = config.log
+        self.checkpoints = Checkpoints(
+            self.engine, config.output_dir / "checkpoints", log.keep_checkpoints, log.keep_every
         )
+        recipe = json.loads(config.model_dump_json())
+        self.state = RunState(data=data_identity(config, sets), recipe=recipe)
+        self.requests, self.agreement = requests, Agreement(requests)
+        self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
-        self._saved_step = 0
+        self._saved_step: int | None = None
 
     def resume(self) -> None:
-        """Goes on from the newest checkpoint in output_dir, if there is one."""
-        found = list_checkpoints(self.checkpoints)
-        if found:
-            self.state = load_checkpoint(self.engine, found[-1])
-            self._saved_step = self.state.step
+        """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
+        loaded = self.checkpoints.load_newest(self.state.data)
+        if loaded is not None:
+            self._take_up(loaded.state)
+        self.watchdog = Watchdog(self.config.guards.hang_timeout, self.config.output_dir)
         if not distributed.is_main():
             return
+        write_text(self.config.output_dir / "resolved.yaml", dump_yaml(self.config))
+        self.recorder = Recorder(self.config, self.state.step, self.num_steps, self.state.metrics_records)
+        self._record_start(self.recorder)
+        if loaded is not None:
+            for line in loaded.damaged:
+                self.recorder.warn("damaged_checkpoint", self.state.step, line)
+            self.recorder.say(f"resumed from {loaded.path} at step {self.state.step} of {self.num_steps}")
+
+    def _take_up(self, state: RunState) -> None:
+        """A checkpoint's place in the run, under today's recipe (whose length and logging may have changed)."""
+        state.recipe = self.state.recipe
+        self.state = state
+        self._saved_step = state.step
+
+    def _record_start(self, recorder: Recorder) -> None:
         config = self.config
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
-        self.recorder = Recorder(config, self.state.step, self.num_steps)
         counts = count_parameters(config.model)
+        projector = self.engine.objective.projector
+        head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
         facts = {
             "world_size": distributed.world_size(),
             "ep_size": config.parallel.ep_size,
@@ -127,124 +129,138 @@ class PretrainRun:
             "total_parameters": counts.total,
             "active_parameters": counts.active,
         }
-        self.recorder.record("start", self.state.step, facts)
-        projector = self.engine.objective.projector
-        head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
-        self.recorder.say(
+        recorder.record("start", self.state.step, facts)
+        recorder.say(
             f"model: {counts}, guidance projector {head / 1e6:.1f}M apart; {facts['world_size']} ranks, "
             f"ep_size {facts['ep_size']}, ZeRO-{facts['zero_stage']}, {facts['precision']}; {self.num_steps} steps of "
             f"{config.train.global_batch} images, {self.num_samples} images an epoch"
         )
-        if found:
-            self.recorder.say(f"resumed from {found[-1]} at step {self.state.step} of {self.num_steps}")
 
     def train(self) -> bool:
         """Trains to the end of the recipe, or until it is stopped; returns whether it came to the end."""
-        log = self.config.log
+        config, log = self.config, self.config.log
         self._evaluate_if_due()  # a run that was stopped saves first and leaves the evaluation to the next start
-        batches = self._batches()
+        records = StepRecords(config, self.num_samples, self._teacher_width, self.recorder)
+        loader, batches = self._batches()
         stop = False
         while self.state.step < self.num_steps and not stop:
             self.agreement.begin()
-            started = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(self.config.train.accumulation)]
-            waited = time.perf_counter() - started
-            lr = learning_rate(self.config.optim, self.config.train.global_batch, self.state.step, self.num_steps)
-            report = self.engine.step(map(self.inputs.training, micro_batches), lr)
+            records.begin(loader)
+            micro_batches = [next(batches) for _ in range(config.train.accumulation)]
+            lr = learning_rate(config.optim, config.train.global_batch, self.state.step, self.num_steps)
+            logs = (self.state.step + 1) % log.every == 0 or self.state.step + 1 == self.num_steps
+            report = self.engine.step(map(self.inputs.training, micro_batches), lr, timed=logs)
             self.state.step += 1
             self.state.position = micro_batches[-1].next_position
-            last = self.state.step == self.num_steps
             stop = self.agreement.end()
+            self.watchdog.beat()
+            if self._is_bad(report, micro_batches):
+                self._roll_back()
+                loader, batches = self._batches()
+                continue
             if self.recorder:
                 self.recorder.advance()
-            if self.state.step % log.every == 0 or last:
-                self._record(report, lr, time.perf_counter() - started, waited)
+            if logs:
+                records.write(self.state, report, lr, loader, self.bad_steps.total)
             if not stop:
                 self._evaluate_if_due()
-            if self.state.step % log.checkpoint_every == 0 or last or stop:
+            if stop or self._save_is_due():
                 self._save()
+            self._report_written()
         finished = self.state.step == self.num_steps
         if finished:
             self._finish()
         else:
             self._stop()
+        self.watchdog.stop()
         dist.barrier()  # a launcher ends the other ranks when the first one exits
         return finished
 
-    def _batches(self) -> Iterator[TrainingBatch]:
-        """This rank's share of one micro-batch after the other; which images share one does not depend on the ranks."""
-        config = self.config
-        return training_batches(
-            config.data.tokens,
-            config.data.features if config.objective.alignment is not None else None,
-            global_batch=config.train.global_batch // config.train.accumulation,
-            seed=config.seed,
-            position=self.state.position,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _batches(self) -> tuple[Loader, Iterator[TrainingBatch]]:
+        loader = Loader(self.config, self.state.position)
+        return loader, in_step(loader)
 
-    def _record(self, report: StepReport, lr: float, seconds: float, waited: float) -> None:
-        """Reduces the step's numbers over the ranks and writes them. Collective."""
-        terms, scores, routing = reduce_losses(report.losses)
-        if self.recorder is None:
-            return
-        images = self.config.train.global_batch
-        values = {
-            "epoch": self.state.position / self.num_samples,
-            "images": self.state.position,
-            "lr": lr,
-            "grad_norm": report.grad_norm,
-            "applied": report.applied,
-            "loss": terms.pop("total"),
-            **terms,
-            **{key: value for key, value in score_report(scores).items() if key not in terms},
-            "step_seconds": seconds,
-            "data_seconds": waited,
-            "images_per_second": images / seconds,
-            "tokens_per_second": images * self.config.model.schedule.num_tokens / seconds,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        self.recorder.training(self.state.step, values)
-        if routing:
-            layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}
-            self.recorder.record("routing", self.state.step, {"layers": layers})
+    def _is_bad(self, report: StepReport, micro_batches: list[TrainingBatch]) -> bool:
+        """Whether it is time to go back. An fp16 overflow is no bad step while the loss scale can still come down."""
+        if not report.applied and self.engine.can_overflow:
+            return False
+        if not report.applied and self.recorder:
+            line = f"the gradient was not finite, the step was skipped; its images: {self.bad_steps.directory}"
+            self.recorder.warn("skipped_step", self.state.step, line)
+        losses = [losses.total.detach() for losses in report.losses]
+        return self.bad_steps.note(self.state.step, report.applied, micro_batches, losses)
+
+    def _roll_back(self) -> None:
+        """The newest checkpoint's weights, but the data after those that did harm. Collective."""
+        in_a_row, position, step = self.bad_steps.in_a_row, self.state.position, self.state.step
+        self.checkpoints.wait(self.watchdog.beat)
+        loaded = self.checkpoints.load_newest(self.state.data)
+        self.bad_steps.rolled_back(None if loaded is None else loaded.state.step)
+        assert loaded is not None
+        self._take_up(loaded.state)
+        self.state.position = position
+        if self.recorder:
+            self.recorder.rewind(self.state.step, self.state.metrics_records)
+            line = (
+                f"gradients of {in_a_row} steps up to step {step} were not finite: back to {loaded.path.name}, "
+                f"images up to position {position} are skipped"
+            )
+            self.recorder.warn("rollback", self.state.step, line, from_step=step, position=position)
 
     def _evaluate_if_due(self) -> None:
-        step = self.state.step
+        step, heldout = self.state.step, self.config.data.heldout_tokens
         due = step > 0 and (step % self.config.log.evaluate_every == 0 or step == self.num_steps)
-        if due and self.state.evaluated_step != step and self.config.data.heldout_tokens is not None:
-            self._evaluate(self.config.data.heldout_tokens)
+        if due and self.state.evaluated_step != step and heldout is not None:
+            self._evaluate(heldout)
             self.state.evaluated_step = step
 
-    def _evaluate(self, heldout_tokens: Path) -> None:
+    def _evaluate(self, heldout: Path) -> None:
         """Held-out scores; the best weights so far go to <output_dir>/best. Collective."""
         config = self.config
         started = time.perf_counter()
         with self.engine.evaluating() as model:
             scores = heldout_scores(
-                model, self.inputs, heldout_tokens, config.log.evaluate_batch, config.data.num_workers
+                model, self.inputs, heldout, config.log.evaluate_batch, config.data.num_workers, self.watchdog.beat
             )
         best = scores["ce"] < self.state.best_heldout_ce
         if best:
             self.state.best_heldout_ce = scores["ce"]
-            export_weights(self.engine, config.output_dir / "best")
+            self.checkpoints.export(config.output_dir / "best", on_wait=self.watchdog.beat)
         if self.recorder:
             values = {"best": best, **scores, "seconds": time.perf_counter() - started}
             self.recorder.record("heldout", self.state.step, values)
             self.recorder.say(
                 f"step {self.state.step}  held-out ce {scores['ce']:.4f}, last scale {scores['ce_last']:.4f}"
-                + ("  (best so far, weights exported)" if best else "")
+                + ("  (best so far, exporting the weights)" if best else "")
             )
 
+    def _save_is_due(self) -> bool:
+        """Not amid bad steps: going back to such a checkpoint would not help."""
+        step = self.state.step
+        return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
+
     def _save(self) -> None:
-        save_checkpoint(self.engine, self.state, self.checkpoints, self.config.log.keep_checkpoints)
+        if self.recorder:
+            self.state.metrics_records = self.recorder.num_records
+        self.checkpoints.save(self.state, self.watchdog.beat)
         self._saved_step = self.state.step
 
+    def _report_written(self) -> None:
+        """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
+        for written in self.checkpoints.written():
+            if self.recorder is None:
+                continue
+            seconds = {"stalled_seconds": written.stalled_seconds, "write_seconds": written.write_seconds}
+            if written.error is None:
+                self.recorder.record("written", self.state.step, {"what": written.what, **seconds})
+            else:
+                line = f"{written.what} could not be written ({written.error}); what was there before is kept"
+                self.recorder.warn("write_failed", self.state.step, line, what=written.what, **seconds)
+
     def _stop(self) -> None:
-        """Everything is saved: leaves word for whoever starts the run again."""
+        """Everything is on disk: leaves word for whoever starts the run again."""
+        self.checkpoints.wait(self.watchdog.beat)
+        self._report_written()
         if self.recorder:
             reason = self.requests.reason or "another rank was asked to stop"
             line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
@@ -252,8 +268,13 @@ class PretrainRun:
 
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""
-        last = self.config.output_dir / "last"
-        if self._saved_step != self.num_steps or not last.exists():
-            export_weights(self.engine, last)
+        kinds = {"last": "master"} | ({"last_ema": EMA} if self.config.optim.ema else {})
+        for name, kind in kinds.items():
+            directory = self.config.output_dir / name
+            if self._saved_step != self.num_steps or not directory.exists():
+                self.checkpoints.export(directory, kind, self.watchdog.beat)
+        self.checkpoints.wait(self.watchdog.beat)
+        self._report_written()
         if self.recorder:
+            last = self.config.output_dir / "last"
             self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

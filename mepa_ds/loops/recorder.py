@@ -1,48 +1,96 @@
-"""Where a run's numbers go: metrics.jsonl first, then a line in the log, a progress bar, and wandb if asked for."""
+"""Where a run's numbers go: metrics.jsonl first, then a line in the log, a progress bar, wandb, TensorBoard."""
 
 from __future__ import annotations
 
 import os
 import resource
 import secrets
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.files import write_json
-from mepa_ds.metrics import MetricsWriter
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json, write_text
+from mepa_ds.metrics import MetricsWriter, read_metrics
 
+METRICS_NAME = "metrics.jsonl"
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
-class Recorder:
-    """The main rank's; other ranks have none."""
+def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
+    """`<output_dir>/status.json`: how the run stands, for launchers that hide exit codes (torchrun)."""
+    write_json(output_dir / "status.json", {"state": state, **facts})
 
-    def __init__(self, config: PretrainConfig, step: int, num_steps: int):
-        self._metrics = MetricsWriter(config.output_dir / "metrics.jsonl", resume_step=step)
+
+def check_output(config: PretrainConfig) -> None:
+    """Raises UserError when the run could not write its results."""
+    probe = config.output_dir / f".probe.{os.getpid()}"
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {config.output_dir}: cannot write there: {error.strerror or error}; choose another one"
+        ) from error
+    if config.log.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError("log.tensorboard: needs the tensorboard package; run: pip install tensorboard") from error
+
+
+class Recorder:
+    """The main rank's; other ranks have none. `num_kept` records of an earlier start stay, later ones are dropped."""
+
+    def __init__(self, config: PretrainConfig, step: int, num_steps: int, num_kept: int):
+        self._directory = config.output_dir
+        self._path = config.output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
-        self._wandb = _start_wandb(config) if config.log.wandb_project else None
-        self._status = config.output_dir / "status.json"
-        self._write_status("running", step)
+        self.rewind(step, num_kept)
+        self._wandb = self._start_wandb(config) if config.log.wandb_project else None
+        self._tensorboard = _start_tensorboard(config, step) if config.log.tensorboard else None
+        write_status(self._directory, "running", step=step, num_steps=num_steps)
 
-    def _write_status(self, state: RunStatus, step: int) -> None:
-        write_json(self._status, {"state": state, "step": step, "num_steps": self._num_steps})
+    def rewind(self, step: int, num_kept: int) -> None:
+        """Back to a checkpoint: what was recorded after it is recorded again."""
+        kept = list(self._path.open())[:num_kept] if self._path.exists() else []
+        write_text(self._path, "".join(kept))
+        self._metrics = MetricsWriter(self._path, resume_step=step)
+        self.num_records = len(kept)
+        self._bar.n = step
+        self._bar.refresh()
+
+    def past_losses(self) -> list[float]:
+        """Training losses of earlier starts."""
+        return [r["loss"] for r in read_metrics(self._path) if r["event"] == "train" and isinstance(r["loss"], float)]
 
     def advance(self) -> None:
         self._bar.update()
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        record = {"event": event, "step": step, **values}
-        self._metrics.write(record)
+        self._metrics.write({"event": event, "step": step, **values})
+        self.num_records += 1
+        scalars = {f"{event}/{key}": value for key, value in _scalars(values)}
         if self._wandb is not None:
-            self._wandb.log({f"{event}/{key}": value for key, value in _scalars(values).items()}, step=step)
+            self._wandb.log({"step": step, **scalars})
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, step)
 
     def say(self, line: str) -> None:
         """A line on the terminal, above the progress bar."""
         self._bar.write(line)
+
+    def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
+        """A record `kind` and a line in the log."""
+        self.record(kind, step, {**values, "message": line})
+        self.say(f"step {step}  warning: {line}")
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self.record("train", step, values)
@@ -57,11 +105,36 @@ class Recorder:
     def close(self, state: RunStatus, step: int, line: str) -> None:
         """Says and stores how the run ended."""
         self.say(line)
-        self._write_status(state, step)
         self._bar.close()
         self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        write_status(self._directory, state, step=step, num_steps=self._num_steps)
+
+    def _start_wandb(self, config: PretrainConfig) -> Any:
+        """The same run for every start of this output_dir. A wandb that fails is no reason not to train."""
+        import wandb
+
+        identifier = config.output_dir / "wandb_id"
+        if not identifier.exists():
+            write_text(identifier, secrets.token_hex(4))
+        try:
+            run = wandb.init(
+                project=config.log.wandb_project,
+                id=identifier.read_text().strip(),
+                resume="allow",
+                mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
+                dir=str(config.output_dir),
+                config=config.model_dump(mode="json"),
+            )
+        except wandb.Error as error:
+            self.say(f"warning: wandb does not start ({error}); numbers go to {self._path} only")
+            return None
+        # Its own counter cannot go back, but a resumed run takes some steps again.
+        run.define_metric("*", step_metric="step")
+        return run
 
 
 def peak_memory_bytes() -> int:
@@ -71,30 +144,18 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _start_wandb(config: PretrainConfig) -> Any:
-    import wandb
+def _start_tensorboard(config: PretrainConfig, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
 
-    identifier = config.output_dir / "wandb_id"
-    if not identifier.exists():
-        identifier.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=config.log.wandb_project,
-        id=identifier.read_text(),
-        resume="allow",
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-        dir=str(config.output_dir),
-        config=config.model_dump(mode="json"),
-    )
+    return SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=step + 1)
 
 
-def _scalars(values: dict[str, Any]) -> dict[str, float]:
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Lists become one entry an element: `ce_scale` of 3 scales is ce_scale/1 .. ce_scale/3."""
-    flat: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{key}/{inner}": item for inner, item in _scalars(value).items()}
+            yield from _scalars(value, f"{prefix}{key}/")
         elif isinstance(value, list):
-            flat |= _scalars({f"{key}/{index}": item for index, item in enumerate(value, start=1)})
+            yield from _scalars({str(index): item for index, item in enumerate(value, start=1)}, f"{prefix}{key}/")
         elif isinstance(value, (int, float)):
-            flat[key] = value
-    return flat
+            yield prefix + key, value

@@ -21,7 +21,8 @@ from tests.tiny_run import free_port
 os.environ["OMP_NUM_THREADS"] = "1"  # the server and all ranks inherit it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mepa_ds.loops.pretraining", "mepa_ds.cli.pretrain", __name__])
+_LATE_IMPORTS = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.checkpoint"]
+_CONTEXT.set_forkserver_preload(["mepa_ds.loops.pretraining", "mepa_ds.cli.pretrain", __name__, *_LATE_IMPORTS])
 
 
 def _run(arguments: list[str], environment: dict[str, str], log: Path) -> None:

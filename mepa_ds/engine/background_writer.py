@@ -1,0 +1,158 @@
+"""Writes tensors to disk while training goes on.
+
+The state is copied aside (the only time training stands still), then a thread writes it: all ranks their own pieces,
+then the main rank commits, so that the result appears complete or not at all. A failed write (a full disk) is
+reported and leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mepa_ds import distributed
+from mepa_ds.engine.checkpoint_files import digest
+from mepa_ds.engine.fragment_store import Fragment, save_fragments
+
+Digests = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one job. Training stood still for `stalled_seconds`: copying, and waiting for an earlier job."""
+
+    what: str
+    error: str | None
+    stalled_seconds: float
+    write_seconds: float
+
+
+class Staging:
+    """CPU copies of device state, in memory that is used again (pinned beside a GPU)."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def copy(self, flats: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        copies = {kind: [self._copy(kind, i, t) for i, t in enumerate(tensors)] for kind, tensors in flats.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _copy(self, kind: str, index: int, source: Tensor) -> Tensor:
+        buffer = self._buffers.get((kind, index))
+        if buffer is None:
+            buffer = torch.empty_like(source, device="cpu", pin_memory=torch.cuda.is_available())
+            self._buffers[kind, index] = buffer
+        return buffer.copy_(source, non_blocking=True)
+
+
+class BackgroundWriter:
+    """One job at a time; its collectives run over a CPU group of their own, beside training's. Collective to make."""
+
+    def __init__(self) -> None:
+        self._group: Any = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._done: list[Written] = []
+
+    def submit(
+        self,
+        what: str,
+        stage: Callable[[], list[Fragment]],
+        temporary: Path,
+        commit: Callable[[Digests], None],
+        on_wait: Callable[[], None],
+    ) -> None:
+        """Waits for the last job, stages, and starts to write into `temporary`. Collective.
+
+        `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests.
+        """
+        started = time.perf_counter()
+        self.wait(on_wait)
+        fragments = stage()
+        stalled = time.perf_counter() - started
+
+        def job() -> None:
+            begun = time.perf_counter()
+            error = self._write(fragments, temporary, commit)
+            self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
+
+        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Returns when nothing is being written; calls `on_wait` every second until then."""
+        while self._thread is not None:
+            self._thread.join(1.0)
+            if not self._thread.is_alive():
+                self._thread = None
+            on_wait()
+
+    def written(self) -> list[Written]:
+        """Jobs that have ended since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def _write(self, fragments: list[Fragment], temporary: Path, commit: Callable[[Digests], None]) -> str | None:
+        try:
+            self._on_main(lambda: _make_anew(temporary))
+            save_fragments(fragments, temporary, self._group)
+            digests = self._gather_digests(temporary)
+            self._on_main(lambda: commit(digests))
+        except _RemoteError as error:
+            message = str(error)
+        except CheckpointException as error:  # raised on every rank
+            rank, (cause, _) = next(iter(error.failures.items()))
+            message = f"rank {rank}: {type(cause).__name__}: {cause}"
+        else:
+            return None
+        if distributed.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        return message
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the main rank; an error there is raised on all."""
+        message: list[str | None] = [None]
+        if distributed.is_main():
+            try:
+                action()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                message = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        if message[0] is not None:
+            raise _RemoteError(message[0])
+
+    def _gather_digests(self, temporary: Path) -> Digests:
+        """Size and digest of every rank's files, on every rank."""
+        own: Digests | str
+        try:
+            own = {path.name: digest(path) for path in temporary.glob(f"__{distributed.rank()}_*")}
+        except OSError as error:
+            own = f"rank {distributed.rank()}: {error}"
+        gathered: list[Any] = [None] * distributed.world_size()
+        dist.all_gather_object(gathered, own, group=self._group)
+        merged: Digests = {}
+        for part in gathered:
+            if isinstance(part, str):
+                raise _RemoteError(part)
+            merged |= part
+        return merged
+
+
+class _RemoteError(Exception):
+    """A step of the write failed on some rank; raised on all of them."""
+
+
+def _make_anew(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)

@@ -1,0 +1,78 @@
+"""Floating-point operations of a training step, by formula, and what GPUs can do: together the MFU.
+
+A product of (m, n) and (n, k) matrices is 2 m n k operations. Counted are the model's own products once forward and
+twice backward, not what activation checkpointing computes again, nor norms and activations (PaLM's model FLOPs,
+arXiv 2204.02311, appendix B). For one image, L tokens, width C, FFN hidden width F, K of E experts of hidden width X:
+
+    a block   qkv and output   8 L C^2          attention   4 C sum_scales l_s e_s    (e_s: where scale s ends)
+              dense FFN        4 L C F          or MoE      4 L C X (K + shared) + 2 L C E (router)
+              AdaLN            12 C^2           (once for all blocks if shared)
+    around    word embedding   2 (L - l_0) Z C  head        2 L C V + 4 C^2
+    guidance  projector        2 L_F (C h + h^2 + h P) on the L_F tokens up to the last aligned scale
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.objective import AlignmentConfig
+from mepa_ds.config.pretrain import PretrainConfig
+
+# Dense bf16 / fp16 tensor-core peaks of the vendors' data sheets, by a part of the device's name; first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "MI300X": 1307e12,
+    "MI250X": 191.5e12,  # one of its two devices
+}
+
+
+def peak_flops_per_second(precision: str) -> float | None:
+    """One GPU's peak; None for a CPU, for fp32 and for a GPU that is not in the list."""
+    if not torch.cuda.is_available() or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def forward_flops(model: ModelConfig) -> float:
+    """One image through the transformer."""
+    C, schedule = model.C, model.schedule
+    L = schedule.num_tokens
+    attended = sum(length * end for length, (_, end) in zip(schedule.lengths, schedule.bounds, strict=True))
+    blocks = model.depth * (8 * L * C * C + 4 * C * attended)
+    blocks += 12 * C * C * (1 if model.shared_adaln else model.depth)
+    for index in range(model.depth):
+        if model.is_moe_block(index):
+            assert model.moe is not None
+            used = model.moe.top_k + int(model.moe.shared_expert)
+            blocks += 4 * L * C * model.expert_hidden * used
+            blocks += 2 * L * C * model.moe.num_experts if model.moe.router != "smoe" else 0
+        else:
+            blocks += 4 * L * C * round(model.ffn_ratio * C)
+    words = 2 * (L - schedule.lengths[0]) * model.code_width * C
+    return blocks + words + 2 * L * C * model.codebook_size + 4 * C * C
+
+
+def projector_flops(model: ModelConfig, alignment: AlignmentConfig, teacher_width: int) -> float:
+    """One image's hidden states through the projector of semantic guidance."""
+    tokens = model.schedule.bounds[max(alignment.scales) - 1][1]
+    hidden = alignment.projector_hidden
+    return 2 * tokens * (model.C * hidden + hidden * hidden + hidden * teacher_width)
+
+
+def step_flops(config: PretrainConfig, teacher_width: int | None) -> float:
+    """One optimizer step over all ranks, forward and backward."""
+    forward = forward_flops(config.model)
+    if config.objective.alignment is not None and teacher_width is not None:
+        forward += projector_flops(config.model, config.objective.alignment, teacher_width)
+    return 3 * forward * config.train.global_batch

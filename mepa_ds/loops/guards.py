@@ -1,0 +1,139 @@
+"""What watches over a run: steps that are not finite, loss spikes, experts that nobody chooses, hangs.
+
+Shapes: S scales, E experts.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mepa_ds import distributed
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json
+
+# timeout(1)'s: the run made no step for guards.hang_timeout seconds.
+HANG_EXIT_CODE = 124
+_MAX_ROLLBACKS = 3
+_SPIKE_WINDOW, _SPIKE_MIN, _SPIKE_DEVIATIONS = 50, 10, 6.0
+_COLLAPSED_SHARE, _COLLAPSED_RECORDS = 0.01, 10
+
+
+class BadSteps:
+    """Counts steps that were skipped because a gradient was not finite."""
+
+    def __init__(self, limit: int, directory: Path):
+        self._limit, self.directory = limit, directory
+        self.in_a_row = 0
+        self.total = 0
+        self._rollbacks: dict[int, int] = {}
+
+    def note(self, step: int, applied: bool, batches: Iterable[TrainingBatch], losses: Iterable[Tensor]) -> bool:
+        """Notes one step; True when it is time to go back to a checkpoint. The same on every rank.
+
+        The keys of what a bad step has read go to `directory/step_<step>_rank_<rank>.json`.
+        """
+        if applied:
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        self.total += 1
+        content = {
+            "step": step,
+            "losses": [str(float(loss)) for loss in losses],
+            "positions": [batch.positions_B.tolist() for batch in batches],
+            "keys": [list(batch.keys) for batch in batches],
+        }
+        write_json(self.directory / f"step_{step:08d}_rank_{distributed.rank():05d}.json", content)
+        return self.in_a_row >= self._limit
+
+    def rolled_back(self, to_step: int | None) -> None:
+        """Raises UserError when going back does not help, or there is nothing to go back to."""
+        count = 0 if to_step is None else self._rollbacks.get(to_step, 0) + 1
+        if to_step is None or count > _MAX_ROLLBACKS:
+            why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
+            raise UserError(
+                f"guards.max_bad_steps: gradients of {self.in_a_row} steps in a row were not finite, {why}; the keys "
+                f"of their images are in {self.directory}. Look at these, or lower optim.base_lr"
+            )
+        self._rollbacks[to_step] = count
+        self.in_a_row = 0
+
+
+class SpikeDetector:
+    """A loss far above the recent ones: more than 6 deviations (of their median) over the median of the last 50."""
+
+    def __init__(self, history: Iterable[float]):
+        self._recent: deque[float] = deque(history, maxlen=_SPIKE_WINDOW)
+
+    def __call__(self, loss: float) -> bool:
+        """Whether this loss is a spike; it joins the recent ones unless it is."""
+        if not math.isfinite(loss):
+            return True
+        if len(self._recent) >= _SPIKE_MIN:
+            median = statistics.median(self._recent)
+            deviation = statistics.median(abs(value - median) for value in self._recent)
+            if loss - median > _SPIKE_DEVIATIONS * max(1.4826 * deviation, 0.01 * abs(median)):
+                return True
+        self._recent.append(loss)
+        return False
+
+
+class CollapseDetector:
+    """Experts that got less than 1 % of the routed pairs in 10 records in a row."""
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, int], int] = {}
+
+    def __call__(self, layers: dict[str, dict[str, Any]]) -> list[str]:
+        """From one routing record: "layer.expert" of all that are collapsed."""
+        for layer, report in layers.items():
+            for expert, share in enumerate(report["load"]):
+                key = (layer, expert)
+                self._records[key] = self._records.get(key, 0) + 1 if share < _COLLAPSED_SHARE else 0
+        return [f"{layer}.{expert}" for (layer, expert), count in self._records.items() if count >= _COLLAPSED_RECORDS]
+
+
+class Watchdog:
+    """Ends the process when nothing has moved for `timeout` seconds: all stacks to stderr and to a file, exit 124."""
+
+    def __init__(self, timeout: float | None, directory: Path):
+        self._timeout, self._directory = timeout, directory
+        self._beat = time.monotonic()
+        self._stopped = threading.Event()
+        if timeout is not None:
+            threading.Thread(target=self._watch, args=(timeout,), name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """Something has moved."""
+        self._beat = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self, timeout: float) -> None:
+        while not self._stopped.wait(min(1.0, timeout / 4)):
+            if time.monotonic() - self._beat <= timeout:
+                continue
+            rank = distributed.rank()
+            line = f"error: rank {rank}: no step for {timeout:g} seconds (guards.hang_timeout); stacks of all threads:"
+            print(line, file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                with open(self._directory / f"hang_rank_{rank:05d}.txt", "w") as file:
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+            finally:
+                os._exit(HANG_EXIT_CODE)

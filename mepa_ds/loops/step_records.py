@@ -1,0 +1,95 @@
+"""What a logged step leaves in metrics.jsonl: losses, scores, routing, where the time went, how even the ranks are."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from mepa_ds import distributed
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine.checkpoint_files import RunState
+from mepa_ds.engine.engine import StepReport
+from mepa_ds.loops import flops
+from mepa_ds.loops.guards import CollapseDetector, SpikeDetector
+from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
+from mepa_ds.loops.reports import reduce_losses, routing_report, score_report, sum_over_ranks
+from mepa_ds.loops.training_data import Loader
+
+# Seconds of a step, by part, and the most memory used: what ranks are compared by.
+_PARTS = ("step", "data", "inputs", "forward", "backward", "optimizer")
+
+
+class StepRecords:
+    """Made on every rank; the main rank's recorder writes."""
+
+    def __init__(self, config: PretrainConfig, num_samples: int, teacher_width: int | None, recorder: Recorder | None):
+        self._config, self._num_samples, self._recorder = config, num_samples, recorder
+        self._is_spike = SpikeDetector(recorder.past_losses() if recorder else ())
+        self._collapsed = CollapseDetector()
+        self._flops = flops.step_flops(config, teacher_width)
+        self._peak = flops.peak_flops_per_second(config.parallel.precision)
+        self._started, self._waited = 0.0, 0.0
+
+    def begin(self, loader: Loader) -> None:
+        """At the start of a step."""
+        self._started, self._waited = time.perf_counter(), loader.seconds
+
+    def write(self, state: RunState, report: StepReport, lr: float, loader: Loader, skipped_steps: int) -> None:
+        """Reduces the step's numbers over the ranks and writes them. Collective."""
+        parts = {**report.seconds, "step": time.perf_counter() - self._started, "data": loader.seconds - self._waited}
+        terms, scores, routing = reduce_losses(report.losses)
+        ranks = _compare_ranks([parts.get(part, 0.0) for part in _PARTS] + [float(peak_memory_bytes())])
+        if self._recorder is None:
+            return
+        images, seconds = self._config.train.global_batch, parts["step"]
+        values: dict[str, Any] = {
+            "epoch": state.position / self._num_samples,
+            "images": state.position,
+            "lr": lr,
+            "grad_norm": report.grad_norm,
+            "applied": report.applied,
+            "skipped_steps": skipped_steps,
+            "loss": terms.pop("total"),
+            **terms,
+            **{key: value for key, value in score_report(scores).items() if key not in terms},
+            **{f"{part}_seconds": parts.get(part, 0.0) for part in _PARTS},
+            "images_per_second": images / seconds,
+            "tokens_per_second": images * self._config.model.schedule.num_tokens / seconds,
+            "flops_per_second": self._flops / seconds,
+            "peak_memory_bytes": int(ranks.pop("peak_memory_bytes")["max"]),
+            "ranks": ranks,
+        }
+        if self._peak is not None:
+            values["mfu"] = self._flops / seconds / (self._peak * distributed.world_size())
+        self._recorder.training(state.step, values)
+        self._watch(state.step, values["loss"], report)
+        if routing:
+            layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}
+            collapsed = self._collapsed(layers)
+            self._recorder.record("routing", state.step, {"layers": layers, "collapsed_experts": len(collapsed)})
+            if collapsed:
+                line = f"experts (block.expert) with under 1 % of the load for 10 records: {', '.join(collapsed)}"
+                self._recorder.warn("collapsed_experts", state.step, line, experts=collapsed)
+
+    def _watch(self, step: int, loss: float, report: StepReport) -> None:
+        assert self._recorder is not None
+        if report.applied and self._is_spike(loss):
+            self._recorder.warn("loss_spike", step, f"the loss of {loss:.4f} is far above the recent ones", loss=loss)
+
+
+def _compare_ranks(mine: list[float]) -> dict[str, dict[str, float]]:
+    """Each number's smallest and largest value over the ranks, and the rank of the largest. Collective."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = torch.zeros(distributed.world_size(), len(mine), device=device, dtype=torch.float32)
+    table[distributed.rank()] = torch.tensor(mine, device=device)
+    (table,) = sum_over_ranks([table])
+    names = [f"{part}_seconds" for part in _PARTS] + ["peak_memory_bytes"]
+    smallest, largest = table.min(0).values.tolist(), table.max(0)
+    return {
+        name: {"min": low, "max": high, "max_rank": rank}
+        for name, low, high, rank in zip(
+            names, smallest, largest.values.tolist(), largest.indices.tolist(), strict=True
+        )
+    }
