@@ -17,27 +17,6 @@ from mepa_ds.models.moe.routing import Routing
 Alongside = Callable[[], Tensor]
 
 
-class _WeightedSum(torch.autograd.Function):
-    """sum_K weight_TK y_TKC in fp32, one choice at a time: an einsum would first make an fp32 copy of all of y."""
-
-    @staticmethod
-    def forward(ctx: Any, y_TKC: Tensor, weight_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(y_TKC, weight_TK)
-        out_TC = y_TKC[:, 0] * weight_TK[:, 0, None]
-        for k in range(1, y_TKC.shape[1]):
-            out_TC.addcmul_(y_TKC[:, k].to(out_TC.dtype), weight_TK[:, k, None])
-        return out_TC
-
-    @staticmethod
-    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        y_TKC, weight_TK = ctx.saved_tensors
-        grad_y_TKC, grad_weight_TK = torch.empty_like(y_TKC), torch.empty_like(weight_TK)
-        for k in range(y_TKC.shape[1]):
-            torch.mul(grad_TC, weight_TK[:, k, None], out=grad_y_TKC[:, k])
-            torch.linalg.vecdot(grad_TC, y_TKC[:, k].to(grad_TC.dtype), out=grad_weight_TK[:, k])
-        return grad_y_TKC, grad_weight_TK
-
-
 class Dispatcher(Protocol):
     """Anything that applies experts to routed tokens; the model does not know whether ranks are involved."""
 
@@ -57,32 +36,77 @@ class Sorted:
     """
 
     def __init__(self, x_TC: Tensor, routing: Routing, num_experts: int):
-        self._routing = routing
+        num_tokens, num_choices = routing.expert_index_TK.shape
         expert_R = routing.expert_index_TK.reshape(-1)
         if routing.kept_TK is not None:
             # Dropped choices sort behind the last expert and are cut off.
             expert_R = expert_R.masked_fill(~routing.kept_TK.reshape(-1), num_experts)
         # A stable sort keeps tokens in order within an expert: the same sums on every layout.
-        sorted_R, self._order_R = expert_R.sort(stable=True)
+        sorted_R, order_R = expert_R.sort(stable=True)
         bounds = torch.arange(num_experts + 1, device=expert_R.device, dtype=expert_R.dtype)
         self.counts_E = torch.searchsorted(sorted_R, bounds).diff()
-        if routing.kept_TK is not None:
-            self._order_R = self._order_R[: int(self.counts_E.sum())]
-        num_choices = routing.expert_index_TK.shape[1]
-        self._token_R = self._order_R.div(num_choices, rounding_mode="floor")
-        self.x_RC = x_TC.index_select(0, self._token_R)
+        self._weight_TK = routing.weight_TK
+        self._place_TK: Tensor | None = None
+        if routing.kept_TK is None:
+            place_R = torch.empty_like(order_R)
+            place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+            self._place_TK = place_R.view(num_tokens, num_choices)
+        else:
+            order_R = order_R[: int(self.counts_E.sum())]
+        self._order_R = order_R
+        self._token_R = order_R.div(num_choices, rounding_mode="floor")
+        if self._place_TK is None:
+            self.x_RC = x_TC.index_select(0, self._token_R)
+        else:
+            self.x_RC = _Spread.apply(x_TC, self._token_R, self._place_TK)
 
     def combine(self, y_RC: Tensor) -> Tensor:
         """Experts' outputs in sorted order -> (T, C) fp32, weighted and summed over each token's choices."""
-        num_tokens, num_choices = self._routing.weight_TK.shape
-        weight_R = self._routing.weight_TK.reshape(-1)
-        if self._routing.kept_TK is None:
-            place_R = torch.empty_like(self._order_R)
-            place_R[self._order_R] = torch.arange(len(place_R), device=place_R.device)
-            y_TKC = y_RC.index_select(0, place_R).view(num_tokens, num_choices, y_RC.shape[1])
-            return _WeightedSum.apply(y_TKC, self._routing.weight_TK)
-        weighted_RC = y_RC.float() * weight_R[self._order_R, None]
-        return weighted_RC.new_zeros(num_tokens, y_RC.shape[1]).index_add(0, self._token_R, weighted_RC)
+        if self._place_TK is not None:
+            return _Combine.apply(y_RC, self._weight_TK, self._order_R, self._token_R, self._place_TK)
+        weighted_RC = y_RC.float() * self._weight_TK.reshape(-1)[self._order_R, None]
+        out_TC = weighted_RC.new_zeros(len(self._weight_TK), y_RC.shape[1])
+        return out_TC.index_add(0, self._token_R, weighted_RC)
+
+
+class _Spread(torch.autograd.Function):
+    """Each token's row once for each of its choices, in order of expert. The gradient gathers instead of scattering."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TC.index_select(0, token_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (place_TK,) = ctx.saved_tensors
+        grad_TC = grad_RC.index_select(0, place_TK[:, 0])
+        for k in range(1, place_TK.shape[1]):
+            grad_TC += grad_RC.index_select(0, place_TK[:, k])
+        return grad_TC, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """out_t = sum_k weight_tk y_(place_tk) in fp32; one choice at a time, so no fp32 copy of all rows is made."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y_RC: Tensor, weight_TK: Tensor, order_R: Tensor, token_R: Tensor, place_TK: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(y_RC, weight_TK, order_R, token_R)
+        out_TC = y_RC.index_select(0, place_TK[:, 0]).float().mul_(weight_TK[:, 0, None])
+        for k in range(1, place_TK.shape[1]):
+            out_TC.addcmul_(y_RC.index_select(0, place_TK[:, k]).float(), weight_TK[:, k, None])
+        return out_TC
+
+    @staticmethod
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        y_RC, weight_TK, order_R, token_R = ctx.saved_tensors
+        grad_RC = grad_TC.to(y_RC.dtype).index_select(0, token_R)
+        grad_weight_TK = torch.empty_like(weight_TK)
+        grad_weight_TK.view(-1)[order_R] = (grad_RC * y_RC).sum(-1).to(weight_TK.dtype)
+        grad_RC *= weight_TK.reshape(-1)[order_R, None].to(y_RC.dtype)
+        return grad_RC, grad_weight_TK, None, None, None
 
 
 class LocalDispatcher:

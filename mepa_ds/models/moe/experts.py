@@ -5,6 +5,9 @@ Shapes: R rows (one for each routed (token, choice) pair), E experts held here, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,26 +29,70 @@ class Experts(nn.Module):
 
     def forward(self, x_RC: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert -> (R, C); `counts_E` says how many rows each expert has (0 is fine)."""
+        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        if torch.is_autocast_enabled(x_RC.device.type):
+            dtype = torch.get_autocast_dtype(x_RC.device.type)
+            x_RC, weights = x_RC.to(dtype), tuple(weight.to(dtype) for weight in weights)
         if x_RC.is_cuda:
-            return self._grouped(x_RC, counts_E)
-        return self._loop(x_RC, counts_E.tolist())
+            return grouped_experts(x_RC, *weights, counts_E)
+        return _ExpertLoop.apply(x_RC, *weights, counts_E.tolist())
 
-    def _grouped(self, x_RC: Tensor, counts_E: Tensor) -> Tensor:
-        """One grouped GEMM a layer: fastest on a GPU, and free of host syncs."""
-        offsets_E = counts_E.cumsum(0).to(torch.int32)
-        expert_R = torch.repeat_interleave(
-            torch.arange(self.num_experts, device=x_RC.device), counts_E, output_size=x_RC.shape[0]
-        )
-        hidden_RF = F.grouped_mm(x_RC, self.fc1_weight.transpose(1, 2), offs=offsets_E) + self.fc1_bias[expert_R]
-        hidden_RF = F.gelu(hidden_RF, approximate="tanh")
-        return F.grouped_mm(hidden_RF, self.fc2_weight.transpose(1, 2), offs=offsets_E) + self.fc2_bias[expert_R]
 
-    def _loop(self, x_RC: Tensor, counts: list[int]) -> Tensor:
-        """A GEMM pair for each expert: a CPU is compute-bound, and its BLAS beats the grouped kernel."""
-        outputs = []
-        stacks = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
-        each_expert = zip(*(stack.unbind() for stack in stacks), strict=True)
-        for rows_C, (w1, b1, w2, b2) in zip(x_RC.split(counts), each_expert, strict=True):
-            hidden = F.gelu(F.linear(rows_C, w1, b1), approximate="tanh")
-            outputs.append(F.linear(hidden, w2, b2))
-        return torch.cat(outputs)
+def grouped_experts(
+    x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts_E: Tensor
+) -> Tensor:
+    """One grouped GEMM a layer: fastest on a GPU, and free of host syncs."""
+    offsets_E = counts_E.cumsum(0).to(torch.int32)
+    numbers_E = torch.arange(len(counts_E), device=x_RC.device)
+    expert_R = torch.repeat_interleave(numbers_E, counts_E, output_size=x_RC.shape[0])
+    hidden_RF = F.grouped_mm(x_RC, w1_EFC.transpose(1, 2), offs=offsets_E) + b1_EF[expert_R]
+    hidden_RF = F.gelu(hidden_RF, approximate="tanh")
+    return F.grouped_mm(hidden_RF, w2_ECF.transpose(1, 2), offs=offsets_E) + b2_EC[expert_R]
+
+
+class _ExpertLoop(torch.autograd.Function):
+    """A GEMM pair for each expert, each written where its rows or gradients belong.
+
+    A CPU is compute-bound, and its BLAS beats the grouped kernel there. Autograd's own version of this loop would
+    concatenate outputs and stack gradients once more: a tenth of the time in bf16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: list[int]
+    ) -> Tensor:
+        before_RF = x_RC.new_empty(x_RC.shape[0], w1_EFC.shape[1])
+        hidden_RF, y_RC = torch.empty_like(before_RF), torch.empty_like(x_RC)
+        for e, rows in _slices(counts):
+            torch.addmm(b1_EF[e], x_RC[rows], w1_EFC[e].T, out=before_RF[rows])
+            torch.ops.aten.gelu.out(before_RF[rows], approximate="tanh", out=hidden_RF[rows])
+            torch.addmm(b2_EC[e], hidden_RF[rows], w2_ECF[e].T, out=y_RC[rows])
+        ctx.save_for_backward(x_RC, before_RF, hidden_RF, w1_EFC, w2_ECF)
+        ctx.counts = counts
+        return y_RC
+
+    @staticmethod
+    def backward(ctx: Any, gy_RC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        x_RC, before_RF, hidden_RF, w1_EFC, w2_ECF = ctx.saved_tensors
+        gy_RC = gy_RC.contiguous()
+        gx_RC, gw1_EFC, gw2_ECF = (torch.empty_like(tensor) for tensor in (x_RC, w1_EFC, w2_ECF))
+        gb1_EF, gb2_EC = w1_EFC.new_empty(w1_EFC.shape[:2]), w2_ECF.new_empty(w2_ECF.shape[:2])
+        scratch_RF = before_RF.new_empty(max(ctx.counts, default=0), before_RF.shape[1])
+        for e, rows in _slices(ctx.counts):  # an expert without rows gets zeros
+            gy = gy_RC[rows]
+            torch.mm(gy.T, hidden_RF[rows], out=gw2_ECF[e])
+            torch.sum(gy, 0, out=gb2_EC[e])
+            g_before = scratch_RF[: rows.stop - rows.start]
+            torch.mm(gy, w2_ECF[e], out=g_before)
+            torch.ops.aten.gelu_backward.grad_input(g_before, before_RF[rows], approximate="tanh", grad_input=g_before)
+            torch.mm(g_before.T, x_RC[rows], out=gw1_EFC[e])
+            torch.sum(g_before, 0, out=gb1_EF[e])
+            torch.mm(g_before, w1_EFC[e], out=gx_RC[rows])
+        return gx_RC, gw1_EFC, gb1_EF, gw2_ECF, gb2_EC, None
+
+
+def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    start = 0
+    for e, count in enumerate(counts):
+        yield e, slice(start, start + count)
+        start += count
