@@ -30,6 +30,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 TRANSFORMER = "transformer."
 RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
 _DAMAGED = ".damaged"
+_COMPARED_AT_ONCE = 32
 
 
 @dataclass
@@ -179,14 +180,16 @@ def differences(first: Path, second: Path) -> Iterator[str]:
     left, right = stored_tensors(first), stored_tensors(second)
     for name in sorted(left.keys() ^ right.keys()):
         yield f"{name}: only in {first if name in left else second}"
-    for name in sorted(left.keys() & right.keys()):
-        if left[name].size != right[name].size:
-            yield f"{name}: {left[name].size.numel()} elements -> {right[name].size.numel()}"
-            continue
-        a, b = read_tensors(first, [name])[name], read_tensors(second, [name])[name]
-        if not torch.equal(a, b):
-            change = (a.double() - b.double()).abs()
-            yield f"{name}: {int((a != b).sum())} of {a.numel()} differ, by at most {change.max():.3e}"
+    common = [name for name in sorted(left.keys() & right.keys()) if left[name].size == right[name].size]
+    for name in sorted((left.keys() & right.keys()) - set(common)):
+        yield f"{name}: {left[name].size.numel()} elements -> {right[name].size.numel()}"
+    for start in range(0, len(common), _COMPARED_AT_ONCE):
+        names = common[start : start + _COMPARED_AT_ONCE]
+        a, b = read_tensors(first, names), read_tensors(second, names)
+        for name in names:
+            if not torch.equal(a[name], b[name]):
+                change = (a[name].double() - b[name].double()).abs().max()
+                yield f"{name}: {int((a[name] != b[name]).sum())} of {len(a[name])} differ, by at most {change:.3e}"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

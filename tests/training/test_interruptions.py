@@ -1,0 +1,104 @@
+"""Runs that are killed at any moment, and moved to other numbers of ranks, are the uninterrupted run.
+
+The counts here are for every day; MEPA_FULL_TESTS=1 runs all kills and the whole matrix (about 10 minutes).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mepa_ds.engine.checkpoint_files import checkpoint_name, differences
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
+from mepa_ds.weights import read_state_dict
+from tests.tiny_run import losses, make_run
+from tests.training.ranks import Ranks, finish, last_step, wait_for_step
+
+FULL = os.environ.get("MEPA_FULL_TESTS") == "1"
+NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)
+STEPS = 20 + 6 * (NUM_KILLS + NUM_SIGNALS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interruptions")
+    make_run(folder, f"train.steps={STEPS}", "log.evaluate_every=7", "log.checkpoint_every=2", "optim.ema=0.9")
+    return folder
+
+
+def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
+    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
+
+
+def test_kills_and_signals_at_any_moment_change_nothing(folder: Path) -> None:
+    """kill -9 of all ranks, also while a checkpoint is written, and SIGUSR1: equal losses and weights, bit by bit."""
+    finish(arguments(folder, "whole", "parallel.ep_size=2"), 2, folder / "whole.log")
+    chance = random.Random(0)
+    events = ["kill"] * NUM_KILLS + ["signal"] * NUM_SIGNALS
+    chance.shuffle(events)
+    output, half_written = folder / "cut", 0
+    for event in events:
+        with Ranks(arguments(folder, "cut", "parallel.ep_size=2"), 2, folder / "cut.log") as ranks:
+            wait_for_step(ranks, output, last_step(output) + chance.randint(1, 4))
+            time.sleep(chance.uniform(0, 0.05))
+            if event == "kill":
+                ranks.kill()
+                half_written += any((output / "checkpoints").glob(".*.tmp"))
+            else:
+                ranks.signal(signal.SIGUSR1, chance.randrange(2))
+                assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+        assert last_step(output) < STEPS, "the run was too short for all events"
+    finish(arguments(folder, "cut", "parallel.ep_size=2"), 2, folder / "cut.log")
+    print(f"{NUM_KILLS} kills ({half_written} in the middle of a checkpoint), {NUM_SIGNALS} signals, {STEPS} steps")
+    assert half_written > 0, "no kill hit a checkpoint being written: the test does not test that"
+    assert losses(output) == losses(folder / "whole")
+    assert len(losses(output)) == STEPS
+    name = f"checkpoints/{checkpoint_name(STEPS)}"
+    different = [line.split(":")[0] for line in differences(folder / "whole" / name, output / name)]
+    assert set(different) <= {"recipe.output_dir", "metrics_records"}  # each start leaves a record of itself
+    for exported in ("last", "last_ema", "best"):
+        theirs = read_state_dict(output / exported)
+        for key, tensor in read_state_dict(folder / "whole" / exported).items():
+            assert tensor.equal(theirs[key]), (exported, key)
+
+
+TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]
+PAIRS = [(a, b) for a, b in itertools.product(TOPOLOGIES, TOPOLOGIES) if a != b]
+# Every topology is written once and read once.
+DAILY = [((1, 1), (4, 4)), ((2, 1), (2, 2)), ((2, 2), (1, 1)), ((4, 2), (2, 1)), ((4, 4), (4, 2))]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resharding")
+    moe = ["model.moe.bias_rate=0.01", "optim.ema=0.9"]
+    make_run(folder, "train.steps=10", "log.evaluate_every=100", "log.checkpoint_every=5", *moe)
+    return folder
+
+
+@pytest.mark.parametrize(("saved", "resumed"), PAIRS if FULL else DAILY, ids=str)
+def test_any_topology_resumes_at_any_other(short: Path, saved: tuple[int, int], resumed: tuple[int, int]) -> None:
+    """The next 5 losses are those of the run that stayed, and the state at their end too."""
+    source = short / f"whole_{saved}"
+    if not source.exists():
+        settings = arguments(short, source.name, f"parallel.ep_size={saved[1]}")
+        finish(settings, saved[0], short / f"{source.name}.log")
+    target = short / f"moved_{saved}_{resumed}"
+    checkpoint = Path("checkpoints") / checkpoint_name(5)
+    shutil.copytree(source / checkpoint, target / checkpoint)
+    settings = arguments(short, target.name, f"parallel.ep_size={resumed[1]}")
+    log = finish(settings, resumed[0], short / f"{target.name}.log")
+    assert f"resumed from {target / checkpoint} at step 5 of 10" in log
+    np.testing.assert_allclose(losses(target), losses(source)[5:], atol=1e-5, rtol=0)
+    for exported in ("last", "last_ema"):
+        theirs = read_state_dict(target / exported)
+        for key, tensor in read_state_dict(source / exported).items():
+            np.testing.assert_allclose(theirs[key].numpy(), tensor.numpy(), atol=1e-5, rtol=1e-4, err_msg=key)
