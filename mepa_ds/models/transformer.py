@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,7 @@ class NextScaleTransformer(nn.Module):
         hidden, routing = None, {}
         for index, block in enumerate(self.blocks):
             branch_scale_2B = None if branch_scale_D2B is None else branch_scale_D2B[index]
-            arguments = (x_BLC, block.modulation(condition), scale_index_L, self.schedule.bounds, branch_scale_2B)
+            arguments = (x_BLC, cast(Block, block).modulation(condition), scale_index_L, self.schedule.bounds, branch_scale_2B)
             x_BLC, statistics = run_block(block, arguments, self.recompute)
             if statistics is not None:
                 routing[index] = statistics
@@ -240,7 +240,7 @@ class NextScaleTransformer(nn.Module):
     def modulations(self, class_BC: Tensor) -> list[Tensor]:
         """Every block's modulation: it depends on the class alone, so sampling computes it once for all scales."""
         condition = self.condition(class_BC)
-        return [block.modulation(condition) for block in self.blocks]
+        return [cast(Block, block).modulation(condition) for block in self.blocks]
 
     def run_scale(self, x_BlC: Tensor, modulations: Sequence[Tensor], scale: int, caches: Sequence[KVCache]) -> Tensor:
         """One scale through all blocks, with the scales before it in the caches."""

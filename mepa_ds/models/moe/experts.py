@@ -5,7 +5,7 @@ Shapes: R rows (one for each routed (token, choice) pair), E experts held here, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +29,17 @@ class Experts(nn.Module):
 
     def forward(self, x_RC: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert -> (R, C); `counts_E` says how many rows each expert has (0 is fine)."""
-        weights = (self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias)
+        tensors = [x_RC, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         if torch.is_autocast_enabled(x_RC.device.type):
-            dtype = torch.get_autocast_dtype(x_RC.device.type)
-            x_RC, weights = x_RC.to(dtype), tuple(weight.to(dtype) for weight in weights)
+            tensors = [tensor.to(torch.get_autocast_dtype(x_RC.device.type)) for tensor in tensors]
         if x_RC.is_cuda:
-            return grouped_experts(x_RC, *weights, counts_E)
-        return _ExpertLoop.apply(x_RC, *weights, counts_E.tolist())
+            return grouped_experts(tensors, counts_E)
+        return _ExpertLoop.apply(*tensors, counts_E.tolist())
 
 
-def grouped_experts(
-    x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts_E: Tensor
-) -> Tensor:
-    """One grouped GEMM a layer: fastest on a GPU, and free of host syncs."""
+def grouped_experts(tensors: Sequence[Tensor], counts_E: Tensor) -> Tensor:
+    """Grouped GEMMs over all experts: fastest on a GPU, and free of host syncs. Takes rows, weights and biases."""
+    x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     numbers_E = torch.arange(len(counts_E), device=x_RC.device)
     expert_R = torch.repeat_interleave(numbers_E, counts_E, output_size=x_RC.shape[0])

@@ -1,0 +1,62 @@
+"""`mepa upcycle`: a mixture-of-experts model from a dense one's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import MoEConfig
+
+
+@dataclass
+class UpcycleOptions:
+    """Every FFN becomes experts: copies of it, or slices where experts are narrower. The router is new.
+
+    With copies the new model gives the dense model's output to rounding. Start training from the result with
+    `pretrain.py RECIPE init_weights=OUT`.
+    """
+
+    weights: Path
+    """A dense model: a directory of safetensors + config.json, or VAR's var_d16.pth."""
+    out: Path
+    """Directory of the new model."""
+    num_experts: int = 8
+    """Routed experts."""
+    top_k: int = 2
+    """Routed experts a token."""
+    expert_ratio: float = 4.0
+    """Hidden width of an expert as a multiple of C; 4 copies VAR's FFN, 4/3 makes iso-FLOP experts for top-2 + shared."""
+    shared_expert: bool = True
+    """One more expert that sees every token."""
+    router: Literal["stmoe", "smoe", "token"] = "stmoe"
+    """See model.moe.router of `pretrain.py --help`."""
+    seed: int = 0
+    """Draws the router."""
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(UpcycleOptions, prog="mepa upcycle", args=argv)
+    from mepa_ds.models.summary import count_parameters
+    from mepa_ds.models.transformer import NextScaleTransformer
+    from mepa_ds.models.upcycling import upcycle
+
+    moe = validate(
+        MoEConfig,
+        {
+            "router": options.router,
+            "num_experts": options.num_experts,
+            "top_k": options.top_k,
+            "expert_ratio": options.expert_ratio,
+            "shared_expert": options.shared_expert,
+        },
+        "options",
+    )
+    is_var = options.weights.suffix == ".pth"
+    dense = NextScaleTransformer.from_var(options.weights) if is_var else NextScaleTransformer.load(options.weights)
+    model = upcycle(dense, moe, options.seed)
+    model.save_pretrained(options.out)
+    print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")
