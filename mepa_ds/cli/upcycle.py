@@ -29,7 +29,7 @@ class UpcycleOptions:
     top_k: int = 2
     """Routed experts a token."""
     expert_ratio: float = 4.0
-    """Hidden width of an expert as a multiple of C; 4 copies VAR's FFN, 4/3 makes iso-FLOP experts for top-2 + shared."""
+    """Hidden width of an expert as a multiple of C: 4 copies VAR's FFN, 1.333 makes iso-FLOP slices of it."""
     shared_expert: bool = True
     """One more expert that sees every token."""
     router: Literal["stmoe", "smoe", "token"] = "stmoe"

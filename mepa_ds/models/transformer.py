@@ -199,7 +199,8 @@ class NextScaleTransformer(nn.Module):
         hidden, routing = None, {}
         for index, block in enumerate(self.blocks):
             branch_scale_2B = None if branch_scale_D2B is None else branch_scale_D2B[index]
-            arguments = (x_BLC, cast(Block, block).modulation(condition), scale_index_L, self.schedule.bounds, branch_scale_2B)
+            modulation = cast(Block, block).modulation(condition)
+            arguments = (x_BLC, modulation, scale_index_L, self.schedule.bounds, branch_scale_2B)
             x_BLC, statistics = run_block(block, arguments, self.recompute)
             if statistics is not None:
                 routing[index] = statistics
