@@ -11,6 +11,7 @@
 # start: restart, newest progress), exit-JOB/ (exit status of every rank).
 
 REQUEUE_CODE=75   # "not done yet, start me again": what pretrain.py exits with when it was asked to stop
+FENCE_SECONDS=15  # longer than OWNER_CHECK_SECONDS of launch.py
 USER_ERROR_CODE=2 # "your input is wrong": starting again would not help
 
 say() { printf '=== %(%F %T)T %s\n' -1 "$*"; }
@@ -104,6 +105,10 @@ take_ownership() {
     fi
     echo "$SLURM_JOB_ID $RESTART" >"$MEPA_STATE/.owner.$SLURM_JOB_ID"
     mv -f "$MEPA_STATE/.owner.$SLURM_JOB_ID" "$MEPA_STATE/owner"
+    if [[ $(cat "$MEPA_STATE/result" 2>/dev/null) == running ]]; then
+        say "the last start ended without a word, perhaps with its node; waiting $FENCE_SECONDS s until its ranks have seen this one"
+        sleep $FENCE_SECONDS
+    fi
 }
 
 # Age and name of the newest entry of PROGRESS; empty before the first. Names with a dot in front are being written.
@@ -211,7 +216,10 @@ requeue() {
     echo "requeued: $1" >"$MEPA_STATE/result"
     say "job $SLURM_JOB_ID: $1; requeued"
     set +e
-    scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this script meanwhile
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        sleep 120 # SLURM ends this script meanwhile
+        exit $REQUEUE_CODE
+    fi
     fail $REQUEUE_CODE "SLURM did not requeue job $SLURM_JOB_ID; submit it again, it goes on from its last checkpoint"
 }
 

@@ -1,6 +1,6 @@
 """A throw-away SLURM cluster on one machine: real slurmctld and slurmd, each node in namespaces of its own.
 
-Every node has its own network, host name, process table and /dev/shm; GPUs are character devices; the file system is
+Every node has its own network, host name, process table, /dev/shm and disk (/mnt); GPUs are character devices; the file system is
 shared, like a cluster's. Nothing leaves the outer namespaces, and all processes in them die with this one: their init
 reads a pipe that closes when this process ends, however it ends. Needs root and Debian's slurmctld, slurmd,
 slurm-client, munge, iproute2 (`missing()` says what is not there); no systemd.
@@ -22,9 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "mknod")
 # What a node's init runs: a shell that reaps orphans, and slurmd in the foreground.
-_NODE_INIT = (
-    "hostname {name}; mount -t tmpfs tmpfs /dev/shm; slurmd -D -N {name} & while :; do wait -n || :; sleep 0.2; done"
-)
+_NODE_INIT = "hostname {name}; mount -t tmpfs tmpfs /dev/shm; mount -t tmpfs tmpfs /mnt; slurmd -D -N {name} & while :; do wait -n || :; sleep 0.2; done"
 # Declared, but never started: what `sbatch --test-only` plans with.
 _BIG = """
 NodeName=big[1-32] CPUs=96 RealMemory=2000000 Gres=gpu:h100:8 State=CLOUD
@@ -53,7 +51,7 @@ class Cluster:
     """`nodes` nodes n1, n2, ... in the partitions gpu (the default) and urgent, which preempts it."""
 
     nodes: int = 3
-    gpus: int = 8
+    gpus: int = 16
     cpus: int = 64
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm-")))
 
@@ -66,6 +64,7 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "etc/slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
         }
+        self._stopped = False
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._write_files()
         self._start_namespaces()
@@ -103,7 +102,18 @@ class Cluster:
     def wait_job(self, job: str, timeout: float = 120) -> str:
         """Waits for the end of a job; returns its state (COMPLETED, FAILED, ...)."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
-        return wait_for(lambda: (s := self.job(job)["JobState"]) in ends and s, timeout, lambda: str(self.job(job)))
+        return self.wait_for(
+            lambda: (s := self.job(job)["JobState"]) in ends and s, timeout, lambda: str(self.job(job))
+        )
+
+    def wait_for(self, condition: Callable[[], object], timeout: float, explain: Callable[[], str] = lambda: "") -> str:
+        """Polls until `condition` is true and returns what it gave; fails with `explain()` at the time-out."""
+        end = time.monotonic() + timeout
+        while not (result := condition()):
+            assert not self._stopped, "the cluster was stopped"
+            assert time.monotonic() < end, f"not within {timeout} s. {explain()}"
+            time.sleep(0.2)
+        return str(result)
 
     def power_off(self, node: str) -> None:
         """slurmd, its steps and tasks die together, at once."""
@@ -139,13 +149,14 @@ class Cluster:
 
     def wait_idle(self, timeout: float = 60) -> None:
         """Until all nodes are up and free."""
-        wait_for(self._idle, timeout, lambda: self.run("sinfo", "-N", "-l").stdout + self.logs())
+        self.wait_for(self._idle, timeout, lambda: self.run("sinfo", "-N", "-l").stdout + self.logs())
 
     def logs(self) -> str:
         return "".join(f"--- {p}\n" + p.read_text()[-2000:] for p in sorted((self.folder / "log").iterdir()))
 
     def stop(self) -> None:
         """Ends everything in the cluster and removes its folder."""
+        self._stopped = True
         assert self._init.stdin is not None
         self._init.stdin.close()
         self._init.wait(timeout=20)
@@ -266,15 +277,6 @@ NodeName=n[1-{last}] CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus}
 PartitionName=gpu Nodes=n[1-{last}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=n[1-{last}] MaxTime=INFINITE State=UP PriorityTier=10
 {_BIG}"""
-
-
-def wait_for(condition: Callable[[], object], timeout: float, explain: Callable[[], str] = lambda: "") -> str:
-    """Polls until `condition` is true and returns what it gave; an AssertionError with `explain()` at the time-out."""
-    end = time.monotonic() + timeout
-    while not (result := condition()):
-        assert time.monotonic() < end, f"not within {timeout} s. {explain()}"
-        time.sleep(0.2)
-    return str(result)
 
 
 def _innermost(pid: int) -> int:

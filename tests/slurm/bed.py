@@ -1,0 +1,144 @@
+"""The test bed: a cluster, data for tiny runs, and scenarios that go on in the background while others wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.metrics import read_metrics
+from tests.slurm.cluster import ROOT, Cluster
+from tests.tiny_run import losses
+
+STEPS = 40
+STEADY = "--exclude=n[3-4]"
+"""Keeps a job away from the nodes that scenarios switch off."""
+SCENARIOS: dict[str, Callable[[Bed], Any]] = {}
+
+
+@dataclass
+class Run:
+    """One submitted training job."""
+
+    bed: Bed
+    job: str
+    output: Path
+    log: Path
+
+    @property
+    def step(self) -> int:
+        records = [r["step"] for r in read_metrics(self.output / "metrics.jsonl") if r["event"] == "train"]
+        return records[-1] if records else 0
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def losses(self) -> list[float]:
+        return losses(self.output)
+
+    @property
+    def restarts(self) -> int:
+        return int(self.bed.cluster.job(self.job)["Restarts"])
+
+    @property
+    def steps_computed(self) -> int:
+        """Lines of steps in the log: a step that was done twice stands there twice."""
+        return sum(line.startswith("step ") and "/" in line.split()[1] for line in self.text.splitlines())
+
+    def wait_step(self, step: int, timeout: float = 120) -> None:
+        self.bed.cluster.wait_for(lambda: self.step >= step, timeout, self._explain)
+
+    def wait_start(self, number: int, timeout: float = 120) -> None:
+        """Until the job has started for the so-and-so-many-th time."""
+        text = f"job {self.job}, start {number}:"
+        self.bed.cluster.wait_for(lambda: text in self.text, timeout, self._explain)
+
+    def wait(self, timeout: float = 200) -> str:
+        return self.bed.cluster.wait_job(self.job, timeout)
+
+    def _explain(self) -> str:
+        return self.text + str(self.bed.cluster.job(self.job))
+
+
+@dataclass
+class Bed:
+    cluster: Cluster
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"MEPA_CLUSTER": "ci", "MEPA_HEALTH": "off", "MEPA_PYTHON": sys.executable}
+
+    def train(
+        self,
+        name: str,
+        *overrides: str,
+        nodes: int = 1,
+        ranks: int = 2,
+        options: tuple[str, ...] = (STEADY,),
+        script: str = "pretrain",
+        recipe: Path | None = None,
+        **env: str,
+    ) -> Run:
+        """Submits one of slurm/*.sbatch with plain sbatch."""
+        output, log = self.folder / name, self.folder / f"{name}.log"
+        size = [f"--nodes={nodes}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}", "--cpus-per-task=1"]
+        words = [f"slurm/{script}.sbatch", str(recipe or self.recipe), f"output_dir={output}", *overrides]
+        command = ["sbatch", "--parsable", *size, f"--output={log}", *options, *words]
+        return Run(self, self.cluster.check(*command, env=self.environment | env).strip(), output, log)
+
+    def mepa(self, *words: str | Path, **env: str) -> tuple[int, str]:
+        """Runs `mepa slurm ...` on the login node; exit status and output."""
+        command = [sys.executable, "-m", "mepa_ds", "slurm", *words]
+        result = self.cluster.run(*command, env=self.environment | env, timeout=120)
+        return result.returncode, result.stdout + result.stderr
+
+    def ranks_of(self, run: Run) -> list[int]:
+        """Process numbers, as this machine counts them, of a run's Python ranks."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if "pretrain.py" in words[1:2] and f"output_dir={run.output}" in words:
+                found.append(int(path.parent.name))
+        return found
+
+    def freeze(self, run: Run) -> list[int]:
+        ranks = self.ranks_of(run)
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        return ranks
+
+
+def thaw(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def scenario(function: Callable[[Bed], Any]) -> Callable[[Bed], Any]:
+    """Registers what `test_<name>` wants to have happened; it runs in the background from the start of the session."""
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def broken_deepspeed(folder: Path) -> Path:
+    """A directory that, on PYTHONPATH, makes every start of pretrain.py crash: a broken installation."""
+    path = folder / "broken" / "deepspeed" / "__init__.py"
+    path.parent.mkdir(parents=True)
+    path.write_text('raise RuntimeError("the driver is too old")\n')
+    return path.parents[1]
+
+
+__all__ = ["ROOT", "SCENARIOS", "STEADY", "STEPS", "Bed", "Run", "broken_deepspeed", "scenario", "thaw"]

@@ -1,0 +1,51 @@
+"""One cluster for all tests of this directory; they are skipped, with the reason, where none can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm import cluster as slurm_cluster
+from tests.slurm.bed import SCENARIOS, STEPS, Bed
+from tests.tiny_run import make_run
+
+AT_ONCE = 4
+
+
+@pytest.fixture(scope="session")
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
+    reason = slurm_cluster.missing()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    make_run(folder, f"train.steps={STEPS}", "log.evaluate_every=1000", "log.checkpoint_every=20")
+    cluster = slurm_cluster.Cluster(nodes=4)
+    try:
+        yield Bed(cluster, folder)
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def outcome(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Callable[[str], Any]]:
+    """`outcome(name)`: what the scenario of that name returned. Those of all collected tests start at once."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = {item.originalname.removeprefix("test_") for item in items}
+    if any("reference" in item.fixturenames for item in items):
+        wanted.add("one_node")
+    pool = ThreadPoolExecutor(AT_ONCE)
+    futures = {name: pool.submit(function, bed) for name, function in SCENARIOS.items() if name in wanted}
+    yield lambda name: futures[name].result(timeout=280)
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests that need the cluster to themselves come first; scenarios run behind the others."""
+    here = Path(__file__).parent
+    ours = [item for item in items if item.path.is_relative_to(here)]
+    rest = [item for item in items if not item.path.is_relative_to(here)]
+    items[:] = rest + sorted(ours, key=lambda item: "outcome" in getattr(item, "fixturenames", ()))

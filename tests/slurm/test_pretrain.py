@@ -1,0 +1,211 @@
+"""Training on a real SLURM: several nodes, signals, preemption, dead and cut-off nodes, many jobs, crash loops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mepa_ds.config.base import dump_yaml
+from tests.slurm.bed import STEADY, STEPS, Bed, Run, broken_deepspeed, scenario, thaw
+from tests.tokenizer import training_run as tokenizer_run
+
+Outcome = Callable[[str], Any]
+EP2 = "parallel.ep_size=2"
+FAILING = "--exclude=n[1-2]"
+"""The nodes of the scenario that switches them off."""
+
+
+def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
+    assert run.wait() == "COMPLETED", run.text
+    assert len(run.losses) == STEPS
+    np.testing.assert_allclose(run.losses, reference.losses, atol=atol, rtol=0, err_msg=run.text)
+
+
+@pytest.fixture(scope="session")
+def reference(outcome: Outcome) -> Run:
+    """One node, two ranks, never interrupted."""
+    run: Run = outcome("one_node")
+    assert run.wait() == "COMPLETED", run.text
+    return run
+
+
+@scenario
+def one_node(bed: Bed) -> Run:
+    run = bed.train("one_node", EP2)
+    run.wait()
+    return run
+
+
+@scenario
+def interrupted(bed: Bed) -> Run:
+    """Asked to stop by the time limit once and by a signal twice."""
+    run = bed.train("interrupted", EP2, options=(STEADY, "--time=60", "--signal=B:USR1@60"))
+    run.wait_step(8)
+    frozen = bed.freeze(run)
+    # SLURM looks at time limits every 30 s; a limit of a minute is then near enough for the signal.
+    bed.cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
+    bed.cluster.wait_for(lambda: "asked to stop" in run.text, 60, lambda: run.text)
+    bed.cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+    thaw(frozen)
+    for start, step in ((2, 16), (3, 24)):
+        run.wait_start(start)
+        run.wait_step(step)
+        bed.cluster.check("scancel", "--signal=USR1", "--batch", run.job)
+    run.wait_start(4)
+    run.wait()
+    return run
+
+
+def test_interrupted(outcome: Outcome, reference: Run) -> None:
+    run = outcome("interrupted")
+    assert_same(run, reference)
+    assert run.restarts == 3
+    assert run.text.count("asked to stop (signal)") == 3
+    assert run.steps_computed == STEPS  # every stop saved where it was
+
+
+@scenario
+def lost_nodes(bed: Bed) -> dict[str, Run]:
+    """A node powered off in mid-training and back; then one cut off from the network; then one taken by others."""
+    cluster = bed.cluster
+    powered = bed.train("powered", EP2, nodes=2, ranks=1, options=(FAILING,))
+    powered.wait_step(5)
+    cluster.power_off("n4")
+    cluster.wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-n", "n4").stdout, 60)
+    cluster.power_on("n4")
+    powered.wait()
+
+    cut = bed.train("cut", ranks=1, options=(FAILING,))
+    cut.wait_step(5)
+    node = cluster.job(cut.job)["NodeList"]
+    old = bed.freeze(cut)  # as if it were in a long step; it knows nothing of what happens to the run
+    cluster.cut(node)
+    cut.wait_start(2)
+    cluster.wait_for(lambda: not set(old) & set(bed.ranks_of(cut)), 15)  # it sees the run's files, and has ended
+    cut.wait()
+    cluster.power_off(node)
+    cluster.heal(node)
+    cluster.power_on(node)
+
+    preempted = bed.train("preempted", ranks=1, options=(FAILING,))
+    preempted.wait_step(8)
+    node = cluster.job(preempted.job)["NodeList"]
+    urgent = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.check("sbatch", *urgent)
+    preempted.wait_start(2)
+    preempted.wait()
+    return {"powered": powered, "cut": cut, "preempted": preempted}
+
+
+def test_lost_nodes(outcome: Outcome, reference: Run) -> None:
+    runs = outcome("lost_nodes")
+    assert_same(runs["powered"], reference)
+    assert_same(runs["cut"], reference, atol=1e-5)  # one rank, not two
+    assert_same(runs["preempted"], reference, atol=1e-5)
+    assert runs["preempted"].steps_computed == STEPS
+    places = [line.partition("(")[2].partition(")")[0] for line in runs["cut"].text.splitlines() if ", start " in line]
+    assert sorted(places) == ["n3", "n4"]
+
+
+@scenario
+def two_nodes(bed: Bed) -> Run:
+    run = bed.train("two_nodes", EP2, nodes=2, MEPA_HEALTH="on")
+    run.wait()
+    return run
+
+
+def test_two_nodes(outcome: Outcome, reference: Run) -> None:
+    """2 x 2 ranks with experts over both have the losses of one node."""
+    run = outcome("two_nodes")
+    assert_same(run, reference, atol=1e-5)
+    assert "4 ranks on 2 nodes are well" in run.text
+    assert "4 ranks, ep_size 2" in run.text
+
+
+@scenario
+def torchrun(bed: Bed) -> Run:
+    run = bed.train("torchrun", EP2, nodes=2, ranks=1, MEPA_LAUNCHER="torchrun")
+    run.wait_step(8)
+    bed.cluster.check("scancel", "--signal=USR1", "--batch", run.job)
+    run.wait_start(2)
+    run.wait()
+    return run
+
+
+def test_torchrun(outcome: Outcome, reference: Run) -> None:
+    """The other launcher, over two nodes, interrupted once."""
+    run = outcome("torchrun")
+    assert_same(run, reference)
+    assert run.restarts == 1
+    assert run.steps_computed == STEPS
+
+
+@scenario
+def crash_loop(bed: Bed) -> dict[str, Run]:
+    broken = {"PYTHONPATH": str(broken_deepspeed(bed.folder))}
+    runs = {
+        "crash": bed.train("crash", ranks=1, **broken),
+        "user": bed.train("user", "model.num_classes=4", ranks=1),
+    }
+    for run in runs.values():
+        run.wait()
+    return runs
+
+
+def test_crash_loop(outcome: Outcome) -> None:
+    """A crash is tried again up to the bound; a mistake of the user's is not."""
+    runs = outcome("crash_loop")
+    crash, user = runs["crash"], runs["user"]
+    assert crash.wait() == "FAILED"
+    assert crash.restarts == 2
+    expected = "error: RuntimeError: the driver is too old (gave up: 2 restarts without progress)"
+    assert crash.text.splitlines()[-1] == expected
+    assert (crash.output / "slurm/result").read_text().strip() == expected.replace("error", "failed", 1)
+    assert user.wait() == "FAILED"
+    assert user.restarts == 0
+    assert "model.num_classes: 4, but data.tokens" in user.text.splitlines()[-1]
+
+
+@scenario
+def ten_jobs(bed: Bed) -> list[Run]:
+    """Ten trainings of a tokenizer on two nodes each, all at once."""
+    folder = bed.folder / "tokenizer_runs"
+    folder.mkdir()
+    tokenizer_run.make_data(folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(dump_yaml(tokenizer_run.config(folder, "train.steps=3")))))
+    words: dict[str, Any] = {"nodes": 2, "ranks": 1, "script": "train_tokenizer", "recipe": recipe}
+    runs = [bed.train(f"ten_{n}", options=(STEADY, "--hold"), **words) for n in range(10)]
+    bed.cluster.check("scontrol", "release", ",".join(run.job for run in runs))
+    for run in runs:
+        run.wait()
+    return runs
+
+
+def test_ten_jobs(outcome: Outcome) -> None:
+    runs = outcome("ten_jobs")
+    for run in runs:
+        assert run.wait() == "COMPLETED", run.text
+        assert (run.output / "model.safetensors").exists()
+    ports = [run.text.partition(", n1:")[2].split()[0] for run in runs]
+    assert len(set(ports)) == 10
+    assert max(moment(run, "StartTime") for run in runs) < min(moment(run, "EndTime") for run in runs)
+
+
+def moment(run: Run, name: str) -> float:
+    return time.mktime(time.strptime(run.bed.cluster.job(run.job)[name], "%Y-%m-%dT%H:%M:%S"))
+
+
+def test_the_clone_is_where_jobs_start(bed: Bed) -> None:
+    """Without a profile the log says what to do."""
+    log = bed.folder / "no_profile.log"
+    command = ["sbatch", "--parsable", f"--output={log}", "slurm/pretrain.sbatch", str(bed.recipe)]
+    job = bed.cluster.check(*command, env={"MEPA_CLUSTER": "nowhere"}).strip()
+    assert bed.cluster.wait_job(job) == "FAILED"
+    assert Path(log).read_text().splitlines()[-1].startswith("error: MEPA_CLUSTER=nowhere: no profile")
