@@ -1,6 +1,8 @@
 # Two commands: `make quickstart` and `make test`. Everything lives in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait by spinning slow a busy machine down several times.
+export OMP_WAIT_POLICY ?= PASSIVE
 STAMP := .venv/.installed
 
 .PHONY: setup quickstart test lint types clean-quickstart
@@ -8,6 +10,7 @@ STAMP := .venv/.installed
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@echo "installing into .venv (PyTorch and all: some minutes, about 6 GB)"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)
