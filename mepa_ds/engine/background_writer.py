@@ -64,6 +64,7 @@ class BackgroundWriter:
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
+        self._phases_done = 0
 
     def submit(
         self,
@@ -71,14 +72,14 @@ class BackgroundWriter:
         stage: Callable[[], list[Fragment]],
         temporary: Path,
         commit: Callable[[Digests], None],
-        on_wait: Callable[[], None],
+        on_progress: Callable[[], None],
     ) -> None:
         """Waits for the last job, stages, and starts to write into `temporary`. Collective.
 
         `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests.
         """
         started = time.perf_counter()
-        self.wait(on_wait)
+        self.wait(on_progress)
         fragments = stage()
         stalled = time.perf_counter() - started
 
@@ -90,13 +91,16 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Returns when nothing is being written; calls `on_wait` every second until then."""
+    def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Returns when nothing is being written; until then calls `on_progress` whenever a phase of it is done."""
+        seen = self._phases_done
         while self._thread is not None:
             self._thread.join(1.0)
             if not self._thread.is_alive():
                 self._thread = None
-            on_wait()
+            if self._phases_done != seen:
+                seen = self._phases_done
+                on_progress()
 
     def written(self) -> list[Written]:
         """Jobs that have ended since the last call."""
@@ -106,8 +110,11 @@ class BackgroundWriter:
     def _write(self, fragments: list[Fragment], temporary: Path, commit: Callable[[Digests], None]) -> str | None:
         try:
             self._on_main(lambda: _make_anew(temporary))
+            self._phases_done += 1
             save_fragments(fragments, temporary, self._group)
+            self._phases_done += 1
             digests = self._gather_digests(temporary)
+            self._phases_done += 1
             self._on_main(lambda: commit(digests))
         except _RemoteError as error:
             message = str(error)

@@ -47,7 +47,7 @@ class Checkpoints:
         self._staging = Staging()
         self._writer = BackgroundWriter()
 
-    def save(self, state: RunState, on_wait: Callable[[], None] = lambda: None) -> None:
+    def save(self, state: RunState, on_progress: Callable[[], None] = lambda: None) -> None:
         """Writes `directory/step_<step>` and deletes old checkpoints. Collective."""
         zero = self._engine.zero
         state = replace(state, adam_step=adam_step(zero), loss_scaler=loss_scaler_state(zero), versions=_versions())
@@ -59,9 +59,9 @@ class Checkpoints:
             files.publish(temporary, target)
             files.prune(self.directory, self._keep, self._keep_every)
 
-        self._writer.submit(target.name, lambda: self._stage(self._engine.kinds), temporary, commit, on_wait)
+        self._writer.submit(target.name, lambda: self._stage(self._engine.kinds), temporary, commit, on_progress)
 
-    def export(self, directory: Path, kind: str = MASTER, on_wait: Callable[[], None] = lambda: None) -> None:
+    def export(self, directory: Path, kind: str = MASTER, on_progress: Callable[[], None] = lambda: None) -> None:
         """Writes the model's fp32 masters, or their average, as safetensors + config.json. Collective."""
         temporary = directory.with_name(f".{directory.name}.tmp")
         config = self._engine.objective.transformer.config
@@ -71,11 +71,11 @@ class Checkpoints:
             files.publish(temporary / "weights", directory)
             shutil.rmtree(temporary)
 
-        self._writer.submit(directory.name, lambda: self._stage((kind,)), temporary, commit, on_wait)
+        self._writer.submit(directory.name, lambda: self._stage((kind,)), temporary, commit, on_progress)
 
-    def wait(self, on_wait: Callable[[], None] = lambda: None) -> None:
+    def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
         """Returns when everything submitted is on disk, or has failed."""
-        self._writer.wait(on_wait)
+        self._writer.wait(on_progress)
 
     def written(self) -> list[Written]:
         """What has been written, or has failed, since the last call."""

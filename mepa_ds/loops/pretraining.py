@@ -225,7 +225,7 @@ class PretrainRun:
         best = scores["ce"] < self.state.best_heldout_ce
         if best:
             self.state.best_heldout_ce = scores["ce"]
-            self.checkpoints.export(config.output_dir / "best", on_wait=self.watchdog.beat)
+            self.checkpoints.export(config.output_dir / "best", on_progress=self.watchdog.beat)
         if self.recorder:
             values = {"best": best, **scores, "seconds": time.perf_counter() - started}
             self.recorder.record("heldout", self.state.step, values)

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +25,7 @@ _LATE_IMPORTS = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", 
 _CONTEXT.set_forkserver_preload(["mepa_ds.loops.pretraining", "mepa_ds.cli.pretrain", __name__, *_LATE_IMPORTS])
 
 
-def _run(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _run(arguments: list[str], environment: dict[str, str], log: Path, prepare: Callable[[], None] | None) -> None:
     from mepa_ds.cli import entry
     from mepa_ds.cli.pretrain import main
 
@@ -33,20 +33,25 @@ def _run(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     with open(log, "a") as output:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(output.fileno(), stream.fileno())
+    if prepare is not None:
+        prepare()
     entry.run(lambda: main(arguments))
 
 
 class Ranks:
-    """The processes of one start of a run. Leaving the context kills what is left of them."""
+    """The processes of one start of a run. Leaving the context kills what is left of them.
 
-    def __init__(self, arguments: Sequence[str], count: int, log: Path, **environment: str):
+    `prepare`, a function of a module, is called in each of them first: the place to break something.
+    """
+
+    def __init__(self, arguments: Sequence[str], count: int, log: Path, prepare: Callable[[], None] | None = None):
         self.log = log
         log.touch()
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count), **environment}
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
         self.processes = []
         for rank in range(count):
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _CONTEXT.Process(target=_run, args=(list(arguments), own, log), daemon=True)
+            process = _CONTEXT.Process(target=_run, args=(list(arguments), own, log, prepare), daemon=True)
             process.start()
             self.processes.append(process)
 
@@ -82,9 +87,9 @@ class Ranks:
         return all(process.is_alive() for process in self.processes)
 
 
-def finish(arguments: Sequence[str], count: int, log: Path, **environment: str) -> str:
+def finish(arguments: Sequence[str], count: int, log: Path) -> str:
     """Runs to the end on `count` ranks; returns what was printed."""
-    with Ranks(arguments, count, log, **environment) as ranks:
+    with Ranks(arguments, count, log) as ranks:
         assert ranks.wait() == [0] * count, log.read_text()
     return log.read_text()
 

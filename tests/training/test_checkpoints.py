@@ -69,7 +69,7 @@ def flip_bit(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(folder: Path) -> None:
-    """Newest torn, the next with one flipped bit: the oldest is taken, by both ranks, and the run comes out the same."""
+    """Newest torn, the next with one flipped bit: the oldest is taken, and the run comes out the same."""
     _, middle, last = copy_of(folder, "damaged", 4, 8, 12)
     os.truncate(last / "__0_0.distcp", 1000)
     flip_bit(middle / "__0_0.distcp")
@@ -185,7 +185,7 @@ class _Harmful:
 def test_a_foreign_table_of_contents_runs_no_code(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "whole/checkpoints" / checkpoint_name(8), tmp_path / "copy")
     (tmp_path / "copy/.metadata").write_bytes(pickle.dumps(_Harmful()))
-    with pytest.raises(UserError, match="posix.system does not belong into a checkpoint"):
+    with pytest.raises(UserError, match=r"posix\.system does not belong into a checkpoint"):
         read_tensors(tmp_path / "copy", ["master/transformer.head.bias"])
 
 
@@ -199,7 +199,9 @@ def test_the_average_is_that_of_the_masters(folder: Path) -> None:
     expected = 0.5 * before[f"ema/{name}"] + 0.5 * after[f"master/{name}"]
     torch.testing.assert_close(after[f"ema/{name}"], expected, atol=1e-7, rtol=1e-6)
     last = read_state_dict(folder / "average/last_ema")["head.weight"]
-    assert last.equal(read_tensors(path.with_name(checkpoint_name(12)), [f"ema/{name}"])[f"ema/{name}"].view(last.shape))
+    assert last.equal(
+        read_tensors(path.with_name(checkpoint_name(12)), [f"ema/{name}"])[f"ema/{name}"].view(last.shape)
+    )
 
 
 def test_the_average_can_be_turned_on_later(folder: Path) -> None:

@@ -1,0 +1,201 @@
+"""What watches over a run: gradients that are not finite, spikes, collapsed experts, hangs, crashes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mepa_ds import distributed
+from mepa_ds.data.index import MadeBy
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.data.writer import npy_bytes
+from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
+from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SpikeDetector
+from mepa_ds.loops.inputs import InputMaker
+from mepa_ds.metrics import read_metrics
+from mepa_ds.objective.pretraining import ModelInputs
+from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
+from tests.training.ranks import Ranks, finish, wait_for_step
+
+COUNT = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe whose features are NaN for one image of 40: one step in 5, on one of two ranks."""
+    folder = tmp_path_factory.mktemp("guards")
+    make_run(folder, "train.steps=15", "log.evaluate_every=100", "log.checkpoint_every=2")
+    poison(folder, "one", [7])
+    poison(folder, "all", list(range(COUNT)))
+    return folder
+
+
+def poison(folder: Path, name: str, bad: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    samples = []
+    for number in range(COUNT):
+        map_NP = rng.normal(size=(FEATURE_GRID**2, FEATURE_WIDTH)).astype(np.float16)
+        samples.append({"features.npy": npy_bytes(map_NP * np.float16("nan") if number in bad else map_NP)})
+    settings = {"codec": "fp16", "width": FEATURE_WIDTH, "grid_side": FEATURE_GRID}
+    write_set(folder / f"{name}.features", "features", MadeBy(name="random", identity="0", settings=settings), samples)
+
+
+def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
+    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
+
+
+def events(output: Path, kind: str) -> list[dict[str, object]]:
+    return [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == kind]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_not_finite_is_skipped_and_its_images_named(folder: Path, precision: str) -> None:
+    name = f"skipped_{precision}"
+    settings = [f"data.features={folder}/one.features", f"parallel.precision={precision}", "parallel.ep_size=2"]
+    finish(arguments(folder, name, *settings), 2, folder / f"{name}.log")
+    output = folder / name
+    train = events(output, "train")
+    bad = [record for record in train if not record["applied"]]
+    assert len(bad) == 3  # once an epoch of 5 steps
+    assert train[-1]["skipped_steps"] == 3
+    assert np.isfinite(train[-1]["loss"])
+    assert read_state(list_checkpoints(output / "checkpoints")[-1]).adam_step == 12
+    assert len(events(output, "skipped_step")) == 3
+    keys: set[str] = set()
+    for record in bad:
+        dumps = [
+            json.loads(path.read_text()) for path in output.glob(f"bad_batches/step_{record['step']:08d}_rank_*.json")
+        ]
+        assert len(dumps) == 2
+        culprit = next(dump for dump in dumps if dump["losses"] == ["nan"])
+        names = {key for batch in culprit["keys"] for key in batch}
+        keys = names if not keys else keys & names
+    assert "000007" in keys
+
+
+def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(folder: Path) -> None:
+    settings = [f"data.features={folder}/one.features", "guards.max_bad_steps=1", "log.checkpoint_every=1"]
+    finish(arguments(folder, "rolled_back", *settings), 1, folder / "rolled_back.log")
+    output = folder / "rolled_back"
+    rollbacks = events(output, "rollback")
+    assert len(rollbacks) >= 2
+    for record in rollbacks:
+        assert record["step"] == record["from_step"] - 1, "the newest checkpoint before it"
+    train = events(output, "train")
+    assert [record["step"] for record in train] == list(range(1, 16)), "every step stands there once"
+    assert all(record["applied"] for record in train)
+    state = read_state(list_checkpoints(output / "checkpoints")[-1])
+    lost = sum(record["from_step"] - record["step"] for record in rollbacks)
+    assert state.position == 8 * (15 + lost)
+    assert "back to step_0000" in (folder / "rolled_back.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("features", "settings", "message"),
+    [
+        ("all", [], "steps in a row were not finite, and there is no checkpoint yet"),
+        ("one", ["optim.base_lr=0.02"], "steps in a row were not finite, also after 3 rollbacks"),
+    ],
+)
+def test_a_run_that_cannot_be_mended_ends(folder: Path, features: str, settings: list[str], message: str) -> None:
+    name = f"hopeless_{features}"
+    if features == "one":  # a good checkpoint, but all data after it are bad
+        finish(arguments(folder, name, "train.steps=4"), 2, folder / f"{name}.log")
+        state = folder / name / "checkpoints" / checkpoint_name(4) / "run.json"
+        make_it_the_data_of(state, folder / "all.features")
+    common = [f"data.features={folder}/all.features", "guards.max_bad_steps=3", *settings]
+    with Ranks(arguments(folder, name, *common), 2, folder / f"{name}.log") as ranks:
+        assert ranks.wait() == [2, 2], ranks.log.read_text()
+    assert message in ranks.log.read_text()
+    assert "Look at these, or lower optim.base_lr" in ranks.log.read_text()
+    assert json.loads((folder / name / "status.json").read_text())["state"] == "failed"
+
+
+def make_it_the_data_of(run_json: Path, features: Path) -> None:
+    """Edits a checkpoint's record of its data (and the manifest), as if it had been trained on these features."""
+    from mepa_ds.engine.checkpoint_files import digest
+    from mepa_ds.loops.training_data import _set_identity
+
+    state = json.loads(run_json.read_text())
+    state["data"]["data.features"] = _set_identity(ShardSet(features))
+    run_json.write_text(json.dumps(state))
+    manifest = json.loads(run_json.with_name("manifest.json").read_text())
+    manifest["files"]["run.json"] = digest(run_json)
+    run_json.with_name("manifest.json").write_text(json.dumps(manifest))
+
+
+def test_fp16_overflows_are_not_bad_steps_while_the_scale_can_fall(folder: Path) -> None:
+    """The first loss scale, 2^16, times a cross-entropy weighted 10^4 fold overflows; with max_bad_steps=1 it may."""
+    settings = ["parallel.precision=fp16", "guards.max_bad_steps=1", "objective.ce_weight=10000"]
+    finish(arguments(folder, "fp16", *settings), 1, folder / "fp16.log")
+    train = events(folder / "fp16", "train")
+    assert not train[0]["applied"]
+    assert train[-1]["applied"]
+    assert train[-1]["skipped_steps"] == 0
+    assert not (folder / "fp16/bad_batches").exists()
+
+
+def test_a_spike_is_far_above_the_recent_losses() -> None:
+    rng = np.random.default_rng(0)
+    noise = (5 - 0.01 * np.arange(60) + 0.05 * rng.normal(size=60)).tolist()
+    detector = SpikeDetector(noise[:5])
+    assert not any(detector(loss) for loss in noise[5:])
+    assert detector(6.0)
+    assert not detector(4.4), "a spike does not move what is usual"
+    assert detector(float("nan"))
+    assert not SpikeDetector([5.0] * 9)(50.0), "too few to judge"
+
+
+def test_an_expert_is_collapsed_after_ten_records_without_load() -> None:
+    detector = CollapseDetector()
+    dying = {"3": {"load": [0.6, 0.395, 0.005]}, "4": {"load": [0.3, 0.3, 0.4]}}
+    assert [detector(dying) for _ in range(10)] == [[]] * 9 + [["3.2"]]
+    assert detector(dying) == ["3.2"]
+    assert detector({"3": {"load": [0.3, 0.3, 0.4]}}) == []
+
+
+def test_a_hang_dumps_all_stacks_and_exits(folder: Path) -> None:
+    """Rank 1 is stopped; rank 0 waits for it in vain."""
+    settings = ["train.steps=100000", "guards.hang_timeout=2", "log.every=10"]
+    with Ranks(arguments(folder, "hung", *settings), 2, folder / "hung.log") as ranks:
+        wait_for_step(ranks, folder / "hung", 10)
+        ranks.signal(signal.SIGSTOP, 1)
+        ranks.processes[0].join(20)
+        assert ranks.processes[0].exitcode == HANG_EXIT_CODE
+    log = ranks.log.read_text()
+    assert "rank 0: no step for 2 seconds (guards.hang_timeout)" in log
+    assert "pretraining.py" in log
+    assert "pretraining.py" in (folder / "hung/hang_rank_00000.txt").read_text()
+
+
+def crash_in_step_5_of_rank_1() -> None:
+    """Runs in each rank's process before the run."""
+    if distributed.read_launch().rank != 1:
+        return
+    original, calls = InputMaker.training, []
+
+    def training(maker: InputMaker, batch: TrainingBatch) -> ModelInputs:
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyError("injected")
+        return original(maker, batch)
+
+    InputMaker.training = training  # type: ignore[method-assign]
+
+
+def test_a_crash_is_told_once_with_its_cause_first(folder: Path) -> None:
+    with Ranks(arguments(folder, "crash"), 2, folder / "crash.log", prepare=crash_in_step_5_of_rank_1) as ranks:
+        statuses = ranks.wait()
+    log = ranks.log.read_text()
+    assert statuses == [1, 1], log
+    assert log.count("Traceback (most recent call last)") == 1, log
+    assert "rank 1 failed:" in log
+    assert "KeyError: 'injected'" in log
+    assert "rank 0: ended because rank 1 failed: " in log
+    status = json.loads((folder / "crash/status.json").read_text())
+    assert (status["state"], status["rank"]) == ("failed", 1)
