@@ -121,6 +121,8 @@ class BackgroundWriter:
         except CheckpointException as error:  # raised on every rank
             rank, (cause, _) = next(iter(error.failures.items()))
             message = f"rank {rank}: {type(cause).__name__}: {cause}"
+        except Exception as error:  # a peer that is gone, say: the main thread learns of it in its own collectives
+            message = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
         else:
             return None
         if distributed.is_main():
