@@ -12,6 +12,7 @@ COMMANDS = {
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
+    "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",

@@ -142,6 +142,8 @@ class PretrainConfig(Section):
     """Where metrics.jsonl, checkpoints and weights go; running again resumes from there."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order of samples and dropout."""
+    init_weights: Path | None = None
+    """Start from these weights (a directory of `mepa export` or `mepa upcycle`); null: drawn from the seed."""
     tokenizer: Path
     """Directory of the tokenizer that made data.tokens (its codebook makes the model's inputs)."""
     data: DataConfig

@@ -21,6 +21,7 @@ from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragment_store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.engine.fragments import flat_partitions
+from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
@@ -80,6 +81,8 @@ class PretrainEngine:
         objective.to_empty(device=device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed)
+        if config.init_weights is not None:
+            load_initial_weights(objective.transformer, config.init_weights)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optim),

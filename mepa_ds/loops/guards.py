@@ -38,20 +38,25 @@ class BadSteps:
         self._limit, self.directory = limit, directory
         self.in_a_row = 0
         self.total = 0
+        self._cause = ""
         self._rollbacks: dict[int, int] = {}
 
-    def note(self, step: int, applied: bool, batches: Iterable[TrainingBatch], losses: Iterable[Tensor]) -> bool:
+    def note(
+        self, step: int, applied: bool, batches: Iterable[TrainingBatch], losses: Iterable[Tensor], cause: str
+    ) -> bool:
         """Notes one step; True when it is time to go back to a checkpoint. The same on every rank.
 
-        The keys of what a bad step has read go to `directory/step_<step>_rank_<rank>.json`.
+        `cause` says what was not finite. The keys of what a bad step has read go to `directory/step_<step>_rank_<rank>.json`.
         """
         if applied:
             self.in_a_row = 0
             return False
         self.in_a_row += 1
         self.total += 1
+        self._cause = cause
         content = {
             "step": step,
+            "not_finite": cause,
             "losses": [str(float(loss)) for loss in losses],
             "positions": [batch.positions_B.tolist() for batch in batches],
             "keys": [list(batch.keys) for batch in batches],
@@ -65,8 +70,8 @@ class BadSteps:
         if to_step is None or count > _MAX_ROLLBACKS:
             why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
             raise UserError(
-                f"guards.max_bad_steps: gradients of {self.in_a_row} steps in a row were not finite, {why}; the keys "
-                f"of their images are in {self.directory}. Look at these, or lower optim.base_lr"
+                f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), {why}; "
+                f"the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr"
             )
         self._rollbacks[to_step] = count
         self.in_a_row = 0

@@ -33,6 +33,7 @@ from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
 from mepa_ds.loops.training_data import Loader, data_identity, open_checked
 from mepa_ds.models.summary import count_parameters
+from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 
 
@@ -184,11 +185,13 @@ class PretrainRun:
         """Whether it is time to go back. An fp16 overflow is no bad step while the loss scale can still come down."""
         if not report.applied and self.engine.can_overflow:
             return False
+        routers = [] if report.applied else nonfinite_routers(report.losses)
+        cause = f"router logits of blocks {routers}" if routers else "the gradient"
         if not report.applied and self.recorder:
-            line = f"the gradient was not finite, the step was skipped; its images: {self.bad_steps.directory}"
+            line = f"{cause}: not finite, the step was skipped; its images: {self.bad_steps.directory}"
             self.recorder.warn("skipped_step", self.state.step, line)
         losses = [losses.total.detach() for losses in report.losses]
-        return self.bad_steps.note(self.state.step, report.applied, micro_batches, losses)
+        return self.bad_steps.note(self.state.step, report.applied, micro_batches, losses, cause)
 
     def _roll_back(self) -> None:
         """The newest checkpoint's weights, but the data after those that did harm. Collective."""

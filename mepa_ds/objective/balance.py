@@ -17,8 +17,12 @@ ReduceCounts = Callable[[Tensor], Tensor]
 
 
 def global_counts(routing: Sequence[RoutingStatistics], reduce_counts: ReduceCounts) -> Tensor:
-    """(N layers, E): routed pairs of each expert over all ranks, in one reduction for all layers."""
-    return reduce_counts(torch.stack([layer.counts_SE.sum(0) for layer in routing]))
+    """(N layers, E): routed pairs of each expert over all ranks, in one reduction for all layers.
+
+    A layer whose router logits are not finite on any rank has NaN here, on every rank: with no further exchange all
+    know that the step is lost, and where.
+    """
+    return reduce_counts(torch.stack([layer.counts_SE.sum(0) + 0 * layer.z_sum_S.detach().sum() for layer in routing]))
 
 
 def balance_loss(routing: Sequence[RoutingStatistics], counts_NE: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B batch, L positions, S scales, V codebook, Z code width, C width, N tea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,16 @@ def sum_scales(
         for x_BL in (ce_BL, hits_BL, torch.ones_like(ce_BL))
     ]
     return ScaleScores(*sums)
+
+
+def nonfinite_routers(micro_batches: Sequence[Losses]) -> list[int]:
+    """Blocks whose router logits were not finite on some rank: the same list on every rank."""
+    blocks: set[int] = set()
+    for losses in micro_batches:
+        if losses.counts_NE is not None:
+            lost_N = losses.counts_NE.isnan().any(-1).tolist()
+            blocks.update(block for block, lost in zip(losses.routing, lost_N, strict=True) if lost)
+    return sorted(blocks)
 
 
 class PretrainingObjective(nn.Module):

@@ -98,8 +98,8 @@ def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(fol
 @pytest.mark.parametrize(
     ("features", "settings", "message"),
     [
-        ("all", [], "steps in a row were not finite, and there is no checkpoint yet"),
-        ("one", ["optim.base_lr=0.02"], "steps in a row were not finite, also after 3 rollbacks"),
+        ("all", [], "(the gradient: not finite), and there is no checkpoint yet"),
+        ("one", ["optim.base_lr=0.02"], "(the gradient: not finite), also after 3 rollbacks"),
     ],
 )
 def test_a_run_that_cannot_be_mended_ends(folder: Path, features: str, settings: list[str], message: str) -> None:

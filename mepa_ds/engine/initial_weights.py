@@ -1,0 +1,45 @@
+"""Starting a run from weights on disk: fine-tuning, or the result of `mepa upcycle`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mepa_ds import distributed
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.engine.fragments import parameter_layout
+from mepa_ds.errors import UserError
+from mepa_ds.models.transformer import KIND, NextScaleTransformer
+from mepa_ds.weights import read_pretrained
+
+
+def load_initial_weights(transformer: NextScaleTransformer, directory: Path) -> None:
+    """Fills the transformer, whose experts may be sharded over ranks, from safetensors + config.json. Collective.
+
+    Raises UserError, on every rank, for weights of another architecture: names the parameters and both shapes.
+    """
+    error: UserError | None = None
+    try:
+        _fill(transformer, directory)
+    except UserError as raised:
+        error = raised
+    distributed.agree(error)
+
+
+@torch.no_grad()
+def _fill(transformer: NextScaleTransformer, directory: Path) -> None:
+    _, state = read_pretrained(directory, ModelConfig, KIND)
+    layout = parameter_layout(transformer)
+    faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
+    for name, (shape, _) in layout.items():
+        found = tuple(state[name].shape) if name in state else None
+        if found != tuple(shape):
+            faults.append(f"{name}: {found or 'missing'} there, {tuple(shape)} in the recipe's model")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"init_weights: {directory} does not fit the recipe's model: {'; '.join(faults[:3])}{more}")
+    for name, parameter in transformer.named_parameters():
+        offset = layout[name][1]
+        own = state[name].reshape(-1)[offset : offset + parameter.numel()]
+        parameter.copy_(own.view(parameter.shape))

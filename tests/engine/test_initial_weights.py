@@ -1,0 +1,76 @@
+"""Runs that start from weights on disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mepa_ds.config.model import MoEConfig
+from mepa_ds.metrics import read_metrics
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.models.upcycling import upcycle
+from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, launch, make_run
+
+
+def dense_model() -> NextScaleTransformer:
+    return NextScaleTransformer.from_preset(
+        "var-d2",
+        width=32,
+        num_heads=2,
+        num_classes=CLASSES,
+        scales=SCALES,
+        codebook_size=CODEBOOK,
+        code_width=CODE_WIDTH,
+        ffn_ratio=2.0,
+        head_init=5.0,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("initial")
+    make_run(folder, "train.steps=1", "objective.ce_weight=1.0", "model.ffn_ratio=2.0")
+    dense = dense_model()
+    dense.save_pretrained(folder / "dense")
+    upcycle(dense, MoEConfig(num_experts=4, expert_ratio=2.0)).save_pretrained(folder / "moe")
+    return folder
+
+
+def first_ce(folder: Path, name: str, weights: str, *overrides: str, ranks: int = 1) -> float:
+    output = folder / name
+    arguments = [f"output_dir={output}", f"init_weights={folder / weights}", *overrides]
+    result = launch([str(folder / "recipe.yaml"), *arguments], ranks)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(record["ce"] for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train")
+
+
+def test_an_upcycled_run_starts_where_the_dense_model_is(folder: Path) -> None:
+    dense = first_ce(folder, "from_dense", "dense", "model.moe=null")
+    assert abs(dense - math.log(CODEBOOK)) > 1e-3  # its own weights, not a fresh model's
+    sharded = first_ce(folder, "from_moe_ep2", "moe", "parallel.ep_size=2", ranks=2)
+    assert sharded == pytest.approx(dense, abs=1e-5)
+
+
+def test_weights_of_another_model_are_refused(folder: Path) -> None:
+    arguments = [f"output_dir={folder / 'refused'}", f"init_weights={folder / 'dense'}"]
+    result = launch([str(folder / "recipe.yaml"), *arguments])
+    assert result.returncode == 2
+    assert "init_weights" in result.stderr
+    assert "blocks.0.ffn.fc1.weight: not in the model" in result.stderr
+
+
+def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder: Path) -> None:
+    """Every rank skips the step, and then all end with a message that names the block."""
+    model = NextScaleTransformer.load(folder / "moe")
+    with torch.no_grad():
+        model.blocks[1].ffn.router.gate.weight[0, 0] = float("nan")
+    model.save_pretrained(folder / "broken")
+    arguments = [f"output_dir={folder / 'nan'}", f"init_weights={folder / 'broken'}", "parallel.ep_size=2"]
+    arguments += ["train.steps=9", "guards.max_bad_steps=3"]
+    result = launch([str(folder / "recipe.yaml"), *arguments], ranks=2)
+    assert result.returncode != 0
+    assert "router logits of blocks [1]: not finite, the step was skipped" in result.stdout + result.stderr
+    assert result.stderr.count("steps in a row were skipped (router logits of blocks [1]: not finite)") >= 1
