@@ -177,3 +177,25 @@ def test_dense_models_train_without_features_under_torchrun(folder: Path) -> Non
     result = launch([str(recipe), f"output_dir={folder / 'dense'}"], ranks=2)
     assert result.returncode == 0, result.stderr
     assert len(losses(folder / "dense")) == 3
+
+
+@pytest.mark.parametrize("on_damaged", ["stop", "skip"])
+def test_a_damaged_shard_stops_the_run_or_is_counted(folder: Path, on_damaged: str) -> None:
+    """Bytes flipped in the middle of a sample: named, and then as the recipe says, on both ranks without a hang."""
+    damaged = folder / f"damaged_{on_damaged}.tokens"
+    shutil.copytree(folder / "train.tokens", damaged)
+    shard = damaged / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    start = content.find(b"\x93NUMPY", len(content) // 2)
+    content[start : start + 6] = b"broken"
+    shard.write_bytes(content)
+    output = folder / f"damaged_{on_damaged}"
+    arguments = [f"output_dir={output}", f"data.tokens={damaged}", f"data.on_damaged={on_damaged}", "train.steps=6"]
+    result = launch([str(folder / "recipe.yaml"), *arguments], ranks=2, timeout=100)
+    assert "shard-000001.tar" in result.stderr
+    if on_damaged == "stop":
+        assert result.returncode != 0
+        return
+    assert result.returncode == 0, result.stderr
+    train = [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train"]
+    assert train[-1]["replaced_samples"] == 1

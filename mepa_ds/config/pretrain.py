@@ -26,6 +26,8 @@ class DataConfig(Section):
     """Teacher features of the same images; needed by semantic guidance."""
     heldout_tokens: Path | None = None
     """Token maps of held-out images; null: no evaluation."""
+    on_damaged: Literal["stop", "skip"] = "stop"
+    """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes a rank; the order of samples does not depend on it."""
 

@@ -46,7 +46,8 @@ class BadSteps:
     ) -> bool:
         """Notes one step; True when it is time to go back to a checkpoint. The same on every rank.
 
-        `cause` says what was not finite. The keys of what a bad step has read go to `directory/step_<step>_rank_<rank>.json`.
+        `cause` says what was not finite. The keys of what a bad step has read go to
+        `directory/step_<step>_rank_<rank>.json`.
         """
         if applied:
             self.in_a_row = 0
@@ -70,8 +71,8 @@ class BadSteps:
         if to_step is None or count > _MAX_ROLLBACKS:
             why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
             raise UserError(
-                f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), {why}; "
-                f"the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr"
+                f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), "
+                f"{why}; the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr"
             )
         self._rollbacks[to_step] = count
         self.in_a_row = 0

@@ -41,6 +41,7 @@ class StepRecords:
         parts = {**report.seconds, "step": time.perf_counter() - self._started, "data": loader.seconds - self._waited}
         terms, scores, routing = reduce_losses(report.losses)
         ranks = _compare_ranks([parts.get(part, 0.0) for part in _PARTS] + [float(peak_memory_bytes())])
+        (replaced,) = sum_over_ranks([torch.tensor(float(loader.num_replaced), device=report.losses[0].total.device)])
         if self._recorder is None:
             return
         images, seconds = self._config.train.global_batch, parts["step"]
@@ -51,6 +52,7 @@ class StepRecords:
             "grad_norm": report.grad_norm,
             "applied": report.applied,
             "skipped_steps": skipped_steps,
+            "replaced_samples": int(replaced),
             "loss": terms.pop("total"),
             **terms,
             **{key: value for key, value in score_report(scores).items() if key not in terms},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 
@@ -86,9 +87,12 @@ class Loader:
             world_size=distributed.world_size(),
             num_workers=config.data.num_workers,
             pin_memory=torch.cuda.is_available(),
+            on_damaged=config.data.on_damaged,
         )
         self.seconds = 0.0
         """Waited for data by this rank so far."""
+        self.num_replaced = 0
+        """Damaged samples of this rank that were replaced so far (data.on_damaged = "skip")."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         return self
@@ -96,6 +100,11 @@ class Loader:
     def __next__(self) -> TrainingBatch:
         started = time.perf_counter()
         try:
-            return next(self._batches)
+            batch = next(self._batches)
         finally:
             self.seconds += time.perf_counter() - started
+        for line in batch.damaged:
+            # On the rank that read it: only that one knows, and a log has all ranks' lines.
+            print(f"rank {distributed.rank()}: damaged sample replaced: {line}", file=sys.stderr, flush=True)
+        self.num_replaced += len(batch.damaged)
+        return batch
