@@ -26,6 +26,9 @@ fail() {
 mepa_setup() {
     trap 'STOP=signal' USR1
     trap 'STOP=terminated' TERM
+    # The number of an array's last member is also that of the whole array: name members by their place.
+    JOB=$SLURM_JOB_ID
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     STOP='' LOG_START=0 RESTART=${SLURM_RESTART_COUNT:-0}
     cd "$MEPA_ROOT" || fail $USER_ERROR_CODE "MEPA_ROOT=$MEPA_ROOT: not visible on $SLURMD_NODENAME"
     export PYTHONPATH=$MEPA_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -35,7 +38,7 @@ mepa_setup() {
 mepa_begin() {
     MEPA_STATE=$1 PROGRESS=$2
     mkdir -p "$MEPA_STATE" || fail $USER_ERROR_CODE "$MEPA_STATE: cannot be made on $SLURMD_NODENAME; choose an output_dir that all nodes can write"
-    LOG=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+    LOG=$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')
     [[ ! -r $LOG ]] || LOG_START=$(stat -c %s "$LOG")
     set_addresses
     take_ownership
@@ -43,7 +46,7 @@ mepa_begin() {
     rm -rf "$MEPA_STATE/exit-$SLURM_JOB_ID"
     mkdir "$MEPA_STATE/exit-$SLURM_JOB_ID"
     echo running >"$MEPA_STATE/result"
-    say "job $SLURM_JOB_ID, start $((RESTART + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $RANKS_PER_NODE ranks," \
+    say "job $JOB, start $((RESTART + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $RANKS_PER_NODE ranks," \
         "$MEPA_LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
 }
 
@@ -98,7 +101,7 @@ take_ownership() {
     [[ ! -r $MEPA_STATE/owner ]] || read -r owner _ <"$MEPA_STATE/owner"
     if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
         state=$(squeue --noheader --jobs="$owner" --format=%T 2>/dev/null || true)
-        if [[ $state == RUNNING ]]; then
+        if [[ $state == *RUNNING* ]]; then
             echo "error: job $owner is working in $MEPA_STATE; cancel it first (scancel $owner), or choose another output_dir"
             exit $USER_ERROR_CODE
         fi
@@ -131,7 +134,7 @@ bound_restarts() {
     echo "$RESTART $now" >>"$MEPA_STATE/starts-$SLURM_JOB_ID"
     # mepa_work gives up before this can happen, unless the node died with it.
     if (($(idle_starts "$now") > MEPA_MAX_RESTARTS + 1)); then
-        fail 1 "$MEPA_MAX_RESTARTS restarts without progress; the last start ended without a word, perhaps with its node (scontrol show job $SLURM_JOB_ID)"
+        fail 1 "$MEPA_MAX_RESTARTS restarts without progress; the last start ended without a word, perhaps with its node (scontrol show job $JOB)"
     fi
 }
 
@@ -161,7 +164,7 @@ step() {
 
 kill_steps() {
     local id
-    squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | while read -r id; do
+    squeue --noheader --steps --jobs="$JOB" --format=%i | while read -r id; do
         [[ $id == *.batch || $id == *.extern ]] || scancel "$id"
     done
 }
@@ -192,7 +195,7 @@ finish() {
     codes=" $(cat "$MEPA_STATE/exit-$SLURM_JOB_ID"/* 2>/dev/null | tr '\n' ' ')"
     if ((status == 0)); then
         echo "done" >"$MEPA_STATE/result"
-        say "job $SLURM_JOB_ID: done"
+        say "job $JOB: done"
         exit 0
     fi
     if [[ $STOP == terminated && $(job_state) != RUNNING ]]; then # cancelled, or SLURM requeues it by itself
@@ -210,17 +213,17 @@ finish() {
     requeue "failed (status $status): $cause"
 }
 
-job_state() { scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
+job_state() { scontrol show job "$JOB" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
 
 requeue() {
     echo "requeued: $1" >"$MEPA_STATE/result"
-    say "job $SLURM_JOB_ID: $1; requeued"
+    say "job $JOB: $1; requeued"
     set +e
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$JOB"; then
         sleep 120 # SLURM ends this script meanwhile
         exit $REQUEUE_CODE
     fi
-    fail $REQUEUE_CODE "SLURM did not requeue job $SLURM_JOB_ID; submit it again, it goes on from its last checkpoint"
+    fail $REQUEUE_CODE "SLURM did not requeue job $JOB; submit it again, it goes on from its last checkpoint"
 }
 
 # A whole training job: mepa_train PROGRESS PROGRAM RECIPE [key=value ...], PROGRESS in output_dir, PROGRAM one word or two.

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
-# A message of ours, the last line of a traceback, or SLURM's own words about a killed process.
+# A message of ours, of argparse or tyro, the last line of a traceback, or SLURM's own words about a killed process.
 _CAUSE = re.compile(
     r"^(?:error: (?P<ours>.+)"
+    r"|(?!srun|slurm)[\w./ -]+: error: (?P<usage>.+)"
+    r"|│ (?P<options>(?:Missing from|Unrecognized|Error|Parsing).*?) *│?$"
     r"|(?P<raised>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?$)"
     r"|(?P<slurm>(?:slurmstepd|srun): error: .*(?:oom|out of memory|memory limit|[Nn]ode failure).*))",
 )
@@ -20,7 +22,7 @@ def cause_of(text: str) -> str | None:
     for line in text.splitlines():
         found = _CAUSE.match(_RANK.sub("", line))
         if found:
-            return found["ours"] or found["raised"] or found["slurm"]
+            return next(text for text in found.groups() if text)
     return None
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
-
-PLAN_SECONDS = 300
 
 
 def check_partition(profile: Profile, partition: str) -> None:
@@ -68,14 +64,3 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
 def check_exists(name: str, path: Path) -> None:
     if not (ROOT / path).exists():
         raise UserError(f"{name}: {path}: no such file or directory")
-
-
-def check_plan(recipe: Path, overrides: Sequence[str], world_size: int) -> str:
-    """The plan of `pretrain.py --dry-run` for so many ranks; raises UserError with its message if it does not fit."""
-    command = [sys.executable, "pretrain.py", str(recipe), *overrides, "--dry-run", "--world-size", str(world_size)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PLAN_SECONDS, check=False)
-    if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.strip()]
-        message = next((line[len("error: ") :] for line in lines if line.startswith("error: ")), None)
-        raise UserError(message or (lines[-1] if lines else f"the plan failed with status {result.returncode}"))
-    return result.stdout

@@ -127,7 +127,7 @@ def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bo
             number = submit(job, profile, record)
             numbers.append(number)
             if check is not None:
-                number = submit(replace(check, after_any=number), profile, record)
+                number = submit(replace(check, after=after, after_any=number), profile, record)
                 numbers.append(number)
             ends.append(number)
             print(f"{stage.name}: job {number}")

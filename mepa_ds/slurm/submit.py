@@ -11,7 +11,7 @@ from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
-from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
+from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -101,8 +101,6 @@ def check_recipe(request: Request, profile: Profile, made_before: bool = False) 
             check_exists(name, path)
     if isinstance(config, PretrainConfig):
         config.check_world(world_size)
-        plan = check_plan(request.recipe.resolve(), request.overrides, world_size)
-        print(plan, end="")
     return run
 
 

@@ -15,8 +15,6 @@ from tests.slurm.cluster import ROOT, Cluster
 from tests.tiny_run import losses
 
 STEPS = 40
-STEADY = "--exclude=n[3-4]"
-"""Keeps a job away from the nodes that scenarios switch off."""
 SCENARIOS: dict[str, Callable[[Bed], Any]] = {}
 
 
@@ -85,7 +83,7 @@ class Bed:
         *overrides: str,
         nodes: int = 1,
         ranks: int = 2,
-        options: tuple[str, ...] = (STEADY,),
+        options: tuple[str, ...] = (),
         script: str = "pretrain",
         recipe: Path | None = None,
         **env: str,
@@ -141,4 +139,4 @@ def broken_deepspeed(folder: Path) -> Path:
     return path.parents[1]
 
 
-__all__ = ["ROOT", "SCENARIOS", "STEADY", "STEPS", "Bed", "Run", "broken_deepspeed", "scenario", "thaw"]
+__all__ = ["ROOT", "SCENARIOS", "STEPS", "Bed", "Run", "broken_deepspeed", "scenario", "thaw"]

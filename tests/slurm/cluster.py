@@ -1,9 +1,9 @@
 """A throw-away SLURM cluster on one machine: real slurmctld and slurmd, each node in namespaces of its own.
 
-Every node has its own network, host name, process table, /dev/shm and disk (/mnt); GPUs are character devices; the file system is
-shared, like a cluster's. Nothing leaves the outer namespaces, and all processes in them die with this one: their init
-reads a pipe that closes when this process ends, however it ends. Needs root and Debian's slurmctld, slurmd,
-slurm-client, munge, iproute2 (`missing()` says what is not there); no systemd.
+Every node has its own network, host name, process table, /dev/shm and disk (/mnt); GPUs are character devices; the rest
+of the file system is shared, like a cluster's. Nothing leaves the outer namespaces, and all processes in them die with
+this one: their init reads a pipe that closes when this process ends, however it ends. Needs root and Debian's
+slurmctld, slurmd, slurm-client, munge and iproute2 (`missing()` says what is not there); no systemd.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter", "mknod")
 # What a node's init runs: a shell that reaps orphans, and slurmd in the foreground.
-_NODE_INIT = "hostname {name}; mount -t tmpfs tmpfs /dev/shm; mount -t tmpfs tmpfs /mnt; slurmd -D -N {name} & while :; do wait -n || :; sleep 0.2; done"
-# Declared, but never started: what `sbatch --test-only` plans with.
+_NODE_INIT = """hostname {name}; mount -t tmpfs tmpfs /dev/shm; mount -t tmpfs tmpfs /mnt
+slurmd -D -N {name} & while :; do wait -n || :; sleep 0.2; done"""
+# Declared, but never started: what `sbatch --test-only` plans with. PrivateData=cloud shows them.
 _BIG = """
 NodeName=big[1-32] CPUs=96 RealMemory=2000000 Gres=gpu:h100:8 State=CLOUD
 NodeName=old[1-2] CPUs=48 RealMemory=500000 Gres=gpu:a100:4 State=CLOUD
@@ -48,9 +49,10 @@ def missing() -> str | None:
 
 @dataclass
 class Cluster:
-    """`nodes` nodes n1, n2, ... in the partitions gpu (the default) and urgent, which preempts it."""
+    """Nodes n1, n2, ...: the first half in the partition gpu (the default), the second in failing, for nodes that tests
+    switch off, and in urgent, which preempts failing."""
 
-    nodes: int = 3
+    nodes: int = 4
     gpus: int = 16
     cpus: int = 64
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm-")))
@@ -95,24 +97,36 @@ class Cluster:
         return result.stdout
 
     def job(self, job: str) -> dict[str, str]:
-        """`scontrol show job` as a mapping."""
-        text = self.check("scontrol", "--oneliner", "show", "job", job)
-        return dict(re.findall(r"(\w[\w/:]*)=(\S*)", text.splitlines()[0]))
+        """`scontrol show job` as a mapping; of an array, its first member."""
+        return self.members(job)[0]
+
+    def members(self, job: str) -> list[dict[str, str]]:
+        lines = self.check("scontrol", "--oneliner", "show", "job", job).splitlines()
+        return [dict(re.findall(r"(\w[\w/:]*)=(\S*)", line)) for line in lines]
 
     def wait_job(self, job: str, timeout: float = 120) -> str:
-        """Waits for the end of a job; returns its state (COMPLETED, FAILED, ...)."""
+        """Waits for the end of a job, an array's members included: COMPLETED, or the state of one that is not."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
-        return self.wait_for(
-            lambda: (s := self.job(job)["JobState"]) in ends and s, timeout, lambda: str(self.job(job))
-        )
 
-    def wait_for(self, condition: Callable[[], object], timeout: float, explain: Callable[[], str] = lambda: "") -> str:
+        def ended() -> str | None:
+            states = {fields["JobState"] for fields in self.members(job)}
+            return max(states, key=lambda state: state != "COMPLETED") if states <= ends else None
+
+        return self.wait_for(ended, timeout, lambda: str(self.members(job)), every=1.5)
+
+    def wait_for(
+        self,
+        condition: Callable[[], object],
+        timeout: float,
+        explain: Callable[[], str] = lambda: "",
+        every: float = 0.5,
+    ) -> str:
         """Polls until `condition` is true and returns what it gave; fails with `explain()` at the time-out."""
         end = time.monotonic() + timeout
         while not (result := condition()):
             assert not self._stopped, "the cluster was stopped"
             assert time.monotonic() < end, f"not within {timeout} s. {explain()}"
-            time.sleep(0.2)
+            time.sleep(every)
         return str(result)
 
     def power_off(self, node: str) -> None:
@@ -173,7 +187,7 @@ class Cluster:
         self.check("ip", *arguments.split())
 
     def _idle(self) -> bool:
-        states = self.run("sinfo", "-h", "-N", "-p", "gpu", "-o", "%T").stdout.split()
+        states = self.run("sinfo", "-h", "-N", "-p", "gpu,failing", "-o", "%T").stdout.split()
         return states == ["idle"] * self.nodes
 
     def _start_namespaces(self) -> None:
@@ -231,7 +245,7 @@ class Cluster:
         (etc / "slurm.conf").write_text(self._slurm_conf())
 
     def _slurm_conf(self) -> str:
-        folder, last = self.folder, self.nodes
+        folder, last, half = self.folder, self.nodes, self.nodes // 2
         # cred_expire is also how long a requeued job waits before it may start again; 5 is the least.
         return f"""ClusterName=ci
 SlurmctldHost=ctl
@@ -270,12 +284,14 @@ MinJobAge=3600
 JobRequeue=1
 EnforcePartLimits=ALL
 GresTypes=gpu
+PrivateData=cloud
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=INFINITE
 NodeName=n[1-{last}] CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus}
-PartitionName=gpu Nodes=n[1-{last}] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
-PartitionName=urgent Nodes=n[1-{last}] MaxTime=INFINITE State=UP PriorityTier=10
+PartitionName=gpu Nodes=n[1-{half}] Default=YES MaxTime=INFINITE State=UP
+PartitionName=failing Nodes=n[{half + 1}-{last}] MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n[{half + 1}-{last}] MaxTime=INFINITE State=UP PriorityTier=10
 {_BIG}"""
 
 

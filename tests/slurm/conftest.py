@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.slurm import cluster as slurm_cluster
-from tests.slurm.bed import SCENARIOS, STEPS, Bed
+from tests.slurm.bed import SCENARIOS, STEPS, Bed, Run, scenario
 from tests.tiny_run import make_run
 
 AT_ONCE = 4
@@ -23,7 +23,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm")
     make_run(folder, f"train.steps={STEPS}", "log.evaluate_every=1000", "log.checkpoint_every=20")
-    cluster = slurm_cluster.Cluster(nodes=4)
+    cluster = slurm_cluster.Cluster()
     try:
         yield Bed(cluster, folder)
     finally:
@@ -41,6 +41,21 @@ def outcome(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Callable[[str]
     futures = {name: pool.submit(function, bed) for name, function in SCENARIOS.items() if name in wanted}
     yield lambda name: futures[name].result(timeout=280)
     pool.shutdown(wait=False, cancel_futures=True)
+
+
+@scenario
+def one_node(bed: Bed) -> Run:
+    run = bed.train("one_node", "parallel.ep_size=2")
+    run.wait()
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(outcome: Callable[[str], Any]) -> Run:
+    """One node, two ranks, never interrupted."""
+    run: Run = outcome("one_node")
+    assert run.wait() == "COMPLETED", run.text
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

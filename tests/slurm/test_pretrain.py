@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import yaml
 
 from mepa_ds.config.base import dump_yaml
-from tests.slurm.bed import STEADY, STEPS, Bed, Run, broken_deepspeed, scenario, thaw
+from tests.slurm.bed import STEPS, Bed, Run, broken_deepspeed, scenario, thaw
 from tests.tokenizer import training_run as tokenizer_run
 
 Outcome = Callable[[str], Any]
 EP2 = "parallel.ep_size=2"
-FAILING = "--exclude=n[1-2]"
-"""The nodes of the scenario that switches them off."""
+FAILING = "--partition=failing"
 
 
 def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
@@ -27,25 +25,10 @@ def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
     np.testing.assert_allclose(run.losses, reference.losses, atol=atol, rtol=0, err_msg=run.text)
 
 
-@pytest.fixture(scope="session")
-def reference(outcome: Outcome) -> Run:
-    """One node, two ranks, never interrupted."""
-    run: Run = outcome("one_node")
-    assert run.wait() == "COMPLETED", run.text
-    return run
-
-
-@scenario
-def one_node(bed: Bed) -> Run:
-    run = bed.train("one_node", EP2)
-    run.wait()
-    return run
-
-
 @scenario
 def interrupted(bed: Bed) -> Run:
     """Asked to stop by the time limit once and by a signal twice."""
-    run = bed.train("interrupted", EP2, options=(STEADY, "--time=60", "--signal=B:USR1@60"))
+    run = bed.train("interrupted", EP2, options=("--time=60", "--signal=B:USR1@60"))
     run.wait_step(8)
     frozen = bed.freeze(run)
     # SLURM looks at time limits every 30 s; a limit of a minute is then near enough for the signal.
@@ -181,7 +164,7 @@ def ten_jobs(bed: Bed) -> list[Run]:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(dump_yaml(tokenizer_run.config(folder, "train.steps=3")))))
     words: dict[str, Any] = {"nodes": 2, "ranks": 1, "script": "train_tokenizer", "recipe": recipe}
-    runs = [bed.train(f"ten_{n}", options=(STEADY, "--hold"), **words) for n in range(10)]
+    runs = [bed.train(f"ten_{n}", options=("--hold",), **words) for n in range(10)]
     bed.cluster.check("scontrol", "release", ",".join(run.job for run in runs))
     for run in runs:
         run.wait()
