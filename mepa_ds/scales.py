@@ -67,4 +67,5 @@ class ScaleSchedule:
     def scale_index_L(self, device: torch.device | str | None = None) -> Tensor:
         """(L,) int64: the 0-based scale of every position."""
         lengths = torch.tensor(self.lengths, device=device)
-        return torch.repeat_interleave(torch.arange(self.num_scales, device=device), lengths)
+        scales = torch.arange(self.num_scales, device=device)
+        return torch.repeat_interleave(scales, lengths, output_size=self.num_tokens)  # known, so no host sync

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
+from mepa_ds import distributed
 from mepa_ds.cli.recipes import read_recipe
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
@@ -15,17 +17,44 @@ two ranks     torchrun --nproc-per-node 2 pretrain.py recipes/quickstart.yaml pa
 DeepSpeed     deepspeed --num_gpus 8 pretrain.py recipes/mepa_d16.yaml
 srun          srun python pretrain.py recipes/mepa_d16.yaml     (MASTER_ADDR and MASTER_PORT set)
 
+--dry-run [--world-size N] [--memory GB] [--num-samples N]
+              prints the plan and trains nothing: parameters, FLOPs, memory a rank by part, bytes exchanged, checkpoint
+              size, steps, and what would not fit in GB of memory a rank. Needs neither data nor GPUs. N defaults to
+              the ranks that are started, GB to this machine's, the samples to those of data.tokens if it is there.
+
 SIGUSR1 or SIGTERM on any rank: the step ends, all ranks save a checkpoint and exit with status 75, which means "start
 me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second signal exits at once.
 
-exit status   0 finished; 75 stopped, start again to go on; 2 something in the recipe or the data is wrong
+exit status   0 finished; 75 stopped, start again to go on; 2 something in the recipe or the data is wrong;
+              124 no step for guards.hang_timeout seconds; 1 a crash
 """
 
 
 def main(argv: list[str]) -> None:
-    config = read_recipe(argv, "pretrain.py", DESCRIPTION, PretrainConfig)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--world-size", type=int)
+    parser.add_argument("--memory", type=float)
+    parser.add_argument("--num-samples", type=int)
+    options, rest = parser.parse_known_args(argv)
+    config = read_recipe(rest, "pretrain.py", DESCRIPTION, PretrainConfig)
+    if options.dry_run:
+        _dry_run(config, options)
+        return
+    if any(value is not None for value in (options.world_size, options.memory, options.num_samples)):
+        parser.error("--world-size, --memory and --num-samples belong to --dry-run")
     requests = StopRequests()
     from mepa_ds.loops.pretraining import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
 
     if not pretrain(config, requests):
         sys.exit(REQUEUE_EXIT_CODE)
+
+
+def _dry_run(config: PretrainConfig, options: argparse.Namespace) -> None:
+    from mepa_ds.loops.plan import format_plan, plan_run, this_machine
+
+    world_size = options.world_size or distributed.read_launch().world_size
+    config.check_world(world_size)
+    machine = this_machine(config, world_size, None if options.memory is None else options.memory * 1e9)
+    if distributed.read_launch().is_main:
+        print(format_plan(plan_run(config, machine, options.num_samples)))

@@ -73,7 +73,9 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._fragments[index.fqn].data
+        # DCP copies a tensor that is a part of a larger storage, and keeps all copies until the end. The way through
+        # NumPy gives the same memory a storage of its own.
+        return torch.from_numpy(self._fragments[index.fqn].data.numpy())
 
 
 class _LoadPlanner(DefaultLoadPlanner):

@@ -25,9 +25,10 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.loops.evaluation import heldout_scores
 from mepa_ds.loops.failures import reporting
+from mepa_ds.loops.flops import step_flops
 from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
-from mepa_ds.loops.recorder import Recorder, check_output
+from mepa_ds.loops.recorder import Recorder, check_output, peak_memory_bytes
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
@@ -80,6 +81,7 @@ class PretrainRun:
         self.config = config
         self.num_steps = config.train.num_steps(sets.num_samples)
         self.num_samples, self._teacher_width = sets.num_samples, sets.feature_width
+        self._memory_before = peak_memory_bytes()
         self.engine = PretrainEngine(config, sets.feature_width, device)
         self.inputs = InputMaker(config.model, MultiScaleQuantizer.load(config.tokenizer), config.seed, device)
         log = config.log
@@ -129,6 +131,8 @@ class PretrainRun:
             "num_samples": self.num_samples,
             "total_parameters": counts.total,
             "active_parameters": counts.active,
+            "step_flops": step_flops(config, self._teacher_width),
+            "memory_before_bytes": self._memory_before,
         }
         recorder.record("start", self.state.step, facts)
         recorder.say(

@@ -1,0 +1,199 @@
+"""How much memory a forward and backward pass needs, found by running it with fake tensors: sizes, but no data.
+
+The model's own code runs, with every option of it (activation checkpointing, precision), so nothing here has to be
+kept in step with it. Only what depends on data is replaced: experts get even loads.
+
+Shapes: T tokens, C width, R routed rows.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.models.moe.dispatch import Alongside, Sorted
+from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.moe.routing import Routing
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes of one micro-batch on one rank. Gradients of parameters are not among them."""
+
+    kept: int
+    """Activations that the forward pass keeps for the backward pass."""
+    peak: int
+    """The most at any moment of both passes, intermediate results included."""
+    num_elements: dict[str, int]
+    """Elements of the parameters that this rank holds: routed experts, the transformer's others, the projector's."""
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Sums the storages that operations have made and that are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def ignore(self, tensors: Iterator[Tensor]) -> None:
+        """Storages that were there before."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+class _Exchange(torch.autograd.Function):
+    """An all-to-all as far as memory goes: a new tensor of the same size, there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RC: Tensor) -> Tensor:
+        return torch.empty_like(x_RC)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty_like(gradient)
+
+
+class _EvenCounts:
+    """Rows of each expert, as the CPU's loop asks for them."""
+
+    def __init__(self, rows: int, num_experts: int):
+        self._counts = [rows // num_experts + (expert < rows % num_experts) for expert in range(num_experts)]
+
+    def tolist(self) -> list[int]:
+        return self._counts
+
+
+class _EvenDispatcher:
+    """Gives every expert the same number of rows: without data nobody knows who chose what."""
+
+    def __init__(self, num_experts: int, ep_size: int):
+        self._num_experts, self._ep_size = num_experts, ep_size
+
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
+        rows = Sorted(x_TC, routing, self._num_experts)
+        beside_TC = None if alongside is None else alongside()
+        x_RC = rows.x_RC
+        order_R = torch.empty(len(x_RC), dtype=torch.int64)
+        if self._ep_size > 1:
+            x_RC = _Exchange.apply(x_RC).index_select(0, order_R)
+        y_RC = experts(x_RC, _EvenCounts(len(x_RC), experts.num_experts))  # type: ignore[arg-type]
+        if self._ep_size > 1:
+            y_RC = _Exchange.apply(y_RC.index_select(0, order_R))
+        y_TC = rows.combine(y_RC)
+        return y_TC if beside_TC is None else y_TC + beside_TC
+
+
+def trace_micro_batch(
+    config: PretrainConfig,
+    batch: int,
+    teacher_width: int | None,
+    teacher_patches: int,
+    on_gradient: Callable[[int], int],
+) -> Traced:
+    """One micro-batch of `batch` images on one rank. A GPU's kernels keep the same as the CPU's, to a few per cent.
+
+    `on_gradient` is called when the gradient of a parameter of so many elements is complete and has gone into the
+    engine's buffers; it returns the bytes that these have grown by.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.parallel.precision]
+    live = _LiveBytes()
+    with FakeTensorMode():
+        objective = _build(config, teacher_width)
+        _give_memory(objective, dtype)
+        live.ignore(parameter.detach() for parameter in objective.parameters())
+        for parameter in objective.parameters():
+            parameter.register_post_accumulate_grad_hook(_handing_over(live, on_gradient))
+        inputs = _inputs(config, batch, teacher_width, teacher_patches)
+        with live:
+            losses: Losses = objective(inputs)
+            kept = live.now
+            losses.total.backward()
+    counts = {"routed experts": 0, "transformer": 0, "projector": 0}
+    for name, parameter in objective.named_parameters():
+        part = "routed experts" if ".experts." in name else name.split(".")[0]
+        counts[part] += parameter.numel()
+    return Traced(kept, live.peak, counts)
+
+
+def _handing_over(live: _LiveBytes, on_gradient: Callable[[int], int]) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        live.now += on_gradient(parameter.numel())
+        live.peak = max(live.peak, live.now)
+        parameter.grad = None
+
+    return hook
+
+
+def _build(config: PretrainConfig, teacher_width: int | None) -> PretrainingObjective:
+    """The rank's share of the objective, dropless and with even loads."""
+    model = config.model
+    if model.moe is not None:
+        router = "stmoe" if model.moe.router == "expert_choice" else model.moe.router
+        model = model.model_copy(
+            update={"moe": model.moe.model_copy(update={"capacity_factor": None, "router": router})}
+        )
+    with torch.device("meta"):  # draws no initial values
+        transformer = NextScaleTransformer(model)
+        objective = PretrainingObjective(transformer, config.objective, teacher_width)
+        for layer in objective.modules():
+            if isinstance(layer, MoEFeedForward):
+                width, hidden = layer.experts.fc2_weight.shape[1:]
+                layer.experts = Experts(layer.num_experts // config.parallel.ep_size, width, hidden)
+                layer.dispatcher = _EvenDispatcher(layer.num_experts, config.parallel.ep_size)
+    transformer.check_labels = lambda labels_B: None  # type: ignore[method-assign]  # there are no values to check
+    transformer.recompute = config.parallel.activation_checkpointing
+    return objective
+
+
+def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
+    """From the meta device to the current one (both fake, which is why Module.to_empty does not work)."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _inputs(config: PretrainConfig, batch: int, teacher_width: int | None, teacher_patches: int) -> ModelInputs:
+    model, schedule = config.model, config.model.schedule
+    aligned = config.objective.alignment is not None and teacher_width is not None
+    return ModelInputs(
+        labels_B=torch.zeros(batch, dtype=torch.int64),
+        inputs_BLZ=torch.zeros(batch, schedule.num_tokens - schedule.lengths[0], model.code_width),
+        tokens_BL=torch.zeros(batch, schedule.num_tokens, dtype=torch.int64),
+        features_BNP=torch.zeros(batch, teacher_patches, teacher_width or 0) if aligned else None,
+        branch_scale_D2B=torch.ones(model.depth, 2, batch) if model.drop_path_rate else None,
+    )

@@ -1,0 +1,271 @@
+"""`pretrain.py RECIPE --dry-run`: what a run will need, worked out without data, ranks or GPUs.
+
+Sizes of activations come from running the model with fake tensors (`memory_trace`), everything else from counts of
+parameters and from what DeepSpeed's ZeRO-1/2 keeps of them. Memory is what is allocated: a GPU's allocator and the C
+library keep some freed memory on top.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.index import INDEX_NAME, ShardIndex
+from mepa_ds.engine import deepspeed_config
+from mepa_ds.loops import flops
+from mepa_ds.loops.memory_trace import Traced, trace_micro_batch
+from mepa_ds.models.summary import ParameterCounts, count_parameters
+
+# Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
+_ASSUMED_WIDTH, _ASSUMED_PATCHES = 768, 256
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for. `memory` is in bytes a rank; None: unknown, so nothing is compared with it."""
+
+    world_size: int
+    is_gpu: bool
+    memory: float | None
+    process: float
+    """Python, libraries and their threads: host memory that every rank needs before it has a model."""
+
+
+@dataclass
+class Plan:
+    """Bytes are of one rank, `exchanged` of one step. Memory parts add up to `peak`."""
+
+    config: PretrainConfig
+    machine: Machine
+    counts: ParameterCounts
+    held: dict[str, int]
+    """Parameters on each rank, by kind."""
+    micro_batch: int
+    step_flops: float
+    backward: dict[str, float]
+    """Memory at the peak of the backward pass, by part."""
+    optimizer: dict[str, float]
+    """Memory at the peak of the optimizer step, by part."""
+    host: dict[str, float]
+    """Host memory beside a GPU."""
+    exchanged: dict[str, float]
+    checkpoint: float
+    num_steps: int | None
+    num_samples: int | None
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes that a rank needs on its device (on a CPU: all it needs)."""
+        return max(sum(self.backward.values()), sum(self.optimizer.values()))
+
+    @property
+    def problems(self) -> list[str]:
+        """What would not fit, with a remedy."""
+        limit = self.machine.memory
+        if limit is None or self.peak <= limit:
+            return []
+        kept = self.backward["activations"] + self.backward["intermediate results"]
+        rest = sum(self.backward.values()) - kept
+        line = f"a rank needs {self.peak / 1e9:.1f} GB, but has {limit / 1e9:.1f} GB"
+        if max(rest, sum(self.optimizer.values())) > limit:
+            return [
+                f"{line}: more than activations is too much; use more ranks, a larger parallel.ep_size or less model"
+            ]
+        factor = math.ceil(kept / (limit - rest))
+        remedies = (
+            [f"train.accumulation={self.config.train.accumulation * factor}"] if factor <= self.micro_batch else []
+        )
+        if self.config.parallel.activation_checkpointing == "none":
+            remedies.append("parallel.activation_checkpointing=blocks")
+        return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
+
+
+def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None = None) -> Plan:
+    """Works out the plan; `num_samples` is read from data.tokens where that is there.
+
+    Raises UserError when the recipe cannot be spread over the ranks.
+    """
+    config.check_world(machine.world_size)
+    knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)
+    assumed: list[str] = []
+    tokens, features = _read_index(config.data.tokens), _read_index(config.data.features)
+    width, patches = _teacher_of(config, features, assumed)
+    if num_samples is None and tokens is not None:
+        num_samples = tokens.num_samples
+    micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
+    engine = _EngineMemory(config, machine, knobs)
+    traced = trace_micro_batch(config, micro_batch, width, patches, engine.on_gradient)
+    held = traced.num_elements
+    backward, optimizer, host = engine.parts(traced)
+    counts = count_parameters(config.model)
+    all_elements = counts.total + held["projector"]
+    known = config.train.steps is not None or config.train.samples is not None or num_samples is not None
+    return Plan(
+        config=config,
+        machine=machine,
+        counts=counts,
+        held=held,
+        micro_batch=micro_batch,
+        step_flops=flops.step_flops(config, width),
+        backward=backward,
+        optimizer=optimizer,
+        host=host,
+        exchanged=engine.exchanged(traced, micro_batch),
+        checkpoint=all_elements * _FP32 * (4 if config.optim.ema else 3),
+        num_steps=config.train.num_steps(num_samples or 0) if known else None,
+        num_samples=num_samples,
+        assumed=assumed,
+    )
+
+
+def _read_index(directory: Path | None) -> ShardIndex | None:
+    return ShardIndex.read(directory) if directory is not None and (directory / INDEX_NAME).exists() else None
+
+
+def _teacher_of(config: PretrainConfig, features: ShardIndex | None, assumed: list[str]) -> tuple[int | None, int]:
+    """Width and patches of the teacher's maps; None without semantic guidance."""
+    if config.objective.alignment is None:
+        return None, 0
+    settings = features.made_by.settings if features is not None else {}
+    if "width" in settings and "grid_side" in settings:
+        return int(settings["width"]), int(settings["grid_side"]) ** 2
+    assumed.append(
+        f"teacher features of {_ASSUMED_PATCHES} patches, {_ASSUMED_WIDTH} wide (data.features is not there)"
+    )
+    return _ASSUMED_WIDTH, _ASSUMED_PATCHES
+
+
+class _EngineMemory:
+    """What ZeRO-1/2 keeps on each rank, and when."""
+
+    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, object]):
+        self._config, self._machine = config, machine
+        zero = knobs["zero_optimization"]
+        assert isinstance(zero, dict)
+        self._stage = zero["stage"]
+        self._bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self._low = _FP32 if config.parallel.precision == "fp32" else 2
+        self._in_bucket = 0
+
+    def on_gradient(self, elements: int) -> int:
+        """Growth of the gradient buffers, in bytes. A GPU's bucket is allocated whole, so it does not grow."""
+        before = self._in_bucket
+        self._in_bucket = min(before + elements, self._bucket) if self._stage == 2 else before + elements
+        return 0 if self._machine.is_gpu and self._stage == 2 else (self._in_bucket - before) * self._low
+
+    def _partitions(self, held: dict[str, int]) -> tuple[float, float]:
+        """Elements of this rank's optimizer partition: experts (shared by the ranks that hold them), all others."""
+        world_size, ep_size = self._machine.world_size, self._config.parallel.ep_size
+        return held["routed experts"] / (world_size / ep_size), (held["transformer"] + held["projector"]) / world_size
+
+    def parts(self, traced: Traced) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Memory by part at the peak of the backward pass, at that of the optimizer step, and on the host of a GPU."""
+        held = sum(traced.num_elements.values())
+        experts, others = self._partitions(traced.num_elements)
+        partition = experts + others
+        # With ep_size 1 the experts' matrices are in one parameter group with all others.
+        largest = partition if self._config.parallel.ep_size == 1 else max(experts, others)
+        average = _FP32 * partition if self._config.optim.ema else 0.0
+        state = {
+            "weights": float(self._low * held),
+            "masters and Adam moments": 3 * _FP32 * partition,
+            "average of the weights": average,
+        }
+        host = {"process": self._machine.process, "copy for checkpoints": 3 * _FP32 * partition + average}
+        if not self._machine.is_gpu:  # the host is the device
+            state |= host
+        waiting = self._low * partition if self._config.train.accumulation > 1 else 0.0
+        bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
+        backward = state | {
+            "gradients": waiting + bucket,
+            "activations": float(traced.kept),
+            "intermediate results": float(traced.peak - traced.kept),
+        }
+        temporaries = (1 if self._machine.is_gpu else 2) * _FP32 * largest
+        optimizer = state | {
+            "gradients": self._low * partition + _FP32 * largest,
+            "intermediate results": temporaries,
+        }
+        return backward, optimizer, host if self._machine.is_gpu else {}
+
+    def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:
+        """Bytes that each rank sends in a step, with ring algorithms."""
+        config, world_size, ep_size = self._config, self._machine.world_size, self._config.parallel.ep_size
+        copies = world_size // ep_size
+        experts = traced.num_elements["routed experts"]
+        others = sum(traced.num_elements.values()) - experts
+        shared = self._low * (experts * (copies - 1) / copies + others * (world_size - 1) / world_size)
+        times = config.train.accumulation if self._stage == 2 else 1
+        sent = {"gradients, reduced": shared * times, "weights, gathered": shared}
+        if config.model.moe is not None and ep_size > 1:
+            rows = micro_batch * config.model.schedule.num_tokens * config.model.moe.top_k
+            layers = sum(config.model.is_moe_block(index) for index in range(config.model.depth))
+            one_way = rows * config.model.C * self._low * (ep_size - 1) / ep_size
+            sent["tokens, all-to-all (2 forward, 2 backward)"] = 4 * layers * one_way * config.train.accumulation
+        return sent
+
+
+def this_machine(config: PretrainConfig, world_size: int, memory: float | None) -> Machine:
+    """Plans for a GPU if there is one or the precision is a GPU's, else for CPU ranks on this machine."""
+    is_gpu = torch.cuda.is_available() or config.parallel.precision != "fp32"
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    elif memory is None and not is_gpu:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
+    # A rank has these in memory too; the second is what DeepSpeed imports when it starts.
+    from torch._inductor import compile_fx  # noqa: F401
+
+    import mepa_ds.loops.pretraining  # noqa: F401
+
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return Machine(world_size, is_gpu, memory, float(resident))
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    config, machine, counts = plan.config, plan.machine, plan.counts
+    on = "a GPU" if machine.is_gpu else "a CPU"
+    lines = [
+        f"plan: {machine.world_size} ranks, each with {on}, ep_size {config.parallel.ep_size}, "
+        f"{config.parallel.precision}, {plan.micro_batch} images a rank and pass, {config.train.accumulation} a step",
+        f"parameters: {counts}; on a rank " + ", ".join(f"{n / 1e6:.1f}M {kind}" for kind, n in plan.held.items() if n),
+        f"length: {_length(plan)}",
+        f"FLOPs: {plan.step_flops / 1e12:.3g} TFLOP a step, {plan.step_flops / machine.world_size / 1e12:.3g} a rank",
+        *_table("memory of a rank at the peak of the backward pass", plan.backward),
+        *_table("memory of a rank at the peak of the optimizer step", plan.optimizer),
+    ]
+    if plan.host:
+        lines += _table("host memory beside a GPU", plan.host)
+    lines += _table("sent by a rank in a step", plan.exchanged)
+    lines.append(f"checkpoint: {_size(plan.checkpoint)}")
+    lines += [f"assumed: {line}" for line in plan.assumed]
+    if machine.memory is None:
+        lines.append("fits: unknown; give --memory, the GB of one GPU")
+    elif not plan.problems:
+        lines.append(f"fits: {_size(plan.peak)} of {_size(machine.memory)}")
+    lines += [f"does not fit: {problem}" for problem in plan.problems]
+    return "\n".join(lines)
+
+
+def _length(plan: Plan) -> str:
+    if plan.num_steps is None:
+        return f"{plan.config.train.epochs} epochs of an unknown number of images; give --num-samples"
+    images = plan.num_steps * plan.config.train.global_batch
+    epochs = f", {images / plan.num_samples:.2f} epochs of {plan.num_samples}" if plan.num_samples else ""
+    return f"{plan.num_steps} steps of {plan.config.train.global_batch} images, {images} in all{epochs}"
+
+
+def _table(title: str, parts: dict[str, float]) -> list[str]:
+    rows = [f"  {name:<42} {_size(value):>10}" for name, value in parts.items() if value]
+    return [f"{title}: {_size(sum(parts.values()))}", *rows]
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,139 @@
+"""The dry run against what really happens: FLOPs counted by PyTorch, memory of real ranks, lengths, messages."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mepa_ds.cli.pretrain import main
+from mepa_ds.config.base import load_config, validate
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.objective import AlignmentConfig
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine.checkpoint_files import list_checkpoints
+from mepa_ds.errors import UserError
+from mepa_ds.loops import flops
+from mepa_ds.loops.plan import Machine, format_plan, plan_run, this_machine
+from mepa_ds.metrics import read_metrics
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.alignment import Projector
+from tests.tiny_run import make_run
+from tests.training.ranks import Ranks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"moe": None},
+        {"moe": {"num_experts": 4, "every": 2}},
+        {"moe": {"num_experts": 8, "router": "smoe", "shared_expert": False}, "shared_adaln": True},
+        {"moe": {"num_experts": 4, "top_k": 1, "expert_ratio": 1.0}, "scales": [1, 2, 3, 4, 6]},
+    ],
+)
+def test_the_formula_counts_what_pytorch_counts(values: dict[str, Any]) -> None:
+    """Within 2 %, forward and backward, with the projector."""
+    small = {"depth": 4, "width": 128, "num_heads": 4, "codebook_size": 256, "scales": [1, 2, 3, 5, 8]}
+    config = validate(ModelConfig, small | values, "test")
+    alignment = AlignmentConfig(scales=(2, 3), projector_hidden=64)
+    model = NextScaleTransformer(config)
+    projector = Projector(config.C, 64, 24)
+    labels_B = torch.zeros(2, dtype=torch.int64)
+    inputs_BLZ = torch.randn(2, config.schedule.num_tokens - 1, config.code_width)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        output = model(labels_B, inputs_BLZ, hidden_after=1)
+        assert output.hidden_BLC is not None
+        aligned = projector(output.hidden_BLC[:, : config.schedule.bounds[2][1]])
+        (output.logits_BLV.sum() + aligned.sum()).backward()
+    formula = 2 * 3 * (flops.forward_flops(config) + flops.projector_flops(config, alignment, 24))
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def give_freed_memory_back() -> None:
+    """The C library keeps freed memory of up to 32 MB a piece; the plan is about what is allocated."""
+    m_mmap_threshold = -3
+    assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16) == 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of 15M parameters, and activations of about twice their size."""
+    folder = tmp_path_factory.mktemp("plan")
+    sizes = ["model.depth=3", "model.width=320", "model.num_heads=5", "model.moe.num_experts=4", "train.steps=2"]
+    make_run(folder, *sizes, "train.global_batch=160", "log.checkpoint_every=1", "data.heldout_tokens=null")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings"),
+    [(1, []), (2, ["parallel.ep_size=2"]), (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"])],
+)
+def test_memory_is_that_of_real_ranks(folder: Path, ranks: int, settings: list[str]) -> None:
+    """Peak resident memory of CPU ranks, within 15 %."""
+    output = folder / f"run{ranks}{len(settings)}"
+    settings = [f"output_dir={output}", *settings]
+    log = folder / f"{output.name}.log"
+    with Ranks([str(folder / "recipe.yaml"), *settings], ranks, log, prepare=give_freed_memory_back) as started:
+        assert started.wait() == [0] * ranks, log.read_text()
+    records = list(read_metrics(output / "metrics.jsonl"))
+    measured = max(record["peak_memory_bytes"] for record in records if record["event"] == "train")
+    before = next(record["memory_before_bytes"] for record in records if record["event"] == "start")
+    config = load_config(PretrainConfig, folder / "recipe.yaml", settings)
+    plan = plan_run(config, Machine(ranks, is_gpu=False, memory=None, process=before))
+    print(f"planned {plan.peak / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB, of these {before / 1e6:.0f} before")
+    assert plan.peak == pytest.approx(measured, rel=0.15)
+    assert plan.peak - before == pytest.approx(measured - before, rel=0.25), "what the process has before counts alike"
+    (checkpoint,) = list_checkpoints(output / "checkpoints")[-1:]
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert plan.checkpoint == pytest.approx(size, rel=0.02)
+    assert plan.step_flops == records[0]["step_flops"]
+
+
+def test_the_large_recipe_is_planned_without_data_or_gpus() -> None:
+    config = load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml")
+    plan = plan_run(config, Machine(8, is_gpu=True, memory=80e9, process=0), num_samples=1_281_167)
+    text = format_plan(plan)
+    assert "1384.8M parameters, 579.0M active; on a rank 134.3M routed experts" in text
+    assert "166819 steps of 768 images" in text
+    assert "does not fit: a rank needs " in text
+    assert "try train.accumulation=2 or parallel.activation_checkpointing=blocks" in text
+    # bf16: 2 bytes a weight; 12 bytes a parameter over the ranks that share it: all 8, or 1 for experts at ep_size 8.
+    held = plan.held
+    others = held["transformer"] + held["projector"]
+    assert plan.backward["weights"] == 2 * (held["routed experts"] + others)
+    assert plan.backward["masters and Adam moments"] == 12 * (held["routed experts"] + others / 8)
+    assert plan.checkpoint == 12 * (8 * held["routed experts"] + others)
+    assert plan.exchanged["tokens, all-to-all (2 forward, 2 backward)"] == 4 * 16 * 2 * 96 * 680 * 1024 * 2 * 7 / 8
+
+
+def test_the_command_prints_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(folder / "recipe.yaml"), "--dry-run", "--world-size", "2", "parallel.ep_size=2", "--memory", "0.1"])
+    text = capsys.readouterr().out
+    assert "plan: 2 ranks, each with a CPU, ep_size 2, fp32, 80 images a rank and pass" in text
+    assert "does not fit: a rank needs " in text
+    assert "use more ranks, a larger parallel.ep_size or less model" in text
+    assert not (folder / "run").exists()
+
+
+def test_wrong_options_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(folder / "recipe.yaml")
+    with pytest.raises(UserError, match=r"must be a multiple of ranks x train\.accumulation"):
+        main([recipe, "--dry-run", "--world-size", "7"])
+    with pytest.raises(SystemExit):
+        main([recipe, "--world-size", "2"])
+    assert "belong to --dry-run" in capsys.readouterr().err
+
+
+def test_this_machine_has_memory_for_its_ranks(folder: Path) -> None:
+    config = load_config(PretrainConfig, folder / "recipe.yaml")
+    one, two = (this_machine(config, ranks, None) for ranks in (1, 2))
+    assert one.memory is not None
+    assert two.memory == one.memory / 2
+    assert 1e8 < one.process < one.memory
