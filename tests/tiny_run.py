@@ -43,7 +43,9 @@ def make_tokenizer(directory: Path, seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def write_set(directory: Path, kind: str, made_by: MadeBy, samples: list[dict[str, bytes]], per_shard: int = 16) -> None:
+def write_set(
+    directory: Path, kind: str, made_by: MadeBy, samples: list[dict[str, bytes]], per_shard: int = 16
+) -> None:
     numbers = range(-(-len(samples) // per_shard))
     names = tuple(shard_name(number) for number in numbers)
     classes = tuple(str(label) for label in range(CLASSES))
