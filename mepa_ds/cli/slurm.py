@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     pipeline = commands.add_parser(
         "pipeline", help="shards, tokens and features, pretraining, samples: one chain of jobs"
     )
-    pipeline.add_argument("file", type=Path, help="YAML file, such as recipes/pipeline_quickstart.yaml")
+    pipeline.add_argument("file", type=Path, help="YAML file, such as slurm/pipeline_imagenet256.yaml")
     _common_options(pipeline)
     show = commands.add_parser(
         "status", help="state, restarts, step, throughput, time left, last error, last checkpoint"

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mepa_ds.errors import UserError
+from mepa_ds.slurm.cause import cause_of
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
+
+PLAN_SECONDS = 300
+MISFIT = "does not fit:"
+"""How the plan begins a line about what is too much for a rank."""
 
 
 def check_partition(profile: Profile, partition: str) -> None:
@@ -64,3 +71,17 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
 def check_exists(name: str, path: Path) -> None:
     if not (ROOT / path).exists():
         raise UserError(f"{name}: {path}: no such file or directory")
+
+
+def check_plan(profile: Profile, recipe: Path, overrides: Sequence[str], world_size: int) -> str:
+    """The plan that `pretrain.py --dry-run` prints for so many ranks; raises UserError if the recipe does not fit."""
+    command = [sys.executable, "pretrain.py", str(recipe), *overrides, "--dry-run", "--world-size", str(world_size)]
+    if profile.get("GPU_MEMORY_GB"):
+        command += ["--memory", str(profile.number("GPU_MEMORY_GB", 1))]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PLAN_SECONDS, check=False)
+    if result.returncode:
+        raise UserError(cause_of(result.stderr) or f"pretrain.py --dry-run ended with status {result.returncode}")
+    misfits = [line for line in result.stdout.splitlines() if line.startswith(MISFIT)]
+    if misfits:
+        raise UserError(f"{recipe}: {'; '.join(misfits)} (MEPA_GPU_MEMORY_GB in {profile.path})")
+    return result.stdout

@@ -55,6 +55,7 @@ def sbatch_command(job: Job, profile: Profile) -> list[str]:
         "qos": profile.get("QOS"),
         "constraint": profile.get("CONSTRAINT") if gpu else "",
         "reservation": profile.get("RESERVATION"),
+        "exclude": profile.get("EXCLUDE"),
         "nodes": job.nodes,
         "ntasks-per-node": tasks,
         "cpus-per-task": cpus,

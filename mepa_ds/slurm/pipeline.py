@@ -19,7 +19,7 @@ from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, open_parts, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.recipe_value import recipe_value
-from mepa_ds.slurm.submit import Request, check_cluster, check_recipe, refuse_while_active
+from mepa_ds.slurm.submit import Request, check_cluster, check_recipe, output_dir, refuse_while_active
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -95,22 +95,24 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
         UserError: something does not fit, or an earlier start is still at work; nothing was submitted.
     """
     config = load_config(PipelineConfig, path)
-    check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
     request = _request(config.pretrain, "pretrain")
-    prepares = any((config.shards, config.tokenizer, config.teacher, config.precompute))
-    run = check_recipe(request, profile, made_before=prepares)
-    if config.tokenizer is not None:
-        check_recipe(_request(config.tokenizer, "train-tokenizer"), profile, made_before=config.shards is not None)
+    run = output_dir(request)
     record = run / "slurm"
     refuse_while_active(record)
     stages = [stage for stage in _stages(config, run) if stage.jobs]
+    if not stages:
+        print(f"{run}: all stages are done")
+        return []
+    check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
+    prepares = any((config.shards, config.tokenizer, config.teacher, config.precompute))
+    check_recipe(request, profile, made_before=prepares)
+    if config.tokenizer is not None:
+        check_recipe(_request(config.tokenizer, "train-tokenizer"), profile, made_before=config.shards is not None)
     for stage in stages:
         for job, check in stage.jobs:
             for planned in (job, check):
                 if planned is not None:
                     test_only(sbatch_command(planned, profile))
-    if not stages:
-        print(f"{run}: all stages are done")
     return _submit_all(stages, profile, record, dry_run)
 
 

@@ -11,7 +11,7 @@ from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
-from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths
+from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -60,9 +60,10 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
     check_cluster(profile, request.nodes)
     if request.job == "scaling-study":
         return _submit_study(request, profile)
-    run = check_recipe(request, profile)
+    run = output_dir(request)
     record = run / "slurm"
     refuse_while_active(record)
+    check_recipe(request, profile)
     words = (str(request.recipe.resolve()), *request.overrides)
     job = Job(
         script=request.job.replace("-", "_"),
@@ -86,22 +87,25 @@ def check_cluster(profile: Profile, nodes: int) -> None:
     check_nodes(profile, partition, nodes)
 
 
-def check_recipe(request: Request, profile: Profile, made_before: bool = False) -> Path:
-    """Validates a recipe and its plan against the allocation; returns the run's directory.
+def output_dir(request: Request) -> Path:
+    return ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
+
+
+def check_recipe(request: Request, profile: Profile, made_before: bool = False) -> None:
+    """Validates a recipe and its plan against the allocation.
 
     `made_before`: earlier jobs of a pipeline make the data, so that it need not be there yet.
     """
     config = load_config(JOBS[request.job], request.recipe, request.overrides)
     world_size = request.nodes * profile.gpus_per_node
-    run = ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
     paths = list(_data_paths(request))
-    check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", run), *paths])
+    check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", output_dir(request)), *paths])
     if not made_before:
         for name, path in paths:
             check_exists(name, path)
     if isinstance(config, PretrainConfig):
         config.check_world(world_size)
-    return run
+        print(check_plan(profile, request.recipe.resolve(), request.overrides, world_size), end="")
 
 
 def _data_paths(request: Request) -> Iterator[tuple[str, Path]]:

@@ -49,15 +49,15 @@ class Run:
         """Lines of steps in the log: a step that was done twice stands there twice."""
         return sum(line.startswith("step ") and "/" in line.split()[1] for line in self.text.splitlines())
 
-    def wait_step(self, step: int, timeout: float = 120) -> None:
+    def wait_step(self, step: int, timeout: float = 240) -> None:
         self.bed.cluster.wait_for(lambda: self.step >= step, timeout, self._explain)
 
-    def wait_start(self, number: int, timeout: float = 120) -> None:
+    def wait_start(self, number: int, timeout: float = 240) -> None:
         """Until the job has started for the so-and-so-many-th time."""
         text = f"job {self.job}, start {number}:"
         self.bed.cluster.wait_for(lambda: text in self.text, timeout, self._explain)
 
-    def wait(self, timeout: float = 200) -> str:
+    def wait(self, timeout: float = 300) -> str:
         return self.bed.cluster.wait_job(self.job, timeout)
 
     def _explain(self) -> str:
@@ -98,7 +98,7 @@ class Bed:
     def mepa(self, *words: str | Path, **env: str) -> tuple[int, str]:
         """Runs `mepa slurm ...` on the login node; exit status and output."""
         command = [sys.executable, "-m", "mepa_ds", "slurm", *words]
-        result = self.cluster.run(*command, env=self.environment | env, timeout=120)
+        result = self.cluster.run(*command, env=self.environment | env, timeout=240)
         return result.returncode, result.stdout + result.stderr
 
     def ranks_of(self, run: Run) -> list[int]:

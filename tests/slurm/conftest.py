@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 
 from tests.slurm import cluster as slurm_cluster
-from tests.slurm.bed import SCENARIOS, STEPS, Bed, Run, scenario
+from tests.slurm.bed import SCENARIOS, STEPS, Bed, Run
 from tests.tiny_run import make_run
 
 AT_ONCE = 4
+TIMEOUT = 560
+"""Seconds: the first test that waits for scenarios waits for most of them."""
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     try:
         yield Bed(cluster, folder)
     finally:
+        shutil.copytree(cluster.folder / "log", folder / "slurm-logs")
         cluster.stop()
 
 
@@ -36,24 +40,17 @@ def outcome(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Callable[[str]
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = {item.originalname.removeprefix("test_") for item in items}
     if any("reference" in item.fixturenames for item in items):
-        wanted.add("one_node")
+        wanted.add("submitted")
     pool = ThreadPoolExecutor(AT_ONCE)
     futures = {name: pool.submit(function, bed) for name, function in SCENARIOS.items() if name in wanted}
-    yield lambda name: futures[name].result(timeout=280)
+    yield lambda name: futures[name].result(timeout=TIMEOUT)
     pool.shutdown(wait=False, cancel_futures=True)
-
-
-@scenario
-def one_node(bed: Bed) -> Run:
-    run = bed.train("one_node", "parallel.ep_size=2")
-    run.wait()
-    return run
 
 
 @pytest.fixture(scope="session")
 def reference(outcome: Callable[[str], Any]) -> Run:
     """One node, two ranks, never interrupted."""
-    run: Run = outcome("one_node")
+    run: Run = outcome("submitted").run
     assert run.wait() == "COMPLETED", run.text
     return run
 
@@ -63,4 +60,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     ours = [item for item in items if item.path.is_relative_to(here)]
     rest = [item for item in items if not item.path.is_relative_to(here)]
+    for item in ours:
+        item.add_marker(pytest.mark.timeout(TIMEOUT))
     items[:] = rest + sorted(ours, key=lambda item: "outcome" in getattr(item, "fixturenames", ()))

@@ -31,9 +31,10 @@ def interrupted(bed: Bed) -> Run:
     run = bed.train("interrupted", EP2, options=("--time=60", "--signal=B:USR1@60"))
     run.wait_step(8)
     frozen = bed.freeze(run)
-    # SLURM looks at time limits every 30 s; a limit of a minute is then near enough for the signal.
-    bed.cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=1")
-    bed.cluster.wait_for(lambda: "asked to stop" in run.text, 60, lambda: run.text)
+    # A limit one to two minutes from now; SLURM looks at limits every 30 s, and signals one period ahead.
+    hours, minutes, _ = map(int, bed.cluster.job(run.job)["RunTime"].split(":"))
+    bed.cluster.check("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 2}")
+    bed.cluster.wait_for(lambda: "asked to stop" in run.text, 120, lambda: run.text)
     bed.cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
     thaw(frozen)
     for start, step in ((2, 16), (3, 24)):
@@ -57,7 +58,9 @@ def test_interrupted(outcome: Outcome, reference: Run) -> None:
 def lost_nodes(bed: Bed) -> dict[str, Run]:
     """A node powered off in mid-training and back; then one cut off from the network; then one taken by others."""
     cluster = bed.cluster
-    powered = bed.train("powered", EP2, nodes=2, ranks=1, options=(FAILING,))
+    # SLURM goes on sending a lost node the order to end the job, up to a minute after it is back: that kills the next
+    # start too, now and then. Checkpoints are close together here, so that such starts make progress.
+    powered = bed.train("powered", EP2, "log.checkpoint_every=4", nodes=2, ranks=1, options=(FAILING,))
     powered.wait_step(5)
     cluster.power_off("n4")
     cluster.wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-n", "n4").stdout, 60)
@@ -131,17 +134,20 @@ def test_torchrun(outcome: Outcome, reference: Run) -> None:
 
 @scenario
 def crash_loop(bed: Bed) -> dict[str, Run]:
+    no_gpus = bed.folder / "no_gpus.env"
+    no_gpus.write_text("MEPA_ACCELERATOR=cuda\nMEPA_MAX_RESTARTS=1\nMEPA_INTERFACE=eth0\n")
     broken = {"PYTHONPATH": str(broken_deepspeed(bed.folder))}
     runs = {
         "crash": bed.train("crash", ranks=1, **broken),
         "user": bed.train("user", "model.num_classes=4", ranks=1),
+        "sick": bed.train("sick", ranks=1, MEPA_HEALTH="on", MEPA_CLUSTER=str(no_gpus)),
     }
     for run in runs.values():
         run.wait()
     return runs
 
 
-def test_crash_loop(outcome: Outcome) -> None:
+def test_crash_loop(bed: Bed, outcome: Outcome) -> None:
     """A crash is tried again up to the bound; a mistake of the user's is not."""
     runs = outcome("crash_loop")
     crash, user = runs["crash"], runs["user"]
@@ -150,6 +156,12 @@ def test_crash_loop(outcome: Outcome) -> None:
     expected = "error: RuntimeError: the driver is too old (gave up: 2 restarts without progress)"
     assert crash.text.splitlines()[-1] == expected
     assert (crash.output / "slurm/result").read_text().strip() == expected.replace("error", "failed", 1)
+    code, status = bed.mepa("status", crash.output)
+    assert code == 0, status
+    assert "RuntimeError: the driver is too old" in status.partition("last error")[2].partition("\n")[0]
+    assert runs["sick"].wait() == "FAILED"
+    assert "error: health: n" in runs["sick"].text.splitlines()[-1]
+    assert "0 GPUs visible, but 1 ranks start there" in runs["sick"].text.splitlines()[-1]
     assert user.wait() == "FAILED"
     assert user.restarts == 0
     assert "model.num_classes: 4, but data.tokens" in user.text.splitlines()[-1]
