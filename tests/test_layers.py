@@ -22,6 +22,7 @@ LAYERS = {
     "pretrained": 2,
     "engine": 3,
     "loops": 4,
+    "slurm": 5,
     "cli": 5,
     "__main__": 5,
 }
