@@ -29,7 +29,7 @@ def config_with(*overrides: str) -> PretrainConfig:
         ("optim.base_lr=fast", r"optim\.base_lr: .*valid number \(given: 'fast'\)"),
         ("model.moe.top_k=9", r"model\.moe: top_k \(9\) must not exceed num_experts \(4\)"),
         ("parallel.ep_size=3", r"parallel\.ep_size \(3\) must divide model\.moe\.num_experts \(4\)"),
-        ("train.epochs=3", r"train: give either epochs or steps"),
+        ("train.epochs=3", r"train: give one of epochs, steps and samples"),
         ("data.features=null", r"objective\.alignment needs teacher features"),
         ("objective.alignment.scales=[4]", r"objective\.alignment\.scales: \[4\] are 1-based"),
         ("objective.alignment.block=2", r"objective\.alignment\.block: 2 is 0-based"),

@@ -79,7 +79,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if sum(length is not None for length in (self.epochs, self.steps, self.samples)) != 1:
-            raise ValueError("train: give one of epochs, steps and samples")
+            raise ValueError("give one of epochs, steps and samples")
         return self
 
     def num_steps(self, num_samples: int) -> int:
@@ -112,6 +112,8 @@ class LogConfig(Section):
     """Held-out cross-entropy; the best weights are exported to <output_dir>/best."""
     evaluate_batch: PositiveInt = 64
     """Images a rank and forward pass in evaluation."""
+    sample_every: PositiveInt | None = None
+    """A grid of sampled images, one row a class, in <output_dir>/samples; null: none."""
     checkpoint_every: PositiveInt = 1000
     """A checkpoint that any number of ranks can resume from."""
     keep_checkpoints: PositiveInt = 2

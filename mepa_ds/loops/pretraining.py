@@ -29,6 +29,7 @@ from mepa_ds.loops.flops import step_flops
 from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.recorder import Recorder, check_output, peak_memory_bytes
+from mepa_ds.loops.sample_grids import SampleGrids
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
@@ -90,6 +91,10 @@ class PretrainRun:
         )
         recipe = json.loads(config.model_dump_json())
         self.state = RunState(data=data_identity(config, sets), recipe=recipe)
+        self.grids: SampleGrids | None = None
+        if log.sample_every is not None:
+            samples = config.output_dir / "samples"
+            self.grids = SampleGrids(config.tokenizer, samples, config.model.num_classes, config.seed, device)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
@@ -169,6 +174,7 @@ class PretrainRun:
                 records.write(self.state, report, lr, loader, self.bad_steps.total)
             if not stop:
                 self._evaluate_if_due()
+                self._sample_if_due()
             if stop or self._save_is_due():
                 self._save()
             self._report_written()
@@ -240,6 +246,15 @@ class PretrainRun:
                 f"step {self.state.step}  held-out ce {scores['ce']:.4f}, last scale {scores['ce_last']:.4f}"
                 + ("  (best so far, exporting the weights)" if best else "")
             )
+
+    def _sample_if_due(self) -> None:
+        every, step = self.config.log.sample_every, self.state.step
+        if self.grids is None or every is None or step % every:
+            return
+        with self.engine.evaluating() as model:
+            path = self.grids.write(model, step, self.watchdog.beat)
+        if self.recorder:
+            self.recorder.record("samples", step, {"path": str(path.relative_to(self.config.output_dir))})
 
     def _save_is_due(self) -> bool:
         """Not amid bad steps: going back to such a checkpoint would not help."""

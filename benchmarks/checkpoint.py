@@ -1,0 +1,135 @@
+"""What a checkpoint costs training: blocks of steps with none, one in the background, and one that is waited for.
+
+    python benchmarks/checkpoint.py --json checkpoint.json
+
+Blocks of the three kinds take turns, so that a busy machine disturbs all alike; medians are compared. One process, on
+the GPU if there is one; tokens are random, everything else is the training step and the checkpoint of a real run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from mepa_ds import distributed
+from mepa_ds.config.base import validate
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine.checkpoint import Checkpoints
+from mepa_ds.engine.checkpoint_files import RunState, find_damage, list_checkpoints
+from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.objective.pretraining import ModelInputs
+
+KINDS = ("none", "background", "waited for")
+
+
+@dataclass
+class Options:
+    """Size of the model and length of the measurement."""
+
+    depth: int = 4
+    """Blocks; the width is 64 times as much."""
+    batch: int = 16
+    """Images a step."""
+    steps: int = 20
+    """Steps a block, with at most one checkpoint."""
+    rounds: int = 5
+    """Blocks of each kind."""
+    json: Path | None = None
+    """Where the numbers go as well."""
+
+
+def main(options: Options) -> None:
+    device = distributed.start(distributed.read_launch())
+    directory = Path(tempfile.mkdtemp(prefix="checkpoint_benchmark_"))
+    try:
+        report = measure(options, device, directory)
+    finally:
+        shutil.rmtree(directory)
+        distributed.stop()
+    print(json.dumps(report, indent=2))
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(options: Options, device: torch.device, directory: Path) -> dict[str, object]:
+    config = make_config(options, device)
+    engine = PretrainEngine(config, None, device)
+    checkpoints = Checkpoints(engine, directory, keep=1, keep_every=None)
+    inputs = make_inputs(config, options.batch, device)
+    state = RunState(recipe=json.loads(config.model_dump_json()))
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    run_block(engine, checkpoints, inputs, state, 3, "waited for")  # memory is allocated, kernels are warm
+    with tqdm(total=options.rounds * len(KINDS), desc="blocks", disable=None) as bar:
+        for _ in range(options.rounds):
+            for kind in KINDS:
+                seconds[kind].append(run_block(engine, checkpoints, inputs, state, options.steps, kind))
+                checkpoints.wait()
+                bar.update()
+    written = checkpoints.written()
+    assert all(item.error is None for item in written), written
+    (last,) = list_checkpoints(directory)
+    assert find_damage(last) is None
+    median = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return {
+        "parameters": sum(parameter.numel() for parameter in engine.objective.parameters()),
+        "checkpoint_bytes": sum(path.stat().st_size for path in last.iterdir()),
+        "device": str(device),
+        "steps_a_checkpoint": options.steps,
+        "step_seconds": median["none"] / options.steps,
+        "stalled_seconds": statistics.median(item.stalled_seconds for item in written),
+        "write_seconds": statistics.median(item.write_seconds for item in written),
+        "background_overhead_percent": 100 * (median["background"] / median["none"] - 1),
+        "waited_for_overhead_percent": 100 * (median["waited for"] / median["none"] - 1),
+        "block_seconds": seconds,
+    }
+
+
+def run_block(
+    engine: PretrainEngine, checkpoints: Checkpoints, inputs: ModelInputs, state: RunState, steps: int, kind: str
+) -> float:
+    """Seconds of `steps` steps; the checkpoint is taken after the first."""
+    started = time.perf_counter()
+    for step in range(steps):
+        engine.step([inputs], lr=1e-4, timed=True)
+        state.step += 1
+        if step == 0 and kind != "none":
+            checkpoints.save(state)
+            if kind == "waited for":
+                checkpoints.wait()
+    return time.perf_counter() - started
+
+
+def make_config(options: Options, device: torch.device) -> PretrainConfig:
+    values = {
+        "output_dir": "unused",
+        "tokenizer": "unused",
+        "data": {"tokens": "unused"},
+        "model": {"preset": f"mepa-d{options.depth}", "scales": [1, 2, 3, 4, 6], "codebook_size": 1024},
+        "objective": {"alignment": None},
+        "train": {"global_batch": options.batch, "steps": 1},
+        "parallel": {"precision": "bf16" if device.type == "cuda" else "fp32"},
+    }
+    return validate(PretrainConfig, values, "benchmark")
+
+
+def make_inputs(config: PretrainConfig, batch: int, device: torch.device) -> ModelInputs:
+    model, schedule = config.model, config.model.schedule
+    later = schedule.num_tokens - schedule.lengths[0]
+    return ModelInputs(
+        labels_B=torch.randint(model.num_classes, (batch,), device=device),
+        inputs_BLZ=torch.randn(batch, later, model.code_width, device=device),
+        tokens_BL=torch.randint(model.codebook_size, (batch, schedule.num_tokens), device=device),
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
