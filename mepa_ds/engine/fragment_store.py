@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from mepa_ds.errors import UserError
 
@@ -125,6 +127,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
 
 
+class _Writer(dcp.FileSystemWriter):
+    """A full disk is told as such: torch.save would report a wrong position in its file instead."""
+
+    def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise (cause or error) from error
+
+
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -141,7 +156,7 @@ def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.P
     named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
         {name: fragment.data for name, fragment in named.items()},
-        storage_writer=dcp.FileSystemWriter(directory, sync_files=True),
+        storage_writer=_Writer(directory, sync_files=True),
         planner=_SavePlanner(named),
         process_group=group,
     )

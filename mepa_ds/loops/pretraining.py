@@ -17,6 +17,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.background_writer import Written
 from mepa_ds.engine.checkpoint import Checkpoints
 from mepa_ds.engine.checkpoint_files import RunState, clean
 from mepa_ds.engine.engine import PretrainEngine, StepReport
@@ -267,17 +268,18 @@ class PretrainRun:
         self.checkpoints.save(self.state, self.watchdog.beat)
         self._saved_step = self.state.step
 
-    def _report_written(self) -> None:
+    def _report_written(self) -> list[Written]:
         """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
-        for written in self.checkpoints.written():
-            if self.recorder is None:
-                continue
+        ended = self.checkpoints.written()
+        for written in ended if self.recorder else []:
+            assert self.recorder is not None
             seconds = {"stalled_seconds": written.stalled_seconds, "write_seconds": written.write_seconds}
             if written.error is None:
                 self.recorder.record("written", self.state.step, {"what": written.what, **seconds})
             else:
                 line = f"{written.what} could not be written ({written.error}); what was there before is kept"
                 self.recorder.warn("write_failed", self.state.step, line, what=written.what, **seconds)
+        return ended
 
     def _stop(self) -> None:
         """Everything is on disk: leaves word for whoever starts the run again."""
@@ -296,7 +298,12 @@ class PretrainRun:
             if self._saved_step != self.num_steps or not directory.exists():
                 self.checkpoints.export(directory, kind, self.watchdog.beat)
         self.checkpoints.wait(self.watchdog.beat)
-        self._report_written()
+        for written in self._report_written():
+            if written.error is not None and written.what in kinds:  # the same on every rank
+                raise UserError(
+                    f"{self.config.output_dir / written.what}: could not be written ({written.error}); "
+                    "make room and start again: the run goes on from its last checkpoint"
+                )
         if self.recorder:
             last = self.config.output_dir / "last"
             self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

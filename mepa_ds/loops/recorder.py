@@ -52,6 +52,7 @@ class Recorder:
         self._path = config.output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
+        self._metrics: MetricsWriter | None = None
         self.rewind(step, num_kept)
         self._wandb = self._start_wandb(config) if config.log.wandb_project else None
         self._tensorboard = _start_tensorboard(config, step) if config.log.tensorboard else None
@@ -59,7 +60,9 @@ class Recorder:
 
     def rewind(self, step: int, num_kept: int) -> None:
         """Back to a checkpoint: what was recorded after it is recorded again."""
-        kept = list(self._path.open())[:num_kept] if self._path.exists() else []
+        if self._metrics is not None:
+            self._metrics.close()
+        kept = self._path.read_text().splitlines(keepends=True)[:num_kept] if self._path.exists() else []
         write_text(self._path, "".join(kept))
         self._metrics = MetricsWriter(self._path, resume_step=step)
         self.num_records = len(kept)
@@ -74,6 +77,7 @@ class Recorder:
         self._bar.update()
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
+        assert self._metrics is not None
         self._metrics.write({"event": event, "step": step, **values})
         self.num_records += 1
         scalars = {f"{event}/{key}": value for key, value in _scalars(values)}
@@ -106,7 +110,8 @@ class Recorder:
         """Says and stores how the run ended."""
         self.say(line)
         self._bar.close()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import pickle
 import resource
@@ -138,6 +139,21 @@ def test_a_full_disk_does_not_end_the_run(folder: Path) -> None:
     assert written["what"] > checkpoint_name(failed["step"])
     assert find_damage(list_checkpoints(output / "checkpoints")[-1]) is None
     assert "could not be written" in ranks.log.read_text()
+
+
+def forbid_large_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def test_weights_that_cannot_be_written_at_the_end_are_an_error(folder: Path) -> None:
+    settings = ["train.steps=3", "log.every=3"]
+    log = folder / "no_room.log"
+    with Ranks(arguments(folder, "no_room", *settings), 2, log, prepare=forbid_large_files) as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert f"error: {folder}/no_room/last: could not be written (rank 0: OSError: [Errno 27]" in log.read_text()
+    assert json.loads((folder / "no_room/status.json").read_text())["state"] == "failed"
+    finish(arguments(folder, "no_room", *settings), 2, log)
+    assert (folder / "no_room/last/model.safetensors").exists()
 
 
 def wait_for_event(ranks: Ranks, output: Path, event: str, after: int = 0) -> dict[str, object]:
