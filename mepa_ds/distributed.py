@@ -61,14 +61,9 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
     return device
 
 
-def stop(together: bool = False) -> None:
-    """Destroys the process group. `together`: all ranks get here; none leaves while another still needs it.
-
-    (Without waiting, a gloo rank that ends last was seen to abort, about one time in ten.)
-    """
+def stop() -> None:
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
-        if together and dist.get_world_size() > 1:
-            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -26,6 +26,8 @@ fail() {
 mepa_setup() {
     trap 'STOP=signal' USR1
     trap 'STOP=terminated' TERM
+    set -E
+    trap 'fail 1 "slurm: ${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND"' ERR # `set -e` alone would end without a word
     # The number of an array's last member is also that of the whole array: name members by their place.
     JOB=$SLURM_JOB_ID
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -192,7 +194,8 @@ mepa_work() {
 # What comes next: finish STATUS. Ranks' own exit codes decide; launchers and killed neighbours blur the step's.
 finish() {
     local status=$1 codes cause
-    codes=" $(cat "$MEPA_STATE/exit-$SLURM_JOB_ID"/* 2>/dev/null | tr '\n' ' ')"
+    # None where all ranks were killed before they could write any.
+    codes=" $(find "$MEPA_STATE/exit-$SLURM_JOB_ID" -type f -exec cat {} + | tr '\n' ' ')"
     if ((status == 0)); then
         echo "done" >"$MEPA_STATE/result"
         say "job $JOB: done"

@@ -103,15 +103,24 @@ class Bed:
 
     def ranks_of(self, run: Run) -> list[int]:
         """Process numbers, as this machine counts them, of a run's Python ranks."""
+        return self._processes(run, "pretrain.py")
+
+    def _processes(self, run: Run, program: str) -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = path.read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if "pretrain.py" in words[1:2] and f"output_dir={run.output}" in words:
+            if words[1:2] == [program] and f"output_dir={run.output}" in words:
                 found.append(int(path.parent.name))
         return found
+
+    def kill(self, run: Run) -> None:
+        """SIGKILL to a run's ranks and to the programs that watch them, at once."""
+        watchers = self._processes(run, "slurm/launch.py")
+        for pid in [*watchers, *self.ranks_of(run)]:
+            os.kill(pid, signal.SIGKILL)
 
     def freeze(self, run: Run) -> list[int]:
         ranks = self.ranks_of(run)

@@ -67,12 +67,16 @@ def lost_nodes(bed: Bed) -> dict[str, Run]:
     cluster.power_on("n4")
     powered.wait()
 
-    cut = bed.train("cut", ranks=1, options=(FAILING,))
+    cut = bed.train("cut", "log.checkpoint_every=4", ranks=1, options=(FAILING,))
     cut.wait_step(5)
+    bed.kill(cut)  # as for want of memory: nobody is left to say why
+    cut.wait_start(2)
+    bed.cluster.wait_for(lambda: bed.ranks_of(cut), 60)
+    cut.wait_step(cut.step + 4)
     node = cluster.job(cut.job)["NodeList"]
     old = bed.freeze(cut)  # as if it were in a long step; it knows nothing of what happens to the run
     cluster.cut(node)
-    cut.wait_start(2)
+    cut.wait_start(3)
     cluster.wait_for(lambda: not set(old) & set(bed.ranks_of(cut)), 15)  # it sees the run's files, and has ended
     cut.wait()
     cluster.power_off(node)
@@ -96,7 +100,7 @@ def test_lost_nodes(outcome: Outcome, reference: Run) -> None:
     assert_same(runs["preempted"], reference, atol=1e-5)
     assert runs["preempted"].steps_computed == STEPS
     places = [line.partition("(")[2].partition(")")[0] for line in runs["cut"].text.splitlines() if ", start " in line]
-    assert sorted(places) == ["n3", "n4"]
+    assert sorted(set(places)) == ["n3", "n4"]
 
 
 @scenario
@@ -139,7 +143,6 @@ def crash_loop(bed: Bed) -> dict[str, Run]:
     broken = {"PYTHONPATH": str(broken_deepspeed(bed.folder))}
     runs = {
         "crash": bed.train("crash", ranks=1, **broken),
-        "user": bed.train("user", "model.num_classes=4", ranks=1),
         "sick": bed.train("sick", ranks=1, MEPA_HEALTH="on", MEPA_CLUSTER=str(no_gpus)),
     }
     for run in runs.values():
@@ -148,9 +151,9 @@ def crash_loop(bed: Bed) -> dict[str, Run]:
 
 
 def test_crash_loop(bed: Bed, outcome: Outcome) -> None:
-    """A crash is tried again up to the bound; a mistake of the user's is not."""
+    """A crash is tried again up to the bound; so is an allocation that is not well."""
     runs = outcome("crash_loop")
-    crash, user = runs["crash"], runs["user"]
+    crash = runs["crash"]
     assert crash.wait() == "FAILED"
     assert crash.restarts == 2
     expected = "error: RuntimeError: the driver is too old (gave up: 2 restarts without progress)"
@@ -162,9 +165,6 @@ def test_crash_loop(bed: Bed, outcome: Outcome) -> None:
     assert runs["sick"].wait() == "FAILED"
     assert "error: health: n" in runs["sick"].text.splitlines()[-1]
     assert "0 GPUs visible, but 1 ranks start there" in runs["sick"].text.splitlines()[-1]
-    assert user.wait() == "FAILED"
-    assert user.restarts == 0
-    assert "model.num_classes: 4, but data.tokens" in user.text.splitlines()[-1]
 
 
 @scenario

@@ -235,6 +235,7 @@ class Pipeline:
     folder: Path
     first: list[dict[str, str]]
     check_log: str
+    restarts: int
     second: list[dict[str, str]]
     third: str
 
@@ -256,9 +257,10 @@ def pipeline(bed: Bed) -> Pipeline:
 
     first = start()
     check_log = (folder / f"model/slurm/shards-0/mepa-shards-check-{first[1]['job']}.log").read_text()
+    restarts = max(int(member["Restarts"]) for member in bed.cluster.members(first[0]["job"]))
     shutil.copy(folder / "images/class0/00.png", folder / "images/class1/01.png")
     second = start()[len(first) :]
-    return Pipeline(folder, first, check_log, second, bed.mepa(*words)[1])
+    return Pipeline(folder, first, check_log, restarts, second, bed.mepa(*words)[1])
 
 
 def test_pipeline(outcome: Callable[[str], Any]) -> None:
@@ -269,6 +271,7 @@ def test_pipeline(outcome: Callable[[str], Any]) -> None:
     last = result.check_log.splitlines()[-1]
     assert "1 of 3 parts are not done" in last
     assert "class1/01.png" in last
+    assert result.restarts == 0  # a mistake in the data, not a crash
     failed = last.split("not done: ")[1].split()[0]
     # Started again, only that member runs, and then the rest of the chain.
     assert f"--array={failed}" in result.second[0]["command"]
