@@ -36,7 +36,7 @@ from mepa_ds.data.index import (
 )
 from mepa_ds.data.remote import RemoteShards, fetch, is_remote
 from mepa_ds.data.tar import scan_tar
-from mepa_ds.data.writer import PLAN_NAME, Plan, finish_index, read_npy_header, read_plan
+from mepa_ds.data.writer import PLAN_NAME, finish_index, read_npy_header, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 
@@ -85,7 +85,7 @@ class Scan:
     """Index WebDataset shards that others made."""
 
     shards: tyro.conf.Positional[str]
-    """A directory of tars, or a brace pattern of URLs such as https://host/train-{0000..0099}.tar."""
+    """A directory of tars, or a brace pattern of paths or URLs such as https://host/train-{0000..0099}.tar."""
     out: Path | None = None
     """Where index.json goes [default: the directory of the tars]; needed for URLs."""
     classes: Path | None = None
@@ -96,6 +96,7 @@ class Scan:
 
     def __call__(self) -> ShardIndex:
         out, urls = self._places()
+        _check_foreign(out)
         names = [url.rpartition("/")[2].partition(" ")[0] for url in urls]
         if len(set(names)) < len(names):
             raise UserError(f"{self.shards}: two shards have one file name; a set needs different names")
@@ -111,13 +112,12 @@ class Scan:
         for _, shard_members in found.values():
             members.update(shard_members)
         classes = () if self.classes is None else tuple(self.classes.read_text().splitlines())
-        plan = Plan(kind="images", shard_names=tuple(names), classes=classes, made_by=MadeBy(name="webdataset"))
         index = ShardIndex(
-            kind=plan.kind,
+            kind="images",
             shards=tuple(found[name][0] for name in names),
             members=members,
             classes=classes,
-            made_by=plan.made_by,
+            made_by=_FOREIGN,
         )
         if is_remote(self.shards):
             self.cache.of(urls).write(out)
@@ -129,13 +129,35 @@ class Scan:
             if self.out is None:
                 raise UserError("--out: where should the index of these remote shards go?")
             return self.out, list(braceexpand(self.shards))
-        directory = Path(self.shards)
-        tars = sorted(str(path) for path in directory.glob("*.tar"))
-        if not tars:
-            raise UserError(f"{directory}: no tar files there")
+        if Path(self.shards).is_dir():
+            directory, tars = Path(self.shards), sorted(str(path) for path in Path(self.shards).glob("*.tar"))
+        else:
+            tars = list(braceexpand(self.shards))
+            directory = Path(tars[0]).parent
+            if any(Path(tar).parent != directory for tar in tars):
+                raise UserError(f"{self.shards}: lies in several directories; a set is one directory")
+        missing = [tar for tar in tars if not Path(tar).is_file()]
+        if missing or not tars:
+            raise UserError(f"{missing[0] if missing else directory}: no tar files there")
         if self.out not in (None, directory):
             raise UserError("--out: the index of local shards lies beside them; leave --out away")
         return directory, tars
+
+
+_FOREIGN = MadeBy(name="webdataset")
+
+
+def _check_foreign(directory: Path) -> None:
+    """Refuses to replace the index of a set that this project's tools made, or are making."""
+    if (directory / PLAN_NAME).exists():
+        raise UserError(
+            f"{directory}: holds a set that is not finished; run what writes it again, or `merge_index.py merge`"
+        )
+    if (directory / INDEX_NAME).exists() and (index := ShardIndex.read(directory)).made_by != _FOREIGN:
+        raise UserError(
+            f"{directory}: holds {index.kind} made by {index.made_by.name!r}, whose index a scan would lose; "
+            "use the set as it is, or check it with verify_shards.py"
+        )
 
 
 def _scan_shard(out: Path, place: tuple[str, str]) -> tuple[ShardEntry, dict[str, Member]]:
@@ -188,12 +210,14 @@ class Remote:
         with tempfile.TemporaryDirectory() as temporary:
             path = fetch(self._url(INDEX_NAME), Path(temporary) / INDEX_NAME)
             index = validate(ShardIndex, json.loads(path.read_text()), self._url(INDEX_NAME))
-        for shard in tqdm(index.shards, "fetching offsets"):
-            table = table_path(self.out / shard.name)
-            fetch(self._url(table.name), table)
+        (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
+        companions = [table_path(self.out / shard.name) for shard in index.shards]
         codec = index.made_by.settings.get("codec")
         if codec is not None and pca_components(codec) is not None:
-            fetch(self._url(BASIS_NAME), self.out / BASIS_NAME)
+            companions.append(self.out / BASIS_NAME)
+        for path in tqdm(companions, "fetching offsets"):
+            path.unlink(missing_ok=True)
+            fetch(self._url(path.name), path)
         self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
         index.write(self.out)
         return index

@@ -27,7 +27,6 @@ from data_tools.precompute_sets import (
     RunOptions,
     batches_of,
     derive_set,
-    images_identity,
     open_images,
     spread,
     stored_square,
@@ -37,7 +36,7 @@ from mepa_ds import distributed
 from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
-from mepa_ds.data.index import Kind, MadeBy, ShardIndex
+from mepa_ds.data.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
@@ -225,7 +224,7 @@ def _allow_tf32(device: torch.device) -> None:
 def _load_tokenizer(path: Path, scales: tuple[int, ...] | None) -> Tokenizer:
     if not path.exists():
         raise UserError(f"--tokenizer: {path}: no such file or directory")
-    return Tokenizer.load(path, scales) if path.is_dir() else Tokenizer.from_var(path, scales)
+    return Tokenizer.open(path, scales)
 
 
 def _name_of(path: Path) -> str:
@@ -237,10 +236,15 @@ def _made_by(images: ShardSet, name: str, identity: str, settings: dict[str, Any
 
 
 def _writer(images: ShardSet, out: Path | None, kind: Kind, made_by: MadeBy) -> ShardWriter:
-    directory = images.directory.resolve()
-    out = out or directory.with_name(f"{directory.name}.{kind}-{made_by.name}")
+    out = out or default_directory(images.directory, kind, made_by.name)
     names = tuple(shard.name for shard in images.index.shards)
     return ShardWriter(out, Plan(kind=kind, shard_names=names, classes=images.index.classes, made_by=made_by))
+
+
+def default_directory(images: Path, kind: str, name: str) -> Path:
+    """Where the set goes that a tokenizer or teacher of that name makes, unless --out says otherwise."""
+    images = images.resolve()
+    return images.with_name(f"{images.name}.{kind}-{name}")
 
 
 def _derive(

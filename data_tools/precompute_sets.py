@@ -5,7 +5,6 @@ Legend: B images of a batch, K views of an image, H and W of a view.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -75,12 +74,6 @@ def open_images(directory: Path) -> ShardSet:
     if len(images) == 0:
         raise UserError(f"images: {directory}: the set is empty")
     return images
-
-
-def images_identity(index: ShardIndex) -> str:
-    """Names the content of an image set by its keys and sizes; the same with or without checksums in the index."""
-    lines = [f"{shard.name} {shard.bytes} {shard.keys_sha256}\n" for shard in index.shards]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def load_item(images: ShardSet, sample: int, prepare: Prepare) -> Item:

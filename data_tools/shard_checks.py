@@ -68,7 +68,7 @@ def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
 def _same_table(path: Path, table: SampleTable) -> bool:
     try:
         stored = read_table(path)
-    except (OSError, ValueError, KeyError):
+    except DamagedError:
         return False
     if stored.extensions != table.extensions or len(stored) != len(table):
         return False

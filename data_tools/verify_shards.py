@@ -21,7 +21,7 @@ from data_tools.build_shards import DEFAULT_WORKERS
 from data_tools.pool import unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.cli import entry
-from mepa_ds.data.index import table_path
+from mepa_ds.data.index import source_images, table_path
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 
@@ -87,6 +87,11 @@ def compare(first: SetReport, other: SetReport) -> None:
     if len(first.reports) != len(other.reports):
         other.reports[0].problems.append(
             f"the set has {len(other.reports)} shards, {first.shards.directory} has {len(first.reports)}"
+        )
+    sources = [source_images(report.shards.index) for report in (first, other)]
+    if None not in sources and sources[0] != sources[1]:
+        other.reports[0].problems.append(
+            f"the set was made from other images than {first.shards.directory}; make one of them again"
         )
     for ours, theirs in zip(first.reports, other.reports, strict=False):
         # A shard whose own damage hides its keys or labels is reported for that alone.

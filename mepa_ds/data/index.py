@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from mepa_ds.config.base import Section, validate
-from mepa_ds.data.tar import SampleTable, scan_tar
+from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json
 
@@ -96,8 +97,9 @@ class ShardIndex(Section):
             raise UserError(f"{what}: {directory}: no such directory; give a shard set, or make one with data_tools/")
         if not path.exists():
             raise UserError(
-                f"{what}: {directory}: no {INDEX_NAME} there; if a job is still writing the set, wait for it or run "
-                "data_tools/merge_index.py; for shards that others made, run data_tools/merge_index.py --scan"
+                f"{what}: {directory}: no {INDEX_NAME} there; if a job is still writing the set, wait for it (or run "
+                "it again, or `data_tools/merge_index.py merge DIR`, which says what is missing); for shards that "
+                "others made, run `data_tools/merge_index.py scan DIR`"
             )
         try:
             data = json.loads(path.read_text())
@@ -114,6 +116,20 @@ def keys_digest(table: SampleTable) -> str:
     for key in table.keys_N:
         digest.update(bytes(key) + b"\n")
     return digest.hexdigest()
+
+
+def images_identity(index: ShardIndex) -> str:
+    """Names the content of an image set by its keys and sizes; the same with or without checksums in the index.
+
+    Sets that are derived from it store this as `made_by.settings["images"]`.
+    """
+    lines = [f"{shard.name} {shard.bytes} {shard.keys_sha256}\n" for shard in index.shards]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def source_images(index: ShardIndex) -> str | None:
+    """Which images a set holds or was made from (`images_identity`); None where it does not say."""
+    return images_identity(index) if index.kind == "images" else index.made_by.settings.get("images")
 
 
 def table_path(shard: Path) -> Path:
@@ -137,14 +153,27 @@ def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dic
 
 def read_table(shard: Path) -> SampleTable:
     """The stored offsets of a shard, or those found by stepping over its headers."""
-    path = table_path(shard)
-    if not path.exists():
+    if not table_path(shard).exists():
         return scan_tar(shard)
-    with np.load(path) as stored:
-        extensions = tuple(str(extension) for extension in stored["extensions"])
-        keys, labels = stored["keys"], stored.get("labels", ())
-        known = labels if len(labels) == len(keys) else None
-        return SampleTable(keys, extensions, stored["offsets"], stored["sizes"], known)
+    stored = _load_table(shard)
+    labels = stored["labels"]
+    known = labels if len(labels) == len(stored["keys"]) else None
+    extensions = tuple(str(extension) for extension in stored["extensions"])
+    return SampleTable(stored["keys"], extensions, stored["offsets"], stored["sizes"], known)
+
+
+def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
+    """Raises DamagedError for whatever is wrong with the file."""
+    path = table_path(shard)
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in ("keys", "extensions", "offsets", "sizes", "labels", "description")}
+    except Exception as error:  # zipfile and NumPy raise a dozen kinds for bytes that changed; CRCs are checked
+        reason = str(error) or type(error).__name__
+        raise DamagedError(
+            f"{path}: the offsets cannot be read: {reason}; remove this file (offsets are then read from the shard), "
+            "or remove the shard too and run what made the set again"
+        ) from error
 
 
 def read_description(shard: Path) -> tuple[ShardEntry, dict[str, Member]] | None:
@@ -152,8 +181,10 @@ def read_description(shard: Path) -> tuple[ShardEntry, dict[str, Member]] | None
     path = table_path(shard)
     if not path.exists() or not shard.exists():
         return None
-    with np.load(path) as stored:
-        description = json.loads(str(stored["description"]))
+    try:
+        description = json.loads(str(_load_table(shard)["description"]))
+    except DamagedError:
+        return None
     entry = validate(ShardEntry, description["entry"], str(path))
     if entry.name != shard.name or entry.bytes != shard.stat().st_size:
         return None

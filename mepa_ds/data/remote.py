@@ -126,7 +126,7 @@ class ShardCache:
     def __init__(self, remote: RemoteShards, entries: Sequence[ShardEntry], what: str):
         self._remote, self._entries = remote, entries
         self._max_bytes = round(remote.cache_gigabytes * 1e9)
-        self.directory = _cache_directory(remote, what)
+        self.directory = _cache_directory(remote, entries, what)
         largest = max((entry.bytes for entry in entries), default=0)
         needed = 3 * min(remote.window, len(entries)) * largest
         if self._max_bytes < min(needed, sum(entry.bytes for entry in entries)):
@@ -180,12 +180,13 @@ class ShardCache:
                     path.unlink()
 
 
-def _cache_directory(remote: RemoteShards, what: str) -> Path:
-    """Of this set alone: shards of different sets have the same names."""
+def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: str) -> Path:
+    """Of this set's content alone: other sets, and older versions at the same URLs, have shards of the same names."""
     text = os.path.expandvars(remote.cache.replace("$TMPDIR", tempfile.gettempdir()))
     if "$" in text:
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
-    return Path(text).expanduser() / hashlib.sha256("\n".join(remote.urls).encode()).hexdigest()[:12]
+    content = "\n".join([*remote.urls, *(entry.sha256 for entry in entries)])
+    return Path(text).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def fetched_ahead(tasks: Iterator[BatchTask], order: SampleOrder, caches: Sequence[ShardCache]) -> Iterator[BatchTask]:

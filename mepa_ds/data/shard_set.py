@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.remote import RemoteShards, ShardCache
 from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable
-from mepa_ds.data.writer import read_npy_header
+from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 
 Indices = NDArray[np.int64]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -48,7 +48,8 @@ class ShardSet:
     def __init__(self, directory: Path, what: str = "shards"):
         self.directory, self.what = directory, what
         self._tables: dict[int, SampleTable] = {}
-        if not (directory / INDEX_NAME).exists() and any(directory.glob("*.tar")):
+        unfinished = (directory / PLAN_NAME).exists()  # ShardIndex.read then says so
+        if not (directory / INDEX_NAME).exists() and not unfinished and any(directory.glob("*.tar")):
             self.index = self._scan()
         else:
             self.index = ShardIndex.read(directory, what)
@@ -102,8 +103,8 @@ class ShardSet:
             path = self._paths[shard]
             try:
                 table = read_table(Path(path))
-            except (OSError, ValueError, KeyError) as error:
-                raise DamagedError(f"{self.what}: {path}: its offsets cannot be read: {error}; {_REMEDY}") from error
+            except (OSError, DamagedError) as error:
+                raise DamagedError(f"{self.what}: {error}") from error
             if len(table) != self.index.shards[shard].num_samples:
                 raise DamagedError(
                     f"{self.what}: {path}: has {len(table)} samples, the index says "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, FeatureDecoder, PcaBasis, codec_named, pca_components
-from mepa_ds.data.index import MadeBy
+from mepa_ds.data.index import MadeBy, source_images
 from mepa_ds.data.remote import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.views import WHOLE, check_same_views
@@ -125,8 +125,12 @@ def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
 
 
 def check_siblings(first: ShardSet, second: ShardSet) -> None:
-    """Raises UserError unless both sets hold the same keys in the same order."""
-    if first.index.keys_sha256 != second.index.keys_sha256:
+    """Raises UserError unless both sets hold the same keys in the same order, made from the same images.
+
+    Keys alone are not enough: build_shards.py names images by their place, whatever dataset they come from.
+    """
+    sources = {source_images(shards.index) for shards in (first, second)} - {None}
+    if first.index.keys_sha256 != second.index.keys_sha256 or len(sources) > 1:
         raise UserError(
             f"{first.what} {first.directory} ({len(first)} samples) and {second.what} {second.directory} "
             f"({len(second)} samples) are not made from the same images in the same order; "

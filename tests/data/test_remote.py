@@ -20,12 +20,13 @@ import pytest
 from data_tools.merge_index import CacheOptions, Merge, Remote, Scan
 from mepa_ds.data import remote as remote_module
 from mepa_ds.data.images import image_batches
-from mepa_ds.data.index import INDEX_NAME, ShardIndex, table_path
+from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, table_path
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, ShardCache, fetch, is_remote
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training import training_batches
+from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import features_of, make_set, tokens_of
 
@@ -171,6 +172,40 @@ def test_scanning_shards_that_others_made(tmp_path: Path, server: str) -> None:
     assert ShardSet(tmp_path / "near").read(7)[0] == "000000007"
     assert Scan(str(tmp_path / "far" / "images"), workers=0)().shards == ours.shards
     assert ShardIndex.read(tmp_path / "far" / "images").keys_sha256 == ours.keys_sha256
+
+
+def test_scanning_keeps_its_hands_off_sets_that_tools_made(tmp_path: Path) -> None:
+    index = make_set(tmp_path, "tokens", SIZES)
+    with pytest.raises(UserError, match="holds tokens made by 'test', whose index a scan would lose"):
+        Scan(str(tmp_path), workers=0)()
+    assert ShardIndex.read(tmp_path) == index
+
+
+def test_scanning_some_of_a_directory(tmp_path: Path) -> None:
+    ours = make_set(tmp_path, "images", SIZES)
+    (tmp_path / INDEX_NAME).unlink()
+    assert Scan(f"{tmp_path}/shard-{{000001..000002}}.tar", workers=0)().shards == ours.shards[1:3]
+    with pytest.raises(UserError, match=r"shard-000009\.tar: no tar files there"):
+        Scan(f"{tmp_path}/shard-{{000001..000009..8}}.tar", workers=0)()
+    with pytest.raises(UserError, match="lies in several directories"):
+        Scan(f"{tmp_path}/{{a,b}}/x.tar", workers=0)()
+
+
+def test_a_set_made_anew_at_the_same_place_is_fetched_anew(tmp_path: Path) -> None:
+    """Same URLs, same keys, other content: neither old shards from the cache nor old offsets are used."""
+    make_remote(tmp_path, "tokens")
+    assert ShardSet(tmp_path / "r-tokens").read(1)[1]["cls"] == b"1"
+    far = tmp_path / "far" / "tokens"
+    names = tuple(shard.name for shard in ShardIndex.read(far).shards)
+    shutil.rmtree(far)
+    writer = ShardWriter(far, Plan(kind="tokens", shard_names=names, made_by=MadeBy(name="new")))
+    for number, name in enumerate(names):
+        members = {"note": b"x" * 5000, "tokens.npy": npy_bytes(tokens_of(number)), "cls": b"7"}
+        writer.write_shard(name, [(f"{number:09d}", members)])
+    writer.finish()
+    Remote(f"pipe:cat {far}/{{}}", tmp_path / "r-tokens", CacheOptions(str(tmp_path / "cache"), 1, 2))()
+    renewed = ShardSet(tmp_path / "r-tokens")
+    assert [renewed.read(number)[1]["cls"] for number in range(len(renewed))] == [b"7"] * len(names)
 
 
 def test_merge_says_what_is_missing(tmp_path: Path) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data_tools.merge_index import Scan
 from mepa_ds.data import shard_set
-from mepa_ds.data.index import INDEX_NAME, table_path
+from mepa_ds.data.index import INDEX_NAME, MadeBy, read_description, table_path
 from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
-from mepa_ds.data.writer import npy_bytes
+from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import features_of, make_set, sample_of, tokens_of
 
@@ -134,6 +137,43 @@ def test_labels_are_checked(tmp_path: Path, label: bytes, message: str) -> None:
     table_path(path).unlink()
     with pytest.raises(DamagedError, match=f"sample '000000000': .*{message}"):
         ShardSet(tmp_path).read_labels(np.array([0]))
+
+
+def test_a_set_that_is_not_finished_is_not_opened(tmp_path: Path) -> None:
+    plan = Plan(kind="images", shard_names=("a.tar", "b.tar"), made_by=MadeBy(name="test"))
+    ShardWriter(tmp_path, plan).write_shard("a.tar", [sample_of("images", 0)])
+    with pytest.raises(UserError, match=r"no index\.json there; if a job is still writing.*merge_index\.py merge DIR"):
+        ShardSet(tmp_path)
+    with pytest.raises(UserError, match="holds a set that is not finished"):
+        Scan(str(tmp_path), workers=0)()
+
+
+def damaged_tables(content: bytes) -> Iterator[bytes]:
+    """Empty, cut short anywhere, one byte changed anywhere (a sample of each)."""
+    yield b""
+    rng = np.random.default_rng(0)
+    for place in rng.integers(1, len(content), 40).tolist():
+        yield content[:place]
+    for place in [0, *rng.integers(0, len(content), 200).tolist()]:
+        yield content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :]
+
+
+def test_a_damaged_table_is_named_or_harmless(tokens: ShardSet) -> None:
+    """Never a traceback, never other samples: harmless are bytes that say nothing, such as the zip's times."""
+    path, whole = tokens.shard_paths[0], tokens.read(2)
+    content, named = table_path(path).read_bytes(), 0
+    for damaged in damaged_tables(content):
+        table_path(path).write_bytes(damaged)
+        message = ""
+        try:
+            assert ShardSet(tokens.directory, "data.tokens").read(2) == whole
+        except DamagedError as error:
+            message = str(error)
+        if message:
+            assert re.match(r"data\.tokens: .*shard-000000\.idx\.npz: the offsets cannot be read: .*remove", message)
+            assert read_description(path) is None  # counts as missing, so the tool that made it makes it again
+            named += 1
+    assert named > 150
 
 
 def test_a_missing_set_says_what_to_do(tmp_path: Path) -> None:

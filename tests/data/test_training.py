@@ -198,6 +198,11 @@ def test_mismatched_siblings_are_refused(sets: tuple[Path, Path], tmp_path: Path
         training_batches(sets[0], tmp_path / "missing", global_batch=6, seed=0)
     with pytest.raises(UserError, match="global batch 7 does not divide among 2 ranks"):
         training_batches(*sets, global_batch=7, seed=0, rank=0, world_size=2)
+    for name, images in (("ours", "a"), ("same", "a"), ("theirs", "b")):  # keys are places, the same in any dataset
+        make_set(tmp_path / name, "tokens" if name == "ours" else "features", SIZES, images=images)
+    training_batches(tmp_path / "ours", tmp_path / "same", global_batch=6, seed=0)
+    with pytest.raises(UserError, match=r"ours .* and .*theirs .*are not made from the same images"):
+        training_batches(tmp_path / "ours", tmp_path / "theirs", global_batch=6, seed=0)
     make_set(tmp_path / "views", "features", SIZES, views="random:2", views_seed=0, image_side=8)
     with pytest.raises(UserError, match="different parts of the images"):
         training_batches(sets[0], tmp_path / "views", global_batch=6, seed=0)

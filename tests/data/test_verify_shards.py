@@ -79,6 +79,17 @@ def shift_offsets(sets: tuple[Path, ...]) -> None:
     table_path(sets[1] / "shard-000000.tar").write_bytes(table_path(sets[1] / "shard-000001.tar").read_bytes())
 
 
+def garbled_offsets(sets: tuple[Path, ...]) -> None:
+    table = table_path(sets[1] / "shard-000000.tar")
+    table.write_bytes(table.read_bytes()[:300])
+
+
+def other_images(sets: tuple[Path, ...]) -> None:
+    for path in sets[1].iterdir():
+        path.unlink()
+    make_set(sets[1], "tokens", SIZES, images="0123456789abcdef")
+
+
 def other_keys(sets: tuple[Path, ...]) -> None:
     rewrite(sets[1], [sample_of("tokens", number) for number in range(5, 10)])
 
@@ -115,6 +126,8 @@ def code_beyond_codebook(sets: tuple[Path, ...]) -> None:
         (cut_short, r"shard-000000.tar: has 3000 bytes, the index says"),
         (remove, r"shard-000000.tar: is missing"),
         (shift_offsets, r"shard-000000.tar: its stored offsets differ"),
+        (garbled_offsets, r"shard-000000.tar: its stored offsets differ"),
+        (other_images, r"tokens: .*\n  shard-000000.tar: the set was made from other images than .*images"),
         (other_keys, r"tokens: .*\n  shard-000001.tar: its keys are not those of .*images"),
         (other_labels, r"tokens: .*\n  shard-000001.tar: its labels are not those of .*images"),
         (repeated_key, r"key '000000003' is also in shard 0"),
@@ -164,6 +177,7 @@ def test_repair_makes_damaged_shards_again(derived: Path) -> None:
     digests = [sha256_of_file(path) for path in damaged]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-3000])
+    table_path(damaged[0].with_name("shard-000000.tar")).write_bytes(b"")
     assert not check(*directories)
     with pytest.raises(UserError, match="--tokenizer"):
         check(*directories, repair=True)
