@@ -4,6 +4,7 @@
 #   mepa_setup                  signals, cluster profile
 #   mepa_begin STATE PROGRESS   addresses, ownership, bound on restarts. STATE: directory of this run's or array member's
 #                               state; PROGRESS: a directory or file whose newest entry says how far the work is
+#   ask MODULE WORDS...         what a module of ours prints; its error is the job's
 #   mepa_check [RECIPE ...]     one look at the nodes before work begins
 #   mepa_work COMMAND...        runs COMMAND on every rank, then ends the job: done, requeued, or failed with its cause
 #
@@ -27,7 +28,8 @@ mepa_setup() {
     trap 'STOP=signal' USR1
     trap 'STOP=terminated' TERM
     set -E
-    trap 'fail 1 "slurm: ${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND"' ERR # `set -e` alone would end without a word
+    # `set -e` alone would end without a word. What has said its cause already ends with `|| exit`.
+    trap 'fail 1 "slurm: ${BASH_SOURCE[0]##*/} line $LINENO: $BASH_COMMAND"' ERR
     # The number of an array's last member is also that of the whole array: name members by their place.
     JOB=$SLURM_JOB_ID
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -54,27 +56,37 @@ mepa_begin() {
 
 # slurm/clusters/$MEPA_CLUSTER.env, or a file of that name; what it does not set keeps the value of the environment.
 load_profile() {
-    local profile=${MEPA_CLUSTER:-}
+    local profile=${MEPA_CLUSTER:-} stage=${MEPA_STAGE:-}
     [[ $profile == *.env ]] || profile=$MEPA_ROOT/slurm/clusters/$profile.env
     [[ -r $profile ]] || fail $USER_ERROR_CODE "MEPA_CLUSTER=${MEPA_CLUSTER:-}: no profile $profile; see slurm/clusters/"
     set -a
     # shellcheck disable=SC1090
     source "$profile"
     set +a
+    [[ -z $stage ]] || MEPA_STAGE=$stage # --stage goes before the profile
     : "${MEPA_LAUNCHER:=srun}" "${MEPA_MAX_RESTARTS:=3}" "${MEPA_STOP_SECONDS:=300}" "${MEPA_SCRATCH:=/tmp}"
     if [[ -z ${MEPA_PYTHON:-} ]]; then
         MEPA_PYTHON=python3
-        [[ ! -x $MEPA_ROOT/.venv/bin/python ]] || MEPA_PYTHON=$MEPA_ROOT/.venv/bin/python
+        [[ -n ${MEPA_CONTAINER:-} || ! -x $MEPA_ROOT/.venv/bin/python ]] || MEPA_PYTHON=$MEPA_ROOT/.venv/bin/python
     fi
-    if [[ -n ${MEPA_SETUP:-} ]]; then # module systems do not bear `set -u`
-        set +u
-        eval "$MEPA_SETUP"
-        set -u
-    fi
+    set +u # module systems bear neither `set -u` nor, but for `||`, `set -e`
+    eval "${MEPA_SETUP:-}" || fail $USER_ERROR_CODE "MEPA_SETUP ended with status $?: $MEPA_SETUP"
+    set -u
     [[ $MEPA_LAUNCHER == srun || $MEPA_LAUNCHER == torchrun ]] ||
         fail $USER_ERROR_CODE "MEPA_LAUNCHER=$MEPA_LAUNCHER: expected srun or torchrun"
     # A prefix of every command on the nodes, such as "apptainer exec --nv /path/image.sif".
     read -r -a CONTAINER <<<"${MEPA_CONTAINER:-}"
+}
+
+run_python() { "${CONTAINER[@]}" "$MEPA_PYTHON" "$@"; }
+
+ask() {
+    local errors cause status=0
+    errors=$(mktemp)
+    run_python -m "$@" 2>"$errors" || status=$?
+    cause=$(tail -n 1 "$errors")
+    rm "$errors"
+    ((status == 0)) || fail $USER_ERROR_CODE "${cause#error: }" >&2
 }
 
 # Ranks and threads from the allocation; a port that differs between jobs, and between the starts of one job.
@@ -100,6 +112,7 @@ port_in_use() { (: <>"/dev/tcp/127.0.0.1/$1" || : <>"/dev/tcp/$MASTER_ADDR/$1") 
 # with SLURM (a node cut from the network) see that they are no longer the owner, and end (launch.py).
 take_ownership() {
     local owner='' state
+    LAST_RESULT=$(content "$MEPA_STATE/result")
     [[ ! -r $MEPA_STATE/owner ]] || read -r owner _ <"$MEPA_STATE/owner"
     if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
         state=$(squeue --noheader --jobs="$owner" --format=%T 2>/dev/null || true)
@@ -110,15 +123,33 @@ take_ownership() {
     fi
     echo "$SLURM_JOB_ID $RESTART" >"$MEPA_STATE/.owner.$SLURM_JOB_ID"
     mv -f "$MEPA_STATE/.owner.$SLURM_JOB_ID" "$MEPA_STATE/owner"
-    if [[ $(cat "$MEPA_STATE/result" 2>/dev/null) == running ]]; then
+    if [[ $LAST_RESULT == running ]]; then
         say "the last start ended without a word, perhaps with its node; waiting $FENCE_SECONDS s until its ranks have seen this one"
         sleep $FENCE_SECONDS
     fi
 }
 
-# Age and name of the newest entry of PROGRESS; empty before the first. Names with a dot in front are being written.
+content() { [[ ! -r $1 ]] || cat "$1"; }
+
+# Age and name of the newest finished entry of PROGRESS; empty before the first. Names with a dot in front are being
+# written, and so change their directory. SETS is a pattern that may follow PROGRESS.
 progress() {
-    [[ ! -e $PROGRESS ]] || find "$PROGRESS" -maxdepth 1 ! -name '.*' -printf '%T@ %p\n' | sort -n | tail -n 1
+    local place
+    for place in "$PROGRESS"${SETS:-}; do
+        [[ ! -e $place ]] || find -H "$place" -maxdepth 1 ! -name '.*' ! \( -type d -samefile "$place" \) \
+            -printf '%T@ %p\n' 2>/dev/null || true # others may rename what was just seen
+    done | own_part | sort -n | tail -n 1
+}
+
+# Array members write into the same sets; what a member's own is, the first number in a name says.
+own_part() {
+    if [[ -z ${PARTS:-} ]]; then
+        cat
+        return
+    fi
+    awk -v part="$SLURM_ARRAY_TASK_ID" -v parts="$PARTS" -v ranks="$((SLURM_JOB_NUM_NODES * RANKS_PER_NODE))" '
+        { name = $0; sub(/.*\//, "", name) }
+        match(name, /[0-9]+/) && int(substr(name, RSTART, RLENGTH) % (parts * ranks) / ranks) == part'
 }
 
 # How many starts of this job in a row found the same progress, this one among them.
@@ -134,9 +165,10 @@ bound_restarts() {
     local now
     now=$(progress)
     echo "$RESTART $now" >>"$MEPA_STATE/starts-$SLURM_JOB_ID"
-    # mepa_work gives up before this can happen, unless the node died with it.
+    # mepa_work gives up before this can happen, unless the node died with it, or it was asked to stop each time.
     if (($(idle_starts "$now") > MEPA_MAX_RESTARTS + 1)); then
-        fail 1 "$MEPA_MAX_RESTARTS restarts without progress; the last start ended without a word, perhaps with its node (scontrol show job $JOB)"
+        [[ $LAST_RESULT != running ]] || LAST_RESULT="without a word, perhaps with its node (scontrol show job $JOB)"
+        fail 1 "$MEPA_MAX_RESTARTS restarts without progress; the last start ended: $LAST_RESULT"
     fi
 }
 
@@ -153,7 +185,8 @@ step() {
         if [[ -n $STOP && -z $stopping ]]; then
             stopping=yes
             say "asked to stop ($STOP): ranks save and end"
-            kill -USR1 $STEP_PID 2>/dev/null || true # srun passes it on to its tasks
+            # srun passes it on to its tasks, which have SIGTERM from SLURM: a second signal would end them at once.
+            [[ $STOP == terminated ]] || kill -USR1 $STEP_PID 2>/dev/null || true
             (sleep "$MEPA_STOP_SECONDS" && say "ranks did not end in $MEPA_STOP_SECONDS s: killed" && kill_steps) &
             local watchdog=$!
         fi
@@ -193,7 +226,12 @@ mepa_work() {
 
 # What comes next: finish STATUS. Ranks' own exit codes decide; launchers and killed neighbours blur the step's.
 finish() {
-    local status=$1 codes cause
+    local status=$1 codes cause owner
+    owner=$(content "$MEPA_STATE/owner")
+    if [[ $owner != "$SLURM_JOB_ID $RESTART" ]]; then
+        say "the run now belongs to job and restart $owner"
+        exit 143
+    fi
     # None where all ranks were killed before they could write any.
     codes=" $(find "$MEPA_STATE/exit-$SLURM_JOB_ID" -type f -exec cat {} + | tr '\n' ' ')"
     if ((status == 0)); then
@@ -208,7 +246,7 @@ finish() {
     if [[ -n $STOP || $codes == *" $REQUEUE_CODE "* ]]; then
         requeue "stopped in good order"
     fi
-    cause=$("$MEPA_PYTHON" -m mepa_ds.slurm.cause "$LOG" "$LOG_START" || echo "status $status, no message in $LOG")
+    cause=$(run_python -m mepa_ds.slurm.cause "$LOG" "$LOG_START" || echo "status $status, no message in $LOG")
     [[ $codes != *" $USER_ERROR_CODE "* ]] || fail $USER_ERROR_CODE "$cause"
     if (($(idle_starts "$(progress)") > MEPA_MAX_RESTARTS)); then
         fail 1 "$cause (gave up: $MEPA_MAX_RESTARTS restarts without progress)"
@@ -222,8 +260,9 @@ requeue() {
     echo "requeued: $1" >"$MEPA_STATE/result"
     say "job $JOB: $1; requeued"
     set +e
+    trap - ERR
     if scontrol requeue "$JOB"; then
-        sleep 120 # SLURM ends this script meanwhile
+        sleep 120 # SLURM ends this script meanwhile, sleep first
         exit $REQUEUE_CODE
     fi
     fail $REQUEUE_CODE "SLURM did not requeue job $JOB; submit it again, it goes on from its last checkpoint"
@@ -231,23 +270,18 @@ requeue() {
 
 # A whole training job: mepa_train PROGRESS PROGRAM RECIPE [key=value ...], PROGRESS in output_dir, PROGRAM one word or two.
 mepa_train() {
-    local progress=$1 program out staged=()
+    local progress=$1 program out text staged=()
     read -r -a program <<<"$2"
     shift 2
-    out=$(mepa_output_dir "$@")
+    out=$(ask mepa_ds.slurm.recipe_value output_dir "$@") || exit $?
     mepa_begin "$out/slurm" "$out/$progress"
     mepa_check "$@"
     if [[ ${MEPA_STAGE:-off} == on ]]; then
         mepa_stage "$@"
-        mapfile -t staged < <("$MEPA_PYTHON" -m mepa_ds.slurm.stage overrides "$MEPA_SCRATCH" "$@")
+        text=$(ask mepa_ds.slurm.stage overrides "$MEPA_SCRATCH" "$@") || exit $?
+        [[ -z $text ]] || mapfile -t staged <<<"$text"
     fi
     mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${staged[@]}"
-}
-
-mepa_output_dir() {
-    local out
-    out=$("$MEPA_PYTHON" -m mepa_ds.slurm.recipe_value output_dir "$@" 2>&1) || fail $USER_ERROR_CODE "${out#error: }" >&2
-    echo "$out"
 }
 
 # Copies the run's shard sets to every node's own disk, once a node.
@@ -260,16 +294,17 @@ mepa_stage() {
     rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
 }
 
-# An array member does part SLURM_ARRAY_TASK_ID of the work: mepa_part DIRECTORY PROGRESS COMMAND...
+# An array member does part SLURM_ARRAY_TASK_ID of the work: mepa_part DIRECTORY PARTS PROGRESS COMMAND...
 mepa_part() {
-    mepa_begin "$1/part-$SLURM_ARRAY_TASK_ID" "$2"
-    shift 2
+    PARTS=$2
+    mepa_begin "$1/part-$SLURM_ARRAY_TASK_ID" "$3"
+    shift 3
     MEPA_LAUNCHER=srun # parts do not talk to each other
     mepa_work "$MEPA_PYTHON" "$@"
 }
 
 # The job after an array names the parts that are not done, and fails: mepa_check_parts DIRECTORY PARTS
-mepa_check_parts() { "$MEPA_PYTHON" -m mepa_ds.slurm.parts "$1" "$2" || exit 1; }
+mepa_check_parts() { run_python -m mepa_ds.slurm.parts "$1" "$2" || exit 1; }
 
 # The word after an option: option_value --out DEFAULT ARGUMENTS...
 option_value() {

@@ -84,5 +84,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        print(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}", flush=True)
+        print(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

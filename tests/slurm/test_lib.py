@@ -1,0 +1,178 @@
+"""slurm/lib.sh without a cluster: SLURM's commands are stand-ins that note what they were asked."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import ROOT
+
+_SCONTROL = """#!/bin/bash
+echo "scontrol $*" >>"$FAKE/calls"
+[[ $1 != requeue ]] || (sleep 0.5; pkill --parent "$PPID" sleep) & # SLURM ends the job's processes
+echo "   JobState=RUNNING"
+"""
+_PROFILE = "MEPA_PARTITION=gpu\nMEPA_MAX_RESTARTS=2\nMEPA_STOP_SECONDS=3\nMEPA_SCRATCH=/tmp\n"
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A folder with a cluster profile, fake commands, and the state of a job that has started."""
+    for name, text in (("scontrol", _SCONTROL), ("squeue", "#!/bin/bash\n")):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "fake.env").write_text(_PROFILE)
+    (tmp_path / "state/exit-7").mkdir(parents=True)
+    (tmp_path / "state/owner").write_text("7 0\n")
+    (tmp_path / "state/starts-7").write_text("0 \n")
+    (tmp_path / "log").write_text("")
+    return tmp_path
+
+
+def run(job: Path, script: str, profile: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    """Bash lines after a batch script's first ones."""
+    if profile:
+        (job / "fake.env").write_text(_PROFILE + profile)
+    head = f"set -euo pipefail\nMEPA_ROOT={ROOT}\nsource {ROOT}/slurm/lib.sh\nmepa_setup\n"
+    head += f"MEPA_STATE={job}/state LOG={job}/log PROGRESS={job}/checkpoints\n"
+    environment = {
+        **os.environ,
+        "PATH": f"{job}/bin:{os.environ['PATH']}",
+        "FAKE": str(job),
+        "MEPA_CLUSTER": str(job / "fake.env"),
+        "MEPA_PYTHON": sys.executable,
+        "SLURM_JOB_ID": "7",
+        "SLURMD_NODENAME": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        "RANKS_PER_NODE": "1",
+        **env,
+    }
+    (job / "job.sbatch").write_text(head + script)
+    return subprocess.run(
+        ["bash", job / "job.sbatch"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def result(job: Path) -> str:
+    return (job / "state/result").read_text().strip()
+
+
+def test_a_wrong_recipe_is_the_last_line_and_a_users_error(job: Path) -> None:
+    end = run(job, f"mepa_train checkpoints pretrain.py {job}/nowhere.yaml")
+    assert end.returncode == 2
+    assert (end.stdout + end.stderr).splitlines()[-1].startswith(f"error: {job}/nowhere.yaml: cannot read the recipe")
+    assert "error: slurm:" not in end.stdout + end.stderr
+
+
+def test_a_line_of_the_script_that_fails_is_named(job: Path) -> None:
+    end = run(job, "ls /nowhere")
+    assert (end.returncode, end.stdout.splitlines()[-1]) == (1, "error: slurm: job.sbatch line 6: ls /nowhere")
+    assert result(job).startswith("failed: slurm:")
+
+
+def test_a_requeued_job_keeps_its_result(job: Path) -> None:
+    """SLURM ends `sleep` in the script that waits for its end: no error of the script."""
+    end = run(job, "STOP=signal; finish 75")
+    assert end.returncode == 75, end.stdout + end.stderr
+    assert "scontrol requeue 7" in (job / "calls").read_text()
+    assert result(job) == "requeued: stopped in good order"
+    assert "error" not in end.stdout
+
+
+def test_a_start_that_lost_the_run_leaves_it_alone(job: Path) -> None:
+    (job / "state/owner").write_text("7 1\n")
+    (job / "state/result").write_text("running\n")
+    end = run(job, "finish 137")
+    assert end.returncode == 143, end.stdout + end.stderr
+    assert "the run now belongs to job and restart 7 1" in end.stdout
+    assert result(job) == "running"
+    assert not (job / "calls").exists()
+
+
+def starts(job: Path, prepare: str, last: str = "") -> list[int]:
+    """Exit status of five starts in a row, each after `prepare`."""
+    (job / "state/starts-7").unlink()
+    return [
+        run(job, f"{prepare}\nLAST_RESULT={last}\nbound_restarts\n", SLURM_RESTART_COUNT=str(n)).returncode
+        for n in range(5)
+    ]
+
+
+SAVING = "mkdir -p $PROGRESS/step_1; rm -rf $PROGRESS/.step_2.tmp; mkdir $PROGRESS/.step_2.tmp"
+
+
+def test_a_crash_during_each_save_is_no_progress(job: Path) -> None:
+    assert starts(job, SAVING) == [0, 0, 0, 1, 1]
+
+
+def test_a_new_checkpoint_each_time_is_progress(job: Path) -> None:
+    assert starts(job, "mkdir -p $PROGRESS/step_$RESTART") == [0] * 5
+    assert starts(job, "PROGRESS+=.pt; echo $RESTART >$PROGRESS; touch -d @$RESTART $PROGRESS") == [0] * 5
+
+
+@pytest.mark.parametrize(("number", "status"), [(1, [0] * 5), (2, [0, 0, 0, 1, 1])])
+def test_work_of_other_members_is_no_progress(job: Path, number: int, status: list[int]) -> None:
+    """Member 1 of 4: the shards 1, 5, 9, ... are its own."""
+    member = "SLURM_ARRAY_TASK_ID=1 PARTS=4 SETS=.tokens-*; mkdir -p $PROGRESS.tokens-vae"
+    shard = f"touch $PROGRESS.tokens-vae/shard-$(printf %06d $((4 * RESTART + {number}))).idx.npz"
+    assert starts(job, f"{member}\n{shard}") == status
+
+
+def test_stops_in_good_order_without_progress_are_called_so(job: Path) -> None:
+    (job / "state/starts-7").write_text("0 \n1 \n2 \n")
+    end = run(job, "LAST_RESULT='requeued: stopped in good order'; bound_restarts", SLURM_RESTART_COUNT="3")
+    assert end.stdout.splitlines()[-1] == (
+        "error: 2 restarts without progress; the last start ended: requeued: stopped in good order"
+    )
+    end = run(job, "LAST_RESULT=running; bound_restarts", SLURM_RESTART_COUNT="4")
+    assert "ended: without a word, perhaps with its node" in end.stdout.splitlines()[-1]
+
+
+def test_setup_lines_need_not_be_strict(job: Path) -> None:
+    """Module systems read unset variables and have commands that fail."""
+    end = run(
+        job, "echo $LOADED; set -o | grep -E 'errexit|nounset'", "MEPA_SETUP='false; echo $NOT_SET; LOADED=yes'\n"
+    )
+    assert end.returncode == 0, end.stdout + end.stderr
+    assert end.stdout.split() == ["yes", "errexit", "on", "nounset", "on"]
+    end = run(job, "echo on", "MEPA_SETUP='ls /nowhere'\n")
+    assert (end.returncode, end.stdout.splitlines()[-1]) == (2, "error: MEPA_SETUP ended with status 2: ls /nowhere")
+
+
+def test_every_python_runs_in_the_container(job: Path) -> None:
+    """The recipe's values, the staged copies and the cause of a failure too."""
+    box = job / "bin/box"
+    box.write_text('#!/bin/bash\necho "$*" >>"$FAKE/boxed"\nexec "$@"\n')
+    box.chmod(0o755)
+    (job / "recipe.yaml").write_text(f"output_dir: {job}/run\n")
+    (job / "log").write_text("error: all is lost\n")
+    script = f"ask mepa_ds.slurm.recipe_value output_dir {job}/recipe.yaml\nLOG_START=0; finish 2"
+    end = run(job, script, "MEPA_CONTAINER=box\n")
+    assert end.stdout.splitlines()[0] == f"{job}/run"
+    boxed = (job / "boxed").read_text()
+    assert "mepa_ds.slurm.recipe_value" in boxed
+    assert "mepa_ds.slurm.cause" in boxed
+    assert "failed (status 2): all is lost" in end.stdout
+
+
+@pytest.mark.parametrize(("asked", "stage"), [("on", "on"), ("", "off")])
+def test_staging_that_was_asked_for_goes_before_the_profile(job: Path, asked: str, stage: str) -> None:
+    assert run(job, "echo $MEPA_STAGE", "MEPA_STAGE=off\n", MEPA_STAGE=asked).stdout.strip() == stage
+
+
+def test_only_a_users_request_is_passed_on_to_ranks(job: Path) -> None:
+    """Ranks have SIGTERM from SLURM itself; a second signal would end them without saving."""
+    srun = job / "bin/srun"
+    srun.write_text('#!/bin/bash\ntrap "echo got USR1" USR1\nfor _ in {1..20}; do sleep 0.1; done\n')
+    srun.chmod(0o755)
+    for name, told in (("TERM", False), ("USR1", True)):
+        end = run(job, f"(sleep 0.5; kill -{name} $$) & step 1 1 true || true; echo $STOP")
+        assert ("got USR1" in end.stdout) == told, end.stdout + end.stderr
+        assert end.stdout.splitlines()[-1] == {"TERM": "terminated", "USR1": "signal"}[name]
