@@ -86,7 +86,7 @@ def _load_tokenizer(options: Options, sets: TrainingSets) -> Tokenizer:
     path = options.tokenizer
     if path is None:
         raise UserError(f"--tokenizer: the tokens were made by {sets.tokenizer.name!r}; give its directory")
-    tokenizer = Tokenizer.load(path, sets.scales) if path.is_dir() else Tokenizer.from_var(path, sets.scales)
+    tokenizer = Tokenizer.open(path, sets.scales)
     if tokenizer.identity != sets.tokenizer.identity:
         raise UserError(
             f"--tokenizer: {path} is {tokenizer.identity}, but {sets.tokens.directory} was made by "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,17 +116,39 @@ def _read_directory(path: Path, prefix: str) -> dict[str, Tensor]:
     return state
 
 
-def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+def size_in(state: Mapping[str, Tensor], places: Sequence[tuple[str, int, int]], where: str) -> int:
+    """The size that most of the places have in common: one damaged tensor is then named, and not all the others.
+
+    Args:
+        places: (name, dimensions that the tensor should have, which of them to read), the most reliable first.
+
+    Raises:
+        UserError: none of the tensors is there with so many dimensions.
+    """
+    found = [state[name].shape[dim] for name, ndim, dim in places if name in state and state[name].ndim == ndim]
+    if not found:
+        name, ndim, _ = places[0]
+        given = f"has shape {tuple(state[name].shape)}, expected {ndim} dimensions" if name in state else "is missing"
+        raise UserError(f"{where}: the weights do not fit the model; key {name!r} {given}")
+    return max(found, key=found.count)
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+) -> None:
     """Copies `state` into `module`; every name and shape must fit.
+
+    Args:
+        name_in_file: what the user's file calls a parameter of ours, for messages.
 
     Raises:
         UserError: names the missing and unexpected keys with their nearest match, and the layers whose shapes differ.
     """
     expected = module.state_dict()
-    missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected]
+    missing = [name_in_file(name) for name in expected if name not in state]
+    unexpected = [name_in_file(name) for name in state if name not in expected]
     mismatched = [
-        f"{name}: {tuple(state[name].shape)} in the weights, {tuple(tensor.shape)} in the model"
+        f"{name_in_file(name)}: {tuple(state[name].shape)} in the weights, {tuple(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
@@ -134,7 +156,7 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], where: str) -> N
     if missing:
         problems.append(f"{len(missing)} missing: {_listing([_with_match(name, unexpected) for name in missing])}")
     if unexpected:
-        near = [_with_match(name, missing or list(expected)) for name in unexpected]
+        near = [_with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
         problems.append(f"{len(unexpected)} unexpected: {_listing(near)}")
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {_listing(mismatched)}")

@@ -17,19 +17,42 @@ PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class DataConfig(Section):
-    """Sibling shard sets that `data_tools/precompute.py` wrote."""
+class OnlineTeacher(Section):
+    """The teacher that runs beside the model."""
 
-    tokens: Path
-    """Token maps of the training images (a directory with index.json)."""
+    name: str
+    """As for data_tools/precompute.py: patch-pca, dinov2-s|b|l|g[-reg], dinov3-..., or any plain ViT of timm."""
+    weights: str
+    """Local checkpoint (for patch-pca, its directory), or `hub` to let timm download it."""
+
+
+class DataConfig(Section):
+    """Sibling shard sets that `data_tools/precompute.py` wrote (tokens, features), or images, encoded at every step."""
+
+    tokens: Path | None = None
+    """Token maps of the training images (a directory with index.json). Give tokens or images."""
     features: Path | None = None
     """Teacher features of the same images; needed by semantic guidance."""
+    images: Path | None = None
+    """Training images, encoded by the tokenizer at every step; cropped at random unless stored at its side."""
+    teacher: OnlineTeacher | None = None
+    """Gives features of data.images at every step; needed by semantic guidance"""
     heldout_tokens: Path | None = None
     """Token maps of held-out images; null: no evaluation."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
     num_workers: Annotated[int, Field(ge=0)] = 2
-    """Loader processes a rank; the order of samples does not depend on it."""
+    """Loader threads a rank (data.images: processes); the order of samples does not depend on it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.tokens is None) == (self.images is None):
+            raise ValueError("data: give one of tokens (a precomputed set) and images (encoded at every step)")
+        if self.features is not None and self.tokens is None:
+            raise ValueError("data.features: belong to data.tokens; with data.images set data.teacher")
+        if self.teacher is not None and self.images is None:
+            raise ValueError("data.teacher: runs on data.images; with data.tokens set data.features")
+        return self
 
 
 class OptimConfig(Section):
@@ -149,7 +172,7 @@ class PretrainConfig(Section):
     init_weights: Path | None = None
     """Start from these weights (a directory of `mepa export` or `mepa upcycle`); null: drawn from the seed."""
     tokenizer: Path
-    """Directory of the tokenizer that made data.tokens (its codebook makes the model's inputs)."""
+    """What made data.tokens: a saved tokenizer's directory, or VAR's vae_ch160v4096z32.pth."""
     data: DataConfig
     """Shard sets"""
     model: ModelConfig = ModelConfig()
@@ -177,9 +200,10 @@ class PretrainConfig(Section):
             )
         alignment = self.objective.alignment
         if alignment is not None:
-            if self.data.features is None:
+            if self.data.features is None and self.data.teacher is None:
+                needed = "data.features" if self.data.tokens is not None else "data.teacher"
                 raise ValueError(
-                    "objective.alignment needs teacher features: set data.features, or objective.alignment: null"
+                    f"objective.alignment needs teacher features: set {needed}, or objective.alignment: null"
                 )
             if max(alignment.scales) > len(self.model.scales):
                 raise ValueError(

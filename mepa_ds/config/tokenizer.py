@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from mepa_ds.config.base import Section
+from mepa_ds.config.base import Section, validate
 from mepa_ds.scales import ScaleSchedule
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -41,6 +42,14 @@ class TokenizerConfig(Section):
         if self.channels % 32:
             raise ValueError(f"channels must be a multiple of 32 (GroupNorm has 32 groups), got {self.channels}")
         return self
+
+    def with_scales(self, scales: Sequence[int] | None, where: str) -> TokenizerConfig:
+        """The same weights for another schedule (None: this one). `where` begins the message of a UserError."""
+        if scales is None or tuple(scales) == self.scales:
+            return self
+        # One phi a scale was trained for the old schedule: the new one shares them by their ticks.
+        changed = {**self.model_dump(), "scales": list(scales), "num_phi": self.num_phi or len(self.scales)}
+        return validate(TokenizerConfig, changed, where)
 
     @property
     def downsampling(self) -> int:

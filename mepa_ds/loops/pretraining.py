@@ -38,6 +38,7 @@ from mepa_ds.loops.training_data import Loader, data_identity, open_checked
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
+from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 
 def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
@@ -85,7 +86,8 @@ class PretrainRun:
         self.num_samples, self._teacher_width = sets.num_samples, sets.feature_width
         self._memory_before = peak_memory_bytes()
         self.engine = PretrainEngine(config, sets.feature_width, device)
-        self.inputs = InputMaker(config.model, MultiScaleQuantizer.load(config.tokenizer), config.seed, device)
+        quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
+        self.inputs = InputMaker(config.model, quantizer, config.seed, device)
         log = config.log
         self.checkpoints = Checkpoints(
             self.engine, config.output_dir / "checkpoints", log.keep_checkpoints, log.keep_every
@@ -95,7 +97,8 @@ class PretrainRun:
         self.grids: SampleGrids | None = None
         if log.sample_every is not None:
             samples = config.output_dir / "samples"
-            self.grids = SampleGrids(config.tokenizer, samples, config.model.num_classes, config.seed, device)
+            tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(device)
+            self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None

@@ -20,8 +20,8 @@ _CLASSES, _PER_CLASS = 8, 8
 class SampleGrids:
     """One row a class, for up to 8 classes spread over all of them."""
 
-    def __init__(self, tokenizer: Path, directory: Path, num_classes: int, seed: int, device: torch.device):
-        self._tokenizer = Tokenizer.load(tokenizer).to(device)
+    def __init__(self, tokenizer: Tokenizer, directory: Path, num_classes: int, seed: int):
+        self._tokenizer = tokenizer
         self._directory, self._seed = directory, seed
         rows = min(_CLASSES, num_classes)
         self._classes = [row * num_classes // rows for row in range(rows)]

@@ -188,8 +188,7 @@ def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> Tok
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
-    scales = tokenizer.config.scales
-    source = Tokenizer.load(path, scales) if path.is_dir() else Tokenizer.from_var(path, scales)
+    source = Tokenizer.open(path, tokenizer.config.scales)
     load_strict(tokenizer, source.state_dict(), f"start_from: {path}")
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, L tokens over all scales, S scales, C width, H heads, V codeboo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -135,10 +135,10 @@ class NextScaleTransformer(nn.Module):
 
         `scales` need be given only when they are neither VAR's 256 px nor its 512 px schedule.
         """
-        from mepa_ds.models.var_checkpoint import convert_var
+        from mepa_ds.models.var_checkpoint import convert_var, name_in_var, name_of
 
         config, state = convert_var(weights, scales)
-        return cls._with_weights(config, state, "VAR weights")
+        return cls._with_weights(config, state, name_of(weights), name_in_var)
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
@@ -155,13 +155,15 @@ class NextScaleTransformer(nn.Module):
         save_pretrained(Path(directory), self.config, self.state_dict(), KIND)
 
     @classmethod
-    def _with_weights(cls, config: ModelConfig, state: Mapping[str, Tensor], where: str) -> Self:
+    def _with_weights(
+        cls, config: ModelConfig, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+    ) -> Self:
         from mepa_ds.weights import load_strict
 
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
-        load_strict(model, state, where)
+        load_strict(model, state, where, name_in_file)
         return model.eval()
 
     def init_weights(self, seed: int) -> None:

@@ -13,7 +13,7 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.model import SCALES_256, SCALES_512, ModelConfig
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.weights import read_state_dict
+from mepa_ds.weights import read_state_dict, size_in
 
 # VAR's key -> ours; {n} is the block's number.
 KEYS = {
@@ -50,44 +50,68 @@ IGNORED = {"lvl_1L", "attn_bias_for_masking", "blocks.{n}.attn.zero_k_bias"}
 def convert_var(
     weights: Path | str | Mapping[str, Tensor], scales: Sequence[int] | None
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """VAR's state dict -> our config and state dict. Unknown keys stay as they are: strict loading names them."""
+    """VAR's state dict -> our config and state dict. Unknown keys stay as they are: strict loading names them.
+
+    Raises UserError for a state dict that is not VAR's, or whose sizes contradict each other.
+    """
     source = read_state_dict(weights)
-    state = {}
-    for key, tensor in source.items():
-        pattern = re.sub(r"^blocks\.\d+\.", "blocks.{n}.", key)
-        if pattern in IGNORED:
-            continue
-        number = key.split(".")[1] if pattern != key else ""
-        state[KEYS.get(pattern, key).replace("{n}", number)] = tensor
-    return _infer_config(state, scales), state
+    state = {_renamed(key, KEYS): tensor for key, tensor in source.items() if _pattern(key) not in IGNORED}
+    return _infer_config(source, scales, name_of(weights)), state
 
 
-def _infer_config(state: Mapping[str, Tensor], scales: Sequence[int] | None) -> ModelConfig:
-    needed = ["head.weight", "class_embed.weight", "word_embed.weight", "position_embed", "blocks.0.ffn.fc1.weight"]
-    missing = [key for key in needed if key not in state]
-    if missing:
-        theirs = {ours: var for var, ours in KEYS.items()}
-        names = ", ".join(theirs.get(key, key.replace("blocks.0.", "blocks.0.")) for key in missing)
-        raise UserError(f"VAR weights: not a VAR transformer's state dict; without {names}")
-    V, C = state["head.weight"].shape
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    temperature = state.get("blocks.0.attention.log_temperature")
-    num_heads = temperature.shape[1] if temperature is not None else max(1, C // 64)
+def name_in_var(name: str) -> str:
+    """Our name of a parameter -> VAR's."""
+    return _renamed(name, _NAMES)
+
+
+def name_of(weights: Path | str | Mapping[str, Tensor]) -> str:
+    """What messages call the weights."""
+    return "the state dict" if isinstance(weights, Mapping) else str(weights)
+
+
+_NAMES = {ours: theirs for theirs, ours in KEYS.items()}
+
+
+def _renamed(key: str, table: Mapping[str, str]) -> str:
+    pattern = _pattern(key)
+    number = key.split(".")[1] if pattern != key else ""
+    return table.get(pattern, key).replace("{n}", number)
+
+
+def _pattern(key: str) -> str:
+    return re.sub(r"^blocks\.\d+\.", "blocks.{n}.", key)
+
+
+def _infer_config(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: str) -> ModelConfig:
+    """Sizes by VAR's names and shapes; each is read in several places, see `size_in`."""
+    needed = ("head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC", "blocks.0.ffn.fc1.weight")
+    if missing := [key for key in needed if key not in state]:
+        raise UserError(f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}")
+
+    def size(*places: tuple[str, int, int]) -> int:
+        return size_in(state, places, where)
+
+    C = size(
+        ("head.weight", 2, 1), ("word_embed.weight", 2, 0), ("class_emb.weight", 2, 1), ("pos_1LC", 3, 2),
+        ("blocks.0.ffn.fc1.weight", 2, 1),
+    )  # fmt: skip
+    numbers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
+    temperatures = [(key, 4, 1) for key in state if key.endswith(".attn.scale_mul_1H11")]
     return validate(
         ModelConfig,
         {
-            "depth": depth,
+            "depth": 1 + max(numbers),
             "width": C,
-            "num_heads": num_heads,
-            "ffn_ratio": state["blocks.0.ffn.fc1.weight"].shape[0] / C,
-            "num_classes": state["class_embed.weight"].shape[0] - 1,
-            "scales": list(_find_scales(state["position_embed"].shape[1], scales)),
-            "codebook_size": V,
-            "code_width": state["word_embed.weight"].shape[1],
-            "shared_adaln": "shared_adaln.weight" in state,
-            "qk_norm": temperature is not None,
+            "num_heads": size(*temperatures) if temperatures else max(1, C // 64),
+            "ffn_ratio": size(("blocks.0.ffn.fc1.bias", 1, 0), ("blocks.0.ffn.fc1.weight", 2, 0)) / C,
+            "num_classes": size(("class_emb.weight", 2, 0)) - 1,
+            "scales": list(_find_scales(size(("pos_1LC", 3, 1), ("lvl_1L", 2, 1)), scales)),
+            "codebook_size": size(("head.bias", 1, 0), ("head.weight", 2, 0)),
+            "code_width": size(("word_embed.weight", 2, 1)),
+            "shared_adaln": any(key.startswith("shared_ada_lin.") for key in state),
+            "qk_norm": bool(temperatures),
         },
-        "VAR weights",
+        where,
     )
 
 

@@ -6,6 +6,7 @@ scales, V codebook size, N = B * l.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.weights import load_strict, read_pretrained
+from mepa_ds.tokenizer import var_keys
+from mepa_ds.weights import load_strict, read_pretrained, read_state_dict
 
 KIND = "tokenizer"
 
@@ -64,12 +66,20 @@ class MultiScaleQuantizer(nn.Module):
         self._phi_of_scale = [_nearest_tick(num_phi, k, self.schedule.num_scales) for k in range(len(config.scales))]
 
     @classmethod
-    def load(cls, directory: Path | str) -> MultiScaleQuantizer:
-        """Reads only the quantizer's tensors from a directory of `Tokenizer.save_pretrained` (in evaluation mode)."""
-        prefix = "quantizer."
-        config, state = read_pretrained(directory, TokenizerConfig, KIND, prefix)
+    def load(cls, path: Path | str, scales: Sequence[int] | None = None) -> MultiScaleQuantizer:
+        """The quantizer alone, in evaluation mode, of a tokenizer on disk (see `Tokenizer.open`)."""
+        prefix, where = "quantizer.", str(path)
+        if Path(path).is_dir():
+            config, state = read_pretrained(path, TokenizerConfig, KIND, prefix)
+            config = config.with_scales(scales, where)
+            name_in_file: Callable[[str], str] = str
+        else:
+            source = read_state_dict(path)
+            config, state = var_keys.config_of(source, scales, where), var_keys.translate(source)
+            name_in_file = var_keys.names_in(source)
         quantizer = cls(config)
-        load_strict(quantizer, {name.removeprefix(prefix): value for name, value in state.items()}, str(directory))
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_strict(quantizer, own, where, lambda name: name_in_file(prefix + name))
         return quantizer.requires_grad_(False).eval()
 
     def forward(self, latent_BCHW: Tensor, num_scales_B: Tensor | None = None) -> Quantized:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import identity_of_weights
@@ -39,6 +38,11 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(*sizes)
 
     @classmethod
+    def open(cls, path: Path | str, scales: Sequence[int] | None = None) -> Tokenizer:
+        """Whichever lies there: a directory (`load`), or a file of VAR's tokenizer (`from_var`)."""
+        return cls.load(path, scales) if Path(path).is_dir() else cls.from_var(path, scales)
+
+    @classmethod
     def from_var(cls, source: Path | str | Mapping[str, Tensor], scales: Sequence[int] | None = None) -> Tokenizer:
         """Loads a checkpoint of VAR's tokenizer, strictly, in evaluation mode without gradients.
 
@@ -53,7 +57,7 @@ class Tokenizer(nn.Module):
         state = read_state_dict(source)
         where = "the state dict" if isinstance(source, Mapping) else str(source)
         tokenizer = cls(var_keys.config_of(state, scales, where))
-        load_strict(tokenizer, var_keys.translate(state), where)
+        load_strict(tokenizer, var_keys.translate(state), where, var_keys.names_in(state))
         return tokenizer.requires_grad_(False).eval()
 
     @classmethod
@@ -64,12 +68,7 @@ class Tokenizer(nn.Module):
             scales: another schedule for the same weights; None: the one they were trained with.
         """
         config, state = read_pretrained(directory, TokenizerConfig, KIND)
-        if scales is not None and tuple(scales) != config.scales:
-            # One phi a scale was trained for the old schedule: the new one shares them by their ticks.
-            num_phi = config.num_phi or len(config.scales)
-            changed = {**config.model_dump(), "scales": list(scales), "num_phi": num_phi}
-            config = validate(TokenizerConfig, changed, str(directory))
-        tokenizer = cls(config)
+        tokenizer = cls(config.with_scales(scales, str(directory)))
         load_strict(tokenizer, state, str(directory))
         return tokenizer.requires_grad_(False).eval()
 
@@ -127,6 +126,6 @@ class Tokenizer(nn.Module):
         return self.quantizer.inputs_from_tokens(tokens_BL)
 
 
-def identity_of(directory: Path | str) -> str:
-    """The identity of a saved tokenizer. Reads all its weights: ask on one rank and broadcast."""
-    return Tokenizer.load(directory).identity
+def identity_of(path: Path | str, scales: Sequence[int] | None = None) -> str:
+    """The identity of a tokenizer on disk (see `Tokenizer.open`). Reads all its weights."""
+    return Tokenizer.open(path, scales).identity

@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
+from mepa_ds.weights import size_in
 
-# VAR's name -> ours. Encoder and decoder keep theirs. Phi is stored in three ways, by how it is shared.
-KEY_TABLE: tuple[tuple[str, str], ...] = (
-    (r"encoder\.(.+)", r"encoder.\1"),
-    (r"decoder\.(.+)", r"decoder.\1"),
-    (r"quant_conv\.(weight|bias)", r"to_latent.\1"),
-    (r"post_quant_conv\.(weight|bias)", r"from_latent.\1"),
-    (r"quantize\.embedding\.weight", r"quantizer.codebook.weight"),
-    (r"quantize\.quant_resi\.qresi_ls\.(\d+)\.(weight|bias)", r"quantizer.phi.\1.\2"),
-    (r"quantize\.quant_resi\.qresi\.(weight|bias)", r"quantizer.phi.0.\1"),
-    (r"quantize\.quant_resi\.(\d+)\.(weight|bias)", r"quantizer.phi.\1.\2"),
+# What VAR's names begin with -> what ours begin with. Phi is stored in three ways, by how it is shared.
+KEY_TABLE = (
+    ("encoder.", "encoder."),
+    ("decoder.", "decoder."),
+    ("quant_conv.", "to_latent."),
+    ("post_quant_conv.", "from_latent."),
+    ("quantize.embedding.", "quantizer.codebook."),
+    ("quantize.quant_resi.qresi_ls.", "quantizer.phi."),
+    ("quantize.quant_resi.qresi.", "quantizer.phi.0."),
+    ("quantize.quant_resi.", "quantizer.phi."),
 )
+_PHI = "quantize.quant_resi."
+_CODEBOOK = "quantize.embedding.weight"
 # A running count of code use, written by VAR's training and read by nothing else.
 USAGE_KEY = "quantize.ema_vocab_hit_SV"
 
 
-def is_var_state(state: Mapping[str, Tensor]) -> bool:
-    return "quantize.embedding.weight" in state
-
-
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames VAR's keys to ours. Keys outside the table keep their names, to be reported as unexpected."""
-    renamed = {}
-    for name, tensor in state.items():
-        if name == USAGE_KEY:
-            continue
-        for pattern, replacement in KEY_TABLE:
-            if re.fullmatch(pattern, name):
-                renamed[re.sub(pattern, replacement, name)] = tensor
-                break
-        else:
-            renamed[name] = tensor
-    return renamed
+    return {_renamed(name, KEY_TABLE): tensor for name, tensor in state.items() if name != USAGE_KEY}
+
+
+def names_in(state: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """Our name -> the name in this file, also of a parameter that is missing there."""
+    inverse: dict[str, str] = {}
+    for theirs, ours in KEY_TABLE:
+        if not theirs.startswith(_PHI) or any(name.startswith(theirs) for name in state):
+            inverse.setdefault(ours, theirs)
+    table = sorted(inverse.items(), key=lambda row: -len(row[0]))
+    return lambda name: _renamed(name, table)
+
+
+def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
+    for old, new in table:
+        if name.startswith(old):
+            return new + name[len(old) :]
+    return name
 
 
 def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: str) -> TokenizerConfig:
@@ -51,10 +57,10 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
     Raises:
         UserError: not such a checkpoint, or `scales` not given although the weights were not made for VAR's ten.
     """
-    if not is_var_state(state):
+    if _CODEBOOK not in state:
         some = ", ".join(list(state)[:3])
         raise UserError(
-            f"{where}: not a VAR tokenizer: no key 'quantize.embedding.weight' (found {some}, ...). "
+            f"{where}: not a VAR tokenizer: no key {_CODEBOOK!r} (found {some}, ...). "
             "Expected a state dict such as vae_ch160v4096z32.pth"
         )
     default = TokenizerConfig()
@@ -66,23 +72,35 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
                 "say which, as in scales=(1, 2, 3, 4)"
             )
         scales = default.scales
-    levels = _count(state, r"encoder\.down\.(\d+)\.")
-    channels = _shape(state, "encoder.conv_in.weight", where)[0]
-    widths = [_shape(state, f"encoder.down.{level}.block.0.conv1.weight", where)[0] for level in range(levels)]
-    codebook_size, code_width = state["quantize.embedding.weight"].shape
-    num_phi = _count(state, r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.") or 1
-    has_phi = any(name.startswith("quantize.quant_resi.") for name in state)
+
+    def size(*places: tuple[str, int, int]) -> int:
+        return size_in(state, places, where)
+
+    first = "encoder.down.0.block.0"
+    channels = size(
+        ("encoder.conv_in.weight", 4, 0), ("encoder.conv_in.bias", 1, 0),
+        (f"{first}.norm1.weight", 1, 0), (f"{first}.conv1.weight", 4, 1),
+    )  # fmt: skip
+    widths = []
+    for level in range(_count(state, r"encoder\.down\.(\d+)\.")):
+        block = f"encoder.down.{level}.block.0"
+        widths.append(
+            size((f"{block}.conv1.weight", 4, 0), (f"{block}.norm2.weight", 1, 0), (f"{block}.conv2.weight", 4, 0))
+        )
     sizes = {
         "scales": list(scales),
-        "codebook_size": codebook_size,
-        "code_width": code_width,
+        "codebook_size": size((_CODEBOOK, 2, 0), (USAGE_KEY, 2, 1)),
+        "code_width": size(
+            ("quant_conv.weight", 4, 0), ("post_quant_conv.weight", 4, 0), ("encoder.conv_out.weight", 4, 0),
+            ("decoder.conv_in.weight", 4, 1), (_CODEBOOK, 2, 1),
+        ),
         "channels": channels,
         "channel_multipliers": [width // channels for width in widths],
         "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        "num_phi": num_phi,
-        "phi_ratio": default.phi_ratio if has_phi else 0.0,
+        "num_phi": _count(state, r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.") or 1,
+        "phi_ratio": default.phi_ratio if any(name.startswith(_PHI) for name in state) else 0.0,
         "attention": "encoder.mid.attn_1.qkv.weight" in state,
-    }
+    }  # fmt: skip
     return validate(TokenizerConfig, sizes, where)
 
 
@@ -90,9 +108,3 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     """One more than the largest index that the pattern's group finds."""
     found = (re.match(pattern, name) for name in state)
     return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _shape(state: Mapping[str, Tensor], name: str, where: str) -> Sequence[int]:
-    if name not in state:
-        raise UserError(f"{where}: not a complete VAR tokenizer: key {name!r} is missing")
-    return state[name].shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,7 +35,38 @@ def test_official_shapes_load_strictly(name: str, depth: int, shared: bool) -> N
 def test_unknown_key_is_named_with_its_neighbour() -> None:
     state = fixture_state("tiny_var_adaln")
     state["blocks.0.attn.prj.weight"] = state.pop("blocks.0.attn.proj.weight")
-    with pytest.raises(UserError, match=r"blocks\.0\.attention\.proj\.weight"):
+    with pytest.raises(UserError, match=r"1 missing: blocks\.0\.attn\.proj\.weight \(nearest: blocks\.0\.attn\.prj"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lvl_embed.weight": None}, r"1 missing: lvl_embed\.weight$"),
+        ({"head_nm.ada_lin.1.weight": None}, r"1 missing: head_nm\.ada_lin\.1\.weight$"),
+        ({"blocks.1.ada_lin.1.weight": None}, r"1 missing: blocks\.1\.ada_lin\.1\.weight$"),
+        ({"blocks.0.attn.scale_mul_1H11": None}, r"1 missing: blocks\.0\.attn\.scale_mul_1H11$"),
+        ({"blocks.0.attn.scale_mul_1H11": torch.zeros(2)}, r"shape: blocks\.0\.attn\.scale_mul_1H11: \(2,\) in"),
+        ({"head.weight": torch.zeros(64)}, r"1 of another shape: head\.weight: \(64,\) in .*, \(64, 128\) in"),
+        ({"head.weight": torch.zeros(64, 256)}, r"1 of another shape: head\.weight: \(64, 256\) in"),
+        ({"blocks.x.y": torch.zeros(1)}, r"1 unexpected: blocks\.x\.y"),
+        ({"lvl_embd.weight": torch.zeros(4, 128)}, r"unexpected: lvl_embd\.weight \(nearest: lvl_embed\.weight\)$"),
+    ],
+)
+def test_the_one_tensor_at_fault_is_named_as_in_the_file(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    state = {**fixture_state("tiny_var_adaln"), **change}
+    torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "var.pth")
+    with pytest.raises(UserError, match=r"var\.pth: the weights do not fit the model; [^;]*" + message):
+        NextScaleTransformer.from_var(tmp_path / "var.pth", scales=SCALES)
+
+
+def test_sizes_that_no_tensor_tells() -> None:
+    state = fixture_state("tiny_var_adaln")
+    state["pos_1LC"] = torch.zeros(30)
+    del state["lvl_1L"]
+    with pytest.raises(UserError, match=r"key 'pos_1LC' has shape \(30,\), expected 3 dimensions"):
         NextScaleTransformer.from_var(state, scales=SCALES)
 
 

@@ -99,6 +99,33 @@ class TestBadWeights:
         ):
             Tokenizer.from_var(state, scales=TINY_SCALES)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"quant_conv.weight": None}, r"1 missing: quant_conv\.weight$"),
+            ({"quant_cnv.weight": torch.zeros(8)}, r"1 unexpected: quant_cnv\.weight \(nearest: quant_conv\.weight\)$"),
+            ({"quantize.quant_resi.qresi_ls.2.bias": None}, r"1 missing: quantize\.quant_resi\.qresi_ls\.2\.bias$"),
+            ({"quantize.embedding.weight": torch.zeros(512)}, r"quantize\.embedding\.weight: \(512,\) .*, \(64, 8\)"),
+            ({"quantize.embedding.weight": torch.zeros(64, 9)}, r"shape: quantize\.embedding\.weight: \(64, 9\).*8\)"),
+            ({"encoder.conv_in.weight": torch.tensor(1.0)}, r"1 of another shape: encoder\.conv_in\.weight: \(\) in"),
+            (
+                {"encoder.conv_in.weight": torch.zeros(64, 3, 3, 3)},
+                r"shape: encoder\.conv_in\.weight: \(64, 3, 3, 3\) in",
+            ),
+            (
+                {"encoder.down.1.block.0.conv1.weight": torch.zeros(64, 32, 3, 3)},
+                r"shape: encoder\.down\.1\.block\.0\.conv1\.weight: \(64, 32, 3, 3\) in",
+            ),
+        ],
+    )
+    def test_the_one_tensor_at_fault_is_named_as_in_the_file(
+        self, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+    ) -> None:
+        state = {**fixture_state("tiny_vae"), **change}
+        torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "vae.pth")
+        with pytest.raises(UserError, match=r"vae\.pth: the weights do not fit the model; " + r"[^;]*" + message):
+            Tokenizer.from_var(tmp_path / "vae.pth", scales=TINY_SCALES)
+
     def test_wrong_shape(self) -> None:
         state = fixture_state("tiny_vae")
         state["encoder.mid.block_1.conv1.weight"] = torch.zeros(128, 64, 3, 3)
