@@ -53,6 +53,12 @@ def reduce_losses(
     return dict(zip(names, mean_terms.tolist(), strict=True)), scores, dict(zip(layers, routing, strict=True))
 
 
+def any_nonfinite(micro_batches: Sequence[Losses]) -> bool:
+    """Whether a loss of this step is not finite on any rank: the same answer on all. Collective."""
+    lost = torch.stack([~losses.total.detach().isfinite() for losses in micro_batches]).any()
+    return bool(sum_over_ranks([lost.float()])[0] > 0)
+
+
 def score_report(scores: ScaleScores) -> dict[str, Any]:
     """Cross-entropy in nats a token and top-1 accuracy: mean over all tokens, of the last scale, and of every scale."""
     ce_S = scores.ce_sum_S / scores.tokens_S
@@ -71,17 +77,17 @@ def score_report(scores: ScaleScores) -> dict[str, Any]:
 def routing_report(statistics: RoutingStatistics) -> dict[str, Any]:
     """One MoE layer: per scale the experts' load and mean probability (shares that sum to 1), entropy (nats), variance
     of the load in percent over experts (0 when even), dropped share of routed pairs; and the load over all scales.
+    Loads count what the router chose, dropped pairs included.
     """
     counts_SE, tokens_S = statistics.counts_SE, statistics.tokens_S
     load_SE = counts_SE / counts_SE.sum(-1, keepdim=True).clamp_min(1)
-    routed_S = counts_SE.sum(-1) + statistics.dropped_S
     return {
         "load": _rounded(counts_SE.sum(0) / counts_SE.sum().clamp_min(1)),
         "load_scale": _rounded(load_SE),
         "probability_scale": _rounded(statistics.prob_sum_SE / tokens_S[:, None]),
         "entropy_scale": _rounded(statistics.entropy_sum_S / tokens_S),
         "load_variance_scale": _rounded((100 * load_SE).var(-1, unbiased=False)),
-        "dropped_scale": _rounded(statistics.dropped_S / routed_S.clamp_min(1)),
+        "dropped_scale": _rounded(statistics.dropped_S / counts_SE.sum(-1).clamp_min(1)),
     }
 
 

@@ -1,8 +1,8 @@
 """Activation checkpointing: what the backward pass computes again instead of keeping.
 
 Routing is never decided twice. A recomputed router could round differently and send a token elsewhere than in the
-forward pass; so the result of every top-k is kept, whatever else is not. (Statistics come from the forward pass alone:
-those of a recomputation are thrown away with its other outputs.)
+forward pass, or a capacity limit drop another; so the results of every top-k and every sort are kept, whatever else is
+not. (Statistics come from the forward pass alone: those of a recomputation are thrown away with its other outputs.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 Recompute = Literal["none", "selective", "blocks"]
 
 _aten = torch.ops.aten
-_DECISIONS = [_aten.topk.default]
+_DECISIONS = [_aten.topk.default, _aten.sort.stable]
 # Dear to compute, and with the norms, gates and GELUs between them recomputed, most of the memory is saved already.
 _PRODUCTS = [
     _aten.mm.default,

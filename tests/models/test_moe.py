@@ -174,7 +174,22 @@ def test_recomputation_changes_no_gradient(recompute: str, moe: dict[str, object
     torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-6)
 
 
-def test_recomputation_never_routes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("recompute", ["blocks", "selective"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"renormalize": True},
+        {"bias_rate": 0.01},
+        {"capacity_factor": 0.75},
+        {"capacity_factor": 0.75, "bias_rate": 0.01},
+        {"capacity_factor": 0.75, "renormalize": True},
+        {"router": "expert_choice"},
+    ],
+)
+def test_recomputation_never_routes_anew(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, moe: dict[str, object]
+) -> None:
     """A router whose logits come out differently every time it is asked: what it chose first must stand."""
     from mepa_ds.models.moe import dispatch
     from mepa_ds.models.moe.routing import ScaleTokenRouter
@@ -183,22 +198,26 @@ def test_recomputation_never_routes_anew(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         ScaleTokenRouter, "logits", lambda self, x, scale: clean(self, x, scale) + 3 * torch.randn(len(x), 8)
     )
-    seen: list[Tensor] = []
+    seen: list[tuple[Tensor, Tensor | None]] = []
     sort = dispatch.Sorted.__init__
 
     def spy(self, x_TC, routing, num_experts) -> None:  # type: ignore[no-untyped-def]
-        seen.append(routing.expert_index_TK.clone())
+        seen.append((routing.expert_index_TK.clone(), routing.kept_TK))
         sort(self, x_TC, routing, num_experts)
 
     monkeypatch.setattr(dispatch.Sorted, "__init__", spy)
     model = NextScaleTransformer.from_preset(
-        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4
+        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
     )
-    model.recompute = "blocks"
+    model.recompute = recompute
     model(torch.tensor([0, 1]), torch.randn(2, 13, 4)).logits_BLV.square().mean().backward()
     first, second, second_again, first_again = seen  # forward of two blocks, then backward in reverse
-    assert torch.equal(first, first_again)
-    assert torch.equal(second, second_again)
+    for (index_TK, kept_TK), (index_again_TK, kept_again_TK) in ((first, first_again), (second, second_again)):
+        assert torch.equal(index_TK, index_again_TK)
+        assert (kept_TK is not None) == ("capacity_factor" in moe or "router" in moe)
+        if kept_TK is not None:
+            assert torch.equal(kept_TK, kept_again_TK)
+            assert not kept_TK.all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -221,12 +240,15 @@ def test_capacity_drops_are_reported_and_only_in_training() -> None:
     x = torch.randn(4, L, 16)
     y, statistics = layer(x, scale_index_L)
     pairs = 2 * statistics.tokens_S
-    torch.testing.assert_close(statistics.counts_SE.sum(-1) + statistics.dropped_S, pairs)
-    assert statistics.counts_SE.sum(0).max() <= math.ceil(0.5 * 4 * L * 2 / 4)
+    torch.testing.assert_close(statistics.counts_SE.sum(-1), pairs)
+    capacity = math.ceil(0.5 * 4 * L * 2 / 4)
+    assert statistics.dropped_S.sum() == (statistics.counts_SE.sum(0) - capacity).clamp_min(0).sum()
     assert statistics.dropped_S.sum() >= pairs.sum() / 2 - 1
     assert torch.isfinite(y).all()
-    _, statistics = layer.eval()(x, scale_index_L)
-    assert statistics.dropped_S.sum() == 0
+    _, dropless = layer.eval()(x, scale_index_L)
+    assert dropless.dropped_S.sum() == 0
+    # Balancing sees what the router wants, not what the limit leaves of it.
+    torch.testing.assert_close(statistics.counts_SE, dropless.counts_SE)
 
 
 def test_expert_choice_gives_every_expert_its_share() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
@@ -37,7 +38,10 @@ class MoEFeedForward(nn.Module):
         """(B, L, C) and the 0-based scale of each position -> (B, L, C) and the routing statistics."""
         x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
         scale_index_T = scale_index_L.expand(x_BLC.shape[:2]).reshape(-1)
-        routing = self.router(x_TC, scale_index_T)
+        # Neither routing nor its statistics may be autocast: bf16 cannot even count to 1000 (D6).
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            routing = self.router(x_TC, scale_index_T)
+            statistics = RoutingStatistics.of(routing, scale_index_T, self.num_scales)
         alongside = None if self.shared is None else partial(self.shared, x_TC)
         y_TC = self.dispatcher(x_TC, routing, self.experts, alongside)
-        return y_TC.to(x_BLC.dtype).view_as(x_BLC), RoutingStatistics.of(routing, scale_index_T, self.num_scales)
+        return y_TC.to(x_BLC.dtype).view_as(x_BLC), statistics

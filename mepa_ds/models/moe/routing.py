@@ -20,8 +20,8 @@ from mepa_ds.config.model import MoEConfig
 class Routing:
     """One layer's decision for T tokens.
 
-    `expert_index_TK` and `weight_TK` list each token's choices. A choice of weight 0 is not dispatched at all
-    when `kept_TK` says so (capacity limits, expert choice); `kept_TK` is None when every choice is kept.
+    `expert_index_TK` and `weight_TK` list each token's choices; those that `kept_TK` denies (capacity limits, expert
+    choice) are not dispatched. It is None when every choice is kept.
     """
 
     logits_TE: Tensor
@@ -79,7 +79,7 @@ class Router(nn.Module):
     def update_bias(self, counts_E: Tensor) -> None:
         """Loss-free balancing (arXiv 2408.15664): one step up for underloaded experts, one down for overloaded ones.
 
-        counts_E: routed pairs of each expert in the last step, over all ranks and micro-batches.
+        counts_E: pairs that chose each expert in the last step, over all ranks and micro-batches.
         """
         if self.bias_rate:
             self.bias_steps_E += torch.sign(counts_E.mean() - counts_E).to(torch.int64)
@@ -171,7 +171,7 @@ class RoutingStatistics:
     """
 
     counts_SE: Tensor
-    """Routed (token, choice) pairs."""
+    """(token, choice) pairs as the router chose them, before a capacity limit drops some: what balancing is about."""
     prob_sum_SE: Tensor
     """Sum of router probabilities over tokens."""
     entropy_sum_S: Tensor
@@ -179,7 +179,7 @@ class RoutingStatistics:
     z_sum_S: Tensor
     """Sum of logsumexp(logits)^2 over tokens, with gradient (router z-loss, arXiv 2202.08906)."""
     dropped_S: Tensor
-    """(token, choice) pairs that no expert took."""
+    """Chosen pairs that a capacity limit dropped."""
     tokens_S: Tensor
     """Tokens."""
 
@@ -187,10 +187,10 @@ class RoutingStatistics:
     def of(cls, routing: Routing, scale_index_T: Tensor, num_scales: int) -> RoutingStatistics:
         # Matrix products with one-hot rows: deterministic, and no host sync as bincount would have on a GPU.
         scale_TS = F.one_hot(scale_index_T, num_scales).float()
-        chosen_TE = torch.zeros_like(routing.probs_TE).detach()
-        kept_TK = torch.ones_like(routing.weight_TK) if routing.kept_TK is None else routing.kept_TK.float()
-        chosen_TE.scatter_add_(1, routing.expert_index_TK, kept_TK.detach())
-        dropped_TK = 1 - kept_TK.detach()
+        ones_TK = torch.ones_like(routing.weight_TK).detach()
+        kept_TK = ones_TK if routing.kept_TK is None else routing.kept_TK.float()
+        chosen_TK = ones_TK if routing.choices_are_fixed else kept_TK
+        chosen_TE = torch.zeros_like(routing.probs_TE).detach().scatter_add_(1, routing.expert_index_TK, chosen_TK)
         log_probs_TE = routing.probs_TE.detach().clamp_min(1e-30).log()
         entropy_T = -(routing.probs_TE.detach() * log_probs_TE).sum(-1)
         z_T = routing.logits_TE.logsumexp(-1).square()
@@ -199,6 +199,6 @@ class RoutingStatistics:
             prob_sum_SE=scale_TS.T @ routing.probs_TE,
             entropy_sum_S=scale_TS.T @ entropy_T,
             z_sum_S=scale_TS.T @ z_T,
-            dropped_S=scale_TS.T @ (dropped_TK if routing.choices_are_fixed else torch.zeros_like(dropped_TK)).sum(-1),
+            dropped_S=scale_TS.T @ (chosen_TK - kept_TK).sum(-1),
             tokens_S=scale_TS.sum(0),
         )
