@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +20,17 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent / "fixtures" / "var"
 TINY_SCALES = (1, 2, 3, 4)
+
+
+@contextmanager
+def vars_threads() -> Iterator[None]:
+    """Threads as where VAR's images were made: the tiny decoder amplifies rounding (5e-4 between one and two)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

@@ -6,7 +6,7 @@ Shapes: B images, l tokens of the current scale, L tokens over all scales, V cod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -46,16 +46,17 @@ def sample(
         seed: image number i draws from a stream of its own, a function of (seed, first_index + i) alone.
         batch_size: images at a time (None: all); the result does not depend on it but for rounding.
         first_index: number of the first image, for a job that generates a part of a larger set.
-        smooth: mix codes by Gumbel-softmax weights instead of picking one (VAR's "more smooth", for demonstrations:
-            never for evaluation).
+        smooth: mix the codes that top_k and top_p leave by Gumbel-softmax weights instead of picking one (VAR's
+            "more smooth", for demonstrations: never for evaluation).
         rng: "image" as above; "var" repeats VAR's own order of draws (one generator for the batch, so batch_size
             must be None).
 
     Raises:
-        UserError: labels outside the classes, a tokenizer of another schedule, codebook or code width.
+        UserError: labels that are no list of the model's classes, a tokenizer of another schedule, codebook or code
+            width, options out of range, or weights that give NaN.
     """
     device = model.head.weight.device
-    labels = torch.as_tensor(labels_B, dtype=torch.int64, device=device)
+    labels = _as_labels(labels_B).to(device)
     _check(model, tokenizer, labels, rng, batch_size)
     tokenizer = tokenizer.to(device)
     step = batch_size or max(len(labels), 1)
@@ -64,14 +65,14 @@ def sample(
         part = labels[start : start + step]
         generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
         index_B = np.arange(first_index + start, first_index + start + len(part))
-        draw = _SmoothDraw(seed, index_B, generator) if smooth else _CodeDraw(seed, index_B, generator, top_k, top_p)
+        draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
         images.append(_sample_batch(model, tokenizer, part, cfg, draw))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
 
 def _sample_batch(
-    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _CodeDraw | _SmoothDraw
+    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _Draw
 ) -> Tensor:
     quantizer, schedule = tokenizer.quantizer, model.schedule
     B, guided = len(labels_B), cfg != 0
@@ -81,17 +82,22 @@ def _sample_batch(
     caches = model.new_caches(len(class_BC))
     f_hat = quantizer.empty_f_hat(B)
     x_BlC = model.first_input(class_BC)
+    total = f_hat.new_zeros(())  # of all logits: NaN or infinite if any of them is
     for scale in range(schedule.num_scales):
         logits_BlV = model.logits(model.run_scale(x_BlC, modulations, scale, caches), class_BC).float()
         ratio = scale / max(schedule.num_scales - 1, 1)
         if guided:
             t = cfg * ratio
             logits_BlV = (1 + t) * logits_BlV[:B] - t * logits_BlV[B:]
+        total = total + logits_BlV.sum()
+        if draw.generator is not None:  # torch.multinomial would fail on them with a message of its own
+            _check_finite(total)
         codes_BlZ = draw(logits_BlV, scale, ratio, quantizer.codebook.weight)
         f_hat = quantizer.add_codes(f_hat, codes_BlZ, scale)
         if scale + 1 < schedule.num_scales:
             next_BlZ = quantizer.next_input(f_hat, scale)
             x_BlC = model.next_input(torch.cat([next_BlZ, next_BlZ]) if guided else next_BlZ, scale + 1)
+    _check_finite(total)  # once a batch: on a GPU it waits for all that was queued
     return tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1)
 
 
@@ -109,20 +115,30 @@ def keep_top(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_BlV
 
 
-class _CodeDraw:
-    """Draws one code for each position."""
+class _Draw:
+    """How the codes of a scale come from its logits; `generator` only with rng="var"."""
 
     def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float):
-        self._seed, self._index_B, self._generator = seed, index_B, generator
-        self._top_k, self._top_p = top_k, top_p
+        self.seed, self.index_B, self.generator = seed, index_B, generator
+        self.top_k, self.top_p = top_k, top_p
 
     def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
-        if self._generator is not None:
-            probs_BlV = keep_top(logits_BlV, self._top_k, self._top_p).softmax(-1)
-            drawn = torch.multinomial(probs_BlV.flatten(0, 1), 1, generator=self._generator)
-            return codebook_VZ[drawn.view(probs_BlV.shape[:2])]
-        drawn_Bl = uniforms(self._seed, f"sample/{scale}", self._index_B, logits_BlV.shape[1])
-        chosen_Bl = draw_top(logits_BlV, self._top_k, self._top_p, torch.from_numpy(drawn_Bl).to(logits_BlV.device))
+        """(B, l, Z) codes. ratio: the scale's place in 0..1."""
+        raise NotImplementedError
+
+    def var_tokens(self, kept_BlV: Tensor) -> Tensor:
+        drawn = torch.multinomial(kept_BlV.softmax(-1).flatten(0, 1), 1, generator=self.generator)
+        return drawn.view(kept_BlV.shape[:2])
+
+
+class _CodeDraw(_Draw):
+    """Draws one code for each position."""
+
+    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
+        if self.generator is not None:
+            return codebook_VZ[self.var_tokens(keep_top(logits_BlV, self.top_k, self.top_p))]
+        drawn_Bl = uniforms(self.seed, f"sample/{scale}", self.index_B, logits_BlV.shape[1])
+        chosen_Bl = draw_top(logits_BlV, self.top_k, self.top_p, torch.from_numpy(drawn_Bl).to(logits_BlV.device))
         return codebook_VZ[chosen_Bl]
 
 
@@ -144,26 +160,51 @@ def draw_top(logits_BlV: Tensor, top_k: int, top_p: float, uniform_Bl: Tensor) -
     return codes_Blk.gather(-1, place_Bl1)[..., 0]
 
 
-class _SmoothDraw:
-    """Mixes the codebook's entries by Gumbel-softmax weights, colder at finer scales."""
-
-    def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None):
-        self._seed, self._index_B, self._generator = seed, index_B, generator
+class _SmoothDraw(_Draw):
+    """Mixes the kept codes by Gumbel-softmax weights, colder at finer scales."""
 
     def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
         temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
-        if self._generator is not None:
-            noise = torch.empty_like(logits_BlV).exponential_(generator=self._generator)
+        kept_BlV = keep_top(logits_BlV, self.top_k, self.top_p)
+        if self.generator is not None:
+            self.var_tokens(kept_BlV)  # VAR draws them, and then mixes: its generator has moved on
+            noise = torch.empty_like(kept_BlV).exponential_(generator=self.generator)
         else:
-            count = logits_BlV.shape[1] * logits_BlV.shape[2]
-            drawn = uniforms(self._seed, f"smooth/{scale}", self._index_B, count)
-            noise = -torch.from_numpy(drawn).to(logits_BlV.device).view_as(logits_BlV).neg().log1p()
+            count = kept_BlV.shape[1] * kept_BlV.shape[2]
+            drawn = uniforms(self.seed, f"smooth/{scale}", self.index_B, count)
+            noise = -torch.from_numpy(drawn).to(kept_BlV.device).view_as(kept_BlV).neg().log1p()
         gumbels = -noise.clamp_min(1e-30).log()
-        weights = F.softmax((logits_BlV * (1 + ratio) + gumbels) / temperature, dim=-1)
-        return weights @ codebook_VZ
+        weights = F.softmax((kept_BlV * (1 + ratio) + gumbels) / temperature, dim=-1)
+        return weights @ codebook_VZ.float()
+
+
+def _as_labels(labels_B: Tensor | Sequence[int]) -> Tensor:
+    """(B,) int64."""
+    try:
+        labels = torch.as_tensor(labels_B)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"labels: expected a list of class numbers ({error})") from error
+    if labels.ndim != 1 or (len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool)):
+        raise UserError(
+            f"labels: expected a list of class numbers, got {str(labels.dtype).removeprefix('torch.')} of shape "
+            f"{tuple(labels.shape)}"
+        )
+    return labels.to(torch.int64)
+
+
+def _check_finite(total: Tensor) -> None:
+    if not torch.isfinite(total):
+        raise UserError(
+            "sampling: the model's logits are NaN or infinite; its weights are damaged, or overflow in this precision "
+            "(bf16 has fp32's range, fp16 has not)"
+        )
 
 
 def _check(model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rng: str, batch_size: int | None) -> None:
+    if rng not in get_args(Rng):
+        raise UserError(f"rng: expected one of {', '.join(get_args(Rng))}, got {rng!r}")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size: expected at least 1, or None for all at once; got {batch_size}")
     last = model.config.num_classes - 1
     outside = sorted({int(label) for label in labels.tolist() if not 0 <= label <= last})
     if outside:

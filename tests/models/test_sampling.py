@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.loops.sampling import draw_top, keep_top, sample
+from mepa_ds.loops.sampling import Rng, _SmoothDraw, draw_top, keep_top, sample
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from tests.var_fixtures import TINY_SCALES, fixture_state, vector
+from tests.var_fixtures import TINY_SCALES, fixture_state, vars_threads, vector
 
 LAYOUTS = ["adaln", "shared", "adaln_nol2"]
 
@@ -22,42 +25,134 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def vars_threads() -> Iterator[None]:
-    """The tiny decoder amplifies rounding (5e-4 between one thread and two): VAR's images were made with several."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The codes' rows (B, l, Z) of every scale that is sampled."""
+    rows: list[Tensor] = []
+    add_codes = MultiScaleQuantizer.add_codes
+
+    def noting(self: MultiScaleQuantizer, f_hat: Tensor, codes_BlZ: Tensor, scale: int) -> Tensor:
+        rows.append(codes_BlZ)
+        return add_codes(self, f_hat, codes_BlZ, scale)
+
+    monkeypatch.setattr(MultiScaleQuantizer, "add_codes", noting)
+    return rows
+
+
+def tokens_of(rows: list[Tensor], tokenizer: Tokenizer) -> Tensor:
+    """(B, L) tokens whose codebook entries these are."""
+    codes_BLZ = torch.cat(rows, dim=1)
+    tokens_BL = torch.cdist(codes_BLZ, tokenizer.quantizer.codebook.weight).argmin(-1)
+    assert torch.equal(tokenizer.quantizer.codebook.weight[tokens_BL], codes_BLZ)
+    return tokens_BL
 
 
 def model_of(layout: str) -> NextScaleTransformer:
     return NextScaleTransformer.from_var(fixture_state(f"tiny_var_{layout}"), scales=TINY_SCALES)
 
 
-@pytest.mark.usefixtures("vars_threads")
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_image_is_vars(tokenizer: Tokenizer, layout: str) -> None:
-    images = sample(model_of(layout), tokenizer, vector("labels"), cfg=1.5, top_k=1)
-    torch.testing.assert_close(images, vector(f"greedy_{layout}"), atol=1e-5, rtol=0)
+def tokens_without_a_cache(
+    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, top_k: int, top_p: float, seed: int
+) -> Tensor:
+    """(B, L): VAR's sampling loop by the teacher-forced forward of the whole sequence, anew for each scale."""
+    schedule, B = tokenizer.schedule, len(labels_B)
+    rng = torch.Generator().manual_seed(seed)
+    tokens_BL = torch.zeros(B, schedule.num_tokens, dtype=torch.int64)
+    for scale, (start, end) in enumerate(schedule.bounds):
+        inputs = tokenizer.inputs_from_tokens(tokens_BL)  # later scales do not reach this one
+        none_B = torch.full_like(labels_B, model.config.num_classes)
+        with torch.no_grad():
+            conditional, other = (model(labels, inputs).logits_BLV[:, start:end] for labels in (labels_B, none_B))
+        t = 1.5 * scale / (schedule.num_scales - 1)
+        probs = keep_top((1 + t) * conditional - t * other, top_k, top_p).softmax(-1)
+        tokens_BL[:, start:end] = torch.multinomial(probs.flatten(0, 1), 1, generator=rng).view(B, -1)
+    return tokens_BL
 
 
-@pytest.mark.usefixtures("vars_threads")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_random_image_is_vars_with_its_order_of_draws(tokenizer: Tokenizer, layout: str) -> None:
-    images = sample(model_of(layout), tokenizer, vector("labels"), cfg=1.5, top_k=20, top_p=0.9, seed=3, rng="var")
-    torch.testing.assert_close(images, vector(f"sample_{layout}"), atol=1e-5, rtol=0)
+@pytest.mark.parametrize("kind", ["greedy", "sample"])
+def test_tokens_and_image_are_vars(tokenizer: Tokenizer, drawn: list[Tensor], layout: str, kind: str) -> None:
+    """Random draws too, in VAR's order. The forward that makes the tokens here gives VAR's logits: another test."""
+    top_k, top_p = {"greedy": (1, 0.0), "sample": (20, 0.9)}[kind]
+    model, labels_B = model_of(layout), vector("labels")
+    with vars_threads():
+        images = sample(model, tokenizer, labels_B, cfg=1.5, top_k=top_k, top_p=top_p, seed=3, rng="var")
+    torch.testing.assert_close(images, vector(f"{kind}_{layout}"), atol=1e-5, rtol=0)
+    tokens_BL = tokens_of(drawn, tokenizer)
+    assert torch.equal(tokens_BL, tokens_without_a_cache(model, tokenizer, labels_B, top_k, top_p, seed=3))
+    if kind == "greedy":
+        drawn.clear()
+        sample(model, tokenizer, labels_B, cfg=1.5, top_k=1)
+        assert torch.equal(tokens_of(drawn, tokenizer), tokens_BL)
+
+
+@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"qk_norm": False}])
+def test_experts_sample_what_they_were_trained_on(
+    tokenizer: Tokenizer, drawn: list[Tensor], changes: dict[str, object]
+) -> None:
+    """Scale by scale with a cache, a mixture of experts gives the tokens of its teacher-forced forward."""
+    model = NextScaleTransformer.from_preset(
+        "mepa-d2", num_classes=10, scales=TINY_SCALES, codebook_size=64, code_width=8, head_init=20.0,
+        adaln_gamma_init=1.0, **changes,
+    ).eval()  # fmt: skip
+    labels_B = torch.tensor([3, 7, 1])
+    sample(model, tokenizer, labels_B, cfg=1.5, top_k=20, top_p=0.9, seed=3, rng="var")
+    tokens_BL = tokens_of(drawn, tokenizer)
+    assert len(tokens_BL.unique()) > 10
+    assert torch.equal(tokens_BL, tokens_without_a_cache(model, tokenizer, labels_B, 20, 0.9, seed=3))
 
 
 @pytest.mark.parametrize("smooth", [False, True])
-def test_images_do_not_depend_on_the_batch_split(tokenizer: Tokenizer, smooth: bool) -> None:
+def test_images_do_not_depend_on_the_batch_split(tokenizer: Tokenizer, drawn: list[Tensor], smooth: bool) -> None:
     model, labels = model_of("adaln"), [3, 1, 4, 1, 5]
-    whole = sample(model, tokenizer, labels, seed=7, smooth=smooth)
-    split = sample(model, tokenizer, labels, seed=7, smooth=smooth, batch_size=2)
-    tail = sample(model, tokenizer, labels[3:], seed=7, smooth=smooth, first_index=3)
-    # The codes are the same; the decoder's convolutions round differently for another batch size (seen: 1.5e-4).
-    torch.testing.assert_close(split, whole, atol=1e-3, rtol=0)
-    torch.testing.assert_close(tail, whole[3:], atol=1e-3, rtol=0)
+
+    def codes(labels: list[int], first_index: int = 0, batch_size: int | None = None) -> Tensor:
+        drawn.clear()
+        sample(model, tokenizer, labels, seed=7, smooth=smooth, first_index=first_index, batch_size=batch_size)
+        batches = [torch.cat(drawn[start : start + 4], dim=1) for start in range(0, len(drawn), 4)]
+        return torch.cat(batches)
+
+    whole, split, tail = codes(labels), codes(labels, batch_size=2), codes(labels[3:], first_index=3)
+    # Codes are choices, and those are the same; mixtures are numbers, and the temperature of the last scale, 0.0135,
+    # makes 1e-6 of the logits 1e-4 of the weights (seen: 2e-4).
+    tolerance = 1e-3 if smooth else 0
+    torch.testing.assert_close(split, whole, atol=tolerance, rtol=0)
+    torch.testing.assert_close(tail, whole[3:], atol=tolerance, rtol=0)
     assert not torch.equal(whole[1], whole[3])  # the same class twice is two images
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.8), (5, 0.8)])
+def test_smooth_draws_are_vars_more_smooth(top_k: int, top_p: float) -> None:
+    """VAR's steps written out: `sample_with_top_k_top_p_` masks in place, then the Gumbel softmax sees what is left."""
+    torch.manual_seed(1)
+    codebook_VZ = torch.randn(12, 3)
+    draw = _SmoothDraw(0, np.arange(2), torch.Generator().manual_seed(3), top_k, top_p)
+    rng = torch.Generator().manual_seed(3)
+    for scale in range(3):
+        logits_BlV, ratio = torch.randn(2, 4, 12) * 2, scale / 2
+        expected = logits_BlV.clone()
+        if top_k:
+            smallest = expected.topk(top_k, dim=-1)[0].amin(dim=-1, keepdim=True)
+            expected.masked_fill_(expected < smallest, -torch.inf)
+        if top_p:
+            ascending, order = expected.sort(dim=-1, descending=False)
+            remove = ascending.softmax(dim=-1).cumsum_(dim=-1) <= (1 - top_p)
+            remove[..., -1:] = False
+            expected.masked_fill_(remove.scatter(order.ndim - 1, order, remove), -torch.inf)
+        torch.multinomial(expected.softmax(dim=-1).view(-1, 12), 1, replacement=True, generator=rng)
+        temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
+        gumbels = -torch.empty_like(expected).exponential_(generator=rng).log()
+        mixed = ((expected.mul(1 + ratio) + gumbels) / temperature).softmax(-1) @ codebook_VZ
+        torch.testing.assert_close(draw(logits_BlV, scale, ratio, codebook_VZ), mixed, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rng", ["image", "var"])
+def test_smooth_with_one_code_left_is_greedy(tokenizer: Tokenizer, drawn: list[Tensor], rng: Rng) -> None:
+    model = model_of("adaln")
+    sample(model, tokenizer, [2, 5], top_k=1, smooth=True, rng=rng)
+    smooth = torch.cat(drawn, dim=1)
+    drawn.clear()
+    sample(model, tokenizer, [2, 5], top_k=1)
+    torch.testing.assert_close(smooth, torch.cat(drawn, dim=1), atol=1e-6, rtol=0)
 
 
 def test_seed_decides(tokenizer: Tokenizer) -> None:
@@ -122,3 +217,35 @@ def test_bad_labels_and_foreign_tokenizers_are_refused(tokenizer: Tokenizer) -> 
     other = Tokenizer.from_var(fixture_state("tiny_vae"), scales=(1, 2, 4))
     with pytest.raises(UserError, match="tokenizer: its scales"):
         sample(model, other, [1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([1], {"batch_size": 0}, r"batch_size: expected at least 1, or None .* got 0"),
+        ([1], {"batch_size": -1}, r"batch_size: expected at least 1, or None .* got -1"),
+        ([1], {"rng": "numpy"}, r"rng: expected one of image, var, got 'numpy'"),
+        ([1.5, 2.0], {}, r"labels: expected a list of class numbers, got float32 of shape \(2,\)"),
+        ([True], {}, r"labels: expected a list of class numbers, got bool"),
+        ([[1, 2]], {}, r"labels: expected a list of class numbers, got int64 of shape \(1, 2\)"),
+        ([[1, 2], [3]], {}, r"labels: expected a list of class numbers \("),
+        (["cat"], {}, r"labels: expected a list of class numbers \("),
+        (3, {}, r"labels: expected a list of class numbers, got int64 of shape \(\)"),
+    ],
+)
+def test_bad_arguments(tokenizer: Tokenizer, labels: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        sample(model_of("adaln"), tokenizer, labels, **options)
+
+
+def test_no_labels_no_images(tokenizer: Tokenizer) -> None:
+    assert sample(model_of("adaln"), tokenizer, []).shape == (0, 3, 64, 64)
+
+
+@pytest.mark.parametrize("rng", ["image", "var"])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_broken_weights_are_an_error_not_an_image(tokenizer: Tokenizer, rng: Rng, smooth: bool) -> None:
+    model = model_of("adaln")
+    model.position_embed.data[0, 5] = torch.nan  # in the third scale
+    with pytest.raises(UserError, match="sampling: the model's logits are NaN or infinite"):
+        sample(model, tokenizer, [1], rng=rng, smooth=smooth)
