@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,35 @@ from mepa_ds.files import write_text
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`, flushed line by line, so a killed run keeps what it logged.
+    """Appends records to `metrics.jsonl`, line by line, so a killed run keeps what it logged.
 
     A resumed run passes the step it continues from: records of later steps, which the killed run wrote after its
-    last checkpoint, are dropped, so that every step stands in the file once.
+    last checkpoint, are dropped, so that every step stands in the file once. None keeps all.
+
+    What cannot be written (a full disk) is kept and tried again with the next record.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
-        kept = [record for record in read_metrics(path) if record.get("step", 0) <= resume_step]
+    def __init__(self, path: Path, resume_step: int | None = 0):
+        kept = [r for r in read_metrics(path) if resume_step is None or r.get("step", 0) <= resume_step]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = open(path, "a")  # noqa: SIM115 - lives as long as the run
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._unwritten, self._failed = b"", False
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
+        try:
+            while self._unwritten:
+                written = self._file.write(self._unwritten)
+                self._unwritten = self._unwritten[written or 0 :]
+        except OSError as error:
+            if not self._failed:
+                line = f"warning: {self._path} cannot be written ({error}): records are kept and tried again"
+                print(line, file=sys.stderr, flush=True)
+            self._failed = True
+        else:
+            self._failed = False
 
     def close(self) -> None:
         self._file.close()

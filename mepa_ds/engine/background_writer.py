@@ -73,10 +73,13 @@ class BackgroundWriter:
         temporary: Path,
         commit: Callable[[Digests], None],
         on_progress: Callable[[], None],
+        before: tuple[str, Callable[[], None]] | None = None,
     ) -> None:
         """Waits for the last job, stages, and starts to write into `temporary`. Collective.
 
-        `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests.
+        `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests. `before`
+        is a job of its own name that the main rank does from the same files right before; when it fails, `commit`
+        runs nonetheless.
         """
         started = time.perf_counter()
         self.wait(on_progress)
@@ -85,7 +88,7 @@ class BackgroundWriter:
 
         def job() -> None:
             begun = time.perf_counter()
-            error = self._write(fragments, temporary, commit)
+            error = self._write(fragments, temporary, commit, before)
             self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
 
         self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
@@ -107,7 +110,13 @@ class BackgroundWriter:
         done, self._done = self._done, []
         return done
 
-    def _write(self, fragments: list[Fragment], temporary: Path, commit: Callable[[Digests], None]) -> str | None:
+    def _write(
+        self,
+        fragments: list[Fragment],
+        temporary: Path,
+        commit: Callable[[Digests], None],
+        before: tuple[str, Callable[[], None]] | None,
+    ) -> str | None:
         try:
             self._on_main(lambda: _make_anew(temporary))
             self._phases_done += 1
@@ -115,6 +124,8 @@ class BackgroundWriter:
             self._phases_done += 1
             digests = self._gather_digests(temporary)
             self._phases_done += 1
+            if before is not None:
+                self._do_before(*before)
             self._on_main(lambda: commit(digests))
         except _RemoteError as error:
             message = str(error)
@@ -128,6 +139,15 @@ class BackgroundWriter:
         if distributed.is_main():
             shutil.rmtree(temporary, ignore_errors=True)
         return message
+
+    def _do_before(self, what: str, action: Callable[[], None]) -> None:
+        begun, error = time.perf_counter(), None
+        try:
+            self._on_main(action)
+        except _RemoteError as raised:
+            error = str(raised)
+        self._done.append(Written(what, error, 0.0, time.perf_counter() - begun))
+        self._phases_done += 1
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Runs `action` on the main rank; an error there is raised on all."""

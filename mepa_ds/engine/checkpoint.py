@@ -7,12 +7,15 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from mepa_ds import distributed
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine import checkpoint_files as files
 from mepa_ds.engine.background_writer import BackgroundWriter, Digests, Staging, Written
 from mepa_ds.engine.checkpoint_files import RunState
@@ -27,6 +30,8 @@ from mepa_ds.engine.fragments import (
     set_loss_scaler_state,
 )
 from mepa_ds.errors import UserError
+
+FactT = TypeVar("FactT")
 
 
 @dataclass(frozen=True)
@@ -47,27 +52,48 @@ class Checkpoints:
         self._staging = Staging()
         self._writer = BackgroundWriter()
 
-    def save(self, state: RunState, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Writes `directory/step_<step>` and deletes old checkpoints. Collective."""
+    def save(
+        self,
+        state: RunState,
+        on_progress: Callable[[], None] = lambda: None,
+        best: tuple[Path, float] | None = None,
+    ) -> None:
+        """Writes `directory/step_<step>` and deletes old checkpoints. Collective.
+
+        `best`: a directory to which these weights are exported as well, and their held-out cross-entropy. It becomes
+        the checkpoint's best one if that export succeeds; `written()` then has an entry of the directory's name.
+        """
         zero = self._engine.zero
         state = replace(state, adam_step=adam_step(zero), loss_scaler=loss_scaler_state(zero), versions=_versions())
         target = self.directory / files.checkpoint_name(state.step)
         temporary = target.with_name(f".{target.name}.tmp")
+
+        def export_best() -> None:
+            assert best is not None
+            directory, heldout_ce = best
+            beside = directory.with_name(f".{directory.name}.tmp")
+            shutil.rmtree(beside, ignore_errors=True)
+            files.convert_fragments(temporary, self._config, beside, MASTER, state.step)
+            files.publish(beside, directory)
+            state.best_heldout_ce = heldout_ce
 
         def commit(digests: Digests) -> None:
             files.complete(temporary, state, digests)
             files.publish(temporary, target)
             files.prune(self.directory, self._keep, self._keep_every)
 
-        self._writer.submit(target.name, lambda: self._stage(self._engine.kinds), temporary, commit, on_progress)
+        before = None if best is None else (best[0].name, export_best)
+        stage = partial(self._stage, self._engine.kinds)
+        self._writer.submit(target.name, stage, temporary, commit, on_progress, before)
 
-    def export(self, directory: Path, kind: str = MASTER, on_progress: Callable[[], None] = lambda: None) -> None:
+    def export(
+        self, directory: Path, step: int, kind: str = MASTER, on_progress: Callable[[], None] = lambda: None
+    ) -> None:
         """Writes the model's fp32 masters, or their average, as safetensors + config.json. Collective."""
         temporary = directory.with_name(f".{directory.name}.tmp")
-        config = self._engine.objective.transformer.config
 
         def commit(_: Digests) -> None:
-            files.convert_fragments(temporary, config, temporary / "weights", kind)
+            files.convert_fragments(temporary, self._config, temporary / "weights", kind, step)
             files.publish(temporary / "weights", directory)
             shutil.rmtree(temporary)
 
@@ -88,51 +114,68 @@ class Checkpoints:
             fragments += [replace(fragment, data=fragment.data.cpu().clone()) for fragment in buffer_fragments(model)]
         return fragments
 
-    def load_newest(self, data: dict[str, str]) -> Loaded | None:
+    @property
+    def _config(self) -> ModelConfig:
+        return self._engine.objective.transformer.config
+
+    def load_newest(self, data: dict[str, str], on_progress: Callable[[], None] = lambda: None) -> Loaded | None:
         """Restores the newest whole checkpoint on any number of ranks and any ep_size; None: there is none. Collective.
 
-        A damaged one is set aside, and the one before it taken. Raises UserError, on every rank, when all are damaged,
-        or when model or data are not the checkpoint's.
+        Damaged ones are set aside, and the one before them taken. Raises UserError, on every rank, when all are
+        damaged (which then stay where they are), or when model or data are not the checkpoint's.
         """
-        damaged: list[str] = []
-        for path in reversed(_agreed(files.list_checkpoints(self.directory))):
-            damage = _first(files.find_damage(path, distributed.rank(), distributed.world_size()))
-            if damage is None:
-                state = files.read_state(path)
-                self._check(path, state, data)
-                self._restore(path, state)
-                return Loaded(state, path, damaged)
-            damaged.append(f"{path} is damaged ({damage}): set aside, the one before it is used")
+        damaged: dict[Path, str] = {}
+        for path in reversed(agreed(files.list_checkpoints(self.directory))):
+            damage = _first(files.find_damage(path, distributed.rank(), distributed.world_size(), on_progress))
+            if damage is not None:
+                damaged[path] = f"{path} is damaged ({damage})"
+                continue
+            state = files.read_state(path)
+            self._check(path, state, data)
+            self._restore(path, state, on_progress)
             if distributed.is_main():
-                files.set_aside(path)
+                for unusable in damaged:
+                    files.set_aside(unusable)
+            lines = [f"{line}: set aside, the one before it is used" for line in damaged.values()]
+            return Loaded(state, path, lines)
         if damaged:
             raise UserError(
-                f"{self.directory}: every checkpoint is damaged ({'; '.join(damaged)}); "
-                "restore one from a backup, or choose another output_dir to start anew"
+                f"{self.directory}: every checkpoint is damaged ({'; '.join(damaged.values())}); "
+                "restore one from a backup, or choose another output_dir to start anew",
+                agreed=True,
             )
         return None
 
     def _check(self, path: Path, state: RunState, data: dict[str, str]) -> None:
-        expected = json.loads(self._engine.objective.transformer.config.model_dump_json())
-        theirs = state.recipe["model"]
-        changed = [f"model.{line}" for line in _changes(theirs, expected)]
+        # Keys that are newer than the checkpoint have their defaults there.
+        theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
+        expected, found = (json.loads(config.model_dump_json()) for config in (self._config, theirs))
+        changed = [f"model.{line}" for line in _changes(found, expected)]
+        alignment = self._engine.objective.config.alignment
+        if alignment is not None:  # the projector is no part of the model's config; one that is not needed may go
+            hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
+            if hidden != alignment.projector_hidden:
+                key = "objective.alignment.projector_hidden"
+                changed.append(f"{key}: {hidden!r} there, {alignment.projector_hidden!r} now")
         if changed:
             raise UserError(
                 f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(changed)}); "
-                "restore the recipe or choose another output_dir"
+                "restore the recipe or choose another output_dir",
+                agreed=True,
             )
         if changed := _changes(state.data, data):
             raise UserError(
                 f"{path}: the checkpoint was trained on other data ({'; '.join(changed)}), so the run "
-                "cannot go on from its place in them; restore the data, or choose another output_dir"
+                "cannot go on from its place in them; restore the data, or choose another output_dir",
+                agreed=True,
             )
 
-    def _restore(self, path: Path, state: RunState) -> None:
+    def _restore(self, path: Path, state: RunState, on_progress: Callable[[], None]) -> None:
         engine = self._engine
         has_average = any(name.startswith(f"{EMA}/") for name in stored_tensors(path))
         kinds = [kind for kind in engine.kinds if kind != EMA or has_average]
         fragments = list(parameter_fragments(engine.objective, engine.flats(tuple(kinds))))
-        load_fragments([*fragments, *buffer_fragments(engine.objective)], path)
+        load_fragments([*fragments, *buffer_fragments(engine.objective)], path, on_progress=on_progress)
         set_adam_step(engine.zero, state.adam_step)
         set_loss_scaler_state(engine.zero, state.loss_scaler)
         engine.restored(has_average)
@@ -145,9 +188,9 @@ def _changes(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     ]
 
 
-def _agreed(paths: list[Path]) -> list[Path]:
-    """The main rank's list: other nodes may see a shared file system later."""
-    shared: list[list[Path]] = [paths]
+def agreed(mine: FactT) -> FactT:
+    """The main rank's: other nodes may see a shared file system later. Collective."""
+    shared = [mine]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
 

@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ from mepa_ds.weights import save_pretrained
 _NAME = re.compile(r"step_(\d{8,})")
 TRANSFORMER = "transformer."
 RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
+WEIGHTS_FACTS_NAME = "training.json"
 _DAMAGED = ".damaged"
+# What a killed run may leave half-written or half-deleted. Exports have their names from the training loop.
+_UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old)")
+_RETRY_SECONDS = 1.0
 _COMPARED_AT_ONCE = 32
 
 
@@ -52,6 +57,10 @@ class RunState:
     """Step of the last held-out evaluation."""
     metrics_records: int = 0
     """Records in metrics.jsonl: those after them belong to steps that are taken again."""
+    skipped_steps: int = 0
+    """Steps that were skipped because something was not finite, also those of which a rollback took the rest back."""
+    replaced_samples: int = 0
+    """Damaged samples that others took the place of (data.on_damaged = "skip"), up to the last logged step."""
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """fp16's dynamic loss scale."""
     data: dict[str, str] = field(default_factory=dict)
@@ -88,7 +97,13 @@ def read_state(path: Path) -> RunState:
 
 
 def complete(directory: Path, state: RunState, digests: dict[str, dict[str, Any]]) -> None:
-    """Adds run.json and manifest.json to a directory of fragments; `digests` are those of the ranks' files."""
+    """Adds run.json and manifest.json to a directory of fragments; `digests` are those of the ranks' files.
+
+    Raises OSError when a rank's file is not here: its node writes to another file system.
+    """
+    for name, expected in digests.items():
+        if not (directory / name).exists() or (directory / name).stat().st_size != expected["bytes"]:
+            raise OSError(f"{directory / name} was written by a rank, but is not there: output_dir must be shared")
     write_json(directory / RUN_NAME, asdict(state))
     for name in (RUN_NAME, ".metadata"):
         digests[name] = digest(directory / name)
@@ -99,17 +114,32 @@ def digest(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
-def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Compares size and SHA-256 of every `parts`-th file, from number `part` on; says what is wrong, if anything is."""
-    try:
-        files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
-        for name in sorted(files)[part::parts]:
-            if (checkpoint / name).stat().st_size != files[name]["bytes"]:
-                return f"{name} has {(checkpoint / name).stat().st_size} bytes, not {files[name]['bytes']}"
-            if sha256_of_file(checkpoint / name) != files[name]["sha256"]:
-                return f"{name} is not what was written (SHA-256)"
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
+def find_damage(
+    checkpoint: Path, part: int = 0, parts: int = 1, on_progress: Callable[[], object] = lambda: None
+) -> str | None:
+    """Compares size and SHA-256 of every `parts`-th file, from number `part` on; says what is wrong, if anything is.
+
+    A read that fails is tried once more: a passing error of a file system is no damage.
+    """
+    for attempt in (1, 2):
+        try:
+            return _compare_with_manifest(checkpoint, part, parts, on_progress)
+        except OSError as error:
+            if attempt == 2 or isinstance(error, FileNotFoundError):
+                return f"{type(error).__name__}: {error}"
+            time.sleep(_RETRY_SECONDS)
+        except (KeyError, TypeError, ValueError) as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _compare_with_manifest(checkpoint: Path, part: int, parts: int, on_progress: Callable[[], object]) -> str | None:
+    files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
+    for name in sorted(files)[part::parts]:
+        if (checkpoint / name).stat().st_size != files[name]["bytes"]:
+            return f"{name} has {(checkpoint / name).stat().st_size} bytes, not {files[name]['bytes']}"
+        if sha256_of_file(checkpoint / name, lambda _: on_progress()) != files[name]["sha256"]:
+            return f"{name} is not what was written (SHA-256)"
     return None
 
 
@@ -142,23 +172,37 @@ def prune(directory: Path, keep: int, keep_every: int | None) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Removes what a killed run was writing or deleting."""
-    for pattern in (".*.tmp", ".*.old"):
-        for path in directory.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+    """Removes what a killed run was writing or deleting, and nothing else that lies there."""
+    for path in list(directory.glob(".*")):
+        match = _UNFINISHED.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        target = directory / match[1]
+        if match[2] == "old" and not _NAME.fullmatch(match[1]) and not target.exists():
+            os.rename(path, target)  # killed between the two renames of `publish`: the new weights are not there yet
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
     """A checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"{checkpoint}: damaged: {damage}; export an older checkpoint")
-    config = validate(ModelConfig, dict(read_state(checkpoint).recipe["model"]), str(checkpoint))
-    convert_fragments(checkpoint, config, directory, kind)
+    state = read_state(checkpoint)
+    config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
+    convert_fragments(checkpoint, config, directory, kind, state.step)
 
 
-def convert_fragments(fragments: Path, config: ModelConfig, directory: Path, kind: str) -> None:
-    """Fragments of at least `kind` and the buffers -> the Hugging Face layout."""
+def step_of_weights(directory: Path) -> int | None:
+    """The step that exported weights are of; None where there are none, or it is not known."""
+    try:
+        return int(json.loads((directory / WEIGHTS_FACTS_NAME).read_text())["step"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def convert_fragments(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
+    """Fragments of at least `kind` and the buffers -> the Hugging Face layout, with a note of the step."""
     from mepa_ds.models.transformer import NextScaleTransformer
 
     with torch.device("meta"):
@@ -169,6 +213,7 @@ def convert_fragments(fragments: Path, config: ModelConfig, directory: Path, kin
     flat = read_tensors(fragments, sources.values())
     weights = {name: flat[source].view(shapes[name]) for name, source in sources.items()}
     save_pretrained(directory, config, weights, KIND)
+    write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:

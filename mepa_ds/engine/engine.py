@@ -23,6 +23,7 @@ from mepa_ds.engine.fragment_store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
+from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 
@@ -58,12 +59,6 @@ class Clock:
         self._last = now
 
 
-def _sum_over_ranks(counts: Tensor) -> Tensor:
-    if dist.get_world_size() > 1:
-        dist.all_reduce(counts)
-    return counts
-
-
 class PretrainEngine:
     """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine)."""
 
@@ -73,11 +68,12 @@ class PretrainEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, even for one process
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
+        self._waits = WaitingClock()
         with torch.device("meta"):
             transformer = NextScaleTransformer(config.model)
             transformer.recompute = config.parallel.activation_checkpointing
-            objective = PretrainingObjective(transformer, config.objective, teacher_width, _sum_over_ranks)
-            shard_experts(objective, config.parallel.ep_size)
+            objective = PretrainingObjective(transformer, config.objective, teacher_width, self._sum_over_ranks)
+            shard_experts(objective, config.parallel.ep_size, self._waits)
         objective.to_empty(device=device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed)
@@ -89,6 +85,9 @@ class PretrainEngine:
             config=deepspeed_config.build(config, dist.get_world_size()),
             dist_init_required=False,
         )
+        # Nothing can be wrong with a loss scale that cannot fall any more but the run, which has a guard for that.
+        if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
+            self.zero.loss_scaler.raise_error_at_min_scale = False
         self.accumulation = config.train.accumulation
         self._ema_decay = config.optim.ema
         self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)] if self._ema_decay else []
@@ -125,14 +124,18 @@ class PretrainEngine:
         losses = []
         counts_NE: Tensor | None = None
         clock = Clock(timed)
+        self._waits.start(timed)
+        forward_waiting = backward_waiting = 0.0
         for inputs in micro_batches:
             clock.lap("inputs")
             if self._balance_over_step:
                 inputs = replace(inputs, earlier_counts_NE=counts_NE)
             result: Losses = self._engine(inputs)
             clock.lap("forward")
+            forward_waiting = self._waited() - backward_waiting
             self._engine.backward(result.total)
             clock.lap("backward")
+            backward_waiting = self._waited() - forward_waiting
             self._engine.step()
             clock.lap("optimizer")
             losses.append(result)
@@ -143,7 +146,17 @@ class PretrainEngine:
         if applied:
             self._after_update(counts_NE)
         norm = self._engine.get_global_grad_norm()
-        return StepReport(losses, float("nan") if norm is None else float(norm), applied, clock.seconds)
+        waits = {"all_to_all": self._waits.seconds("all_to_all"), "forward_waiting": forward_waiting}
+        return StepReport(losses, float("nan") if norm is None else float(norm), applied, clock.seconds | waits)
+
+    def _waited(self) -> float:
+        return self._waits.seconds("all_to_all") + self._waits.seconds("counts")
+
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
+        if dist.get_world_size() > 1:
+            with self._waits.waiting("counts"):
+                dist.all_reduce(counts)
+        return counts
 
     def _after_update(self, counts_NE: Tensor | None) -> None:
         if counts_NE is not None:

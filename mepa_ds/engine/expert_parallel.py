@@ -14,44 +14,90 @@ from deepspeed.moe.layer import MoE as DeepSpeedMoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from mepa_ds.models.moe.dispatch import Alongside, Sorted
+from mepa_ds.engine.waiting import WaitingClock
+from mepa_ds.models.moe.dispatch import Alongside, Sorted, inverse
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows to and from all ranks of a group; the gradient travels back the same way.
+class _Exchange:
+    """One all-to-all of rows and, in the backward pass, of their gradients the other way.
 
-    The forward exchange is only started: its handle goes into `started`, and the result must not be read before
-    `_wait` was called on it.
+    Each is started and later finished: `finish` of what `start` returned, with work that does not need the rows in
+    between. That work's backward pass comes between the two as well: autograd runs the latest ready node first.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup, started: list[Any]
-    ) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup):
+        self.send, self.receive, self._group = send, receive, group
+        self._travelling: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor) -> Tensor:
+        """The rows of other ranks; not to be read before `finish`."""
+        return _Start.apply(rows, self)
+
+    def finish(self, rows: Tensor) -> Tensor:
+        return _Finish.apply(rows, self)
+
+    def begin(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         rows = rows.contiguous()
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
-        # `rows` stays alive until it has been sent.
-        started += [rows, dist.all_to_all_single(out, rows, receive, send, group=group, async_op=True)]
-        return out
+        arriving = rows.new_empty(sum(receive), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows, receive, send, group=self._group, async_op=True)
+        self._travelling = work, rows, arriving  # `rows` must live until it has been sent
+        return arriving
+
+    def wait(self) -> Tensor:
+        assert self._travelling is not None
+        work, _, arriving = self._travelling
+        work.wait()
+        self._travelling = None
+        return arriving
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.begin(rows, exchange.send, exchange.receive)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        out = gradient.new_empty(sum(ctx.send), *gradient.shape[1:])
-        dist.all_to_all_single(out, gradient.contiguous(), ctx.send, ctx.receive, group=ctx.group)
-        return out, None, None, None, None
+    def backward(ctx: Any, placeholder: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.exchange.wait(), None
 
 
-def _wait(started: list[Any]) -> None:
-    _, work = started
-    work.wait()
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.exchange.begin(gradient, ctx.exchange.receive, ctx.exchange.send)
+        return gradient, None  # of the shape that autograd expects here; `_Start` returns what arrives
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order]; the gradient gathers by the inverse instead of adding rows up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order_Q: Tensor, place_Q: Tensor) -> Tensor:
+        ctx.save_for_backward(place_Q)
+        return rows.index_select(0, order_Q)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (place_Q,) = ctx.saved_tensors
+        return gradient.index_select(0, place_Q), None, None
 
 
 class ExpertParallelDispatcher:
-    """The local dispatcher's interface, over a group of ranks. One host sync a call: the row counts."""
+    """The local dispatcher's interface, over a group of ranks. One host sync a call: the row counts.
+
+    Half of the tokens go through `alongside` while rows travel to their experts, half while they travel back; the
+    same halves of its backward pass while gradients travel.
+    """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int):
         self.group = group
@@ -59,28 +105,35 @@ class ExpertParallelDispatcher:
         self.num_experts = num_experts
 
     def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        rows = Sorted(x_TC, routing, self.num_experts)
-        received_E = torch.empty_like(rows.counts_E)
-        dist.all_to_all_single(received_E, rows.counts_E, group=self.group)
-        received_nJ = received_E.view(self.ep_size, -1)
-        sums = torch.stack([rows.counts_E.view(self.ep_size, -1).sum(1), received_nJ.sum(1)])
-        send, receive = sums.tolist()
-        going: list[Any] = []
-        x_QC = _AllToAll.apply(rows.x_RC, send, receive, self.group, going)
-        beside_TC = None if alongside is None else alongside()
-        _wait(going)
+        by_expert = Sorted(x_TC, routing, self.num_experts)
+        sent_nJ = by_expert.counts_E.view(self.ep_size, -1)
+        received_nJ = torch.empty_like(sent_nJ)
+        dist.all_to_all_single(received_nJ, sent_nJ, group=self.group)
+        counts_J = received_nJ.sum(0)
+        numbers = torch.cat([sent_nJ.sum(1), received_nJ.sum(1), counts_J]).tolist()
+        n = self.ep_size
+        send, receive, counts = numbers[:n], numbers[n : 2 * n], numbers[2 * n :]
+        half = len(x_TC) // 2
+        beside: list[Tensor] = []
+
+        there = _Exchange(send, receive, self.group)
+        x_QC = there.start(by_expert.rows(sum(send)))
         # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
         expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
         expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive))
         order_Q = expert_Q.argsort(stable=True)
-        place_Q = torch.empty_like(order_Q)
-        place_Q[order_Q] = torch.arange(len(order_Q), device=order_Q.device)
-        y_QC = experts(x_QC.index_select(0, order_Q), received_nJ.sum(0)).index_select(0, place_Q)
-        coming: list[Any] = []
-        back_RC = _AllToAll.apply(y_QC, receive, send, self.group, coming)
-        _wait(coming)
-        y_TC = rows.combine(back_RC)
-        return y_TC if beside_TC is None else y_TC + beside_TC
+        place_Q = inverse(order_Q)
+        if alongside is not None:
+            beside.append(alongside(x_TC[:half]))
+        x_QC = _Permute.apply(there.finish(x_QC), order_Q, place_Q)
+        y_QC = _Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q)
+
+        back = _Exchange(receive, send, self.group)
+        y_RC = back.start(y_QC)
+        if alongside is not None:
+            beside.append(alongside(x_TC[half:]))
+        y_TC = by_expert.combine(back.finish(y_RC))
+        return y_TC + torch.cat(beside) if beside else y_TC
 
 
 class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):
@@ -97,11 +150,12 @@ class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):
         """DeepSpeed's hook. The groups exist since `shard_experts`."""
 
 
-def shard_experts(model: nn.Module, ep_size: int) -> None:
+def shard_experts(model: nn.Module, ep_size: int, waits: WaitingClock | None = None) -> None:
     """Makes every MoE layer of a model on the meta device expert-parallel, in place. Needs the process group.
 
     Consecutive ranks form a group; rank i of it keeps experts [i E/n, (i+1) E/n). Weights are drawn afterwards:
-    an expert's values depend on its global number, so the model is the same at every ep_size.
+    an expert's values depend on its global number, so the model is the same at every ep_size. `waits` measures the
+    exchanges.
     """
     if ep_size == 1:
         return
@@ -112,11 +166,16 @@ def shard_experts(model: nn.Module, ep_size: int) -> None:
     for parent in list(model.modules()):
         for child_name, layer in list(parent.named_children()):
             if isinstance(layer, MoEFeedForward):
-                setattr(parent, child_name, _shard(layer, ep_size, rank, group, name))
+                setattr(parent, child_name, _shard(layer, ep_size, rank, group, name, waits))
 
 
 def _shard(
-    layer: MoEFeedForward, ep_size: int, rank: int, group: dist.ProcessGroup, group_name: str
+    layer: MoEFeedForward,
+    ep_size: int,
+    rank: int,
+    group: dist.ProcessGroup,
+    group_name: str,
+    waits: WaitingClock | None,
 ) -> ExpertParallelFeedForward:
     sharded = ExpertParallelFeedForward.__new__(ExpertParallelFeedForward)
     nn.Module.__init__(sharded)
@@ -127,7 +186,7 @@ def _shard(
     sharded.expert_group_name = group_name
     sharded.first_expert = rank * sharded.num_local_experts
     sharded.experts = Experts(sharded.num_local_experts, width, hidden).to(layer.experts.fc1_weight.device)
-    sharded.dispatcher = ExpertParallelDispatcher(group, layer.num_experts)
+    sharded.dispatcher = ExpertParallelDispatcher(group, layer.num_experts, waits)
     return sharded
 
 

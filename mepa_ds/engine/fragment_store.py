@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -83,9 +84,9 @@ class _SavePlanner(DefaultSavePlanner):
 class _LoadPlanner(DefaultLoadPlanner):
     """Reads into the fragments' own memory."""
 
-    def __init__(self, fragments: dict[str, Fragment]):
+    def __init__(self, fragments: dict[str, Fragment], on_progress: Callable[[], None]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._fragments = fragments
+        self._fragments, self._on_progress = fragments, on_progress
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -99,6 +100,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        self._on_progress()
         return self._fragments[index.fqn].data
 
 
@@ -162,17 +164,33 @@ def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.P
     )
 
 
-def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
-    """Fills fragments in place. Collective, unless one process reads `alone`."""
+def load_fragments(
+    fragments: Iterable[Fragment],
+    directory: Path,
+    alone: bool = False,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Fills fragments in place. Collective, unless one process reads `alone`.
+
+    Raises UserError, the same on every rank, for files that cannot be read or that hold other tensors.
+    """
     named = {fragment.name: fragment for fragment in fragments}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
-        dcp.load(
-            {name: fragment.data for name, fragment in named.items()},
-            storage_reader=_Reader(directory),
-            planner=_LoadPlanner(named),
-            no_dist=alone,
-        )
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
+            dcp.load(
+                {name: fragment.data for name, fragment in named.items()},
+                storage_reader=_Reader(directory),
+                planner=_LoadPlanner(named, on_progress),
+                no_dist=alone,
+            )
+    except CheckpointException as error:  # a BaseException, with what went wrong on each rank
+        rank, (cause, _) = min(error.failures.items())
+        if isinstance(cause, UserError):
+            raise UserError(f"{directory}: {cause}", agreed=True) from cause
+        if isinstance(cause, OSError):
+            raise UserError(f"{directory}: cannot be read: rank {rank}: {cause}", agreed=True) from cause
+        raise RuntimeError(f"{directory}: cannot be loaded: rank {rank}: {type(cause).__name__}: {cause}") from cause
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:

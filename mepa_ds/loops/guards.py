@@ -28,7 +28,9 @@ from mepa_ds.files import write_json
 HANG_EXIT_CODE = 124
 _MAX_ROLLBACKS = 3
 _SPIKE_WINDOW, _SPIKE_MIN, _SPIKE_DEVIATIONS = 50, 10, 6.0
-_COLLAPSED_SHARE, _COLLAPSED_RECORDS = 0.01, 10
+# 1 % of the load; with many experts, 8 % of an even share.
+_COLLAPSED_SHARE, _COLLAPSED_OF_EVEN, COLLAPSED_STEPS = 0.01, 0.08, 500
+SLOW_RANK_RATIO, SLOW_RANK_RECORDS = 1.3, 10
 
 
 class BadSteps:
@@ -38,6 +40,7 @@ class BadSteps:
         self._limit, self.directory = limit, directory
         self.in_a_row = 0
         self.total = 0
+        """Of the whole run, whatever was started or taken back since."""
         self._cause = ""
         self._rollbacks: dict[int, int] = {}
 
@@ -62,7 +65,11 @@ class BadSteps:
             "positions": [batch.positions_B.tolist() for batch in batches],
             "keys": [list(batch.keys) for batch in batches],
         }
-        write_json(self.directory / f"step_{step:08d}_rank_{distributed.rank():05d}.json", content)
+        path = self.directory / f"step_{step:08d}_rank_{distributed.rank():05d}.json"
+        try:
+            write_json(path, content)
+        except OSError as error:  # a full disk does not end a run
+            print(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}", file=sys.stderr, flush=True)
         return self.in_a_row >= self._limit
 
     def rolled_back(self, to_step: int | None) -> None:
@@ -72,7 +79,8 @@ class BadSteps:
             why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
             raise UserError(
                 f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), "
-                f"{why}; the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr"
+                f"{why}; the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr",
+                agreed=True,
             )
         self._rollbacks[to_step] = count
         self.in_a_row = 0
@@ -98,18 +106,42 @@ class SpikeDetector:
 
 
 class CollapseDetector:
-    """Experts that got less than 1 % of the routed pairs in 10 records in a row."""
+    """Experts with less than min(1 %, 8 % of an even share) of the routed pairs at every record of 500 steps."""
 
     def __init__(self) -> None:
-        self._records: dict[tuple[str, int], int] = {}
+        self._since: dict[tuple[str, int], int] = {}
 
-    def __call__(self, layers: dict[str, dict[str, Any]]) -> list[str]:
-        """From one routing record: "layer.expert" of all that are collapsed."""
+    def __call__(self, step: int, layers: dict[str, dict[str, Any]]) -> list[str]:
+        """From the routing record of `step`: "layer.expert" of all that are collapsed."""
         for layer, report in layers.items():
+            limit = min(_COLLAPSED_SHARE, _COLLAPSED_OF_EVEN / len(report["load"]))
             for expert, share in enumerate(report["load"]):
-                key = (layer, expert)
-                self._records[key] = self._records.get(key, 0) + 1 if share < _COLLAPSED_SHARE else 0
-        return [f"{layer}.{expert}" for (layer, expert), count in self._records.items() if count >= _COLLAPSED_RECORDS]
+                if share < limit:
+                    self._since.setdefault((layer, expert), step)
+                else:
+                    self._since.pop((layer, expert), None)
+        return [
+            f"{layer}.{expert}" for (layer, expert), since in self._since.items() if step - since >= COLLAPSED_STEPS
+        ]
+
+
+class SlowRankDetector:
+    """One rank that takes more than 1.3 times as long to compute as the fastest one, in 10 records running."""
+
+    def __init__(self) -> None:
+        self._rank, self._records = -1, 0
+
+    def __call__(self, compute: dict[str, float]) -> int | None:
+        """From `{"min", "max", "max_rank"}` of one record: the slow rank, once every 10 records."""
+        rank = int(compute["max_rank"])
+        if compute["max"] <= SLOW_RANK_RATIO * compute["min"]:
+            rank = -1
+        self._records = self._records + 1 if rank == self._rank else 1
+        self._rank = rank
+        if rank < 0 or self._records < SLOW_RANK_RECORDS:
+            return None
+        self._records = 0
+        return rank
 
 
 class Watchdog:

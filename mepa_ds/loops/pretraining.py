@@ -18,8 +18,8 @@ from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.background_writer import Written
-from mepa_ds.engine.checkpoint import Checkpoints
-from mepa_ds.engine.checkpoint_files import RunState, clean
+from mepa_ds.engine.checkpoint import Checkpoints, agreed
+from mepa_ds.engine.checkpoint_files import RunState, list_checkpoints, step_of, step_of_weights
 from mepa_ds.engine.engine import PretrainEngine, StepReport
 from mepa_ds.engine.fragment_store import EMA
 from mepa_ds.errors import UserError
@@ -29,7 +29,10 @@ from mepa_ds.loops.failures import reporting
 from mepa_ds.loops.flops import step_flops
 from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
-from mepa_ds.loops.recorder import Recorder, check_output, peak_memory_bytes
+from mepa_ds.loops.online import OnlineSets
+from mepa_ds.loops.output import prepare_output
+from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
+from mepa_ds.loops.reports import any_nonfinite
 from mepa_ds.loops.sample_grids import SampleGrids
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.loops.step_records import StepRecords
@@ -56,7 +59,7 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     def run_to_the_end() -> bool:
         device = distributed.start(launch)
         sets = open_checked(config)
-        _prepare_output(config)
+        prepare_output(config)
         run = PretrainRun(config, sets, device, requests)
         run.resume()
         return run.train()
@@ -64,25 +67,19 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     return reporting(config.output_dir, run_to_the_end)
 
 
-def _prepare_output(config: PretrainConfig) -> None:
-    """The main rank tries to write there, and takes away what a killed run left half-written. Collective."""
-    error: UserError | None = None
-    if distributed.is_main():
-        try:
-            check_output(config)
-            clean(config.output_dir)
-            clean(config.output_dir / "checkpoints")
-        except UserError as raised:
-            error = raised
-    distributed.agree(error)
+class _StopError(Exception):
+    """A rank was asked to stop in the middle of an evaluation; raised on all ranks."""
 
 
 class PretrainRun:
     """One run's state: engine, place in the sample stream, checkpoints, recorder."""
 
-    def __init__(self, config: PretrainConfig, sets: TrainingSets, device: torch.device, requests: StopRequests):
+    def __init__(
+        self, config: PretrainConfig, sets: TrainingSets | OnlineSets, device: torch.device, requests: StopRequests
+    ):
         self.config = config
         self.num_steps = config.train.num_steps(sets.num_samples)
+        self._sets = sets
         self.num_samples, self._teacher_width = sets.num_samples, sets.feature_width
         self._memory_before = peak_memory_bytes()
         self.engine = PretrainEngine(config, sets.feature_width, device)
@@ -102,14 +99,16 @@ class PretrainRun:
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
-        self._saved_step: int | None = None
+        self._best: tuple[int, float] | None = None
+        """Step and held-out cross-entropy of weights that are better than those in `best`, and not yet there."""
 
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
-        loaded = self.checkpoints.load_newest(self.state.data)
+        self.watchdog = Watchdog(self.config.guards.hang_timeout, self.config.output_dir)
+        loaded = self.checkpoints.load_newest(self.state.data, self.watchdog.beat)
         if loaded is not None:
             self._take_up(loaded.state)
-        self.watchdog = Watchdog(self.config.guards.hang_timeout, self.config.output_dir)
+        self.bad_steps.total = self.state.skipped_steps
         if not distributed.is_main():
             return
         write_text(self.config.output_dir / "resolved.yaml", dump_yaml(self.config))
@@ -124,7 +123,6 @@ class PretrainRun:
         """A checkpoint's place in the run, under today's recipe (whose length and logging may have changed)."""
         state.recipe = self.state.recipe
         self.state = state
-        self._saved_step = state.step
 
     def _record_start(self, recorder: Recorder) -> None:
         config = self.config
@@ -140,6 +138,7 @@ class PretrainRun:
             "num_samples": self.num_samples,
             "total_parameters": counts.total,
             "active_parameters": counts.active,
+            "projector_parameters": head,
             "step_flops": step_flops(config, self._teacher_width),
             "memory_before_bytes": self._memory_before,
         }
@@ -153,10 +152,10 @@ class PretrainRun:
     def train(self) -> bool:
         """Trains to the end of the recipe, or until it is stopped; returns whether it came to the end."""
         config, log = self.config, self.config.log
-        self._evaluate_if_due()  # a run that was stopped saves first and leaves the evaluation to the next start
+        stop = self._evaluate_if_due()  # a run that was stopped has saved first and left the evaluation to this start
+        self._export_best()
         records = StepRecords(config, self.num_samples, self._teacher_width, self.recorder)
         loader, batches = self._batches()
-        stop = False
         while self.state.step < self.num_steps and not stop:
             self.agreement.begin()
             records.begin(loader)
@@ -168,21 +167,23 @@ class PretrainRun:
             self.state.position = micro_batches[-1].next_position
             stop = self.agreement.end()
             self.watchdog.beat()
+            records.note(self.state.step, report)
             if self._is_bad(report, micro_batches):
                 self._roll_back()
+                records.rolled_back()
                 loader, batches = self._batches()
                 continue
             if self.recorder:
                 self.recorder.advance()
             if logs:
                 records.write(self.state, report, lr, loader, self.bad_steps.total)
-            if not stop:
-                self._evaluate_if_due()
-                self._sample_if_due()
+            stop = stop or self._evaluate_if_due() or self._sample_if_due()
             if stop or self._save_is_due():
                 self._save()
+            else:
+                self._export_best()
             self._report_written()
-        finished = self.state.step == self.num_steps
+        finished = self.state.step >= self.num_steps and not stop
         if finished:
             self._finish()
         else:
@@ -192,12 +193,12 @@ class PretrainRun:
         return finished
 
     def _batches(self) -> tuple[Loader, Iterator[TrainingBatch]]:
-        loader = Loader(self.config, self.state.position)
+        loader = Loader(self.config, self._sets, self.state.position)
         return loader, in_step(loader)
 
     def _is_bad(self, report: StepReport, micro_batches: list[TrainingBatch]) -> bool:
         """Whether it is time to go back. An fp16 overflow is no bad step while the loss scale can still come down."""
-        if not report.applied and self.engine.can_overflow:
+        if not report.applied and self.engine.can_overflow and not any_nonfinite(report.losses):
             return False
         routers = [] if report.applied else nonfinite_routers(report.losses)
         cause = f"router logits of blocks {routers}" if routers else "the gradient"
@@ -211,38 +212,53 @@ class PretrainRun:
         """The newest checkpoint's weights, but the data after those that did harm. Collective."""
         in_a_row, position, step = self.bad_steps.in_a_row, self.state.position, self.state.step
         self.checkpoints.wait(self.watchdog.beat)
-        loaded = self.checkpoints.load_newest(self.state.data)
+        self._report_written()
+        best_heldout_ce = self.state.best_heldout_ce
+        loaded = self.checkpoints.load_newest(self.state.data, self.watchdog.beat)
         self.bad_steps.rolled_back(None if loaded is None else loaded.state.step)
         assert loaded is not None
         self._take_up(loaded.state)
-        self.state.position = position
+        self.state.position, self.state.best_heldout_ce = position, best_heldout_ce
         if self.recorder:
-            self.recorder.rewind(self.state.step, self.state.metrics_records)
+            self.recorder.rewind(self.state.step, self.state.metrics_records, keep_warnings=True)
             line = (
                 f"gradients of {in_a_row} steps up to step {step} were not finite: back to {loaded.path.name}, "
                 f"images up to position {position} are skipped"
             )
             self.recorder.warn("rollback", self.state.step, line, from_step=step, position=position)
 
-    def _evaluate_if_due(self) -> None:
+    def _beat_or_stop(self) -> None:
+        """Amid an evaluation: raises _StopError on all ranks when one is asked to stop. Collective."""
+        self.watchdog.beat()
+        self.agreement.begin()
+        if self.agreement.end():
+            raise _StopError
+
+    def _evaluate_if_due(self) -> bool:
+        """Returns whether the run was asked to stop meanwhile; the next start then evaluates."""
         step, heldout = self.state.step, self.config.data.heldout_tokens
         due = step > 0 and (step % self.config.log.evaluate_every == 0 or step == self.num_steps)
         if due and self.state.evaluated_step != step and heldout is not None:
-            self._evaluate(heldout)
+            try:
+                self._evaluate(heldout)
+            except _StopError:
+                return True
             self.state.evaluated_step = step
+        return False
 
     def _evaluate(self, heldout: Path) -> None:
-        """Held-out scores; the best weights so far go to <output_dir>/best. Collective."""
+        """Held-out scores; the best weights so far are to go to <output_dir>/best. Collective."""
         config = self.config
         started = time.perf_counter()
         with self.engine.evaluating() as model:
+            data, batch = config.data, config.log.evaluate_batch
             scores = heldout_scores(
-                model, self.inputs, heldout, config.log.evaluate_batch, config.data.num_workers, self.watchdog.beat
+                model, self.inputs, heldout, batch, data.num_workers, data.on_damaged, self._beat_or_stop
             )
+        self._settle_best()
         best = scores["ce"] < self.state.best_heldout_ce
         if best:
-            self.state.best_heldout_ce = scores["ce"]
-            self.checkpoints.export(config.output_dir / "best", on_progress=self.watchdog.beat)
+            self._best = (self.state.step, scores["ce"])
         if self.recorder:
             values = {"best": best, **scores, "seconds": time.perf_counter() - started}
             self.recorder.record("heldout", self.state.step, values)
@@ -251,14 +267,38 @@ class PretrainRun:
                 + ("  (best so far, exporting the weights)" if best else "")
             )
 
-    def _sample_if_due(self) -> None:
+    def _export_best(self) -> None:
+        """Weights that this step's evaluation found to be the best go to <output_dir>/best. Collective."""
+        if self._best is not None and self._best[0] == self.state.step:
+            self.checkpoints.export(self._best_directory, self.state.step, on_progress=self.watchdog.beat)
+
+    def _settle_best(self) -> None:
+        """All ranks know whether an earlier export of the best weights has succeeded."""
+        if self._best is not None:
+            self.checkpoints.wait(self.watchdog.beat)
+            self._report_written()
+
+    @property
+    def _best_directory(self) -> Path:
+        return self.config.output_dir / "best"
+
+    def _sample_if_due(self) -> bool:
+        """Returns whether the run was asked to stop meanwhile; there is no such picture then."""
         every, step = self.config.log.sample_every, self.state.step
         if self.grids is None or every is None or step % every:
-            return
-        with self.engine.evaluating() as model:
-            path = self.grids.write(model, step, self.watchdog.beat)
+            return False
+        try:
+            with self.engine.evaluating() as model:
+                path = self.grids.write(model, step, self._beat_or_stop)
+        except _StopError:
+            return True
+        except OSError as error:  # of the main rank's file, when all ranks are done
+            if self.recorder:
+                self.recorder.warn("write_failed", step, f"a picture could not be written ({error})", what="samples")
+            return False
         if self.recorder:
             self.recorder.record("samples", step, {"path": str(path.relative_to(self.config.output_dir))})
+        return False
 
     def _save_is_due(self) -> bool:
         """Not amid bad steps: going back to such a checkpoint would not help."""
@@ -266,14 +306,24 @@ class PretrainRun:
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
+        best = None
+        if self._best is not None and self._best[0] == self.state.step:
+            best = (self._best_directory, self._best[1])
+        else:
+            self._settle_best()
         if self.recorder:
             self.state.metrics_records = self.recorder.num_records
-        self.checkpoints.save(self.state, self.watchdog.beat)
-        self._saved_step = self.state.step
+        self.state.skipped_steps = self.bad_steps.total
+        self.checkpoints.save(self.state, self.watchdog.beat, best)
 
     def _report_written(self) -> list[Written]:
         """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
         ended = self.checkpoints.written()
+        for written in ended:
+            if written.what == self._best_directory.name and self._best is not None:
+                if written.error is None:
+                    self.state.best_heldout_ce = self._best[1]
+                self._best = None
         for written in ended if self.recorder else []:
             assert self.recorder is not None
             seconds = {"stalled_seconds": written.stalled_seconds, "write_seconds": written.write_seconds}
@@ -291,6 +341,10 @@ class PretrainRun:
         if self.recorder:
             reason = self.requests.reason or "another rank was asked to stop"
             line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
+            saved = [step_of(path) for path in list_checkpoints(self.checkpoints.directory)[-1:]]
+            if saved != [self.state.step]:
+                line += f" from step {saved[0]}, the last checkpoint" if saved else " anew: there is no checkpoint"
+                line += " (that of this step could not be written)"
             self.recorder.close("requeue", self.state.step, line)
 
     def _finish(self) -> None:
@@ -298,14 +352,15 @@ class PretrainRun:
         kinds = {"last": "master"} | ({"last_ema": EMA} if self.config.optim.ema else {})
         for name, kind in kinds.items():
             directory = self.config.output_dir / name
-            if self._saved_step != self.num_steps or not directory.exists():
-                self.checkpoints.export(directory, kind, self.watchdog.beat)
+            if agreed(step_of_weights(directory)) != self.state.step:
+                self.checkpoints.export(directory, self.state.step, kind, self.watchdog.beat)
         self.checkpoints.wait(self.watchdog.beat)
         for written in self._report_written():
             if written.error is not None and written.what in kinds:  # the same on every rank
                 raise UserError(
                     f"{self.config.output_dir / written.what}: could not be written ({written.error}); "
-                    "make room and start again: the run goes on from its last checkpoint"
+                    "make room and start again: the run goes on from its last checkpoint",
+                    agreed=True,
                 )
         if self.recorder:
             last = self.config.output_dir / "last"

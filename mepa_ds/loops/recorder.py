@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -56,15 +58,18 @@ class Recorder:
         self.rewind(step, num_kept)
         self._wandb = self._start_wandb(config) if config.log.wandb_project else None
         self._tensorboard = _start_tensorboard(config, step) if config.log.tensorboard else None
-        write_status(self._directory, "running", step=step, num_steps=num_steps)
+        self._status("running", step)
 
-    def rewind(self, step: int, num_kept: int) -> None:
-        """Back to a checkpoint: what was recorded after it is recorded again."""
+    def rewind(self, step: int, num_kept: int, keep_warnings: bool = False) -> None:
+        """Back to a checkpoint: what was recorded after it is recorded again; warnings may stay."""
         if self._metrics is not None:
             self._metrics.close()
-        kept = self._path.read_text().splitlines(keepends=True)[:num_kept] if self._path.exists() else []
+        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
+        kept = lines[:num_kept]
+        if keep_warnings:
+            kept += [line for line in lines[num_kept:] if line.endswith("\n") and "message" in json.loads(line)]
         write_text(self._path, "".join(kept))
-        self._metrics = MetricsWriter(self._path, resume_step=step)
+        self._metrics = MetricsWriter(self._path, resume_step=None if keep_warnings else step)
         self.num_records = len(kept)
         self._bar.n = step
         self._bar.refresh()
@@ -90,6 +95,7 @@ class Recorder:
     def say(self, line: str) -> None:
         """A line on the terminal, above the progress bar."""
         self._bar.write(line)
+        sys.stdout.flush()
 
     def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
         """A record `kind` and a line in the log."""
@@ -116,7 +122,13 @@ class Recorder:
             self._wandb.finish()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        write_status(self._directory, state, step=step, num_steps=self._num_steps)
+        self._status(state, step)
+
+    def _status(self, state: RunStatus, step: int) -> None:
+        try:
+            write_status(self._directory, state, step=step, num_steps=self._num_steps)
+        except OSError as error:  # a full disk does not end a run
+            self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
 
     def _start_wandb(self, config: PretrainConfig) -> Any:
         """The same run for every start of this output_dir. A wandb that fails is no reason not to train."""

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.checkpoint_files import RunState
 from mepa_ds.engine.engine import StepReport
 from mepa_ds.loops import flops
-from mepa_ds.loops.guards import CollapseDetector, SpikeDetector
+from mepa_ds.loops.guards import (
+    COLLAPSED_STEPS,
+    SLOW_RANK_RATIO,
+    SLOW_RANK_RECORDS,
+    CollapseDetector,
+    SlowRankDetector,
+    SpikeDetector,
+)
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import reduce_losses, routing_report, score_report, sum_over_ranks
 from mepa_ds.loops.training_data import Loader
 
 # Seconds of a step, by part, and the most memory used: what ranks are compared by.
-_PARTS = ("step", "data", "inputs", "forward", "backward", "optimizer")
+# "all_to_all" is the wait for tokens that travel, within forward and backward; "compute" is inputs and forward less all
+# waiting for other ranks, so that a slow rank shows up there and not in its peers' times.
+_PARTS = ("step", "data", "inputs", "forward", "backward", "optimizer", "all_to_all", "compute")
+_DAMAGE_SHOWN = 100
 
 
 class StepRecords:
@@ -28,6 +40,8 @@ class StepRecords:
         self._config, self._num_samples, self._recorder = config, num_samples, recorder
         self._is_spike = SpikeDetector(recorder.past_losses() if recorder else ())
         self._collapsed = CollapseDetector()
+        self._slow_rank = SlowRankDetector()
+        self._noted: list[tuple[int, Tensor]] = []
         self._flops = flops.step_flops(config, teacher_width)
         self._peak = flops.peak_flops_per_second(config.parallel.precision)
         self._started, self._waited = 0.0, 0.0
@@ -36,12 +50,25 @@ class StepRecords:
         """At the start of a step."""
         self._started, self._waited = time.perf_counter(), loader.seconds
 
+    def note(self, step: int, report: StepReport) -> None:
+        """After every step: its loss stays on the device until a step is logged, so that no spike goes unseen."""
+        if report.applied:
+            self._noted.append((step, torch.stack([losses.total.detach().float() for losses in report.losses]).mean()))
+
+    def rolled_back(self) -> None:
+        """The steps since the last logged one are taken again."""
+        self._noted.clear()
+
     def write(self, state: RunState, report: StepReport, lr: float, loader: Loader, skipped_steps: int) -> None:
         """Reduces the step's numbers over the ranks and writes them. Collective."""
         parts = {**report.seconds, "step": time.perf_counter() - self._started, "data": loader.seconds - self._waited}
+        parts["compute"] = parts["inputs"] + parts["forward"] - parts["forward_waiting"]
         terms, scores, routing = reduce_losses(report.losses)
+        noted, self._noted = self._noted, []
+        totals = sum_over_ranks([torch.stack([loss for _, loss in noted])]) if noted else []
         ranks = _compare_ranks([parts.get(part, 0.0) for part in _PARTS] + [float(peak_memory_bytes())])
-        (replaced,) = sum_over_ranks([torch.tensor(float(loader.num_replaced), device=report.losses[0].total.device)])
+        damaged = loader.take_damaged()
+        state.replaced_samples += len(damaged)
         if self._recorder is None:
             return
         images, seconds = self._config.train.global_batch, parts["step"]
@@ -52,7 +79,7 @@ class StepRecords:
             "grad_norm": report.grad_norm,
             "applied": report.applied,
             "skipped_steps": skipped_steps,
-            "replaced_samples": int(replaced),
+            "replaced_samples": state.replaced_samples,
             "loss": terms.pop("total"),
             **terms,
             **{key: value for key, value in score_report(scores).items() if key not in terms},
@@ -63,22 +90,39 @@ class StepRecords:
             "peak_memory_bytes": int(ranks.pop("peak_memory_bytes")["max"]),
             "ranks": ranks,
         }
+        slow = self._slow_rank(ranks["compute_seconds"])
         if self._peak is not None:
             values["mfu"] = self._flops / seconds / (self._peak * distributed.world_size())
         self._recorder.training(state.step, values)
-        self._watch(state.step, values["loss"], report)
+        if damaged:
+            facts = {"count": len(damaged), "damage": damaged[:_DAMAGE_SHOWN]}
+            self._recorder.record("damaged_sample", state.step, facts)
+        for total in totals:
+            losses = (total / distributed.world_size()).tolist()
+            self._watch(zip([step for step, _ in noted], losses, strict=True))
+        if slow is not None:
+            line = (
+                f"rank {slow} takes more than {SLOW_RANK_RATIO:g} times as long as the fastest rank to compute, in "
+                f"{SLOW_RANK_RECORDS} records running: all others wait for it"
+            )
+            self._recorder.warn("slow_rank", state.step, line, rank=slow, **ranks["compute_seconds"])
         if routing:
             layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}
-            collapsed = self._collapsed(layers)
+            collapsed = self._collapsed(state.step, layers)
             self._recorder.record("routing", state.step, {"layers": layers, "collapsed_experts": len(collapsed)})
             if collapsed:
-                line = f"experts (block.expert) with under 1 % of the load for 10 records: {', '.join(collapsed)}"
+                line = (
+                    f"experts (block.expert) with next to no load at every record of {COLLAPSED_STEPS} steps: "
+                    f"{', '.join(collapsed)}"
+                )
                 self._recorder.warn("collapsed_experts", state.step, line, experts=collapsed)
 
-    def _watch(self, step: int, loss: float, report: StepReport) -> None:
+    def _watch(self, losses: Iterable[tuple[int, float]]) -> None:
         assert self._recorder is not None
-        if report.applied and self._is_spike(loss):
-            self._recorder.warn("loss_spike", step, f"the loss of {loss:.4f} is far above the recent ones", loss=loss)
+        for step, loss in losses:
+            if self._is_spike(loss):
+                line = f"the loss of {loss:.4f} is far above the recent ones"
+                self._recorder.warn("loss_spike", step, line, loss=loss)
 
 
 def _compare_ranks(mine: list[float]) -> dict[str, dict[str, float]]:

@@ -1,0 +1,46 @@
+"""How long a rank waits for others within a step: measured on the steps that are logged, free on all others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class WaitingClock:
+    """Seconds by kind of wait. On a GPU it is the time in which the stream of the computation stands still."""
+
+    def __init__(self) -> None:
+        self._on = False
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self, on: bool) -> None:
+        """A new step, measured or not."""
+        self._on = on
+        self._seconds, self._events = {}, []
+
+    @contextmanager
+    def waiting(self, kind: str) -> Iterator[None]:
+        """Around a wait (on a GPU: around the call that makes the stream wait)."""
+        if not self._on:
+            yield
+        elif torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((kind, begin, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - began
+
+    def seconds(self, kind: str) -> float:
+        """Since `start`. On a GPU the work must be done (synchronised)."""
+        for name, begin, end in self._events:
+            self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
+        self._events = []
+        return self._seconds.get(kind, 0.0)
