@@ -94,7 +94,8 @@ set_addresses() {
     RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     CPUS_PER_RANK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))}
     ((CPUS_PER_RANK > 0)) || CPUS_PER_RANK=1
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    MEPA_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${MEPA_NODES%%$'\n'*}
     MASTER_PORT=$((10000 + (SLURM_JOB_ID * 64 + RESTART * 2) % 20000)) # below the range the kernel gives out
     while port_in_use "$MASTER_PORT"; do MASTER_PORT=$((10000 + (MASTER_PORT - 10000 + 2) % 20000)); done
     RENDEZVOUS_ID=mepa-$SLURM_JOB_ID-$RESTART
@@ -102,7 +103,7 @@ set_addresses() {
     if [[ -n ${MEPA_INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME=$MEPA_INTERFACE GLOO_SOCKET_IFNAME=$MEPA_INTERFACE
     fi
-    export MASTER_ADDR MASTER_PORT RENDEZVOUS_ID RANKS_PER_NODE OMP_NUM_THREADS OMP_WAIT_POLICY
+    export MEPA_NODES MASTER_ADDR MASTER_PORT RENDEZVOUS_ID RANKS_PER_NODE OMP_NUM_THREADS OMP_WAIT_POLICY
 }
 
 # This script runs on the head node, so it can ask: somebody answers on the port.
