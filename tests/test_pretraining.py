@@ -199,3 +199,10 @@ def test_a_damaged_shard_stops_the_run_or_is_counted(folder: Path, on_damaged: s
     assert result.returncode == 0, result.stderr
     train = [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train"]
     assert train[-1]["replaced_samples"] == 1
+    (record,) = [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == "damaged_sample"]
+    assert "shard-000001.tar" in record["damage"][0]
+    assert record["count"] == 1
+    more = launch([str(folder / "recipe.yaml"), *arguments[:-1], "train.steps=7"])
+    assert more.returncode == 0, more.stderr
+    resumed = [r for r in read_metrics(output / "metrics.jsonl") if r["event"] == "train" and r["step"] == 7]
+    assert resumed[-1]["replaced_samples"] >= 1  # the count goes on

@@ -170,7 +170,7 @@ class PretrainConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order of samples and dropout."""
     init_weights: Path | None = None
-    """Start from these weights (a directory of `mepa export` or `mepa upcycle`); null: drawn from the seed."""
+    """Start from these weights: a directory of `mepa export` or `mepa upcycle`, or VAR's var_d16.pth; null: drawn."""
     tokenizer: Path
     """What made data.tokens: a saved tokenizer's directory, or VAR's vae_ch160v4096z32.pth."""
     data: DataConfig

@@ -37,5 +37,6 @@ def in_step(batches: Iterator[BatchT]) -> Iterator[BatchT]:
         if failed.item():
             distributed.agree(error)
         if batch is None:
+            dist.destroy_process_group(group)
             return
         yield batch

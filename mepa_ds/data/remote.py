@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import queue
 import re
@@ -35,6 +36,7 @@ from mepa_ds.files import atomic_path, write_json
 
 REMOTE_NAME = "remote.json"
 _ATTEMPTS = 3
+_RETRY_AFTER_SECONDS = 300.0
 _FETCHERS = 2
 _CHUNK = 1 << 20
 
@@ -135,12 +137,30 @@ class ShardCache:
                 f"{remote.window} shards ({needed / 1e9:.3g} GB); raise it or lower the window"
             )
         self._wanted: queue.SimpleQueue[int] | None = None
+        self._failures: dict[int, tuple[float, str]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_wanted": None}
 
     def path(self, shard: int) -> Path:
-        """The local copy of a shard, fetched now if it is not there."""
+        """The local copy of a shard, fetched now if it is not there.
+
+        What could not be fetched is not tried again for some minutes: who skips the samples of a shard that is gone
+        (on_damaged="skip") does not wait for each of them.
+
+        Raises:
+            DamagedError: it cannot be fetched.
+        """
+        since, reason = self._failures.get(shard, (-math.inf, ""))
+        if time.monotonic() - since < _RETRY_AFTER_SECONDS:
+            raise DamagedError(reason)
+        try:
+            return self._fetched(shard)
+        except DamagedError as error:
+            self._failures[shard] = (time.monotonic(), str(error))
+            raise
+
+    def _fetched(self, shard: int) -> Path:
         entry = self._entries[shard]
         path = self.directory / entry.name
         if not path.exists():
@@ -149,7 +169,7 @@ class ShardCache:
         try:
             os.utime(path)  # the least recently used go first
         except FileNotFoundError:  # another process made room just now
-            return self.path(shard)
+            return self._fetched(shard)
         return path
 
     def prefetch(self, shards: Sequence[int]) -> None:
@@ -164,7 +184,7 @@ class ShardCache:
     def _work(self, wanted: queue.SimpleQueue[int]) -> None:
         while True:
             try:
-                self.path(wanted.get())
+                self._fetched(wanted.get())
             except (DamagedError, OSError):
                 continue  # whoever reads the shard tries again, and reports
 

@@ -5,7 +5,7 @@ Legend: B batch of this rank, L tokens over all scales, N teacher patches, C tea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -79,9 +79,16 @@ class _Reader:
     """Turns one rank's positions into a batch. Called from several threads."""
 
     def __init__(
-        self, sets: TrainingSets, stream: OrderedStream | None, seed: int, pin_memory: bool, on_damaged: OnDamaged
+        self,
+        sets: TrainingSets,
+        stream: OrderedStream | None,
+        seed: int,
+        pin_memory: bool,
+        on_damaged: OnDamaged,
+        num_classes: int | None,
     ):
         self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
+        self._num_classes = num_classes
         # In a single pass, places beyond the last sample are filled with it, at weight 0.
         self._last = sets.num_samples - 1 if stream is None else None
         self._buffers = BufferPool(pin_memory)
@@ -99,34 +106,45 @@ class _Reader:
         positions = task.positions
         if self._last is not None:
             positions = np.minimum(positions, self._last)
-        damaged: list[str] = []
-        samples = self._samples(positions)
+        samples, errors = self._samples(positions), list[str]()
         try:
             batch = self._read(samples, positions)
         except DamagedError:
             if self._on_damaged == "stop":
                 raise
-            samples = np.array([self._whole(position, damaged) for position in positions.tolist()])
-            batch = self._read(samples, positions)
+            batch, errors = self._read_whole(samples, task.positions, positions)
         batch.weight_B[torch.from_numpy(task.positions != positions)] = 0
-        return replace(batch, next_position=task.next_position, damaged=tuple(damaged))
+        return replace(batch, next_position=task.next_position, damaged=tuple(errors))
+
+    def _read_whole(self, samples: Indices, places: Indices, positions: Indices) -> tuple[TrainingBatch, list[str]]:
+        """Damaged samples replaced, and what was wrong with them."""
+        found = [self._whole(position) for position in positions.tolist()]
+        whole = np.array([sample for sample, _ in found])
+        batch = self._read(whole, positions)
+        if self._stream is not None:
+            return batch, [error for _, errors in found for error in errors]
+        # In evaluation what stands in for another sample does not count, and each damaged one is named once.
+        batch.weight_B[torch.from_numpy(whole != samples)] = 0
+        own = [errors[:1] for place, at, (_, errors) in zip(places, positions, found, strict=True) if place == at]
+        return batch, [error for errors in own for error in errors]
 
     def _samples(self, positions: Indices) -> Indices:
         return positions if self._stream is None else self._stream.samples_at(positions)
 
-    def _whole(self, position: int, damaged: list[str]) -> int:
-        """The sample at a position, or the next one of the stream that can be read."""
+    def _whole(self, position: int) -> tuple[int, list[str]]:
+        """The sample at a position, or the next one of the stream that can be read; and what those before it lack."""
+        errors = list[str]()
         for step in range(self._sets.num_samples):
             at = np.array([position + step])
             if self._stream is None:
                 at %= self._sets.num_samples
             sample = self._samples(at)
             try:
-                self._read(sample, at)
+                self._read(sample, np.array([position]))  # the view is that of the place it would take
             except DamagedError as error:
-                damaged.append(str(error))
+                errors.append(str(error))
             else:
-                return int(sample[0])
+                return int(sample[0]), errors
         raise DamagedError(f"{self._sets.tokens.directory}: no sample of the set can be read; make it again")
 
     def _read(self, samples: Indices, positions: Indices) -> TrainingBatch:
@@ -143,6 +161,7 @@ class _Reader:
         tokens_BL.copy_(codes_BL)
         self._check_codes(tokens_BL, keys)
         labels_B = torch.from_numpy(tokens.read_labels(samples))
+        check_labels(labels_B, self._num_classes, lambda row: f"{tokens.directory}: sample {keys[row].decode()!r}")
         return TrainingBatch(
             tokens_BL=tokens_BL,
             labels_B=labels_B,
@@ -178,6 +197,22 @@ class _Reader:
             )
 
 
+def check_labels(labels_B: Tensor, num_classes: int | None, where: Callable[[int], str]) -> None:
+    """Raises UserError unless all labels are in range(num_classes); None: any. `where` names the sample of a row.
+
+    No DamagedError, which could be skipped: the model is too small for the set, or the set is not for training.
+    """
+    if num_classes is None:
+        return
+    wrong_B = (labels_B < 0) | (labels_B >= num_classes)
+    if wrong_B.any():
+        row = int(wrong_B.nonzero()[0])
+        raise UserError(
+            f"{where(row)} has label {int(labels_B[row])}, but the model's classes are 0 to {num_classes - 1}; "
+            "set model.num_classes to the data's number of classes, or make the set again with right labels"
+        )
+
+
 def training_batches(
     tokens: Path,
     features: Path | None,
@@ -190,6 +225,7 @@ def training_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     on_damaged: OnDamaged = "stop",
+    num_classes: int | None = None,
 ) -> Iterator[TrainingBatch]:
     """The endless training stream from `position` on: this rank's share of each global batch.
 
@@ -203,13 +239,15 @@ def training_batches(
         pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
         on_damaged: "stop" raises at a sample that cannot be read; "skip" puts the next readable one of the stream
             in its place (the same on any world size) and reports it in `TrainingBatch.damaged`.
+        num_classes: of the model; labels are checked against it.
 
     Raises:
-        UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop".
+        UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop"; a
+            label that the model has no class for.
     """
     sets = open_training_sets(tokens, features)
     order = SampleOrder(sets.tokens.shard_sizes, seed, sets.window)
-    reader = _Reader(sets, OrderedStream(order), seed, pin_memory, on_damaged)
+    reader = _Reader(sets, OrderedStream(order), seed, pin_memory, on_damaged, num_classes)
     tasks = rank_batches(position, global_batch, rank, world_size)
     return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), num_workers)
 
@@ -223,15 +261,18 @@ def evaluation_batches(
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
+    on_damaged: OnDamaged = "stop",
+    num_classes: int | None = None,
 ) -> Iterator[TrainingBatch]:
     """One pass in order, each sample once over the ranks; every rank has the same number of batches of `batch_size`.
 
     The places that are left over in the last batches hold the last sample again with `weight_B` 0: sums weighted by
-    it, reduced over the ranks, are exact.
+    it, reduced over the ranks, are exact. So do the places of damaged samples under on_damaged="skip", which
+    `TrainingBatch.damaged` names.
     """
     if batch_size < 1:
         raise UserError(f"batch size: expected at least 1, got {batch_size}")
     sets = open_training_sets(tokens, features)
-    reader = _Reader(sets, None, 0, pin_memory, "stop")
+    reader = _Reader(sets, None, 0, pin_memory, on_damaged, num_classes)
     tasks = rank_batches(0, batch_size * world_size, rank, world_size, last=sets.num_samples)
     return ordered_map(reader, tasks, num_workers)

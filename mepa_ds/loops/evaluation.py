@@ -9,9 +9,11 @@ from typing import Any
 import torch.nn.functional as F
 
 from mepa_ds import distributed
-from mepa_ds.data.training import evaluation_batches
+from mepa_ds.data.in_step import in_step
+from mepa_ds.data.training import OnDamaged, evaluation_batches
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.reports import add_up, score_report, sum_over_ranks
+from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import ScaleScores, sum_scales
 
@@ -22,13 +24,19 @@ def heldout_scores(
     tokens: Path,
     batch_size: int,
     num_workers: int,
+    on_damaged: OnDamaged = "stop",
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One pass over a token set, every image once over all ranks: see `score_report`. Collective.
 
-    `on_batch` is called after every batch.
+    Args:
+        on_damaged: "skip" leaves images out that cannot be read; how many is `damaged_samples` in the result.
+        on_batch: called after every batch.
+
+    Raises:
+        UserError: on every rank, when one has a damaged image under "stop", or a label beyond the model's classes.
     """
-    parts = []
+    parts, num_damaged = [], 0
     batches = evaluation_batches(
         tokens,
         None,
@@ -36,8 +44,12 @@ def heldout_scores(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=num_workers,
+        on_damaged=on_damaged,
+        num_classes=model.config.num_classes,
     )
-    for batch in batches:
+    for batch in in_step(batches):
+        report_damaged(batch)
+        num_damaged += len(batch.damaged)
         model_inputs = inputs.evaluation(batch)
         logits_BLV = model(model_inputs.labels_B, model_inputs.inputs_BLZ).logits_BLV.float()
         ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), model_inputs.tokens_BL, reduction="none")
@@ -45,5 +57,7 @@ def heldout_scores(
         parts.append(sum_scales(ce_BL, logits_BLV, model_inputs.tokens_BL, model.schedule, weight_B))
         on_batch()
     scores = add_up(parts)
-    summed = sum_over_ranks([scores.ce_sum_S, scores.correct_S, scores.tokens_S])
-    return score_report(ScaleScores(*summed))
+    sums = [scores.ce_sum_S, scores.correct_S, scores.tokens_S, scores.tokens_S.new_tensor([num_damaged])]
+    *summed, damaged = sum_over_ranks(sums)
+    report = score_report(ScaleScores(*summed))
+    return report if damaged == 0 else {**report, "damaged_samples": int(damaged)}

@@ -95,7 +95,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
     config.check_world(machine.world_size)
     knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)
     assumed: list[str] = []
-    tokens, features = _read_index(config.data.tokens), _read_index(config.data.features)
+    tokens, features = _read_index(config.data.tokens or config.data.images), _read_index(config.data.features)
     width, patches = _teacher_of(config, features, assumed)
     if num_samples is None and tokens is not None:
         num_samples = tokens.num_samples
@@ -137,7 +137,7 @@ def _teacher_of(config: PretrainConfig, features: ShardIndex | None, assumed: li
     if "width" in settings and "grid_side" in settings:
         return int(settings["width"]), int(settings["grid_side"]) ** 2
     assumed.append(
-        f"teacher features of {_ASSUMED_PATCHES} patches, {_ASSUMED_WIDTH} wide (data.features is not there)"
+        f"teacher features of {_ASSUMED_PATCHES} patches, {_ASSUMED_WIDTH} wide (no data.features to read it from)"
     )
     return _ASSUMED_WIDTH, _ASSUMED_PATCHES
 

@@ -121,6 +121,25 @@ def test_what_cannot_be_fetched_is_named(tmp_path: Path) -> None:
     assert len(next(skipping).damaged) >= 4
 
 
+def test_a_shard_that_is_gone_is_not_waited_for_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = make_remote(tmp_path, "tokens")
+    gone = tmp_path / "far" / "tokens" / "shard-000001.tar"
+    content = gone.read_bytes()
+    gone.unlink()
+    tried: list[str] = []
+    monkeypatch.setattr(remote_module, "fetch", lambda url, *args: [tried.append(url), fetch(url, *args)][1])
+    shards, now = ShardSet(tokens), time.monotonic()
+    for number in (3, 4, 5, 6):
+        with pytest.raises(DamagedError, match=r"shard-000001\.tar: cannot be fetched"):
+            shards.read(number)
+    assert len(tried) == 1
+    gone.write_bytes(content)
+    monkeypatch.setattr(remote_module.time, "monotonic", lambda: now + 400)
+    assert shards.read(3)[0] == "000000003"
+
+
 def test_bytes_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:
     tokens = make_remote(tmp_path, "tokens")
     path = tmp_path / "far" / "tokens" / "shard-000000.tar"

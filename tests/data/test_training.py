@@ -234,6 +234,68 @@ def test_damage_stops_or_is_replaced(tmp_path: Path, num_workers: int) -> None:
         assert tuple(key for rank in ranks for key in rank[step].keys) == batch.keys
 
 
+def damage_codes(directory: Path, number: int) -> None:
+    """Codes outside the codebook."""
+    for path in directory.glob("*.tar"):
+        path.write_bytes(path.read_bytes().replace(tokens_of(number).tobytes(), np.full(5, 999, np.uint16).tobytes()))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_evaluation_leaves_damaged_samples_out_and_counts_them(tmp_path: Path, world_size: int) -> None:
+    make_set(tmp_path, "tokens", SIZES)
+    for number in (8, 9, TOTAL - 1):  # two in a row, and the last, which fills up batches
+        damage_codes(tmp_path, number)
+    with pytest.raises(UserError, match="'000000008' has codes outside"):
+        list(evaluation_batches(tmp_path, None, batch_size=5))
+    batches = [
+        batch
+        for rank in range(world_size)
+        for batch in evaluation_batches(
+            tmp_path, None, batch_size=5, rank=rank, world_size=world_size, on_damaged="skip"
+        )
+    ]
+    rows = [row for batch in batches for row in zip(batch.keys, batch.weight_B.tolist(), strict=True)]
+    counted = sorted(int(key) for key, weight in rows if weight)
+    assert counted == [number for number in range(TOTAL) if number not in (8, 9, TOTAL - 1)]
+    assert sum(len(batch.damaged) for batch in batches) == 3
+
+
+def test_the_view_that_is_tried_is_the_one_that_is_read(tmp_path: Path) -> None:
+    """A sample with one damaged view is a fit substitute exactly where another view is wanted."""
+    tokens, features, _ = write_views(tmp_path)
+    path = tokens / "shard-000000.tar"
+    for number, view in ((3, 0), (4, 1), (5, 2), (6, 0)):
+        good, bad = (np.array([[code]], np.uint16).tobytes() for code in (number * 10 + view, 60_000))
+        content = path.read_bytes()
+        start = content.index(npy_bytes(np.array([[number * 10 + v] for v in range(3)], np.uint16)))
+        place = content.index(good, start + 128)
+        path.write_bytes(content[:place] + bad + content[place + 2 :])
+    batches = take(60, (tokens, features), global_batch=4, on_damaged="skip")
+    assert sum(len(batch.damaged) for batch in batches) > 20
+    for batch in batches:
+        values = batch.features_BNC
+        assert values is not None
+        assert (values == batch.tokens_BL[:, 0, None, None]).all()
+
+
+def test_labels_that_the_model_has_no_class_for(tmp_path: Path) -> None:
+    """In a set without class names nothing else would notice before the embedding does, if it does."""
+    settings_ = {"scales": [1, 2], "codebook_size": 64}
+    plan = Plan(kind="tokens", shard_names=("a.tar",), made_by=MadeBy(name="t", settings=settings_))
+    writer = ShardWriter(tmp_path, plan)
+    samples = ((f"k{n}", {"tokens.npy": npy_bytes(tokens_of(n)), "cls": b"%d" % n}) for n in range(6))
+    writer.write_shard("a.tar", samples)
+    writer.finish()
+    assert len(list(evaluation_batches(tmp_path, None, batch_size=6, num_classes=6))) == 1
+    message = "sample 'k5' has label 5, but the model's classes are 0 to 4; set model.num_classes"
+    with pytest.raises(UserError, match=message):
+        take(1, (tmp_path, None), num_classes=5)
+    with pytest.raises(UserError, match=message):  # a wrong recipe is no damaged sample
+        take(1, (tmp_path, None), num_classes=5, on_damaged="skip")
+    with pytest.raises(UserError, match=message):
+        list(evaluation_batches(tmp_path, None, batch_size=6, num_classes=5))
+
+
 @given(st.lists(st.integers(), max_size=30), st.integers(0, 3), st.integers(1, 3))
 @settings(deadline=None, max_examples=30)
 def test_ordered_map_is_map(items: list[int], threads: int, depth: int) -> None:

@@ -1,0 +1,124 @@
+"""Training without precomputed sets: tokenizer and teacher run on the image batches, at every step.
+
+For images stored as squares of the tokenizer's side the batches are those of token and feature sets precomputed from
+them (features as the codec fp16 stores them), in the same order. Larger images are cropped at random, anew in every
+epoch, which precomputed sets cannot do. It costs a forward pass of both networks a step.
+
+Legend: B batch of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mepa_ds import distributed
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.codecs import FeatureDecoder, codec_named
+from mepa_ds.data.images import ImageBatch, image_batches
+from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.training import TrainingBatch, check_labels
+from mepa_ds.errors import UserError
+from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.registry import build_teacher
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+_CODEC = codec_named("fp16")
+
+
+@dataclass(frozen=True)
+class OnlineSets:
+    """What stands in for `TrainingSets` when a recipe gives data.images: the images and the frozen networks."""
+
+    images: ShardSet
+    tokenizer: Tokenizer
+    teacher: Teacher | None
+    """None without semantic guidance."""
+    device: torch.device
+
+    @classmethod
+    def open(cls, config: PretrainConfig) -> OnlineSets:
+        """Raises UserError when a set or checkpoint is missing or does not fit the model."""
+        assert config.data.images is not None
+        images, model = ShardSet(config.data.images, "data.images"), config.model
+        if images.index.kind != "images":
+            raise UserError(f"data.images: {images.directory}: holds {images.index.kind}; set data.tokens to it")
+        num_classes = len(images.index.classes)
+        if num_classes not in (0, model.num_classes):
+            raise UserError(
+                f"model.num_classes: {model.num_classes}, but data.images {images.directory} has {num_classes} classes"
+            )
+        device = distributed.device_of(distributed.read_launch())
+        tokenizer = Tokenizer.open(config.tokenizer, model.scales)
+        if tokenizer.config.codebook_size != model.codebook_size:
+            raise UserError(
+                f"model.codebook_size: {model.codebook_size}, but tokenizer: {config.tokenizer} has "
+                f"{tokenizer.config.codebook_size}; set model.codebook_size"
+            )
+        teacher = None
+        if config.objective.alignment is not None and config.data.teacher is not None:
+            teacher = build_teacher(config.data.teacher.name, config.data.teacher.weights).to(device)
+        return cls(images, tokenizer.to(device), teacher, device)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images)
+
+    @property
+    def window(self) -> int | None:
+        return self.images.window
+
+    @property
+    def feature_width(self) -> int | None:
+        return None if self.teacher is None else self.teacher.width
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Identities of the weights, by key of the recipe."""
+        teacher = {} if self.teacher is None else {"data.teacher": f"{self.teacher.name}, {self.teacher.identity}"}
+        return {"tokenizer": self.tokenizer.identity, **teacher}
+
+    def batches(self, config: PretrainConfig, position: int) -> Iterator[TrainingBatch]:
+        """This rank's share of each micro-batch from a position of the stream on, as `training_batches` gives it.
+
+        Raises:
+            UserError: a damaged image under "stop", or one without a label that the model has a class for.
+        """
+        rank, world_size = distributed.rank(), distributed.world_size()
+        global_batch = config.train.global_batch // config.train.accumulation
+        share = global_batch // world_size
+        batches = image_batches(
+            self.images.directory,
+            batch_size=share,
+            image_side=self.tokenizer.config.image_side,
+            seed=config.seed,
+            position=position,
+            rank=rank,
+            world_size=world_size,
+            num_workers=config.data.num_workers,
+            on_damaged=config.data.on_damaged,
+        )
+        for batch in batches:
+            first = batch.next_position - global_batch + rank * share
+            yield self._encode(batch, torch.arange(first, first + share), config.model.num_classes)
+
+    def _encode(self, batch: ImageBatch, positions_B: torch.Tensor, num_classes: int) -> TrainingBatch:
+        where = f"data.images: {self.images.directory}"
+        check_labels(batch.labels_B, num_classes, lambda row: f"{where}: sample {batch.keys[row]!r}")
+        images_B3HW = batch.to(self.device).images_B3HW
+        stored, decoder = {}, None
+        if self.teacher is not None:
+            stored, decoder = _CODEC.encode(self.teacher.patch_features(images_B3HW)), FeatureDecoder(_CODEC)
+        return TrainingBatch(
+            tokens_BL=self.tokenizer.encode(images_B3HW),
+            labels_B=batch.labels_B,
+            weight_B=torch.ones(len(batch.labels_B)),
+            positions_B=positions_B,
+            keys=batch.keys,
+            next_position=batch.next_position,
+            stored_features=stored,
+            decoder=decoder,
+            damaged=batch.damaged,
+        )
