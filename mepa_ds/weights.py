@@ -192,8 +192,7 @@ def save_pretrained(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
     for file_name, names in plan.filename_to_tensors.items():
-        with atomic_path(directory / file_name) as temporary:
-            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        write_safetensors(directory / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
     for old in directory.glob("model*.safetensors"):
         if old.name not in plan.filename_to_tensors:
             old.unlink()
@@ -202,6 +201,15 @@ def save_pretrained(
     else:
         (directory / INDEX_NAME).unlink(missing_ok=True)
     write_json(directory / CONFIG_NAME, {"model_type": kind, **json.loads(config.model_dump_json())})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Atomically, with the permissions of any other new file (safetensors alone makes it readable to its owner)."""
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        temporary.chmod(mode)
 
 
 def read_kind(directory: Path | str) -> str:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path
+from mepa_ds.weights import write_safetensors
 
 FEATURES_EXT = "features.npy"
 SCALE_EXT = "scale.npy"
@@ -38,9 +37,7 @@ class PcaBasis:
     """Identity of the teacher whose features it was fitted on."""
 
     def save(self, path: Path) -> None:
-        with atomic_path(path) as temporary:
-            tensors = {"mean": self.mean, "components": self.components}
-            save_file(tensors, temporary, metadata={"teacher": self.teacher})
+        write_safetensors(path, {"mean": self.mean, "components": self.components}, {"teacher": self.teacher})
 
     @classmethod
     def load(cls, path: Path) -> PcaBasis:

@@ -127,6 +127,16 @@ def test_pretrained_round_trip_in_one_file_and_in_shards(tmp_path: Path) -> None
     assert weights.read_kind(tmp_path) == "toy"
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_weights_are_as_readable_as_any_file(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        weights.save_pretrained(tmp_path, ToyConfig(), toy_state(), "toy", max_shard_bytes=70)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {oct(mode)}
+
+
 def test_pretrained_directories_that_are_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json here"):
         weights.read_pretrained(tmp_path, ToyConfig, "toy")
