@@ -11,25 +11,31 @@ from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine.fragments import parameter_layout
 from mepa_ds.errors import UserError
 from mepa_ds.models.transformer import KIND, NextScaleTransformer
+from mepa_ds.models.var_checkpoint import convert_var
 from mepa_ds.weights import read_pretrained
 
 
-def load_initial_weights(transformer: NextScaleTransformer, directory: Path) -> None:
-    """Fills the transformer, whose experts may be sharded over ranks, from safetensors + config.json. Collective.
+def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
+    """Fills the transformer, whose experts may be sharded over ranks. Collective.
+
+    path: a directory of safetensors + config.json, or a file of VAR's transformer such as var_d16.pth.
 
     Raises UserError, on every rank, for weights of another architecture: names the parameters and both shapes.
     """
     error: UserError | None = None
     try:
-        _fill(transformer, directory)
+        _fill(transformer, path)
     except UserError as raised:
         error = raised
     distributed.agree(error)
 
 
 @torch.no_grad()
-def _fill(transformer: NextScaleTransformer, directory: Path) -> None:
-    _, state = read_pretrained(directory, ModelConfig, KIND)
+def _fill(transformer: NextScaleTransformer, path: Path) -> None:
+    if path.is_dir():
+        _, state = read_pretrained(path, ModelConfig, KIND)
+    else:
+        _, state = convert_var(path, transformer.config.scales)
     layout = parameter_layout(transformer)
     faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
     for name, (shape, _) in layout.items():
@@ -38,7 +44,7 @@ def _fill(transformer: NextScaleTransformer, directory: Path) -> None:
             faults.append(f"{name}: {found or 'missing'} there, {tuple(shape)} in the recipe's model")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"init_weights: {directory} does not fit the recipe's model: {'; '.join(faults[:3])}{more}")
+        raise UserError(f"init_weights: {path} does not fit the recipe's model: {'; '.join(faults[:3])}{more}")
     for name, parameter in transformer.named_parameters():
         offset = layout[name][1]
         own = state[name].reshape(-1)[offset : offset + parameter.numel()]

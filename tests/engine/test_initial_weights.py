@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from mepa_ds.config.model import MoEConfig
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
+from mepa_ds.models.var_checkpoint import name_in_var
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, launch, make_run
 
 
@@ -52,6 +54,16 @@ def test_an_upcycled_run_starts_where_the_dense_model_is(folder: Path) -> None:
     assert abs(dense - math.log(CODEBOOK)) > 1e-3  # its own weights, not a fresh model's
     sharded = first_ce(folder, "from_moe_ep2", "moe", "parallel.ep_size=2", ranks=2)
     assert sharded == pytest.approx(dense, abs=1e-5)
+
+
+def test_a_run_starts_from_a_file_of_vars_transformer(folder: Path) -> None:
+    state = NextScaleTransformer.load(folder / "dense").state_dict()
+    torch.save({name_in_var(name): tensor for name, tensor in state.items()}, folder / "var.pth")
+    ours, theirs = (first_ce(folder, f"of_{name}", name, "model.moe=null") for name in ("dense", "var.pth"))
+    assert theirs == ours
+    result = launch([str(folder / "recipe.yaml"), f"output_dir={folder / 'x'}", f"init_weights={folder / 'var.pth'}"])
+    assert result.returncode == 2
+    assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: blocks\.0\.ffn\.fc1", result.stderr)
 
 
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
