@@ -28,8 +28,8 @@ class _Exchange:
     between. That work's backward pass comes between the two as well: autograd runs the latest ready node first.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup):
-        self.send, self.receive, self._group = send, receive, group
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup, waits: WaitingClock):
+        self.send, self.receive, self._group, self._waits = send, receive, group, waits
         self._travelling: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ class _Exchange:
     def wait(self) -> Tensor:
         assert self._travelling is not None
         work, _, arriving = self._travelling
-        work.wait()
+        with self._waits.waiting("all_to_all"):
+            work.wait()
         self._travelling = None
         return arriving
 
@@ -99,8 +100,9 @@ class ExpertParallelDispatcher:
     same halves of its backward pass while gradients travel.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_experts: int):
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, waits: WaitingClock | None = None):
         self.group = group
+        self.waits = waits or WaitingClock()
         self.ep_size = group.size()
         self.num_experts = num_experts
 
@@ -108,7 +110,8 @@ class ExpertParallelDispatcher:
         by_expert = Sorted(x_TC, routing, self.num_experts)
         sent_nJ = by_expert.counts_E.view(self.ep_size, -1)
         received_nJ = torch.empty_like(sent_nJ)
-        dist.all_to_all_single(received_nJ, sent_nJ, group=self.group)
+        with self.waits.waiting("all_to_all"):
+            dist.all_to_all_single(received_nJ, sent_nJ, group=self.group)
         counts_J = received_nJ.sum(0)
         numbers = torch.cat([sent_nJ.sum(1), received_nJ.sum(1), counts_J]).tolist()
         n = self.ep_size
@@ -116,7 +119,7 @@ class ExpertParallelDispatcher:
         half = len(x_TC) // 2
         beside: list[Tensor] = []
 
-        there = _Exchange(send, receive, self.group)
+        there = _Exchange(send, receive, self.group, self.waits)
         x_QC = there.start(by_expert.rows(sum(send)))
         # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
         expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
@@ -128,7 +131,7 @@ class ExpertParallelDispatcher:
         x_QC = _Permute.apply(there.finish(x_QC), order_Q, place_Q)
         y_QC = _Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q)
 
-        back = _Exchange(receive, send, self.group)
+        back = _Exchange(receive, send, self.group, self.waits)
         y_RC = back.start(y_QC)
         if alongside is not None:
             beside.append(alongside(x_TC[half:]))

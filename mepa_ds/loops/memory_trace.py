@@ -103,16 +103,16 @@ class _EvenDispatcher:
         self._num_experts, self._ep_size = num_experts, ep_size
 
     def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        rows = Sorted(x_TC, routing, self._num_experts)
-        beside_TC = None if alongside is None else alongside()
-        x_RC = rows.x_RC
+        by_expert = Sorted(x_TC, routing, self._num_experts)
+        beside_TC = None if alongside is None else alongside(x_TC)
+        x_RC = by_expert.rows()
         order_R = torch.empty(len(x_RC), dtype=torch.int64)
         if self._ep_size > 1:
             x_RC = _Exchange.apply(x_RC).index_select(0, order_R)
         y_RC = experts(x_RC, _EvenCounts(len(x_RC), experts.num_experts))  # type: ignore[arg-type]
         if self._ep_size > 1:
             y_RC = _Exchange.apply(y_RC.index_select(0, order_R))
-        y_TC = rows.combine(y_RC)
+        y_TC = by_expert.combine(y_RC)
         return y_TC if beside_TC is None else y_TC + beside_TC
 
 

@@ -27,29 +27,64 @@ class Experts(nn.Module):
     def num_experts(self) -> int:
         return self.fc1_weight.shape[0]
 
-    def forward(self, x_RC: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert -> (R, C); `counts_E` says how many rows each expert has (0 is fine)."""
+    def forward(self, x_RC: Tensor, counts_E: Tensor, counts: list[int] | None = None) -> Tensor:
+        """Rows sorted by expert -> (R, C); `counts_E` says how many rows each expert has (0 is fine).
+
+        `counts` are the same numbers on the host, where a dispatcher has them already: it saves the loop a host sync.
+        """
         tensors = [x_RC, self.fc1_weight, self.fc1_bias, self.fc2_weight, self.fc2_bias]
         if torch.is_autocast_enabled(x_RC.device.type):
             tensors = [tensor.to(torch.get_autocast_dtype(x_RC.device.type)) for tensor in tensors]
-        if x_RC.is_cuda:
+        if has_grouped_kernel(tensors):
             return grouped_experts(tensors, counts_E)
-        return _ExpertLoop.apply(*tensors, counts_E.tolist())
+        return looped_experts(tensors, counts_E.tolist() if counts is None else counts)
+
+
+def has_grouped_kernel(tensors: Sequence[Tensor]) -> bool:
+    """Whether grouped_mm is one kernel here: bf16, on compute capability 9 or 10, rows of whole 16 bytes.
+
+    Elsewhere torch's own fallback copies the offsets to the host at every call, and then loops as we do.
+    """
+    x_RC, w1_EFC, *_ = tensors
+    if not x_RC.is_cuda or x_RC.dtype != torch.bfloat16 or any(size % 8 for size in w1_EFC.shape[1:]):
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(x_RC.device)[0] in (9, 10)
 
 
 def grouped_experts(tensors: Sequence[Tensor], counts_E: Tensor) -> Tensor:
-    """Grouped GEMMs over all experts: fastest on a GPU, and free of host syncs. Takes rows, weights and biases."""
+    """Grouped GEMMs over all experts. Takes rows, weights and biases; free of host syncs where the kernel is native."""
     x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     numbers_E = torch.arange(len(counts_E), device=x_RC.device)
     expert_R = torch.repeat_interleave(numbers_E, counts_E, output_size=x_RC.shape[0])
-    hidden_RF = F.grouped_mm(x_RC, w1_EFC.transpose(1, 2), offs=offsets_E) + b1_EF[expert_R]
+    hidden_RF = _AddBias.apply(F.grouped_mm(x_RC, w1_EFC.transpose(1, 2), offs=offsets_E), b1_EF, expert_R)
     hidden_RF = F.gelu(hidden_RF, approximate="tanh")
-    return F.grouped_mm(hidden_RF, w2_ECF.transpose(1, 2), offs=offsets_E) + b2_EC[expert_R]
+    return _AddBias.apply(F.grouped_mm(hidden_RF, w2_ECF.transpose(1, 2), offs=offsets_E), b2_EC, expert_R)
+
+
+def looped_experts(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """A GEMM pair for each expert: fastest on a CPU, and wherever grouped GEMMs are not native."""
+    return _ExpertLoop.apply(*tensors, counts)
+
+
+class _AddBias(torch.autograd.Function):
+    """y + b[expert]; the bias's gradient is one product with one-hot rows, not an add of R rows onto E."""
+
+    @staticmethod
+    def forward(ctx: Any, y_RF: Tensor, bias_EF: Tensor, expert_R: Tensor) -> Tensor:
+        ctx.save_for_backward(expert_R)
+        ctx.num_experts = len(bias_EF)
+        return y_RF + bias_EF.index_select(0, expert_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        (expert_R,) = ctx.saved_tensors
+        expert_RE = F.one_hot(expert_R, ctx.num_experts).to(grad_RF.dtype)
+        return grad_RF, expert_RE.T @ grad_RF, None
 
 
 class _ExpertLoop(torch.autograd.Function):
-    """A GEMM pair for each expert, each written where its rows or gradients belong.
+    """Every GEMM written where its rows or gradients belong.
 
     A CPU is compute-bound, and its BLAS beats the grouped kernel there. Autograd's own version of this loop would
     concatenate outputs and stack gradients once more: a tenth of the time in bf16.

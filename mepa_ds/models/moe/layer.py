@@ -5,8 +5,6 @@ Shapes: B batch, L positions, T = B L, C width, S scales, E experts, K choices a
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +40,5 @@ class MoEFeedForward(nn.Module):
         with torch.autocast(x_BLC.device.type, enabled=False):
             routing = self.router(x_TC, scale_index_T)
             statistics = RoutingStatistics.of(routing, scale_index_T, self.num_scales)
-        alongside = None if self.shared is None else partial(self.shared, x_TC)
-        y_TC = self.dispatcher(x_TC, routing, self.experts, alongside)
+        y_TC = self.dispatcher(x_TC, routing, self.experts, self.shared)
         return y_TC.to(x_BLC.dtype).view_as(x_BLC), statistics
