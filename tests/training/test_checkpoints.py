@@ -8,22 +8,32 @@ import os
 import pickle
 import resource
 import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from mepa_ds import distributed
 from mepa_ds.cli import checkpoint as cli
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.engine import checkpoint_files
 from mepa_ds.engine.checkpoint_files import (
+    RunState,
     checkpoint_name,
     clean,
+    complete,
+    digest,
     find_damage,
     list_checkpoints,
     prune,
     publish,
     read_state,
 )
-from mepa_ds.engine.fragment_store import read_tensors
+from mepa_ds.engine.fragment_store import Fragment, load_fragments, read_tensors
 from mepa_ds.errors import UserError
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
@@ -55,11 +65,12 @@ def copy_of(folder: Path, name: str, *steps: int) -> list[Path]:
     return paths
 
 
-def refused(folder: Path, name: str, *overrides: str) -> str:
-    """What a start says that must end with status 2."""
+def refused(folder: Path, name: str, *overrides: str, ranks: int = 1) -> str:
+    """What starts say that must end with status 2."""
     log = folder / f"{Path(name).name}.refused"
-    with Ranks(arguments(folder, name, *overrides), 1, log) as ranks:
-        assert ranks.wait() == [2], log.read_text()
+    with Ranks(arguments(folder, name, *overrides), ranks, log) as started:
+        assert started.wait() == [2] * ranks, log.read_text()
+    assert "Traceback" not in log.read_text()
     return log.read_text()
 
 
@@ -98,25 +109,223 @@ def test_every_byte_of_every_file_counts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(folder: Path) -> None:
+    """At every start: nothing is renamed, and no number is lost."""
     (only,) = copy_of(folder, "hopeless", 8)
     flip_bit(only / "run.json")
-    message = refused(folder, "hopeless")
-    assert "every checkpoint is damaged" in message
-    assert "restore one from a backup" in message
+    metrics = folder / "hopeless/metrics.jsonl"
+    metrics.write_text((folder / "whole/metrics.jsonl").read_text())
+    for count in (1, 2):
+        message = refused(folder, "hopeless", ranks=2)
+        assert message.count("every checkpoint is damaged") == count, "once a start, not once a rank"
+        assert message.count("restore one from a backup") == count
+        assert only.is_dir()
+        assert metrics.read_text() == (folder / "whole/metrics.jsonl").read_text()
 
 
 def test_other_data_are_refused(folder: Path) -> None:
     copy_of(folder, "other", 8)
     make_sets(folder, make_tokenizer(folder / "tokenizer").identity, seed=5, name="other")
     sets = [f"data.tokens={folder}/other.tokens", f"data.features={folder}/other.features"]
-    message = refused(folder, "other", *sets)
-    assert "was trained on other data (data.features: '40 samples by random, " in message
+    message = refused(folder, "other", *sets, ranks=2)
+    assert message.count("was trained on other data (data.features: '40 samples by random, ") == 1
     assert "data.tokens: '40 samples by tiny, " in message
     assert "restore the data, or choose another output_dir" in message
     assert "seed: '0' there, '1' now" in refused(folder, "other", "seed=1")
     shutil.copytree(folder / "train.tokens", folder / "elsewhere.tokens")
     finish(arguments(folder, "other", f"data.tokens={folder}/elsewhere.tokens"), 1, folder / "moved.log")
     assert losses(folder / "other") == losses(folder / "whole")[8:]
+
+
+def test_another_projector_is_refused(folder: Path) -> None:
+    copy_of(folder, "projector", 8)
+    message = refused(folder, "projector", "objective.alignment.projector_hidden=64", ranks=2)
+    assert message.count("objective.alignment.projector_hidden: 32 there, 64 now") == 1
+
+
+def test_a_checkpoint_from_before_a_key_of_the_model_existed_is_its_default(folder: Path) -> None:
+    (path,) = copy_of(folder, "older", 8)
+    rewrite_state(path, lambda state: state["recipe"]["model"].pop("class_dropout"))
+    finish(arguments(folder, "older"), 1, folder / "older.log")
+    assert losses(folder / "older") == losses(folder / "whole")[8:]
+    message = refused(folder, "older", "model.class_dropout=0.3")
+    assert "model.class_dropout: 0.1 there, 0.3 now" in message
+
+
+def rewrite_state(checkpoint: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Changes run.json, and the manifest with it."""
+    state = json.loads((checkpoint / "run.json").read_text())
+    edit(state)
+    (checkpoint / "run.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"]["run.json"] = digest(checkpoint / "run.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def lose_a_file_while_loading() -> None:
+    """Runs in each rank's process before the run: the file system fails after the digests were compared."""
+    from mepa_ds.engine.fragment_store import _Reader
+
+    def read_data(*arguments: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    _Reader.read_data = read_data  # type: ignore[method-assign]
+
+
+def test_an_error_while_loading_is_told_once(folder: Path) -> None:
+    copy_of(folder, "unreadable", 8)
+    log = folder / "unreadable.log"
+    with Ranks(arguments(folder, "unreadable"), 2, log, lose_a_file_while_loading) as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert log.read_text().count("cannot be read: rank 0: [Errno 5] Input/output error") == 1, log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def test_other_tensors_than_the_checkpoints_are_a_user_error(folder: Path) -> None:
+    path = folder / "whole/checkpoints" / checkpoint_name(8)
+    wrong = Fragment("master/transformer.head.bias", 5, 0, torch.empty(5))
+    with pytest.raises(UserError, match=r"the checkpoint has 16 elements of master/transformer\.head\.bias"):
+        load_fragments([wrong], path, alone=True)
+
+
+def test_a_passing_error_of_the_file_system_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "whole/checkpoints" / checkpoint_name(8)
+    failures = [OSError(5, "Input/output error")]
+    original = checkpoint_files.sha256_of_file
+
+    def flaky(*values: Any) -> str:
+        if failures:
+            raise failures.pop()
+        return original(*values)
+
+    monkeypatch.setattr(checkpoint_files, "sha256_of_file", flaky)
+    monkeypatch.setattr(checkpoint_files, "_RETRY_SECONDS", 0)
+    assert find_damage(path) is None
+    failures += [OSError(5, "Input/output error")] * 2
+    assert find_damage(path) == "OSError: [Errno 5] Input/output error"
+
+
+def test_a_longer_run_exports_its_own_last_weights(folder: Path) -> None:
+    output = folder / "longer"
+    for steps in (5, 10):
+        finish(arguments(folder, "longer", f"train.steps={steps}"), 2, folder / "longer.log")
+        exported = read_state_dict(output / "last")["head.weight"]
+        stored = read_tensors(output / "checkpoints" / checkpoint_name(steps), ["master/transformer.head.weight"])
+        assert exported.equal(stored["master/transformer.head.weight"].view(exported.shape)), steps
+        assert checkpoint_files.step_of_weights(output / "last") == steps
+        assert checkpoint_files.step_of_weights(output / "last_ema") == steps
+
+
+def test_the_best_weights_of_a_checkpointed_step_cost_no_second_wait(folder: Path) -> None:
+    """One job writes both, from the same copy; the checkpoint knows its weights as the best ones."""
+    settings = ["log.evaluate_every=4", "train.steps=4"]
+    finish(arguments(folder, "best", *settings), 2, folder / "best.log")
+    output = folder / "best"
+    path = output / "checkpoints" / checkpoint_name(4)
+    records = list(read_metrics(output / "metrics.jsonl"))
+    written = {record["what"]: record for record in records if record["event"] == "written"}
+    assert list(written) == ["best", checkpoint_name(4), "last", "last_ema"]
+    assert written["best"]["stalled_seconds"] == 0
+    assert read_state_dict(output / "best")["head.bias"].equal(
+        read_tensors(path, ["master/transformer.head.bias"])["master/transformer.head.bias"]
+    )
+    (heldout,) = [record["ce"] for record in records if record["event"] == "heldout"]
+    assert read_state(path).best_heldout_ce == heldout
+    assert read_state(path).evaluated_step == 4
+
+
+def fail_to_write_the_best_weights_of_step_4() -> None:
+    """Runs in each rank's process before the run."""
+    original = checkpoint_files.convert_fragments
+
+    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        original(fragments, config, directory, kind, step)
+
+    checkpoint_files.convert_fragments = convert
+
+
+@pytest.mark.parametrize("checkpoint_every", [4, 3])
+def test_weights_are_the_best_only_when_they_are_on_disk(folder: Path, checkpoint_every: int) -> None:
+    """Those of step 4 could not be written, together with its checkpoint or alone."""
+    name = f"not_best{checkpoint_every}"
+    settings = ["log.evaluate_every=4", "train.steps=8", f"log.checkpoint_every={checkpoint_every}"]
+    log = folder / f"{name}.log"
+    with Ranks(arguments(folder, name, *settings), 2, log, fail_to_write_the_best_weights_of_step_4) as ranks:
+        assert ranks.wait() == [0, 0], log.read_text()
+    assert "best could not be written (OSError: [Errno 28] No space left on device)" in log.read_text()
+    records = list(read_metrics(folder / name / "metrics.jsonl"))
+    first, second = [record["ce"] for record in records if record["event"] == "heldout"]
+    states = {path.name: read_state(path) for path in list_checkpoints(folder / name / "checkpoints")}
+    assert states[checkpoint_name(4 if checkpoint_every == 4 else 6)].best_heldout_ce == float("inf")
+    assert states[checkpoint_name(8)].best_heldout_ce == second < first
+    assert checkpoint_files.step_of_weights(folder / name / "best") == 8
+
+
+def test_files_of_ranks_that_are_not_there_are_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"123")
+    (tmp_path / ".metadata").write_bytes(b"")
+    with pytest.raises(OSError, match=r"__1_0.distcp was written by a rank, but is not there: output_dir must be"):
+        complete(tmp_path, RunState(), {n: {"bytes": 3, "sha256": ""} for n in ("__0_0.distcp", "__1_0.distcp")})
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def leave_for_another_directory() -> None:
+    """Runs in each rank's process before the run: a relative output_dir is then another one on rank 1."""
+    if distributed.read_launch().rank == 1:
+        os.chdir("tests/training")
+
+
+def test_an_output_that_not_all_nodes_share_is_refused(folder: Path) -> None:
+    log = folder / "not_shared.log"
+    output = os.path.relpath(folder / "not_shared")  # forked ranks start where the tests run
+    with Ranks([str(folder / "recipe.yaml"), f"output_dir={output}"], 2, log, leave_for_another_directory) as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert log.read_text().count("does not see what rank 0 writes there") == 1, log.read_text()
+    assert "it must lie on a file system that all nodes share" in log.read_text()
+    assert not list((folder / "not_shared").glob(".probe*"))
+
+
+def test_a_full_disk_elsewhere_does_not_end_the_run_either(folder: Path) -> None:
+    """Rank 0 may write no more than 4 kB a file from step 4 on: metrics, pictures, checkpoints (but its log)."""
+    settings = ["train.steps=100000", "log.every=4", "log.sample_every=4", "log.evaluate_every=100000"]
+    output = folder / "full0"
+    log = folder / "full0.log"
+    with Ranks(arguments(folder, "full0", *settings), 2, log) as ranks:
+        wait_for_event(ranks, output, "samples")
+        pid = ranks.processes[0].pid
+        assert pid is not None
+        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4000, unlimited[1]))
+        while "a picture could not be written" not in log.read_text():
+            assert ranks.running, log.read_text()
+            time.sleep(0.05)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        failed = wait_for_event(ranks, output, "write_failed")
+        wait_for_step(ranks, output, int(str(failed["step"])) + 4)
+    assert log.read_text().count("metrics.jsonl cannot be written ([Errno 27] File too large)") == 1
+    steps = [record["step"] for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train"]
+    assert steps == list(range(4, 4 * len(steps) + 1, 4)), "no record is lost"
+
+
+def test_a_stop_without_a_checkpoint_says_where_the_run_goes_on(folder: Path) -> None:
+    settings = ["train.steps=100000", "log.checkpoint_every=4"]
+    output = folder / "stopped_full"
+    log = folder / "stopped_full.log"
+    with Ranks(arguments(folder, "stopped_full", *settings), 2, log) as ranks:
+        wait_for_event(ranks, output, "written")
+        pid = ranks.processes[1].pid
+        assert pid is not None
+        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
+        wait_for_event(ranks, output, "write_failed")
+        newest = list_checkpoints(output / "checkpoints")[-1]
+        ranks.signal(signal.SIGUSR1, 0)
+        assert ranks.wait() == [75, 75], log.read_text()
+    step = checkpoint_files.step_of(newest)
+    assert f"start again to go on from step {step}, the last checkpoint (that of this step could not be" in (
+        log.read_text()
+    )
 
 
 def test_a_full_disk_does_not_end_the_run(folder: Path) -> None:
@@ -189,8 +398,11 @@ def test_half_written_and_half_deleted_directories_are_never_checkpoints(tmp_pat
     (tmp_path / checkpoint_name(4)).mkdir()
     publish(tmp_path / ".step_00000004.tmp", tmp_path / checkpoint_name(4))
     assert [path.name for path in (tmp_path / checkpoint_name(4)).iterdir()] == ["new"]
+    for name in (".last.old", ".best.old", "best", ".step_00000006.old", ".venv.old", ".config.tmp"):
+        (tmp_path / name).mkdir()
     clean(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint_name(4)]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".config.tmp", ".venv.old", "best", "last", checkpoint_name(4)], "only ours; `last` is back"
 
 
 class _Harmful:
