@@ -24,6 +24,8 @@ class SampleOptions:
     """The model's tokenizer: its directory, or VAR's vae_ch160v4096z32.pth."""
     out: Path
     """PNG file of the grid; a directory gets one PNG for each image instead."""
+    scales: tuple[int, ...] | None = None
+    """Schedule of VAR weights, where it is neither VAR's for 256 pixels nor for 512."""
     classes: str = "all"
     """Class numbers such as 207,360 or 0-9, or all."""
     per_class: int = 8
@@ -48,17 +50,17 @@ class SampleOptions:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(SampleOptions, prog="mepa sample", args=argv)
+    for name, value in (("per-class", options.per_class), ("batch-size", options.batch_size)):
+        if value < 1:
+            raise UserError(f"--{name}: expected at least 1, got {value}")
     from mepa_ds.images import save_grid, save_images
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_var = options.weights.suffix == ".pth"
-    model = NextScaleTransformer.from_var(options.weights) if is_var else NextScaleTransformer.load(options.weights)
+    model = NextScaleTransformer.open(options.weights, options.scales)
     model = model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    scales = model.config.scales if options.tokenizer.suffix == ".pth" else None
-    load = Tokenizer.from_var if options.tokenizer.suffix == ".pth" else Tokenizer.load
-    tokenizer = load(options.tokenizer, scales=scales).to(device)
+    tokenizer = Tokenizer.open(options.tokenizer, model.config.scales).to(device)
     classes = parse_classes(options.classes, model.config.num_classes)
     labels = [label for label in classes for _ in range(options.per_class)]
     started = time.perf_counter()
@@ -104,7 +106,11 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
     classes: list[int] = []
     for item in text.split(","):
         first, separator, last = item.strip().partition("-")
-        if not first.isdigit() or (separator and not last.isdigit()):
+        if not first.isdecimal() or (separator and not last.isdecimal()):
             raise UserError(f"--classes: expected numbers and ranges such as 1,3,5-9, or all; got {text!r}")
+        if int(last or first) < int(first):
+            raise UserError(f"--classes: the range {item.strip()} ends before it begins; write {last}-{first}")
+        if int(last or first) >= num_classes:
+            raise UserError(f"--classes: {item.strip()} goes beyond the model's classes 0..{num_classes - 1}")
         classes += range(int(first), int(last or first) + 1)
     return classes

@@ -55,8 +55,7 @@ def main(argv: list[str]) -> None:
         },
         "options",
     )
-    is_var = options.weights.suffix == ".pth"
-    dense = NextScaleTransformer.from_var(options.weights) if is_var else NextScaleTransformer.load(options.weights)
+    dense = NextScaleTransformer.open(options.weights)
     model = upcycle(dense, moe, options.seed)
     model.save_pretrained(options.out)
     print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")

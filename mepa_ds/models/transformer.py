@@ -130,6 +130,16 @@ class NextScaleTransformer(nn.Module):
         return cls(validate(ModelConfig, values, "model"))
 
     @classmethod
+    def open(cls, path: Path | str, scales: Sequence[int] | None = None) -> Self:
+        """Whichever lies there: a directory (`load`), or a file of VAR's transformer (`from_var`)."""
+        if not Path(path).is_dir():
+            return cls.from_var(path, scales=scales)
+        model = cls.load(path)
+        if scales is not None and tuple(scales) != model.config.scales:
+            raise UserError(f"scales: {path} was trained with {list(model.config.scales)}, and has no other")
+        return model
+
+    @classmethod
     def from_var(cls, weights: Path | str | Mapping[str, Tensor], *, scales: Sequence[int] | None = None) -> Self:
         """Loads VAR's public weights (a path, or a state dict). Sizes are read off the tensors' shapes.
 

@@ -1,0 +1,107 @@
+"""`mepa sample` on VAR's files and on our directories, and what users get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mepa_ds.cli import sample as command
+from mepa_ds.cli import upcycle
+from mepa_ds.errors import UserError
+from mepa_ds.images import to_uint8
+from mepa_ds.loops.sampling import Rng, sample
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.tokenizer import Tokenizer
+from tests.var_fixtures import TINY_SCALES, fixture_state
+
+SCALES = ["--scales", *map(str, TINY_SCALES)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as files of VAR's (one of them with an unusual name) and as directories of ours."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(fixture_state("tiny_var_adaln"), folder / "var.pt")
+    torch.save(fixture_state("tiny_vae"), folder / "vae.pth")
+    NextScaleTransformer.open(folder / "var.pt", TINY_SCALES).save_pretrained(folder / "model.d2")
+    Tokenizer.open(folder / "vae.pth", TINY_SCALES).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def run(folder: Path, out: Path, *options: str, weights: str = "var.pt", tokenizer: str = "vae.pth") -> None:
+    paths = ["--weights", str(folder / weights), "--tokenizer", str(folder / tokenizer), "--out", str(out)]
+    command.main([*paths, *options])
+
+
+@pytest.mark.parametrize("rng", ["image", "var"])
+def test_a_directory_gets_one_image_each(folder: Path, tmp_path: Path, rng: Rng) -> None:
+    options = ["--classes", "2,7-8", "--per-class", "2", "--rng", rng, "--batch-size", "6", "--seed", "3"]
+    run(folder, tmp_path / "images", *options, *SCALES)
+    names = [f"class{label:04d}_{number:05d}.png" for number, label in enumerate([2, 2, 7, 7, 8, 8])]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == names
+    model, tokenizer = NextScaleTransformer.load(folder / "model.d2"), Tokenizer.load(folder / "tokenizer")
+    expected = to_uint8(sample(model, tokenizer, [2, 2, 7, 7, 8, 8], seed=3, rng=rng))
+    found = np.stack([np.asarray(Image.open(tmp_path / "images" / name)) for name in names])
+    assert np.array_equal(found, expected)
+
+
+def test_files_and_directories_make_the_same_grid(folder: Path, tmp_path: Path) -> None:
+    options = ["--classes", "1,4", "--per-class", "3"]
+    run(folder, tmp_path / "var.png", *options, *SCALES)
+    run(folder, tmp_path / "ours.png", *options, weights="model.d2", tokenizer="tokenizer")
+    assert (tmp_path / "var.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+    assert Image.open(tmp_path / "var.png").size == (3 * 66 - 2, 2 * 66 - 2)
+
+
+def test_upcycling_reads_what_lies_there(folder: Path, tmp_path: Path) -> None:
+    upcycle.main(["--weights", str(folder / "model.d2"), "--out", str(tmp_path / "moe"), "--num-experts", "2"])
+    assert NextScaleTransformer.load(tmp_path / "moe").config.moe is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [
+        ("all", list(range(10))),
+        ("3", [3]),
+        ("1,3,5-7", [1, 3, 5, 6, 7]),
+        (" 2, 4-4 ", [2, 4]),
+        ("0-9", list(range(10))),
+    ],
+)
+def test_classes(text: str, classes: list[int]) -> None:
+    assert command.parse_classes(text, 10) == classes
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "-3", "3-", "1.5", "cat", "²"])
+def test_classes_that_are_no_numbers(text: str) -> None:
+    with pytest.raises(UserError, match="--classes: expected numbers and ranges"):
+        command.parse_classes(text, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "9-3"], "--classes: the range 9-3 ends before it begins; write 3-9"),
+        (["--classes", "3,8-10"], r"--classes: 8-10 goes beyond the model's classes 0\.\.9"),
+        (["--per-class", "0"], "--per-class: expected at least 1, got 0"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--batch-size", "-1"], "--batch-size: expected at least 1, got -1"),
+        (["--weights", "nowhere"], "nowhere: cannot read the weights: No such file or directory"),
+        (["--tokenizer", "nowhere.pth"], r"nowhere\.pth: cannot read the weights: No such file or directory"),
+    ],
+)
+def test_bad_options(folder: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(folder, tmp_path / "x.png", *SCALES, *options)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_schedules_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the weights hold 30 positions"):
+        run(folder, tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"scales: .*model\.d2 was trained with \[1, 2, 3, 4\], and has no other"):
+        run(folder, tmp_path / "x.png", "--scales", "1", "2", "4", weights="model.d2")
