@@ -152,14 +152,23 @@ def preset_values(name: str) -> dict[str, Any]:
 
     `var-dN` dense; `mepa-dN` 8 routed + 1 shared expert of hidden 4C, top-2; `mepa-dN-iso` the same with hidden
     4C/3, so that top-2 + shared cost the dense FFN's FLOPs; `-512` the 512 px schedule (with shared AdaLN for
-    depth 36, as VAR's).
+    depth 36, as VAR's). Residual gates start the smaller the deeper the model is.
     """
     match = _PRESET.fullmatch(name)
     if match is None or (match[1] == "var" and match[3]):
         raise ValueError(f"no preset {name!r}; presets are var-dN, mepa-dN and mepa-dN-iso, each also with -512")
-    values: dict[str, Any] = {"depth": int(match[2])}
+    depth = int(match[2])
+    values: dict[str, Any] = {"depth": depth, "adaln_gamma_init": _gamma_init(depth)}
     if match[1] == "mepa":
         values["moe"] = {"expert_ratio": 4 / 3} if match[3] else {}
     if match[4]:
-        values |= {"scales": list(SCALES_512), "shared_adaln": values["depth"] >= 36}
+        values |= {"scales": list(SCALES_512), "shared_adaln": depth >= 36}
     return values
+
+
+def _gamma_init(depth: int) -> float:
+    """VAR's `--alng`: 1e-3 for d16 and d20, 1e-4 for d24, 1e-5 for d30, 5e-6 for d36."""
+    for limit, value in ((24, 1e-3), (30, 1e-4), (36, 1e-5)):
+        if depth < limit:
+            return value
+    return 5e-6
