@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mepa_ds.errors import UserError
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -21,7 +24,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A reader of `path` sees the old content or the complete new one, whatever moment the process dies at.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # nodes share file systems
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -30,6 +33,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_full_disks(path: Path) -> Iterator[None]:
+    """For tools: a full disk or quota met while `path` is written becomes a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{path}: the disk or quota is full ({error.strerror}); free some space there and run again: "
+            "what is complete is kept"
+        ) from error
 
 
 def fsync_directory(path: Path) -> None:

@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, write_json
+from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 INDEX_NAME = "index.json"
 Kind = Literal["images", "tokens", "features"]
@@ -108,7 +108,8 @@ class ShardIndex(Section):
         return validate(cls, data, f"{what}: {path}")
 
     def write(self, directory: Path) -> None:
-        write_json(directory / INDEX_NAME, self.model_dump(mode="json"))
+        with naming_full_disks(directory / INDEX_NAME):
+            write_json(directory / INDEX_NAME, self.model_dump(mode="json"))
 
 
 def keys_digest(table: SampleTable) -> str:
@@ -139,7 +140,8 @@ def table_path(shard: Path) -> Path:
 def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dict[str, Member]) -> None:
     """Stores a shard's offsets and its own index entry; written last, it marks the shard as complete."""
     description = {"entry": entry.model_dump(mode="json"), "members": {k: m.model_dump() for k, m in members.items()}}
-    with atomic_path(table_path(shard)) as temporary, open(temporary, "wb") as file:
+    path = table_path(shard)
+    with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
             keys=table.keys_N,

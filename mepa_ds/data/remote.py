@@ -12,6 +12,7 @@ line fetches. A `pipe:` URL is a shell command: use no remote.json that you woul
 from __future__ import annotations
 
 import fcntl
+import glob
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ from mepa_ds.data.index import ShardEntry
 from mepa_ds.data.order import BatchTask, SampleOrder, WindowWatch
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, write_json
+from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 REMOTE_NAME = "remote.json"
 _ATTEMPTS = 3
@@ -58,10 +59,15 @@ class RemoteShards(Section):
         path = directory / REMOTE_NAME
         if not path.exists():
             return None
-        return validate(cls, json.loads(path.read_text()), str(path))
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
+        return validate(cls, data, str(path))
 
     def write(self, directory: Path) -> None:
-        write_json(directory / REMOTE_NAME, self.model_dump(mode="json"))
+        with naming_full_disks(directory / REMOTE_NAME):
+            write_json(directory / REMOTE_NAME, self.model_dump(mode="json"))
 
 
 def is_remote(url: str) -> bool:
@@ -83,19 +89,24 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
 
     Raises:
         DamagedError: it cannot be fetched, or is not what `sha256` says.
+        UserError: the disk is full.
     """
     with _lock(path):
         if path.exists():
             return path
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes: we have the lock
+            stale.unlink()
         for attempt in range(_ATTEMPTS):
             if attempt:
                 time.sleep(2.0**attempt)
             try:
-                with atomic_path(path) as temporary:
+                with naming_full_disks(path), atomic_path(path) as temporary:
                     digest = _copy(url, temporary)
                     if sha256 and digest != sha256:
                         raise OSError("its SHA-256 differs from the index's")
                 return path
+            except UserError:
+                raise
             except Exception as error:  # the openers raise whatever their transports do
                 reason = error
     raise DamagedError(f"{url}: cannot be fetched: {reason}; check the address and the network, then try again")
@@ -185,7 +196,7 @@ class ShardCache:
         while True:
             try:
                 self._fetched(wanted.get())
-            except (DamagedError, OSError):
+            except (UserError, OSError):
                 continue  # whoever reads the shard tries again, and reports
 
     def _evict(self, keep: Path) -> None:

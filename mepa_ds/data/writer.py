@@ -9,7 +9,6 @@ Whoever finds all planned shards complete turns the plan into `index.json`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -36,7 +35,7 @@ from mepa_ds.data.index import (
 )
 from mepa_ds.data.tar import BLOCK, LABEL_EXTENSION, SampleTable, check_member_name, member_header, split_member_name
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, write_json
+from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 PLAN_NAME = "index.plan.json"
 
@@ -93,7 +92,8 @@ class ShardWriter:
         elif (directory / PLAN_NAME).exists():
             self._check_same(read_plan(directory))
         else:
-            write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
+            with naming_full_disks(directory / PLAN_NAME):
+                write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
 
     def _check_same(self, found: Plan) -> None:
         # Compared as JSON, so that a list and a tuple in free-form settings are the same.
@@ -134,16 +134,11 @@ class ShardWriter:
         assert name in self.plan.shard_names, name
         path = self.directory / name
         table_path(path).unlink(missing_ok=True)
-        try:
-            with atomic_path(path) as temporary, open(temporary, "wb") as file:
-                tar = _TarFile(file, str(path))
-                for key, members in samples:
-                    tar.add(key, members)
-                tar.close()
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(f"{path}: {error.strerror}; free some and run again: complete shards are kept") from error
+        with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
+            tar = _TarFile(file, str(path))
+            for key, members in samples:
+                tar.add(key, members)
+            tar.close()
         table = replace(SampleTable.of(tar.samples), labels_N=tar.labels_N())
         entry = ShardEntry(
             name=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import itertools
@@ -146,6 +147,34 @@ def test_bytes_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedError, match="SHA-256 differs"):
         ShardSet(tokens).read(0)
+
+
+def test_a_full_cache_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tokens = make_remote(tmp_path, "tokens")
+    monkeypatch.setattr("mepa_ds.files.os.replace", full)
+    batches = training_batches(tokens, None, global_batch=3, seed=0, on_damaged="skip")  # no damage: not to be skipped
+    with pytest.raises(UserError, match=r"cache/.*/shard-.*tar: the disk or quota is full \(No space left"):
+        next(batches)
+
+
+def test_what_killed_processes_left_in_the_cache_goes(tmp_path: Path) -> None:
+    stale = [tmp_path / f".here.{host}.77.tmp" for host in ("a", "b")]
+    other = tmp_path / ".there.a.77.tmp"
+    for path in (*stale, other):
+        path.write_bytes(b"half")
+    fetch("pipe:echo content", tmp_path / "here")
+    assert not any(path.exists() for path in stale)
+    assert other.exists()
+
+
+def test_a_garbled_remote_json_is_named(tmp_path: Path) -> None:
+    tokens = make_remote(tmp_path, "tokens")
+    (tokens / REMOTE_NAME).write_text("{")
+    with pytest.raises(UserError, match=r"remote\.json: cannot be read: .*; run data_tools/merge_index\.py again"):
+        ShardSet(tokens)
 
 
 def test_a_fetch_that_fails_at_first_is_tried_again(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mepa_ds.data import writer as writer_module
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table
 from mepa_ds.data.tar import scan_tar
 from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
@@ -101,17 +100,26 @@ def test_bad_samples_leave_nothing_behind(tmp_path: Path, samples: Any, message:
     assert set(contents(tmp_path)) == {PLAN_NAME}
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = ShardWriter(tmp_path, plan_of())
+@pytest.mark.parametrize("name", [PLAN_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])
+def test_a_full_disk_is_named_and_a_rerun_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rename = os.replace
 
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(source: Path, target: Path) -> None:
+        if target.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module._TarFile, "close", full)
-        with pytest.raises(UserError, match="No space left on device; free some and run again"):
-            writer.write_shard("shard-000000.tar", [sample_of("tokens", 1)])
-    assert set(contents(tmp_path)) == {PLAN_NAME}
+        patch.setattr("mepa_ds.files.os.replace", full)
+        with pytest.raises(UserError, match=rf"{name}: the disk or quota is full \(No space left.*\); free some space"):
+            make_set(tmp_path / "set", "tokens", [2, 3])
+    assert name not in contents(tmp_path / "set")
+    assert not list((tmp_path / "set").glob(".*.tmp"))
+    make_set(tmp_path / "set", "tokens", [2, 3])
+    make_set(tmp_path / "undisturbed", "tokens", [2, 3])
+    assert contents(tmp_path / "set") == contents(tmp_path / "undisturbed")
 
 
 def make_set_and_die(directory: Path, moment: int) -> None:
