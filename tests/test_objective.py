@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mepa_ds.config.objective import AlignmentConfig, ObjectiveConfig
-from mepa_ds.models.moe.routing import RoutingStatistics
+from mepa_ds.loops.reports import routing_report
+from mepa_ds.models.moe.routing import Routing, RoutingStatistics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import alignment_loss
 from mepa_ds.objective.balance import balance_loss, router_z_loss
@@ -78,6 +79,43 @@ def test_balance_loss_takes_global_counts_and_local_probabilities() -> None:
     total = everything.counts_SE.sum(0)[None]
     per_rank = [balance_loss([rank], total).item() for rank in ranks]
     assert sum(per_rank) / 2 == pytest.approx(balance_loss([everything], total).item())
+
+
+def test_routing_report_by_hand() -> None:
+    """Two scales of 2 and 4 tokens, three experts, two choices a token."""
+    layer = RoutingStatistics(
+        counts_SE=torch.tensor([[2.0, 2.0, 0.0], [6.0, 1.0, 1.0]]),
+        prob_sum_SE=torch.tensor([[1.0, 0.8, 0.2], [2.0, 1.0, 1.0]]),
+        entropy_sum_S=torch.tensor([2 * math.log(2), 4 * 0.5]),
+        z_sum_S=torch.zeros(2),
+        dropped_S=torch.tensor([0.0, 2.0]),
+        tokens_S=torch.tensor([2.0, 4.0]),
+    )
+    report = routing_report(layer)
+    assert report["load"] == pytest.approx([8 / 12, 3 / 12, 1 / 12], abs=1e-5)
+    assert report["load_scale"][0] == pytest.approx([0.5, 0.5, 0.0], abs=1e-5)
+    assert report["load_scale"][1] == pytest.approx([0.75, 0.125, 0.125], abs=1e-5)
+    assert report["probability_scale"][0] == pytest.approx([0.5, 0.4, 0.1], abs=1e-5)
+    assert report["probability_scale"][1] == pytest.approx([0.5, 0.25, 0.25], abs=1e-5)
+    assert report["entropy_scale"] == pytest.approx([math.log(2), 0.5], abs=1e-5)
+    # In percent: mean 100/3; (2 (50 - 100/3)^2 + (100/3)^2) / 3, and ((75 - 100/3)^2 + 2 (12.5 - 100/3)^2) / 3.
+    assert report["load_variance_scale"] == pytest.approx([5000 / 9, 7812.5 / 9], rel=1e-5)
+    assert report["dropped_scale"] == pytest.approx([0.0, 0.25], abs=1e-5)
+
+
+def test_statistics_hold_the_entropy_of_the_routing_distribution() -> None:
+    probs_TE = torch.tensor([[0.7, 0.2, 0.1], [0.25, 0.25, 0.5], [1.0, 0.0, 0.0]])
+    index_TK, kept_TK = (
+        torch.tensor([[0, 1], [2, 0], [0, 1]]),
+        torch.tensor([[True, True], [True, False], [False, True]]),
+    )
+    routing = Routing(probs_TE.log(), probs_TE, index_TK, probs_TE.gather(1, index_TK), kept_TK)
+    layer = RoutingStatistics.of(routing, torch.tensor([0, 1, 1]), 2)
+    entropies = [-sum(p * math.log(p) for p in row if p) for row in probs_TE.tolist()]
+    assert layer.entropy_sum_S.tolist() == pytest.approx([entropies[0], entropies[1] + entropies[2]])
+    assert layer.counts_SE.tolist() == [[1, 1, 0], [2, 1, 1]]
+    assert layer.dropped_S.tolist() == [0, 2]
+    torch.testing.assert_close(layer.prob_sum_SE, torch.tensor([[0.7, 0.2, 0.1], [1.25, 0.25, 0.5]]))
 
 
 def make_objective(**config: object) -> tuple[PretrainingObjective, ModelInputs]:

@@ -82,6 +82,56 @@ def check_layer() -> None:
             torch.testing.assert_close(ours.grad, whole[here], atol=1e-5, rtol=1e-5)
 
 
+class Beside(torch.autograd.Function):
+    """Twice its tokens; tells when it runs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, events: list[str]) -> Tensor:
+        ctx.events = events
+        events.append("beside")
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.events.append("beside")
+        return 2 * gradient, None
+
+
+def check_overlap() -> None:
+    """Work beside the experts runs while rows travel: both ways, forward and backward."""
+    from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher, _Exchange
+
+    events: list[str] = []
+    for name, function in (("begin", _Exchange.begin), ("wait", _Exchange.wait)):
+
+        def logged(*arguments: Any, name=name, function=function) -> Tensor:
+            events.append(name)
+            return function(*arguments)
+
+        setattr(_Exchange, name, logged)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    experts, xs, routings, gradients = make_case(0, world_size)
+    local = Experts(E // world_size, C, F)
+    for ours, whole in zip(local.parameters(), experts.parameters(), strict=True):
+        ours.data = whole.data[rank * E // world_size : (rank + 1) * E // world_size].clone()
+    x, routing, gradient = xs[rank], routings[rank], gradients[rank]
+    assert dist.group.WORLD is not None
+    dispatcher = ExpertParallelDispatcher(dist.group.WORLD, E)
+    y = dispatcher(x, routing, local, lambda tokens: Beside.apply(tokens, events))
+    assert events == ["begin", "beside", "wait"] * 2
+    y.backward(gradient)
+    assert events == ["begin", "beside", "wait"] * 4
+    without = x.detach().requires_grad_()
+    expected = dispatcher(without, routing, local)
+    expected.backward(gradient)
+    torch.testing.assert_close(y, expected + 2 * x)
+    torch.testing.assert_close(x.grad, without.grad + 2 * gradient)
+
+
+def test_the_shared_expert_overlaps_both_exchanges() -> None:
+    run_on_ranks(2, check_overlap)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_exchange_equals_local_dispatch(world_size: int) -> None:
     run_on_ranks(world_size, check_layer)
@@ -254,3 +304,47 @@ def test_recomputation_and_accumulation_variants_differ_where_they_should(folder
     assert load["accumulate"]["losses"][0]["ce"] == pytest.approx(load["plain"]["losses"][0]["ce"], rel=1e-6)
     assert load["accumulate"]["losses"][0]["balance"] != load["plain"]["losses"][0]["balance"]
     assert load["accumulate_over_step"]["losses"][0]["balance"] != load["accumulate"]["losses"][0]["balance"]
+
+
+def run_balance_alone(folder: str) -> None:
+    """The router's gradient of nothing but the balance loss, in fp32 and under fp16's loss scale."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from mepa_ds.engine.engine import PretrainEngine
+
+    record: dict[str, Any] = {}
+    for precision in ("fp32", "fp16"):
+        overrides = [f"parallel.precision={precision}", "objective.ce_weight=0", "objective.alignment=null"]
+        overrides += ["objective.balance_weight=0.01", "train.accumulation=2", f"train.global_batch={GLOBAL_BATCH}"]
+        config = validate(PretrainConfig, apply_overrides(recipe_values(Path(folder)), [*LIVELY, *overrides]), "test")
+        engine = PretrainEngine(config, None, torch.device("cpu"))
+        name = "transformer.blocks.0.ffn.router.gate.weight"
+        router = engine.objective.get_parameter(name)
+        rows = GLOBAL_BATCH // 2
+        batch = {key: tensor for key, tensor in make_batch(0).items() if key != "features_BNP"}
+        micro = [ModelInputs(**{k: tensor[m * rows : (m + 1) * rows] for k, tensor in batch.items()}) for m in range(2)]
+        original = engine._engine.step
+
+        def capture(original=original, engine=engine, router=router, precision=precision) -> None:
+            if engine._engine.is_gradient_accumulation_boundary():
+                scale = engine.zero.loss_scaler.cur_scale
+                record[precision] = {"scale": scale, "gradient": safe_get_full_grad(router).float().clone() / scale}
+            original()
+
+        engine._engine.step = capture
+        report = engine.step(micro, lr=0.0)
+        while not report.applied:  # the first loss scales may be too large
+            report = engine.step(micro, lr=0.0)
+        record[precision]["norm"] = report.grad_norm
+    torch.save(record, Path(folder) / "balance.pt")
+
+
+def test_the_balance_gradient_is_scaled_with_the_loss(tmp_path: Path) -> None:
+    """fp16 against fp32, to 2 % of the largest element: unscaled it would be smaller by the loss scale."""
+    run_on_ranks(1, run_balance_alone, str(tmp_path))
+    record = torch.load(tmp_path / "balance.pt", weights_only=True)
+    expected, found = record["fp32"]["gradient"], record["fp16"]["gradient"]
+    assert record["fp16"]["scale"] >= 256
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(found, expected, atol=0.02 * expected.abs().max().item(), rtol=0)
+    assert record["fp16"]["norm"] == pytest.approx(record["fp32"]["norm"], rel=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
+from mepa_ds.models.moe.dispatch import Sorted
+from mepa_ds.models.moe.experts import grouped_experts, looped_experts
 from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
 
 SCALES = (1, 2, 3)
@@ -105,6 +109,73 @@ def test_one_expert_takes_all_tokens_and_others_none(top_k: int) -> None:
     layer.router.scale_logits_SE.data[:, 2] = 50.0
     layer.router.gate.weight.data *= 0.01
     assert_same_as_naive(layer, torch.randn(2, L, 16))
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("implementation", ["loop", "grouped"])
+def test_experts_equal_one_expert_after_the_other(implementation: str, counts: list[int]) -> None:
+    """Both implementations, also for experts without rows and for no rows at all: outputs and gradients to 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(sum(counts), 16), (4, 24, 16), (4, 24), (4, 16, 24), (4, 16)]
+    tensors = [(0.3 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
+    x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
+    rows, start = [], 0
+    for e, count in enumerate(counts):
+        for row in range(start, start + count):
+            hidden = F.gelu(w1_EFC[e] @ x_RC[row] + b1_EF[e], approximate="tanh")
+            rows.append(w2_ECF[e] @ hidden + b2_EC[e])
+        start += count
+    expected_RC = torch.stack(rows) if rows else x_RC * 0
+    if implementation == "grouped":
+        y_RC = grouped_experts(tensors, torch.tensor(counts))
+    else:
+        y_RC = looped_experts(tensors, counts)
+    torch.testing.assert_close(y_RC, expected_RC, atol=1e-5, rtol=1e-5)
+    gradient_RC = torch.randn(y_RC.shape, generator=generator)
+    found = torch.autograd.grad(y_RC, tensors, gradient_RC)
+    wanted = torch.autograd.grad(expected_RC, tensors, gradient_RC, allow_unused=True)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_combining_low_precision_rows_rounds_nothing_but_the_rows_gradient(dtype: torch.dtype, dropped: bool) -> None:
+    """Against fp32 on the same values: 1e-5, but the gradient that leaves in the rows' type, which is rounded once."""
+    torch.manual_seed(0)
+    T, K, C, E = 50, 3, 64, 5
+    weight_TK = torch.rand(T, K).requires_grad_()
+    index_TK = torch.rand(T, E).topk(K).indices
+    kept_TK = torch.rand(T, K) < 0.6 if dropped else None
+    by_expert = Sorted(
+        torch.empty(T, C), Routing(torch.empty(T, E), torch.empty(T, E), index_TK, weight_TK, kept_TK), E
+    )
+    num_rows = int(by_expert.counts_E.sum())
+    by_expert.rows(num_rows)
+    y_RC = torch.randn(num_rows, C).to(dtype)
+    gradient_TC = torch.randn(T, C)
+    results = []
+    for values_RC in (y_RC, y_RC.float()):
+        rows_RC = values_RC.clone().requires_grad_()
+        out_TC = by_expert.combine(rows_RC)
+        assert out_TC.dtype == torch.float32
+        results.append((out_TC, *torch.autograd.grad(out_TC, [weight_TK, rows_RC], gradient_TC)))
+    (out, grad_weight, grad_rows), (expected_out, expected_weight, expected_rows) = results
+    torch.testing.assert_close(out, expected_out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_weight, expected_weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad_rows, expected_rows.to(dtype), atol=0, rtol=0)
+
+
+def test_autocast_does_not_reach_routing() -> None:
+    layer = make_layer(num_experts=4, top_k=2, width=64)
+    scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
+    x = torch.randn(50, L, 64)
+    _, expected = layer(x, scale_index_L)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, found = layer(x, scale_index_L)
+    assert y.dtype == torch.float32
+    for field in fields(expected):
+        assert torch.equal(getattr(found, field.name), getattr(expected, field.name)), field.name
 
 
 def test_statistics_count_every_pair() -> None:
