@@ -2,7 +2,6 @@
 # slurm/submit.sh RECIPE [--cluster NAME] [--nodes N] [--after JOB] [--dry-run] [-- key=value ...]: `mepa slurm submit`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-cd "$root"
 python=$root/.venv/bin/python
 [[ -x $python ]] || python=python3
-exec "$python" -m mepa_ds slurm submit "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m mepa_ds slurm submit "$@"

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from mepa_ds.slurm.pipeline import run_pipeline
-from mepa_ds.slurm.profile import read_profile
+from mepa_ds.slurm.profile import ROOT, read_profile
 from mepa_ds.slurm.status import format_status, status
 from mepa_ds.slurm.submit import JOBS, Request, submit_recipe
 
@@ -30,11 +30,18 @@ def main(argv: list[str]) -> None:
     # argparse takes no positional words after options.
     cut = argv.index("--") if "--" in argv else len(argv)
     arguments = parser.parse_args(argv[:cut])
+    # Paths on the command line are the caller's; those in recipes and pipelines are the clone's, where jobs start.
+    for name in ("recipe", "file", "run"):
+        if name in arguments:
+            setattr(arguments, name, getattr(arguments, name).resolve())
+    if arguments.command != "status":
+        profile = read_profile(arguments.cluster)
+        os.chdir(ROOT)
     if arguments.command == "status":
         report = status(arguments.run)
         print(json.dumps(report) if arguments.json else format_status(report))
     elif arguments.command == "pipeline":
-        run_pipeline(arguments.file, read_profile(arguments.cluster), dry_run=arguments.dry_run)
+        run_pipeline(arguments.file, profile, dry_run=arguments.dry_run)
     else:
         request = Request(
             recipe=arguments.recipe,
@@ -48,7 +55,7 @@ def main(argv: list[str]) -> None:
             stage=arguments.stage,
             dry_run=arguments.dry_run,
         )
-        submit_recipe(request, read_profile(arguments.cluster))
+        submit_recipe(request, profile)
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.slurm.cause import cause_of
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
-
-PLAN_SECONDS = 300
-MISFIT = "does not fit:"
-"""How the plan begins a line about what is too much for a rank."""
 
 
 def check_partition(profile: Profile, partition: str) -> None:
@@ -70,18 +64,24 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
 
 def check_exists(name: str, path: Path) -> None:
     if not (ROOT / path).exists():
-        raise UserError(f"{name}: {path}: no such file or directory")
+        raise UserError(f"{name}: {path}: no such file or directory; make it first, or name another")
 
 
-def check_plan(profile: Profile, recipe: Path, overrides: Sequence[str], world_size: int) -> str:
-    """The plan that `pretrain.py --dry-run` prints for so many ranks; raises UserError if the recipe does not fit."""
-    command = [sys.executable, "pretrain.py", str(recipe), *overrides, "--dry-run", "--world-size", str(world_size)]
-    if profile.get("GPU_MEMORY_GB"):
-        command += ["--memory", str(profile.number("GPU_MEMORY_GB", 1))]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PLAN_SECONDS, check=False)
-    if result.returncode:
-        raise UserError(cause_of(result.stderr) or f"pretrain.py --dry-run ended with status {result.returncode}")
-    misfits = [line for line in result.stdout.splitlines() if line.startswith(MISFIT)]
-    if misfits:
-        raise UserError(f"{recipe}: {'; '.join(misfits)} (MEPA_GPU_MEMORY_GB in {profile.path})")
-    return result.stdout
+def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:
+    """What `pretrain.py --dry-run` prints, planned for ranks of the cluster; raises UserError if they are too small."""
+    from mepa_ds.loops.plan import Machine, format_plan, plan_run, this_machine
+
+    is_gpu = profile.get("ACCELERATOR", "cuda") == "cuda"
+    memory = profile.number("GPU_MEMORY_GB", 1) * 1e9 if profile.get("GPU_MEMORY_GB") else None
+    here = this_machine(config, world_size, memory)
+    plan = plan_run(config, Machine(world_size, is_gpu, memory, here.process))
+    key = "MEPA_GPU_MEMORY_GB"
+    problems = list(plan.problems)
+    if not problems and profile.get("MEM_PER_GPU_GB"):
+        needed, has = sum(plan.host.values()) if is_gpu else plan.peak, profile.number("MEM_PER_GPU_GB", 1)
+        if needed > has * 1e9:
+            key = "MEPA_MEM_PER_GPU_GB"
+            problems = [f"a rank needs {needed / 1e9:.1f} GB of host memory, but has {has} GB"]
+    if problems:
+        raise UserError(f"{recipe}: does not fit: {'; '.join(problems)} ({key} in {profile.path})")
+    return format_plan(plan).replace("give --memory, the GB of one GPU", f"set MEPA_GPU_MEMORY_GB in {profile.path}")

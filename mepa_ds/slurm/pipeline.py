@@ -6,6 +6,7 @@ that failed; then the chain stops there, and the same command again starts only 
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mepa_ds.config.base import Section, load_config
+from mepa_ds.errors import UserError
+from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, open_parts, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -22,6 +25,9 @@ from mepa_ds.slurm.recipe_value import recipe_value
 from mepa_ds.slurm.submit import Request, check_cluster, check_recipe, output_dir, refuse_while_active
 
 PositiveInt = Annotated[int, Field(gt=0)]
+_PATHS = ("--out", "--tar", "--root", "--labels", "--tokenizer", "--weights")
+_IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}
+"""Commands of precompute.py, and where their image set stands."""
 
 
 class ArrayConfig(Section):
@@ -104,16 +110,56 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
         print(f"{run}: all stages are done")
         return []
     check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
-    prepares = any((config.shards, config.tokenizer, config.teacher, config.precompute))
-    check_recipe(request, profile, made_before=prepares)
-    if config.tokenizer is not None:
-        check_recipe(_request(config.tokenizer, "train-tokenizer"), profile, made_before=config.shards is not None)
+    _check_inputs(config, request, profile)
     for stage in stages:
         for job, check in stage.jobs:
             for planned in (job, check):
                 if planned is not None:
                     test_only(sbatch_command(planned, profile))
     return _submit_all(stages, profile, record, dry_run)
+
+
+def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) -> None:
+    """Raises UserError for a recipe that does not fit, and for what no stage makes and is not there."""
+    made = [ROOT / path for array in _array_stages(config) for name, path in _paths(array) if name == "--out"]
+    images = {"data.images", "data.heldout_images"} if config.shards else set()
+    sets = images | ({"data.tokens", "data.heldout_tokens", "data.features"} if config.precompute else set())
+    tokenizer = {"tokenizer"} if config.tokenizer else set()
+    check_recipe(request, profile, made_before=sets | tokenizer)
+    if config.tokenizer is not None:
+        training = _request(config.tokenizer, "train-tokenizer")
+        check_recipe(training, profile, made_before=images)
+        made.append(output_dir(training))
+    for array in _array_stages(config):
+        for name, path in _paths(array):
+            check_paths(profile, [(name, path)])
+            if name != "--out" and not any((ROOT / path).is_relative_to(place) for place in made):
+                check_exists(name, path)
+    best = config.samples is not None and config.samples.weights == "best"
+    if best and recipe_value("data.heldout_tokens", request.recipe, request.overrides) is None:
+        raise UserError(
+            "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no "
+            "data.heldout_tokens; give it, or set samples.weights: last"
+        )
+
+
+def _array_stages(config: PipelineConfig) -> list[ArrayConfig]:
+    return [stage for stage in (config.shards, config.teacher, config.precompute) if stage is not None]
+
+
+def _paths(array: ArrayConfig) -> Iterator[tuple[str, Path]]:
+    """Files and directories that the commands name, each after its option; image sets stand without one."""
+    for command in array.commands:
+        words = shlex.split(command)
+        place = _IMAGES.get(words[0], len(words))
+        for number, word in enumerate(words):
+            name, _, value = word.partition("=")
+            if number == place and not word.startswith("-"):
+                yield "images", Path(word)
+            elif name in _PATHS:
+                path = value or " ".join(words[number + 1 : number + 2])
+                if path != "hub":
+                    yield name, Path(path)
 
 
 def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bool) -> list[str]:
@@ -157,6 +203,11 @@ def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
         yield Stage("samples", tuple(_samples(config, run)))
 
 
+def _digest(*values: object) -> str:
+    """Names a state, so that changed work is not taken for work that is done."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
+
+
 def _training(script: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | None]]:
     state = ROOT / str(recipe_value("output_dir", training.recipe, training.overrides)) / "slurm"
     if read_result(state) != DONE:
@@ -166,7 +217,7 @@ def _training(script: str, training: TrainingConfig) -> Iterator[tuple[Job, Job 
 
 def _arrays(script: str, name: str, config: ArrayConfig, record: Path) -> Iterator[tuple[Job, Job | None]]:
     for number, command in enumerate(config.commands):
-        state = record / f"{name}-{number}"
+        state = record / f"{name}-{number}-{_digest(command, config.parts)}"
         words = (str(state), str(config.parts), *shlex.split(command))
         yield from _array(Job(script, words, state, f"mepa-{name}", 1, config.gpus, config.cpus), config.parts)
 
@@ -175,7 +226,7 @@ def _samples(config: PipelineConfig, run: Path) -> Iterator[tuple[Job, Job | Non
     samples = config.samples
     assert samples is not None
     tokenizer = str(recipe_value("tokenizer", config.pretrain.recipe, config.pretrain.overrides))
-    state = run / "slurm" / "samples"
+    state = run / "slurm" / f"samples-{_digest(samples.model_dump_json())}"
     if (state / "samples.npz").exists():
         return
     words = [str(state), str(samples.parts), str(run / samples.weights), tokenizer, str(samples.per_class)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -83,9 +84,9 @@ def read_profile(name: str | None) -> Profile:
 
 
 def _words(text: str) -> str | None:
-    """A shell word without its quotes; None if it is more than one."""
+    """A shell word without its quotes, its $VARIABLES filled in; None if it is more than one."""
     try:
         words = shlex.split(text, comments=True)
     except ValueError:
         return None
-    return None if len(words) > 1 else "".join(words)
+    return None if len(words) > 1 else os.path.expandvars("".join(words))

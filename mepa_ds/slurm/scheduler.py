@@ -11,7 +11,7 @@ from mepa_ds.errors import UserError
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 _FIELD = re.compile(r"([A-Z][\w/:]*)=(\S*)")
-_GPU = re.compile(r"gpu(?::(?P<type>[A-Za-z]\w*))?:(?P<count>\d+)")
+_GPU = re.compile(r"gpu:(?:(?P<type>[^:,()]+):)?(?P<count>\d+)")
 
 
 @dataclass(frozen=True)
@@ -59,20 +59,22 @@ def nodes_of(partition: str) -> list[Node]:
     return nodes
 
 
-def job_fields(job: str) -> dict[str, str]:
-    """`scontrol show job`; {} once SLURM has forgotten it."""
+def jobs(job: str) -> list[dict[str, str]]:
+    """`scontrol show job`, a mapping for each member of an array; [] once SLURM has forgotten it.
+
+    Raises UserError if SLURM does not answer.
+    """
     try:
-        return _show("job", job)[0]
-    except (UserError, IndexError):
-        return {}
+        return _show("job", job)
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
 
 
 def is_active(job: str) -> bool:
     """Whether any part of a job waits or runs."""
-    try:
-        return any(fields.get("JobState") not in ENDED for fields in _show("job", job))
-    except UserError:
-        return False
+    return any(fields.get("JobState") not in ENDED for fields in jobs(job))
 
 
 def _show(kind: str, name: str | None = None) -> list[dict[str, str]]:

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
 from mepa_ds.metrics import read_metrics
+from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.cause import cause_of
 from mepa_ds.slurm.jobs import recorded_jobs
 from mepa_ds.slurm.parts import read_result
-from mepa_ds.slurm.scheduler import job_fields
 
 _RECENT = 20
 _CHECKPOINT = re.compile(r"step_\d+")
+_START = re.compile(r"^=== \S+ \S+ job \S+, start \d+:", re.MULTILINE)
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -25,16 +27,14 @@ def status(run: Path) -> dict[str, Any]:
     Raises UserError for a directory that no job has written.
     """
     record = run / "slurm"
-    jobs = recorded_jobs(record)
-    owner = record / "owner"
-    number = owner.read_text().split()[0] if owner.exists() else (jobs[-1]["job"] if jobs else None)
+    number = _job_of(record)
     if number is None:
         raise UserError(f"{run}: no job was submitted for it; give the output_dir of a run")
-    fields = job_fields(number)
+    fields, state = _fields(number)
     report: dict[str, Any] = {
         "run": str(run),
         "job": number,
-        "state": fields.get("JobState", "forgotten by SLURM"),
+        "state": state,
         "nodes": fields.get("NodeList", ""),
         "result": read_result(record) or "not started yet",
         "restarts": int(fields["Restarts"]) if "Restarts" in fields else _starts(record, number) - 1,
@@ -43,19 +43,50 @@ def status(run: Path) -> dict[str, Any]:
         report["waits for"] = fields.get("Reason", "")
     report |= dict(_training(run))
     log = Path(fields["StdOut"]) if "StdOut" in fields else None
-    error = (
-        cause_of(log.read_text(errors="replace").rpartition("=== ")[0]) if log is not None and log.is_file() else None
-    )
+    error = last_error(log.read_text(errors="replace")) if log is not None and log.is_file() else None
     last = report["result"].partition("failed: ")[2] or report["result"].partition("): ")[2]
     report["last error"] = last or error or "none"
-    checkpoints = run / "checkpoints"
-    names = (
-        sorted(p.name for p in checkpoints.iterdir() if _CHECKPOINT.fullmatch(p.name)) if checkpoints.is_dir() else []
-    )
-    report["last checkpoint"] = str(checkpoints / names[-1]) if names else "none"
+    report["last checkpoint"] = _last_checkpoint(run) or "none"
     if log is not None:
         report["log"] = str(log)
     return report
+
+
+def _job_of(record: Path) -> str | None:
+    """The job that works on a run, or the one that was submitted for it since."""
+    # A pipeline records all its jobs beside the run; those of other stages have their state elsewhere.
+    jobs = [job for job in recorded_jobs(record) if Path(job["state"]).resolve() == record.resolve()]
+    owner = record / "owner"
+    if owner.exists() and not (jobs and jobs[-1]["time"] > owner.stat().st_mtime):
+        return owner.read_text().split()[0]
+    return jobs[-1]["job"] if jobs else None
+
+
+def _fields(number: str) -> tuple[dict[str, str], str]:
+    try:
+        found = scheduler.jobs(number)
+    except UserError as error:
+        return {}, f"unknown ({error})"
+    return (found[0], found[0].get("JobState", "")) if found else ({}, "forgotten by SLURM")
+
+
+def last_error(log: str) -> str | None:
+    """What the last start that failed failed of. None: no start did."""
+    for text in reversed(_START.split(log)):
+        cause = cause_of(text)
+        if cause is not None:
+            return cause
+    return None
+
+
+def _last_checkpoint(run: Path) -> str | None:
+    folder, file = run / "checkpoints", run / "checkpoint.pt"  # of pretraining, of a tokenizer's training
+    if file.exists():
+        return str(file)
+    names = (
+        sorted(path.name for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name)) if folder.is_dir() else []
+    )
+    return str(folder / names[-1]) if names else None
 
 
 def _starts(record: Path, job: str) -> int:
@@ -66,17 +97,18 @@ def _starts(record: Path, job: str) -> int:
 def _training(run: Path) -> Iterator[tuple[str, Any]]:
     records = list(read_metrics(run / "metrics.jsonl"))
     train = [record for record in records if record.get("event") == "train"]
-    start = [record for record in records if record.get("event") == "start"]
-    if not train or not start:
+    if not train:
         yield "step", "none logged yet"
         return
-    num_steps = start[-1]["num_steps"]
-    recent = train[-_RECENT:]
-    seconds = statistics.median(record["step_seconds"] for record in recent)
-    yield "step", f"{train[-1]['step']} of {num_steps}"
+    recipe = read_yaml(run / "resolved.yaml")["train"]
+    started = [record["num_steps"] for record in records if record.get("event") == "start"]
+    num_steps = started[-1] if started else recipe.get("steps")
+    step, speed = train[-1]["step"], statistics.median(record["images_per_second"] for record in train[-_RECENT:])
+    yield "step", f"{step} of {num_steps}" if num_steps else step
     yield "loss", round(train[-1]["loss"], 4)
-    yield "images per second", round(statistics.median(record["images_per_second"] for record in recent), 1)
-    yield "time left", _duration((num_steps - train[-1]["step"]) * seconds)
+    yield "images per second", round(speed, 1)
+    if num_steps:
+        yield "time left", _duration((num_steps - step) * recipe["global_batch"] / speed)
 
 
 def _duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
-from mepa_ds.slurm.parts import array_of, open_parts
+from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.recipe_value import recipe_value
 from mepa_ds.slurm.scheduler import is_active
@@ -91,21 +91,21 @@ def output_dir(request: Request) -> Path:
     return ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
 
 
-def check_recipe(request: Request, profile: Profile, made_before: bool = False) -> None:
+def check_recipe(request: Request, profile: Profile, made_before: Container[str] = ()) -> None:
     """Validates a recipe and its plan against the allocation.
 
-    `made_before`: earlier jobs of a pipeline make the data, so that it need not be there yet.
+    `made_before`: keys of what earlier jobs of a pipeline make, so that it need not be there yet.
     """
     config = load_config(JOBS[request.job], request.recipe, request.overrides)
     world_size = request.nodes * profile.gpus_per_node
     paths = list(_data_paths(request))
     check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", output_dir(request)), *paths])
-    if not made_before:
-        for name, path in paths:
+    for name, path in paths:
+        if name not in made_before:
             check_exists(name, path)
     if isinstance(config, PretrainConfig):
         config.check_world(world_size)
-        print(check_plan(profile, request.recipe.resolve(), request.overrides, world_size), end="")
+        print(check_plan(profile, request.recipe.resolve(), config, world_size))
 
 
 def _data_paths(request: Request) -> Iterator[tuple[str, Path]]:
@@ -143,15 +143,23 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
     if request.overrides:
         raise UserError("a scaling study's overrides stand in its manifest: RECIPE key=value ... on a line")
     lines = manifest_lines(manifest)
+    runs: list[Path] = []
     for number, (recipe, *overrides) in enumerate(lines, start=1):
         try:
             member = replace(request, job="pretrain", recipe=Path(recipe), overrides=tuple(overrides))
             check_recipe(member, profile)
+            run = output_dir(member).resolve()
+            if run in runs:
+                raise UserError(f"output_dir: {run} is that of run {runs.index(run) + 1} too; give each its own")
+            runs.append(run)
         except UserError as error:
             raise UserError(f"{manifest}: run {number}: {error}") from error
     state = manifest.resolve().with_suffix(".slurm")
     refuse_while_active(state)
-    left = open_parts(state, len(lines))
+    # What is done is known of each run, not of a line's number: lines may come and go between two starts.
+    left = [part for part, run in enumerate(runs) if read_result(run / "slurm") != DONE]
+    if not request.dry_run:
+        _link_parts(state, runs)
     if not left:
         print(f"{manifest}: all {len(lines)} runs are done")
         return None
@@ -174,6 +182,15 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), after_any=array, stage=False
     )
     return hand_over(check, profile, state, False, f"it says which runs failed: {state}")
+
+
+def _link_parts(state: Path, runs: Sequence[Path]) -> None:
+    """`state`/part-<number> leads to the state of each run, where the job after the array looks."""
+    state.mkdir(parents=True, exist_ok=True)
+    for part, run in enumerate(runs):
+        link = state / f"part-{part}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(run / "slurm")
 
 
 def manifest_lines(path: Path) -> list[list[str]]:

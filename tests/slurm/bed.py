@@ -28,9 +28,14 @@ class Run:
     log: Path
 
     @property
+    def records(self) -> list[dict[str, Any]]:
+        """What was logged of every step."""
+        return [r for r in read_metrics(self.output / "metrics.jsonl") if r["event"] == "train"]
+
+    @property
     def step(self) -> int:
-        records = [r["step"] for r in read_metrics(self.output / "metrics.jsonl") if r["event"] == "train"]
-        return records[-1] if records else 0
+        records = self.records
+        return records[-1]["step"] if records else 0
 
     @property
     def text(self) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 
 from mepa_ds.config.base import dump_yaml
-from tests.slurm.bed import STEPS, Bed, Run, broken_deepspeed, scenario, thaw
+from tests import tiny_run
+from tests.slurm.bed import ROOT, STEPS, Bed, Run, broken_deepspeed, scenario, thaw
 from tests.tokenizer import training_run as tokenizer_run
 
 Outcome = Callable[[str], Any]
@@ -25,22 +26,27 @@ def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
     np.testing.assert_allclose(run.losses, reference.losses, atol=atol, rtol=0, err_msg=run.text)
 
 
+def stop_by_time_limit(run: Run) -> None:
+    """The limit comes so near that SLURM sends the signal when it next looks, which it does every 30 s."""
+    cluster, before = run.bed.cluster, run.text.count("asked to stop")
+    frozen = run.bed.freeze(run)
+    hours, minutes, seconds = map(int, cluster.job(run.job)["RunTime"].split(":"))
+    # Whole minutes, and never so near that the job would end before the signal.
+    limit = 60 * hours + minutes + (1 if seconds < 20 else 2)
+    cluster.check("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
+    cluster.wait_for(lambda: run.text.count("asked to stop") > before, 120, lambda: run.text)
+    cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
+    thaw(frozen)
+
+
 @scenario
 def interrupted(bed: Bed) -> Run:
-    """Asked to stop by the time limit once and by a signal twice."""
+    """Asked to stop by the time limit, three times."""
     run = bed.train("interrupted", EP2, options=("--time=60", "--signal=B:USR1@60"))
-    run.wait_step(8)
-    frozen = bed.freeze(run)
-    # A limit one to two minutes from now; SLURM looks at limits every 30 s, and signals one period ahead.
-    hours, minutes, _ = map(int, bed.cluster.job(run.job)["RunTime"].split(":"))
-    bed.cluster.check("scontrol", "update", f"JobId={run.job}", f"TimeLimit={60 * hours + minutes + 2}")
-    bed.cluster.wait_for(lambda: "asked to stop" in run.text, 120, lambda: run.text)
-    bed.cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
-    thaw(frozen)
-    for start, step in ((2, 16), (3, 24)):
+    for start, step in ((1, 8), (2, 16), (3, 24)):
         run.wait_start(start)
         run.wait_step(step)
-        bed.cluster.check("scancel", "--signal=USR1", "--batch", run.job)
+        stop_by_time_limit(run)
     run.wait_start(4)
     run.wait()
     return run
@@ -52,6 +58,30 @@ def test_interrupted(outcome: Outcome, reference: Run) -> None:
     assert run.restarts == 3
     assert run.text.count("asked to stop (signal)") == 3
     assert run.steps_computed == STEPS  # every stop saved where it was
+    # Every step saw the same images: their number, and what the model made of them scale by scale, to the bit.
+    seen = ("step", "images", "ce_scale", "accuracy_scale", "alignment", "balance", "grad_norm")
+    assert [[r[key] for key in seen] for r in run.records] == [[r[key] for key in seen] for r in reference.records]
+    assert "error: slurm:" not in run.text
+
+
+@scenario
+def quickstart_recipe(bed: Bed) -> Run:
+    """The quickstart's own recipe, on data of this test."""
+    tiny = tiny_run.recipe_values(bed.folder)
+    words = [f"{key}={tiny['data'][key]}" for key in ("tokens", "features", "heldout_tokens")]
+    words = [f"tokenizer={tiny['tokenizer']}", *(f"data.{word}" for word in words), "train.steps=4", "log.every=1"]
+    words += [f"model.{key}={tiny['model'][key]}" for key in ("num_classes", "scales", "codebook_size", "code_width")]
+    run = bed.train("quickstart", *words, recipe=ROOT / "recipes/quickstart.yaml")
+    run.wait()
+    return run
+
+
+def test_quickstart_recipe(outcome: Outcome) -> None:
+    run = outcome("quickstart_recipe")
+    assert run.wait() == "COMPLETED", run.text
+    assert "2 ranks, ep_size 2" in run.text
+    assert [r["step"] for r in run.records] == [1, 2, 3, 4]
+    assert (run.output / "last/model.safetensors").is_file()
 
 
 @scenario

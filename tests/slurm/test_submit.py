@@ -86,7 +86,7 @@ def test_bad_input_is_refused_at_submit_time(bed: Bed) -> None:
         (submit("ci", "--nodes", "3"), "--nodes 3: partition gpu has only 2 nodes with 2 GPUs a node"),
         (submit("ci", "--nodes", "0"), "--nodes 0: expected at least 1"),
         (submit(profiles["elsewhere"]), "is not visible from the nodes"),
-        (submit("ci", "--", "data.tokens=nowhere"), "data.tokens: nowhere: no such file or directory"),
+        (submit("ci", "--", "data.tokens=nowhere"), "data.tokens: nowhere: no such file or directory; make it first"),
         (submit("ci", "--", "model.dept=3"), "model.dept: unknown key; did you mean 'depth'?"),
         (submit("ci", "--", "parallel.ep_size=4"), "parallel.ep_size (4) must divide the number of ranks (2)"),
         (submit("ci", "--", "train.global_batch=9"), "train.global_batch (9) must be a multiple of ranks"),
@@ -256,7 +256,7 @@ def pipeline(bed: Bed) -> Pipeline:
         return jobs
 
     first = start()
-    check_log = (folder / f"model/slurm/shards-0/mepa-shards-check-{first[1]['job']}.log").read_text()
+    check_log = (Path(first[1]["state"]) / f"mepa-shards-check-{first[1]['job']}.log").read_text()
     restarts = max(int(member["Restarts"]) for member in bed.cluster.members(first[0]["job"]))
     shutil.copy(folder / "images/class0/00.png", folder / "images/class1/01.png")
     second = start()[len(first) :]
@@ -276,7 +276,7 @@ def test_pipeline(outcome: Callable[[str], Any]) -> None:
     # Started again, only that member runs, and then the rest of the chain.
     assert f"--array={failed}" in result.second[0]["command"]
     assert {job["end"] for job in result.second} == {"COMPLETED"}
-    with np.load(result.folder / "model/slurm/samples/samples.npz") as file:
+    with np.load(Path(result.second[-1]["state"]) / "samples.npz") as file:
         images = file["arr_0"]
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
     assert "all stages are done" in result.third

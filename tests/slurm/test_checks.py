@@ -1,0 +1,249 @@
+"""`mepa slurm` without a cluster: SLURM's commands are stand-ins that answer from files."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mepa_ds.cli.slurm import main
+from mepa_ds.config.base import apply_overrides, load_config
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
+from mepa_ds.slurm import scheduler
+from mepa_ds.slurm.checks import check_plan
+from mepa_ds.slurm.profile import Profile, read_profile
+from mepa_ds.slurm.stage import copy_set, staged_sets
+from mepa_ds.slurm.status import last_error, status
+from tests import tiny_run
+
+_SCONTROL = """#!/bin/bash
+case "$4 $5" in
+"partition "*) echo "PartitionName=gpu Nodes=n1" ;;
+"node "*) echo "NodeName=n1 Gres=$GRES AvailableFeatures=fast" ;;
+*) if [[ -r $FAKE/job-$5 ]]; then cat "$FAKE/job-$5"; else echo "$NO_JOB" >&2; exit 1; fi ;;
+esac
+"""
+_SBATCH = """#!/bin/bash
+[[ $1 == --test-only ]] && exit
+echo "$*" >>"$FAKE/submitted"
+wc -l <"$FAKE/submitted"
+"""
+PROFILE = "MEPA_PARTITION=gpu\nMEPA_GPUS_PER_NODE=2\nMEPA_ACCELERATOR=cpu\n"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with fake commands, a profile, and the data of a tiny run."""
+    for name, text in (("scontrol", _SCONTROL), ("sbatch", _SBATCH)):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    (tmp_path / "fake.env").write_text(PROFILE)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("GRES", "gpu:2")
+    monkeypatch.setenv("NO_JOB", "slurm_load_jobs error: Invalid job id specified")
+    monkeypatch.chdir(tmp_path)
+    tiny_run.make_run(tmp_path)
+    return tmp_path
+
+
+def mepa(cluster: Path, *words: object) -> None:
+    main([words[0], *map(str, words[1:]), "--cluster", str(cluster / "fake.env")])  # type: ignore[list-item]
+
+
+def refused(cluster: Path, *words: object) -> str:
+    with pytest.raises(UserError) as error:
+        mepa(cluster, *words)
+    assert not (cluster / "submitted").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gres", "kind", "count"),
+    [
+        ("gpu:8", "", 8),
+        ("gpu:a100:4(S:0-1)", "a100", 4),
+        ("gpu:3090:8", "3090", 8),
+        ("gpu:2080ti:4", "2080ti", 4),
+        ("gpu:h100-80gb:8(S:0-1)", "h100-80gb", 8),
+        ("gpu:a100_1g.5gb:7", "a100_1g.5gb", 7),
+        ("(null)", "", 0),
+    ],
+)
+def test_gpus_of_a_node(monkeypatch: pytest.MonkeyPatch, cluster: Path, gres: str, kind: str, count: int) -> None:
+    monkeypatch.setenv("GRES", gres)
+    (node,) = scheduler.nodes_of("gpu")
+    assert (node.gpu_type, node.gpus) == (kind, count)
+
+
+def test_a_forgotten_job_is_not_a_silent_slurm(monkeypatch: pytest.MonkeyPatch, cluster: Path) -> None:
+    assert not scheduler.is_active("9")
+    monkeypatch.setenv("NO_JOB", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    with pytest.raises(UserError, match="Unable to contact"):
+        scheduler.is_active("9")
+
+
+def test_variables_of_a_profile_are_filled_in(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("USER", "ada")
+    (cluster / "fake.env").write_text(PROFILE + 'MEPA_SHARED_PATHS="/home/$USER /data"\n')
+    assert read_profile(str(cluster / "fake.env")).get("SHARED_PATHS") == "/home/ada /data"
+
+
+def test_the_plan_is_the_clusters(cluster: Path) -> None:
+    """An fp32 recipe for GPUs, planned on a machine without any: its memory is not compared with the login node's."""
+    config = load_config(PretrainConfig, cluster / "recipe.yaml")
+    values = {"MEPA_ACCELERATOR": "cuda"}
+    path = cluster / "fake.env"
+    text = check_plan(Profile(path, values), cluster / "recipe.yaml", config, 2)
+    assert "2 ranks, each with a GPU" in text
+    assert f"fits: unknown; set MEPA_GPU_MEMORY_GB in {path}" in text
+    assert "each with a CPU" in check_plan(Profile(path, {"MEPA_ACCELERATOR": "cpu"}), path, config, 2)
+    wide = load_config(PretrainConfig, cluster / "recipe.yaml", ["model.width=2048"])
+    with pytest.raises(
+        UserError, match=r"does not fit: a rank needs .* GB of host memory, but has 1 GB \(MEPA_MEM_PER"
+    ):
+        check_plan(Profile(path, values | {"MEPA_MEM_PER_GPU_GB": "1"}), path, wide, 2)
+
+
+def test_a_recipe_is_the_callers_and_jobs_to_wait_for_are_named(
+    cluster: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RECIPE is relative to where the command is typed."""
+    mepa(cluster, "submit", "recipe.yaml", "--after", "4711", "--after", "4712", "--stage", "--dry-run")
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "--dependency=afterok:4711:4712" in line
+    assert "MEPA_STAGE=on" in line
+    assert f"pretrain.sbatch {cluster}/recipe.yaml" in line
+
+
+def study(cluster: Path, *runs: str) -> None:
+    (cluster / "study.txt").write_text("".join(f"{cluster}/recipe.yaml output_dir={cluster}/{run}\n" for run in runs))
+
+
+def test_runs_of_a_study_are_known_by_where_they_write(cluster: Path) -> None:
+    """A line before those that are done: only its run is started."""
+    study(cluster, "a", "b")
+    for run in "ab":
+        (cluster / run / "slurm").mkdir(parents=True)
+        (cluster / run / "slurm/result").write_text("done\n")
+    study(cluster, "new", "a", "b")
+    mepa(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
+    array, check = (cluster / "submitted").read_text().splitlines()
+    assert "--array=0%8" in array
+    assert "--dependency=afterany:1" in check
+    assert (cluster / "study.slurm/part-2/result").read_text() == "done\n"
+
+
+def test_runs_of_a_study_write_apart(cluster: Path) -> None:
+    study(cluster, "a", "b", "a")
+    message = refused(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
+    assert f"run 3: output_dir: {cluster}/a is that of run 1 too; give each its own" in message
+
+
+def pipeline(cluster: Path, **stages: object) -> Path:
+    path = cluster / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"pretrain": {"recipe": str(cluster / "recipe.yaml")}, **stages}))
+    return path
+
+
+def test_changed_work_of_a_pipeline_is_not_done(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [f"imagefolder --root {cluster} --out {cluster}/images"]
+
+    def states(parts: int, more: str = "") -> set[Path]:
+        shards = {"commands": [commands[0] + more], "parts": parts}
+        mepa(cluster, "pipeline", pipeline(cluster, shards=shards), "--dry-run")
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("shards: ")]
+        return {Path(line.split("build_shards.sbatch ")[1].split()[0]) for line in lines}
+
+    (first,) = states(2)
+    for part in range(2):
+        (first / f"part-{part}").mkdir(parents=True)
+        (first / f"part-{part}/result").write_text("done\n")
+    assert states(2) == set()
+    assert len(states(4) | states(2, " --image-side 8") | {first}) == 3
+
+
+def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
+    recipe = cluster / "recipe.yaml"
+    values = yaml.safe_load(recipe.read_text())
+    images = f"imagefolder --root {cluster} --out {cluster}/images"
+    tokens = f"tokens {cluster}/images --tokenizer {cluster}/nowhere"
+
+    def message(*overrides: str, **stages: object) -> str:
+        recipe.write_text(yaml.safe_dump(apply_overrides(values, overrides)))
+        return refused(cluster, "pipeline", pipeline(cluster, **stages))
+
+    shards = {"commands": [images]}
+    assert "tokenizer: nowhere: no such file" in message("tokenizer=nowhere", shards=shards)
+    assert f"--tokenizer: {cluster}/nowhere: no such file" in message(shards=shards, precompute={"commands": [tokens]})
+    assert f"images: {cluster}/images: no such file" in message(precompute={"commands": [tokens]})
+    assert "--root: /nowhere: no such file" in message(shards={"commands": ["imagefolder --root /nowhere --out x"]})
+    best = message("data.heldout_tokens=null", samples={"weights": "best"})
+    assert "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no" in best
+
+
+def test_a_copy_is_made_once(cluster: Path) -> None:
+    """Later jobs find it; a set that was made anew is copied anew."""
+    recipe, scratch = cluster / "recipe.yaml", cluster / "scratch"
+    places = [target for _, source, target in staged_sets(scratch, recipe, ()) if copy_set(source, target)]
+    assert len(places) == 3
+    assert {p.name for p in (cluster / "train.tokens").iterdir()} == {p.name for p in places[0].iterdir()}
+    assert not any(copy_set(source, target) for _, source, target in staged_sets(scratch, recipe, ()))
+    index = cluster / "train.tokens/index.json"
+    index.write_text(index.read_text() + "\n")
+    again = [key for key, source, target in staged_sets(scratch, recipe, ()) if copy_set(source, target)]
+    assert again == ["data.tokens"]
+
+
+START = "=== 2026-01-01 10:00:00 job 7, start {}: 1 nodes (n1) x 2 ranks, srun, n1:10128\n"
+
+
+def test_the_last_error_is_that_of_the_last_start_that_failed() -> None:
+    log = (
+        START.format(1) + "error: first\nerror: what it took down\n" + START.format(2) + "error: second\nerror: more\n"
+    )
+    assert last_error(log) == "second"
+    assert last_error(log + START.format(3) + "step 1/40\n=== 2026-01-01 10:01:00 asked to stop (signal)\n") == "second"
+    assert last_error(START.format(1)) is None
+
+
+def test_status_follows_the_newest_job(cluster: Path) -> None:
+    """A pending job that was submitted after the last owner, among jobs of other stages."""
+    record = cluster / "run/slurm"
+    record.mkdir(parents=True)
+    (record / "owner").write_text("7 2\n")
+    (cluster / "job-8").write_text("JobId=8 JobState=PENDING Reason=Priority Restarts=0\n")
+    moment = (record / "owner").stat().st_mtime
+
+    def submitted(*jobs: tuple[str, Path, float]) -> None:
+        lines = [json.dumps({"job": job, "state": str(state), "time": time}) for job, state, time in jobs]
+        (record / "jobs.jsonl").write_text("\n".join(lines))
+
+    submitted(("8", record, moment + 1), ("9", record / "samples", moment + 2))
+    report = status(cluster / "run")
+    assert (report["job"], report["state"], report["waits for"]) == ("8", "PENDING", "Priority")
+    submitted(("7", record, moment - 1), ("9", record / "samples", moment + 2))
+    report = status(cluster / "run")
+    assert (report["job"], report["state"]) == ("7", "forgotten by SLURM")
+
+
+def test_status_of_a_tokenizers_training(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cluster / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/owner").write_text("7 0\n")
+    (run / "checkpoint.pt").touch()
+    (run / "resolved.yaml").write_text("train: {steps: 100, global_batch: 8}\n")
+    record = {"event": "train", "step": 50, "loss": 1.0, "images_per_second": 4.0}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    monkeypatch.setenv("NO_JOB", "slurm_load_jobs error: Unable to contact slurm controller")
+    report = status(run)
+    assert (report["step"], report["time left"]) == ("50 of 100", "0:01:40")
+    assert report["last checkpoint"] == f"{run}/checkpoint.pt"
+    assert "Unable to contact slurm controller" in report["state"]
