@@ -63,7 +63,7 @@ def test_every_parameter_has_vars_scale(preset: str, experts: bool) -> None:
 
 
 def test_offsets_of_shared_adaln() -> None:
-    """VAR draws `ada_gss` with std 1 / sqrt(C), then scales gates and the rest; the shared projection stays as drawn."""
+    """VAR draws `ada_gss` with std 1 / sqrt(C), then scales gates and the rest; the projection stays as drawn."""
     weights = make("var-d4", shared_adaln=True)
     assert_std(weights["shared_adaln.weight"], STD)
     for block in range(DEPTH):
