@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from data_tools.pool import unordered_map
 from data_tools.readers import READERS
-from data_tools.readers.source import Reader, Source
+from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.cli import entry
 from mepa_ds.data.images import crop_square, decode_image, resize_shorter
-from mepa_ds.data.index import MadeBy, ShardEntry, ShardIndex
+from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
 from mepa_ds.data.order import permutation
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.data.tar import DamagedError
@@ -85,6 +85,19 @@ class BuildOptions:
     part: int = 0
     """...and write this one (0-based). The part that finishes last writes index.json."""
 
+    def check(self) -> None:
+        """Raises UserError for numbers that make no sense."""
+        least = {"shard_samples": 1, "shard_megabytes": 1, "shuffle_seed": 0, "workers": 0, "num_parts": 1}
+        numbers = [(name, getattr(self, name), smallest) for name, smallest in least.items()]
+        numbers += [("image_side", self.encoding.image_side, 1), ("quality", self.encoding.quality, 1)]
+        for name, value, smallest in numbers:
+            if value is not None and value < smallest:
+                raise UserError(f"--{name.replace('_', '-')}: expected at least {smallest}, got {value}")
+        if self.encoding.quality > 100:
+            raise UserError(f"--quality: expected 1 to 100, got {self.encoding.quality}")
+        if not 0 <= self.part < self.num_parts:
+            raise UserError(f"--part: expected 0 to {self.num_parts - 1}, got {self.part}")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -114,8 +127,10 @@ class Job:
 
 def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     """Writes one part of a set; returns the index if the set is now complete."""
-    if not 0 <= options.part < options.num_parts:
-        raise UserError(f"--part: expected 0 to {options.num_parts - 1}, got {options.part}")
+    options.check()
+    if (finished := _finished(reader, options)) is not None:
+        print(f"{options.out}: finished already, from the same files")
+        return finished
     scratch = options.out / SCRATCH_NAME
     source = reader.open(scratch if options.num_parts == 1 else None)
     if len(source) == 0:
@@ -141,24 +156,37 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     return index
 
 
+def _finished(reader: Reader, options: BuildOptions) -> ShardIndex | None:
+    """The set, if it is complete and opening the reader would only copy the dataset once more to find that out."""
+    copied_from = reader.copied_from() if isinstance(reader, CopyingReader) else None
+    if copied_from is None or not (options.out / INDEX_NAME).exists():
+        return None
+    index = ShardIndex.read(options.out)
+    wanted = {COPIED_FROM: copied_from, **_option_settings(options)}
+    if options.shard_megabytes is None:
+        wanted["shard_samples"] = options.shard_samples
+    same = all(index.made_by.settings.get(name) == value for name, value in wanted.items())
+    return index if same and all(read_description(options.out / shard.name) for shard in index.shards) else None
+
+
+def _option_settings(options: BuildOptions) -> dict[str, Any]:
+    encoding = options.encoding
+    stored: dict[str, Any] = {"image_side": None}
+    if encoding.image_side is not None:
+        stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
+    return {**stored, "shuffle_seed": options.shuffle_seed, "on_damaged": options.on_damaged}
+
+
 def plan_job(source: Source, options: BuildOptions) -> Job:
     """Fixes which image goes where."""
     order = permutation(options.shuffle_seed, 0, len(source))
     shard_samples = options.shard_samples
     if options.shard_megabytes is not None:
         shard_samples = max(int(options.shard_megabytes * 1e6 / _mean_bytes(source, options.encoding)), 1)
-    if shard_samples < 1:
-        raise UserError(f"--shard-samples: expected at least 1, got {options.shard_samples}")
-    encoding = options.encoding
-    stored: dict[str, Any] = {"image_side": None}
-    if encoding.image_side is not None:
-        stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
     settings = {
         **source.settings,
-        **stored,
+        **_option_settings(options),
         "shard_samples": shard_samples,
-        "shuffle_seed": options.shuffle_seed,
-        "on_damaged": options.on_damaged,
         "source": _fingerprint(source),
     }
     plan = Plan(

@@ -24,6 +24,7 @@ from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.views import Boxes
 from mepa_ds.data.writer import Sample, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
@@ -80,7 +81,14 @@ def load_item(images: ShardSet, sample: int, prepare: Prepare) -> Item:
     """Raises DamagedError, naming the shard and key, for an image that cannot be decoded."""
     key, members = images.read(sample)
     where = f"images: {images.directory}: sample {key!r}"
-    return Item(key, members, *prepare(decode_image(image_member(members, where)[1], where), key))
+    try:
+        image = decode_image(image_member(members, where)[1], where)
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}; or make a set without it: data_tools/build_shards.py webdataset --shards {images.directory} "
+            "--out NEW --on-damaged skip"
+        ) from error
+    return Item(key, members, *prepare(image, key))
 
 
 def stored_square(images: ShardSet) -> int:

@@ -27,25 +27,32 @@ class ShardReport:
     problems: list[str] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    contents: list[bytes] = field(default_factory=list)
-    """A digest of each image."""
+    contents: list[tuple[bytes, str]] = field(default_factory=list)
+    """A digest of each image, and its key."""
 
 
 def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
     """Everything that can be said about one shard by itself."""
-    report, path, entry_ = ShardReport(number), shards.shard_paths[number], shards.index.shards[number]
+    report = ShardReport(number)
+    try:
+        _check_shard(shards, decode, report)
+    except DamagedError as error:
+        report.problems.append(str(error))
+    except OSError as error:  # a failing disk is damage too, and no reason to leave the other shards unchecked
+        report.problems.append(f"cannot be read: {error.strerror or error}")
+    return report
+
+
+def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
+    path, entry_ = shards.shard_paths[report.shard], shards.index.shards[report.shard]
     if not path.exists():
         report.problems.append("is missing")
-        return report
+        return
     if path.stat().st_size != entry_.bytes:
         report.problems.append(f"has {path.stat().st_size} bytes, the index says {entry_.bytes}")
     elif entry_.sha256 and sha256_of_file(path) != entry_.sha256:
         report.problems.append("its SHA-256 differs from the index's")
-    try:
-        table = scan_tar(path)
-    except DamagedError as error:
-        report.problems.append(str(error))
-        return report
+    table = scan_tar(path)
     if table_path(path).exists() and not _same_table(path, table):
         report.problems.append("its stored offsets differ from the tar")
     if len(table) != entry_.num_samples or keys_digest(table) != entry_.keys_sha256:
@@ -59,10 +66,9 @@ def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
                     file.seek(int(table.offsets_NM[row, column]))
                     members[extension] = file.read(int(table.sizes_NM[row, column]))
             try:
-                _check_sample(shards.index, members, f"sample {table.key(row)!r}", report)
+                _check_sample(shards.index, members, table.key(row), report)
             except DamagedError as error:
                 report.problems.append(str(error))
-    return report
 
 
 def _same_table(path: Path, table: SampleTable) -> bool:
@@ -90,13 +96,14 @@ def _labels(path: Path, table: SampleTable) -> NDArray[np.int64]:
     return np.array(labels, np.int64)
 
 
-def _check_sample(index: ShardIndex, members: dict[str, bytes], where: str, report: ShardReport) -> None:
+def _check_sample(index: ShardIndex, members: dict[str, bytes], key: str, report: ShardReport) -> None:
+    where = f"sample {key!r}"
     if LABEL_EXTENSION in members:
         report.labels.append(parse_label(members[LABEL_EXTENSION], len(index.classes), lambda: where))
     if index.kind == "images":
         _, data = image_member(members, where)
         decode_image(data, where)
-        report.contents.append(hashlib.sha256(data).digest()[:16])
+        report.contents.append((hashlib.sha256(data).digest()[:16], key))
     for extension, data in members.items():
         if extension.endswith("npy"):
             _check_array(index, extension, data, where)

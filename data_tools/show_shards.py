@@ -51,6 +51,9 @@ class Options:
 
 def contact_sheet(options: Options) -> Pixels:
     """(height, width, 3) pixels. Raises UserError for sets that do not belong together."""
+    for name, value in (("count", options.count), ("side", options.side)):
+        if value < 1:
+            raise UserError(f"--{name}: expected at least 1, got {value}")
     images = ShardSet(options.images, "images")
     numbers = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
     titles, columns = ["image"], [[_image(images, int(number), options.side) for number in numbers]]

@@ -119,12 +119,23 @@ def print_report(report: SetReport) -> None:
     counts = Counter(label for shard in report.reports for label in shard.labels)
     if counts:
         _print_histogram(counts, index.classes)
-    contents = Counter(content for shard in report.reports for content in shard.contents)
-    twice = sum(count - 1 for count in contents.values() if count > 1)
-    if twice:
-        print(f"  {twice} images are copies of others (a warning only)")
+    _print_copies(report)
     if not problems:
         print("  no damage found")
+
+
+def _print_copies(report: SetReport) -> None:
+    keys: dict[bytes, list[str]] = {}
+    for shard in report.reports:
+        for content, key in shard.contents:
+            keys.setdefault(content, []).append(key)
+    copies = [same for same in keys.values() if len(same) > 1]
+    if copies:
+        print(f"  {sum(map(len, copies)) - len(copies)} images are copies of others (a warning only):")
+        for same in copies[:_SHOWN]:
+            print(f"    {' = '.join(same[:_SHOWN])}{' = ...' if len(same) > _SHOWN else ''}")
+        if len(copies) > _SHOWN:
+            print(f"    ... and {len(copies) - _SHOWN} images more that have copies")
 
 
 def _print_histogram(counts: Counter[int], classes: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.tar import DamagedError, printable
 from mepa_ds.errors import UserError
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
@@ -65,7 +65,7 @@ class ImageFolderSource:
         return self._labels[number]
 
     def describe(self, number: int) -> str:
-        return self._files[number]
+        return printable(self._files[number])
 
     def load(self, number: int) -> tuple[str, bytes]:
         path = self._root / self._files[number]

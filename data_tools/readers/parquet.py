@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.index import MadeBy
@@ -33,9 +35,7 @@ class Parquet:
             import pyarrow.parquet
         except ImportError as error:
             raise UserError("parquet: needs pyarrow; pip install 'mepa_ds[parquet]'") from error
-        files = sorted(self.root.glob(self.pattern))
-        if not files:
-            raise UserError(f"--root: {self.root}: no files {self.pattern} there")
+        files = self._files()
         if scratch is None:
             raise UserError("parquet: rows are copied to tars first; run this in one part, without --num-parts")
         tables = [pyarrow.parquet.ParquetFile(path) for path in files]
@@ -51,7 +51,18 @@ class Parquet:
         source = WebDataset(str(scratch)).open(None)
         source.name = "parquet"
         source.classes = names or source.classes
+        source.settings[COPIED_FROM] = self.copied_from()
         return source
+
+    def copied_from(self) -> str:
+        listing = [f"{path.name} {path.stat().st_size}" for path in self._files()]
+        return hashlib.sha256("\n".join([*listing, self.image_column, self.label_column]).encode()).hexdigest()[:16]
+
+    def _files(self) -> list[Path]:
+        files = sorted(self.root.glob(self.pattern))
+        if not files:
+            raise UserError(f"--root: {self.root}: no files {self.pattern} there")
+        return files
 
     def _copy(self, files: list[Path], tables: list[Any], scratch: Path, names: tuple[str, ...]) -> None:
         """One tar of original bytes for each file; files that are copied already are not read again."""

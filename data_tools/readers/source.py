@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 class Source(Protocol):
@@ -26,6 +26,18 @@ class Source(Protocol):
 
     def load(self, number: int) -> tuple[str, bytes]:
         """(extension, encoded bytes): `png`, `jpg` or `webp`, or another that Pillow reads, to be encoded anew."""
+
+
+COPIED_FROM = "copied_from"
+"""Key in `Source.settings` for what a `CopyingReader` says."""
+
+
+@runtime_checkable
+class CopyingReader(Protocol):
+    """A reader whose `open` may copy the dataset: it can tell before whether a finished set is made from it."""
+
+    def copied_from(self) -> str | None:
+        """Names the files that would be copied; None if nothing would be."""
 
 
 class Reader(Protocol):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.tar import DamagedError
+from mepa_ds.data.tar import DamagedError, printable
 
 
 @dataclass
@@ -24,7 +24,7 @@ class TarMembers:
 
     def add(self, path: int, name: str, offset: int, size: int, label: int) -> None:
         self._members.append((path, offset, size))
-        self._names.append(name)
+        self._names.append(printable(name))
         self._labels.append(label)
 
     def __len__(self) -> int:

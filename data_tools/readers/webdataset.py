@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data_tools.readers.imagefolder import EXTENSIONS
+from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
@@ -32,7 +34,14 @@ class WebDataset:
         names = None if self.classes is None else tuple(self.classes.read_text().splitlines())
         labels = [_list_tar(source, number, len(names or ())) for number in tqdm(range(len(paths)), "listing")]
         source.classes = names or tuple(str(label) for label in range(max(labels, default=-1) + 1))
+        if (copied_from := self.copied_from()) is not None:
+            source.settings[COPIED_FROM] = copied_from
         return source
+
+    def copied_from(self) -> str | None:
+        if not is_remote(self.shards):
+            return None
+        return hashlib.sha256("\n".join(self._urls()).encode()).hexdigest()[:16]
 
     def _urls(self) -> list[str]:
         if is_remote(self.shards):

@@ -26,6 +26,9 @@ _END = b"\0" * BLOCK
 _REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = (b"0", b"\0", b"7"), b"x", b"g", b"L", b"K"
 
 
+_ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
+
+
 class DamagedError(UserError):
     """A sample or shard that cannot be read as what it should be; the message names the file and the key."""
 
@@ -65,6 +68,11 @@ def split_member_name(name: str) -> tuple[str, str]:
     folder, _, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def printable(name: str) -> str:
+    """A file name that may hold bytes that are not UTF-8 (as surrogates), as text that can be stored and printed."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def check_member_name(name: str, where: str) -> None:
@@ -159,9 +167,15 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
 def scan_tar(path: Path) -> SampleTable:
     """The sample table of a tar that has none stored: WebDataset shards that others made."""
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    seen = set[str]()
     for name, offset, size in iterate_members(path):
         key, extension = split_member_name(name)
+        if (shown := printable(name)) != name:
+            raise DamagedError(f"{path}: the name of member {shown!r} is not UTF-8; {_ANEW}")
         if not samples or samples[-1][0] != key:
+            if key in seen:
+                raise DamagedError(f"{path}: the members of sample {key!r} do not lie side by side; {_ANEW}")
+            seen.add(key)
             samples.append((key, {}))
         if extension in samples[-1][1]:
             raise DamagedError(f"{path}: sample {key!r} has two members .{extension}; make the shard again")

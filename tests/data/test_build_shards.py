@@ -344,10 +344,6 @@ def test_bad_datasets_are_refused_before_a_shard_is_written(tmp_path: Path, make
 def test_bad_options(tmp_path: Path) -> None:
     make_folder(tmp_path / "in")
     reader = ImageFolder(tmp_path / "in")
-    with pytest.raises(UserError, match="--part: expected 0 to 1, got 2"):
-        build(reader, options(tmp_path / "out", num_parts=2, part=2))
-    with pytest.raises(UserError, match="--shard-samples"):
-        build(reader, options(tmp_path / "out", shard_samples=0))
     build(reader, options(tmp_path / "out"))
     with pytest.raises(UserError, match="shuffle_seed 0 there, 1 now"):
         build(reader, options(tmp_path / "out", shuffle_seed=1))
@@ -356,6 +352,91 @@ def test_bad_options(tmp_path: Path) -> None:
         build(reader, options(tmp_path / "out"))
     with pytest.raises(UserError, match="run this in one part"):
         build(WebDataset("pipe:cat x.tar"), options(tmp_path / "remote", num_parts=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoding": Encoding(image_side=0)}, "--image-side: expected at least 1, got 0"),
+        ({"encoding": Encoding(image_side=8, quality=1000)}, "--quality: expected 1 to 100, got 1000"),
+        ({"shuffle_seed": -1}, "--shuffle-seed: expected at least 0, got -1"),
+        ({"shard_megabytes": 0}, "--shard-megabytes: expected at least 1, got 0"),
+        ({"shard_samples": 0}, "--shard-samples: expected at least 1, got 0"),
+        ({"workers": -1}, "--workers: expected at least 0, got -1"),
+        ({"num_parts": 0}, "--num-parts: expected at least 1, got 0"),
+        ({"num_parts": 2, "part": 2}, "--part: expected 0 to 1, got 2"),
+    ],
+)
+def test_numbers_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(Digits("heldout"), options(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "remote"])
+def test_a_finished_build_is_not_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    if kind == "parquet":
+        write_parquet(tmp_path / "in" / "a.parquet", [(picture(number), number % 3) for number in range(6)])
+        reader: Any = Parquet(tmp_path / "in")
+    else:
+        make_set(tmp_path / "in", "images", [5, 6])
+        reader = WebDataset(f"pipe:cat {tmp_path}/in/shard-{{000000..000001}}.tar")
+    first = build(reader, options(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(reader), "open", lambda *_: pytest.fail("opened, so copied"))
+        assert build(reader, options(tmp_path / "out")) == first
+    with pytest.raises(UserError, match="holds a set made with other settings"):
+        build(reader, options(tmp_path / "out", shuffle_seed=5))
+    if kind == "parquet":  # other files: opened, and refused
+        write_parquet(tmp_path / "in" / "a.parquet", [(picture(number), number % 3) for number in range(7)])
+        with pytest.raises(UserError, match="holds a set made with other settings"):
+            build(reader, options(tmp_path / "out"))
+    else:
+        (tmp_path / "out" / "shard-000000.tar").unlink()
+        assert build(reader, options(tmp_path / "out")) == first  # a missing shard is made again
+        assert (tmp_path / "out" / "shard-000000.tar").exists()
+
+
+def test_validation_images_of_some_classes_keep_the_labels_of_all(tmp_path: Path) -> None:
+    """A subset without the first class: labels must not move up."""
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for number in (1, 2):
+            add(tar, f"ILSVRC2012_val_{number:08d}.JPEG", picture(number))
+    (tmp_path / "lines.txt").write_text(f"{SYNSETS[2]}\n{SYNSETS[1]}\n")
+    rows = [f"ILSVRC2012_val_{number + 1:08d},{SYNSETS[label]} 1 2 3 4" for number, label in enumerate([2, 1, 0])]
+    (tmp_path / "kaggle.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    (tmp_path / "synsets.txt").write_text("\n".join(SYNSETS))
+    make_folder(tmp_path / "in")
+    build(ImageFolder(tmp_path / "in"), options(tmp_path / "train"))
+    expected = sorted([(picture(1), 2), (picture(2), 1)])
+    for number, (labels, classes) in enumerate(
+        [("lines.txt", "synsets.txt"), ("lines.txt", "train"), ("kaggle.csv", None)]
+    ):
+        reader = ImageNet(tmp_path / "val.tar", tmp_path / labels, tmp_path / classes if classes else None)
+        index = build(reader, options(tmp_path / f"out{number}"))
+        assert index is not None
+        assert index.classes == SYNSETS
+        assert sorted(images_of(tmp_path / f"out{number}")) == expected
+    (tmp_path / "few.txt").write_text(SYNSETS[1])
+    with pytest.raises(UserError, match=rf"--classes: .*few.txt: '{SYNSETS[2]}' is not among its 1 classes"):
+        ImageNet(tmp_path / "val.tar", tmp_path / "lines.txt", tmp_path / "few.txt").open(None)
+    with pytest.raises(UserError, match=r"--classes: .*nowhere: no such file or directory"):
+        ImageNet(tmp_path / "val.tar", tmp_path / "lines.txt", tmp_path / "nowhere").open(None)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    """As tars from Latin-1 systems have them: built from, and named where one is damaged."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for key, data in (("caf\xe9", picture(1)), ("gar\xe7on", b"no image")):
+            add(tar, f"{key}.jpg", data)
+            add(tar, f"{key}.cls", b"0")
+    reader = WebDataset(str(tmp_path / "a.tar"))
+    with pytest.raises(UserError, match=r"a\.tar: gar\\udce7on\.jpg: not a readable image"):
+        build(reader, options(tmp_path / "stop"))
+    index = build(reader, options(tmp_path / "out", on_damaged="skip"))
+    assert index is not None
+    assert images_of(tmp_path / "out") == [(picture(1), 0)]
+    assert "udce7" in index.shards[0].skipped[0]
 
 
 def command(*arguments: str) -> list[str]:

@@ -73,6 +73,16 @@ def write_tar(path: Path, names: list[str]) -> bytes:
     return path.read_bytes()
 
 
+def test_samples_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", ["x.jpg", "y.jpg", "x.cls"])
+    with pytest.raises(DamagedError, match="members of sample 'x' do not lie side by side; make the shard again"):
+        scan_tar(tmp_path / "a.tar")
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("caf\xe9.jpg"))
+    with pytest.raises(DamagedError, match=r"member 'caf.*udce9\.jpg' is not UTF-8; .*build_shards\.py webdataset"):
+        scan_tar(tmp_path / "b.tar")
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "/etc/evil.jpg", "a/../../evil.jpg"])
 def test_names_that_leave_the_directory_are_refused(tmp_path: Path, name: str) -> None:
     write_tar(tmp_path / "a.tar", [name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +147,19 @@ def test_damage_is_found_and_named(
     assert re.search(message, printed), printed
 
 
+def test_a_failing_disk_is_a_finding(
+    sets: tuple[Path, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> str:
+        if path.name == "shard-000001.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256_of_file(path)
+
+    monkeypatch.setattr("data_tools.shard_checks.sha256_of_file", failing)
+    assert not check(sets[1])
+    assert "shard-000001.tar: cannot be read: Input/output error" in capsys.readouterr().out
+
+
 def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = Plan(kind="images", shard_names=("a.tar",), classes=CLASSES, made_by=MadeBy(name="test"))
     writer = ShardWriter(tmp_path, plan)
@@ -153,6 +168,7 @@ def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert check(tmp_path)
     printed = capsys.readouterr().out
     assert "3 images are copies of others" in printed
+    assert "    0 = 1\n    2 = 3\n    4 = 5\n" in printed
     assert "4 classes without samples: class-1" in printed
 
 
@@ -211,3 +227,5 @@ def test_contact_sheet(derived: Path) -> None:
     assert contact_sheet(replace(show, tokens=None, features=None)).shape == (16 + 3 * 36, 110 + 36, 3)
     with pytest.raises(UserError, match="--tokenizer: the tokens were made by 'tokenizer'"):
         contact_sheet(replace(show, tokenizer=None))
+    with pytest.raises(UserError, match="--count: expected at least 1, got 0"):
+        contact_sheet(replace(show, count=0))
