@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
 
 def _found(path: Path) -> list[Path]:
     """A checkpoint itself, or those of a run."""
-    from mepa_ds.engine.checkpoint_files import RUN_NAME, list_checkpoints
+    from mepa_ds.engine.checkpoint_files import RUN_NAME, is_checkpoint_name, list_checkpoints
 
-    if (path / RUN_NAME).exists():
+    if (path / RUN_NAME).exists() or (path.is_dir() and is_checkpoint_name(path.name)):
         return [path]
     if found := list_checkpoints(path / "checkpoints"):
         return found
@@ -71,10 +71,13 @@ def _list(run: Path) -> None:
     from mepa_ds.engine.checkpoint_files import read_state
 
     for path in _found(run):
-        state = read_state(path)
+        try:
+            images = f"{read_state(path).position} images"
+        except UserError:
+            images = "DAMAGED: run.json"
         size = sum(file.stat().st_size for file in path.iterdir())
         date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{path.name}  {state.position:>12} images  {size / 1e6:>10.1f} MB  {date}")
+        print(f"{path.name}  {images:>19}  {size / 1e6:>10.1f} MB  {date}")
 
 
 def _verify(paths: tuple[Path, ...]) -> int:

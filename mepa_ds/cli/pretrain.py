@@ -12,8 +12,8 @@ from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
 
 DESCRIPTION = """Pretrains a model by a recipe, or resumes the run in its output_dir.
 
-one process   python pretrain.py recipes/quickstart.yaml
-two ranks     torchrun --nproc-per-node 2 pretrain.py recipes/quickstart.yaml parallel.ep_size=2
+one process   python pretrain.py recipes/quickstart.yaml parallel.ep_size=1
+two ranks     torchrun --nproc-per-node 2 pretrain.py recipes/quickstart.yaml
 DeepSpeed     deepspeed --num_gpus 8 pretrain.py recipes/mepa_d16.yaml
 srun          srun python pretrain.py recipes/mepa_d16.yaml     (MASTER_ADDR and MASTER_PORT set)
 

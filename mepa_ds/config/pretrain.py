@@ -148,6 +148,15 @@ class LogConfig(Section):
     tensorboard: bool = False
     """Also write <output_dir>/tensorboard (needs the tensorboard package)."""
 
+    @model_validator(mode="after")
+    def _check_milestones(self) -> Self:
+        if self.keep_every is not None and self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every}): "
+                "there is no checkpoint to keep at the other steps"
+            )
+        return self
+
 
 class GuardConfig(Section):
     """What watches over a run and ends or mends it."""

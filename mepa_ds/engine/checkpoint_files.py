@@ -75,6 +75,10 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_checkpoint_name(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None
+
+
 def step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None

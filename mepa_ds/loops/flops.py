@@ -44,6 +44,11 @@ def peak_flops_per_second(precision: str) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+def mfu(step_flops: float, seconds: float, peak: float, world_size: int) -> float:
+    """Model FLOPs utilisation: the share of all GPUs' peaks that a step of so many seconds makes use of."""
+    return step_flops / seconds / (peak * world_size)
+
+
 def forward_flops(model: ModelConfig) -> float:
     """One image through the transformer."""
     C, schedule = model.C, model.schedule

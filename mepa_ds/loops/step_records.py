@@ -92,7 +92,7 @@ class StepRecords:
         }
         slow = self._slow_rank(ranks["compute_seconds"])
         if self._peak is not None:
-            values["mfu"] = self._flops / seconds / (self._peak * distributed.world_size())
+            values["mfu"] = flops.mfu(self._flops, seconds, self._peak, distributed.world_size())
         self._recorder.training(state.step, values)
         if damaged:
             facts = {"count": len(damaged), "damage": damaged[:_DAMAGE_SHOWN]}

@@ -453,6 +453,16 @@ def test_the_command_lists_verifies_and_compares(folder: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="1"):
         cli.main(["verify", str(broken)])
     assert "DAMAGED: run.json is not what was written" in capsys.readouterr().out
+    (broken / "run.json").unlink()
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["verify", str(broken)])
+    assert "DAMAGED: FileNotFoundError" in capsys.readouterr().out
+    copy_of(folder, "broken", 8)
+    cli.main(["ls", str(folder / "broken")])
+    assert [line.split()[1:3] for line in capsys.readouterr().out.splitlines()] == [
+        ["DAMAGED:", "run.json"],
+        ["64", "images"],
+    ]
     with pytest.raises(SystemExit, match="0"):
         cli.main(["diff", str(first), str(first)])
     assert capsys.readouterr().out == "no difference\n"

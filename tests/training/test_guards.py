@@ -66,7 +66,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_images_named(folder: Path,
     assert len(bad) == 3  # once an epoch of 5 steps
     assert train[-1]["skipped_steps"] == 3
     assert np.isfinite(train[-1]["loss"])
-    assert read_state(list_checkpoints(output / "checkpoints")[-1]).adam_step == 12
+    state = read_state(list_checkpoints(output / "checkpoints")[-1])
+    assert (state.adam_step, state.skipped_steps) == (12, 3)
     assert len(events(output, "skipped_step")) == 3
     keys: set[str] = set()
     for record in bad:
@@ -78,6 +79,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_images_named(folder: Path,
         names = {key for batch in culprit["keys"] for key in batch}
         keys = names if not keys else keys & names
     assert "000007" in keys
+    finish([*arguments(folder, name, *settings), "train.steps=16"], 2, folder / f"{name}.log")
+    train = events(output, "train")
+    assert train[-1]["skipped_steps"] == sum(not record["applied"] for record in train) >= 3, "it survives a new start"
 
 
 def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(folder: Path) -> None:
@@ -94,6 +98,7 @@ def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(fol
     state = read_state(list_checkpoints(output / "checkpoints")[-1])
     lost = sum(record["from_step"] - record["step"] for record in rollbacks)
     assert state.position == 8 * (15 + lost)
+    assert train[-1]["skipped_steps"] == len(events(output, "skipped_step")) == len(rollbacks), "warnings stay"
     assert "back to step_0000" in (folder / "rolled_back.log").read_text()
 
 
@@ -183,7 +188,7 @@ def sleep_in_rank_1() -> None:
         original = InputMaker.training
 
         def training(maker: InputMaker, *arguments: Any) -> ModelInputs:
-            time.sleep(0.05)
+            time.sleep(0.3)  # more than what other work on the machine takes from rank 0
             return original(maker, *arguments)
 
         InputMaker.training = training  # type: ignore[method-assign]
@@ -194,16 +199,19 @@ def test_a_slow_rank_is_named(folder: Path) -> None:
     for ep_size in (1, 2):
         name = f"slow{ep_size}"
         with Ranks(
-            arguments(folder, name, f"parallel.ep_size={ep_size}"), 2, folder / f"{name}.log", sleep_in_rank_1
+            arguments(folder, name, f"parallel.ep_size={ep_size}", "train.steps=11"),
+            2,
+            folder / f"{name}.log",
+            sleep_in_rank_1,
         ) as ranks:
             assert ranks.wait() == [0, 0], ranks.log.read_text()
         (warning,) = events(folder / name, "slow_rank")
-        assert (warning["step"], warning["rank"]) == (10, 1)
+        assert warning["rank"] == 1
         assert "rank 1 takes more than 1.3 times as long" in ranks.log.read_text()
         for record in events(folder / name, "train"):
             assert (record["all_to_all_seconds"] > 0) == (ep_size == 2)
             assert record["all_to_all_seconds"] < record["forward_seconds"] + record["backward_seconds"]
-            assert record["ranks"]["compute_seconds"]["max"] > 0.05
+            assert record["ranks"]["compute_seconds"]["max"] > 0.3
 
 
 def double_the_loss_of_step_11() -> None:

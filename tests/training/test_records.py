@@ -63,7 +63,7 @@ def test_sampling_and_evaluation_do_not_touch_training(run: Path, folder: Path) 
     settings = ["parallel.ep_size=2", "log.evaluate_every=1000"]
     arguments = [str(folder / "recipe.yaml"), f"output_dir={folder / 'plain'}", *settings]
     finish(arguments, 2, folder / "plain.log")
-    assert losses(folder / "plain")[:5] == losses(run)[:5]
+    assert losses(folder / "plain") == losses(run)
 
 
 def test_tensorboard_has_every_step_once(run: Path) -> None:

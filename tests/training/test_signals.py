@@ -6,10 +6,14 @@ import json
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, deadline
+from mepa_ds.metrics import read_metrics
+from mepa_ds.objective.pretraining import ModelInputs
 from tests.tiny_run import losses, make_run
 from tests.training.ranks import Ranks, finish, last_step, wait_for_step
 
@@ -64,6 +68,44 @@ def test_a_time_limit_stops_like_a_signal(folder: Path) -> None:
     with start(folder, "limited", "train.steps=100000", "guards.time_limit=0.04", "log.every=50") as ranks:
         assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
     assert "guards.time_limit of 0.04 minutes" in ranks.log.read_text()
+
+
+def wait_long_in_evaluation() -> None:
+    """Runs in each rank's process before the run: a batch of an evaluation takes a while."""
+    original = InputMaker.evaluation
+
+    def evaluation(maker: InputMaker, *arguments: Any) -> ModelInputs:
+        time.sleep(0.4)
+        return original(maker, *arguments)
+
+    InputMaker.evaluation = evaluation  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("steps", [10, 5], ids=["in the middle", "at the end"])
+def test_a_stop_does_not_wait_for_an_evaluation(folder: Path, steps: int) -> None:
+    """5 batches a rank of 0.4 s: given up after the one under way, and evaluated by the next start."""
+    name = f"evaluating{steps}"
+    settings = ["log.evaluate_every=5", "log.evaluate_batch=1", f"train.steps={steps}"]
+    arguments = [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *settings]
+    with Ranks(arguments, 2, folder / f"{name}.log", wait_long_in_evaluation) as ranks:
+        wait_for_step(ranks, folder / name, 5)
+        time.sleep(0.2)
+        ranks.signal(signal.SIGUSR1, 1)
+        assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+    records = list(read_metrics(folder / name / "metrics.jsonl"))
+    assert not [record for record in records if record["event"] == "heldout"]
+    assert last_step(folder / name) == 5
+    finish(arguments, 2, folder / f"{name}.log")
+    records = list(read_metrics(folder / name / "metrics.jsonl"))
+    assert [record["step"] for record in records if record["event"] == "heldout"] == list(range(5, steps + 1, 5))
+    assert json.loads((folder / name / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_shortened_run_is_finished(folder: Path) -> None:
+    arguments = [str(folder / "recipe.yaml"), f"output_dir={folder / 'shortened'}"]
+    for steps in (6, 3):
+        finish([*arguments, f"train.steps={steps}"], 2, folder / "shortened.log")
+    assert "done: 6 steps" in (folder / "shortened.log").read_text()
 
 
 def test_the_earlier_limit_counts() -> None:

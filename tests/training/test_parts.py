@@ -1,0 +1,131 @@
+"""Parts of training by themselves: randomness, parameter groups, progressive lengths, MFU, records on a full disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.config.pretrain import LogConfig
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.engine.optimizer import has_decay
+from mepa_ds.errors import UserError
+from mepa_ds.loops import flops
+from mepa_ds.loops.inputs import InputMaker
+from mepa_ds.metrics import MetricsWriter, read_metrics
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.pretraining import PretrainingObjective
+from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, NUM_TOKENS, SCALES, make_tokenizer
+
+SIZES = {"depth": 4, "width": 32, "num_heads": 2, "num_classes": CLASSES, "scales": list(SCALES)}
+SIZES |= {"codebook_size": CODEBOOK, "code_width": CODE_WIDTH, "moe": {"num_experts": 4}}
+
+
+def model_config(**values: object) -> ModelConfig:
+    return validate(ModelConfig, SIZES | values, "test")
+
+
+def batch_at(positions: range) -> TrainingBatch:
+    count = len(positions)
+    return TrainingBatch(
+        tokens_BL=torch.zeros(count, NUM_TOKENS, dtype=torch.int64),
+        labels_B=torch.ones(count, dtype=torch.int64),
+        positions_B=torch.tensor(positions),
+        weight_B=torch.ones(count),
+        keys=tuple(str(position) for position in positions),
+        next_position=positions.stop,
+    )
+
+
+def test_labels_and_branches_are_dropped_at_their_rates(tmp_path: Path) -> None:
+    """10 % of the labels; branches at a rate that grows from 0 to drop_path over the blocks, kept ones scaled up."""
+    config = model_config(class_dropout=0.1, drop_path=0.3)
+    inputs = InputMaker(config, make_tokenizer(tmp_path).quantizer, 0, torch.device("cpu"))
+    count = 20_000
+    made = inputs.training(batch_at(range(count)))
+    dropped = (made.labels_B == CLASSES).double().mean()
+    deviation = math.sqrt(0.1 * 0.9 / count)
+    assert dropped == pytest.approx(0.1, abs=4 * deviation)
+    assert (made.labels_B[made.labels_B != CLASSES] == 1).all()
+    assert made.branch_scale_D2B is not None
+    for rate, scales_2B in zip((0, 0.1, 0.2, 0.3), made.branch_scale_D2B, strict=True):
+        assert sorted(scales_2B.unique().tolist()) == pytest.approx([0, 1 / (1 - rate)] if rate else [1])
+        for scales_B in scales_2B:
+            assert (scales_B == 0).double().mean() == pytest.approx(rate, abs=4 * math.sqrt(0.25 / count))
+    both = (made.branch_scale_D2B[3] == 0).all(0).double().mean()
+    assert both == pytest.approx(0.09, abs=0.01), "the branches of a block are dropped independently"
+    # A function of the position: any other split of the stream gives the same.
+    part = inputs.training(batch_at(range(100, 200)))
+    assert part.labels_B.equal(made.labels_B[100:200])
+    assert part.branch_scale_D2B is not None
+    assert part.branch_scale_D2B.equal(made.branch_scale_D2B[:, :, 100:200])
+    kept = inputs.evaluation(batch_at(range(100)))
+    assert (kept.labels_B == 1).all()
+    assert kept.branch_scale_D2B is None
+
+
+def test_the_parameters_without_weight_decay_are_vars() -> None:
+    """VAR's list: biases, vectors, start and position, scale and temperatures; class embedding and matrices decay."""
+    for shared_adaln in (False, True):
+        config = model_config(depth=1, shared_adaln=shared_adaln)
+        objective = PretrainingObjective(NextScaleTransformer(config), ObjectiveConfig(alignment=None), None)
+        decaying = {name.removeprefix("transformer.") for name, p in objective.named_parameters() if has_decay(name, p)}
+        assert decaying == {
+            "word_embed.weight",
+            "class_embed.weight",
+            "shared_adaln.weight" if shared_adaln else "blocks.0.adaln.weight",
+            "blocks.0.attention.qkv.weight",
+            "blocks.0.attention.proj.weight",
+            "blocks.0.ffn.router.gate.weight",
+            "blocks.0.ffn.experts.fc1_weight",
+            "blocks.0.ffn.experts.fc2_weight",
+            "blocks.0.ffn.shared.fc1.weight",
+            "blocks.0.ffn.shared.fc2.weight",
+            "head_adaln.weight",
+            "head.weight",
+        }
+
+
+def test_mfu_is_the_share_of_all_gpus_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    peak = flops.peak_flops_per_second("bf16")
+    assert peak == 989e12
+    assert flops.peak_flops_per_second("fp32") is None
+    # 4 GPUs that do 989e12 operations a second each for 2 s, at 40 % of it.
+    assert flops.mfu(0.4 * 989e12 * 4 * 2, 2.0, peak, 4) == pytest.approx(0.4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a toaster")
+    assert flops.peak_flops_per_second("bf16") is None
+
+
+def test_records_that_do_not_fit_on_the_disk_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    file = writer._file
+
+    class Full:
+        def write(self, content: bytes) -> int:
+            if len(content) > 5:
+                return file.write(content[:5])  # the last room there is
+            raise OSError(28, "No space left on device")
+
+    writer.write({"step": 1})
+    monkeypatch.setattr(writer, "_file", Full())
+    for step in (2, 3):
+        writer.write({"step": step})
+    assert capsys.readouterr().err.count("cannot be written") == 1, "once, not at every record"
+    monkeypatch.setattr(writer, "_file", file)
+    writer.write({"step": 4})
+    writer.close()
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_milestones_are_checkpoints() -> None:
+    with pytest.raises(UserError, match=r"keep_every \(1500\) must be a multiple of checkpoint_every \(1000\)"):
+        validate(LogConfig, {"keep_every": 1500}, "log")
