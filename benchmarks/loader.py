@@ -5,7 +5,11 @@
 Makes shards in a temporary directory (tokens as VAR's, features of 256 x 768 by codec, JPEG images of 500 x 375),
 reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, the loader
 with one worker. The best of the rounds counts, for each alike. A batch of ours is ready for the model: joined,
-checked, in tensors; features are dequantised on the device, which is timed apart.
+checked, in tensors. Dequantising is outside the timing, of webdataset's as of ours: features travel as they are stored
+and become fp32 on the device; how fast a CPU thread does that is a line of its own. JPEG is decoded and cropped inside
+the timing, in this process ("loader") and in 1 and 2 processes of the loader.
+
+Shuffle quality is that of sets read through a window of shards, ImageNet's size, against a uniform permutation.
 """
 
 from __future__ import annotations
@@ -31,13 +35,15 @@ from PIL import Image
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import fit_image, image_batches
 from mepa_ds.data.index import Kind, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
-from mepa_ds.data.order import OrderedStream, SampleOrder
+from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import SampleTable
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 
 NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
+IMAGENET_SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = 1282, 1000, 768
+WINDOWS = (4, 8, 32)
 CODECS = ("int8", "fp16", "pca256-int8")
 
 
@@ -48,7 +54,7 @@ class Options:
     images: int = 600
     rounds: int = 8
     directory: Path | None = None
-    """Where to put the shards; a temporary directory by default."""
+    """Where to put the shards, or where they are from a run with the same numbers; by default a temporary directory."""
     json: Path | None = None
     """Write the numbers to this file."""
 
@@ -83,7 +89,8 @@ def write_set(
 ) -> None:
     per_shard = num // NUM_SHARDS
     names = tuple(shard_name(number) for number in range(NUM_SHARDS))
-    plan = Plan(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings=settings))
+    # `num` among the settings: shards of a run with other numbers are refused, not taken for these.
+    plan = Plan(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings={**settings, "num": num}))
     writer = ShardWriter(directory, plan)
     for shard, name in enumerate(names):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
@@ -212,6 +219,9 @@ def measure_images(root: Path, options: Options) -> Row:
         "webdataset": lambda: drain(plain(directory, "pil").map(decode_like_the_loader)),
         "loader": LoaderRun(loader, options.images),
     }
+    for workers in (1, 2):
+        batches = image_batches(directory, batch_size=BATCH, image_side=256, num_workers=workers)
+        ways[f"loader_{workers}_processes"] = LoaderRun(batches, options.images)
     return measure("images, JPEG 500 x 375 to 256", [directory], ways, options.images, min(options.rounds, 3))
 
 
@@ -232,13 +242,15 @@ def dequantise_rate(root: Path) -> dict[str, float]:
 def startup_seconds(root: Path) -> float:
     """From opening a token set of ImageNet's size (1282 shards) to knowing where the first 768 samples lie."""
     entries = []
-    for number in range(1282):
+    for number in range(IMAGENET_SHARDS):
         name = shard_name(number)
-        keys = np.array([f"{number * 1000 + row:09d}".encode() for row in range(1000)])
-        offsets = np.arange(1000, dtype=np.int64)[:, None] * 3072 + np.array([[512, 2560]])
-        sizes = np.tile(np.array([[1488, 3]]), (1000, 1))
-        table = SampleTable(keys, ("tokens.npy", "cls"), offsets, sizes, np.arange(1000))
-        entry = ShardEntry(name=name, num_samples=1000, bytes=3080192, sha256="", keys_sha256=keys_digest(table))
+        keys = np.array([f"{number * SHARD_SAMPLES + row:09d}".encode() for row in range(SHARD_SAMPLES)])
+        offsets = np.arange(SHARD_SAMPLES, dtype=np.int64)[:, None] * 3072 + np.array([[512, 2560]])
+        sizes = np.tile(np.array([[1488, 3]]), (SHARD_SAMPLES, 1))
+        table = SampleTable(keys, ("tokens.npy", "cls"), offsets, sizes, np.arange(SHARD_SAMPLES))
+        entry = ShardEntry(
+            name=name, num_samples=SHARD_SAMPLES, bytes=3080192, sha256="", keys_sha256=keys_digest(table)
+        )
         write_table(root / name, table, entry, {})
         entries.append(entry)
     members = {"tokens.npy": Member(dtype="uint16", shape=(NUM_TOKENS,)), "cls": Member()}
@@ -247,6 +259,17 @@ def startup_seconds(root: Path) -> float:
     shards = ShardSet(root)
     shards.keys(OrderedStream(SampleOrder(shards.shard_sizes, 0)).samples_at(np.arange(768)))
     return time.perf_counter() - start
+
+
+def windowed_quality() -> dict[int, dict[str, float]]:
+    """`shuffle_quality` of one epoch by window: 1.0 is a uniform permutation's."""
+    sizes = (SHARD_SAMPLES,) * IMAGENET_SHARDS
+    shard_of_sample = np.repeat(np.arange(IMAGENET_SHARDS), SHARD_SAMPLES)
+    result = {}
+    for window in WINDOWS:
+        quality = shuffle_quality(SampleOrder(sizes, 0, window).epoch(0), shard_of_sample, GLOBAL_BATCH)
+        result[window] = {name: round(value, 3) for name, value in quality.items()}
+    return result
 
 
 def main(options: Options) -> None:
@@ -260,6 +283,7 @@ def main(options: Options) -> None:
         result = {
             "rows": [row.summary() for row in rows],
             "features_dequantised_per_second_cpu": dequantise_rate(root),
+            "shuffle_quality_by_window": windowed_quality(),
             "startup_seconds_imagenet": round(startup_seconds(Path(temporary) / "startup"), 2),
             "torch": torch.__version__,
             "webdataset": wds.__version__,
@@ -274,6 +298,9 @@ def main(options: Options) -> None:
             f"and {summary['loader_over_cat_cpu']:.2f}"
         )
     print("dequantised on one CPU thread, samples/s:", result["features_dequantised_per_second_cpu"])
+    processes = {way: rate for way, rate in rows[-1].summary()["samples_per_second"].items() if "processes" in way}
+    print("JPEG images/s:", processes)
+    print("shuffle quality by window of shards (1.0: uniform):", result["shuffle_quality_by_window"])
     print("seconds to open a set of ImageNet's size:", result["startup_seconds_imagenet"])
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

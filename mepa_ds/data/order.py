@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of (seed, epoch, shard sizes) (D3).
+"""The order of samples as a pure function of (seed, epoch, shard sizes, window) (D3).
 
 The training stream is endless: position p = 0, 1, 2, ... lies in epoch p // N at offset p % N, and the sample at
 position p is `permutation(seed, p // N)[p % N]`.
@@ -14,7 +14,12 @@ positions that starts at sG + rG / W. From this alone follows what resuming need
 - The same number of batches on every rank: all have one slice of each global batch. An epoch's end inside a batch
   is nothing special, since the stream runs on; so nothing is dropped when G does not divide N.
 - The state is one integer: the first position not yet consumed. A run may stop at any batch and go on from there
-  with other W, G or workers: the positions before are consumed, those after are not.
+  with other W, G or workers: the positions before are consumed, those after are not. Seed, shards and window must be
+  the same: a run's checkpoint names them (mepa_ds.loops.training_data.data_identity), and refuses others.
+
+With a window (sets that are fetched) shards are permuted and cut into windows of that many; samples are permuted within
+each. That too is a bijection of the epoch's N samples, so all of the above holds, but nothing is nearer to uniform than
+the window allows: `shuffle_quality` measures it.
 
 Permutations are made from the raw output of the Philox generator, keyed through SeedSequence, by a stable sort of
 one 64-bit number a sample. NumPy promises the streams of bit generators and of SeedSequence to be stable between

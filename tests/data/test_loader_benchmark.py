@@ -1,0 +1,47 @@
+"""benchmarks/loader.py on sets small enough for a test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mepa_ds.errors import UserError
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "loader.py"
+    spec = importlib.util.spec_from_file_location("loader_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "loader_benchmark", module)
+    spec.loader.exec_module(module)
+    small = {"NUM_PATCHES": 4, "WIDTH": 16, "BATCH": 6, "CODECS": ("int8", "pca8-int8"), "IMAGENET_SHARDS": 40}
+    for name, value in {**small, "SHARD_SAMPLES": 20, "GLOBAL_BATCH": 16}.items():
+        monkeypatch.setattr(module, name, value)
+    return module
+
+
+def test_every_way_is_measured(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "result.json"
+    benchmark.main(benchmark.Options(samples=60, images=12, rounds=1, directory=tmp_path / "sets", json=out))
+    result = json.loads(out.read_text())
+    assert [row["name"] for row in result["rows"]] == [
+        "tokens",
+        "tokens + features int8",
+        "tokens + features pca8-int8",
+        "images, JPEG 500 x 375 to 256",
+    ]
+    assert {"cat", "webdataset", "loader"} <= result["rows"][0]["samples_per_second"].keys()
+    assert {"loader_1_processes", "loader_2_processes"} <= result["rows"][-1]["samples_per_second"].keys()
+    quality = result["shuffle_quality_by_window"]
+    assert quality["4"]["shards_in_batch"] < quality["8"]["shards_in_batch"] < quality["32"]["shards_in_batch"] < 1.1
+    assert "JPEG images/s" in capsys.readouterr().out
+    with pytest.raises(UserError, match="num 60 there, 90 now"):
+        benchmark.make_shards(tmp_path / "sets", benchmark.Options(samples=90, images=12))
