@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mepa_ds.cli import quickstart as quickstart_module
+from mepa_ds.cli.quickstart import Stage
 from mepa_ds.config.base import apply_overrides, read_yaml
+from mepa_ds.errors import UserError
 from tests.tiny_run import ROOT
 
 SHORT = {
@@ -69,6 +73,10 @@ def test_quickstart_runs_reports_and_resumes(clone: Path) -> None:
     assert set(report["stage_seconds"]) == {
         *("shards", "tokenizer", "precompute", "pretraining", "samples", "report", "total")
     }
+    assert report["stage_peak_memory"].keys() == {
+        f"{name}_bytes" for name in ("shards", "tokenizer", "precompute", "pretraining", "samples", "report")
+    }
+    assert all(50e6 < peak < 4e9 for peak in report["stage_peak_memory"].values())
     assert (clone / "runs/quickstart/samples.png").stat().st_size > 1000
 
     (clone / "runs/quickstart/samples.png").unlink()
@@ -76,6 +84,54 @@ def test_quickstart_runs_reports_and_resumes(clone: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("finished before, skipped") == 4
     assert (clone / "runs/quickstart/samples.png").exists()
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Three stages that write what they have read; returns the total seconds of every finished start."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/quickstart.yaml").touch()
+
+    def stage(name: str, code: str) -> Stage:
+        files = (Path(name),)
+        code = f"from pathlib import Path; own = Path('{name}'); {code}"
+        return Stage(name, name, (f"-c {shlex.quote(code)}",), files, files)
+
+    fails = "import time; time.sleep(0.3); Path('broken').exists() and exit(3); "
+    stages = (
+        stage("a", "own.write_text(Path('version').read_text())"),
+        stage("b", fails + "own.write_bytes(Path('a').read_bytes())"),
+        stage("c", "own.write_bytes(Path('b').read_bytes() + b'!')"),
+    )
+    totals: list[float] = []
+    monkeypatch.setattr(quickstart_module, "STAGES", stages)
+    monkeypatch.setattr(quickstart_module, "STAGES_FILE", tmp_path / "progress.json")
+    monkeypatch.setattr(quickstart_module, "_report", lambda _, spent: totals.append(spent["b"].seconds))
+    (tmp_path / "version").write_text("1")
+    return totals
+
+
+def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: list[float]) -> None:
+    quickstart_module.main([])
+    assert Path("c").read_text() == "1!"
+    Path("a").unlink()
+    Path("version").write_text("2")
+    Path("broken").touch()
+    with pytest.raises(UserError, match="stage b ended with status 3"):
+        quickstart_module.main([])
+    assert not Path("c").exists()  # what was made of the old one
+    Path("broken").unlink()
+    quickstart_module.main([])
+    assert Path("c").read_text() == "2!"
+    assert small[1] > small[0] + 0.3  # of both starts
+
+
+def test_a_finished_quickstart_stays_as_it_is(small: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart_module.main([])
+    quickstart_module.main([])
+    assert capsys.readouterr().out.count("finished before, skipped") == 3
+    assert small[0] == small[1]
 
 
 def test_outside_a_clone_it_says_so(tmp_path: Path) -> None:

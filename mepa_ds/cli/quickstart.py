@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +20,35 @@ from mepa_ds.files import write_json
 
 RUNS = Path("runs/quickstart")
 IMAGES = Path("data/digits-32")
-STAGES_FILE = RUNS / "stages.json"
+STAGES_FILE = RUNS / "progress.json"
 RANKS = 2
 TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands (words after the Python interpreter), and the files that are there when they are done."""
+    """Commands (words after the Python interpreter), and what they make."""
 
     name: str
     meaning: str
     commands: tuple[str, ...]
+    outputs: tuple[Path, ...]
     results: tuple[Path, ...]
+    """Files in `outputs` that are there when the commands are done."""
+
+
+@dataclass
+class Spent:
+    """What a stage has taken, over all its starts."""
+
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    """Of the process that needed most."""
+    done: bool = False
 
 
 PRECOMPUTE = "data_tools/precompute.py"
+SETS = ("train.features-patch-pca", "train.tokens-tokenizer", "heldout.tokens-tokenizer")
 STAGES = (
     Stage(
         "shards",
@@ -41,12 +57,14 @@ STAGES = (
             f"data_tools/build_shards.py digits --split {split} --out {IMAGES / split}"
             for split in ("train", "heldout")
         ),
+        (IMAGES / "train", IMAGES / "heldout"),
         (IMAGES / "train/index.json", IMAGES / "heldout/index.json"),
     ),
     Stage(
         "tokenizer",
         "a small multi-scale VQVAE on them",
         (f"{TORCHRUN} -m mepa_ds train-tokenizer recipes/tokenizer_quickstart.yaml",),
+        (RUNS / "tokenizer",),
         (RUNS / "tokenizer/model.safetensors",),
     ),
     Stage(
@@ -58,15 +76,14 @@ STAGES = (
             f"{PRECOMPUTE} tokens {IMAGES}/train --tokenizer {RUNS}/tokenizer",
             f"{PRECOMPUTE} tokens {IMAGES}/heldout --tokenizer {RUNS}/tokenizer",
         ),
-        tuple(
-            IMAGES / name / "index.json"
-            for name in ("train.features-patch-pca", "train.tokens-tokenizer", "heldout.tokens-tokenizer")
-        ),
+        (RUNS / "teacher", *(IMAGES / name for name in SETS)),
+        tuple(IMAGES / name / "index.json" for name in SETS),
     ),
     Stage(
         "pretraining",
         f"a nano MEPA under DeepSpeed on {RANKS} CPU ranks",
         (f"{TORCHRUN} pretrain.py recipes/quickstart.yaml",),
+        (RUNS / "pretrain",),
         (RUNS / "pretrain/last/model.safetensors", RUNS / "pretrain/best/model.safetensors"),
     ),
     Stage(
@@ -76,6 +93,7 @@ STAGES = (
             f"-m mepa_ds sample --weights {RUNS}/pretrain/best --tokenizer {RUNS}/tokenizer --per-class 10 "
             f"--out {RUNS}/samples.png",
         ),
+        (RUNS / "samples.png",),
         (RUNS / "samples.png",),
     ),
 )
@@ -87,39 +105,73 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv[0] in ("-h", "--help") else 2)
     if not Path("recipes/quickstart.yaml").exists():
         raise UserError("recipes/quickstart.yaml: not found; run the quickstart in a clone of the repository")
-    seconds = _read_seconds()
+    spent = _read_spent()
     for number, stage in enumerate(STAGES, start=1):
-        _run(stage, f"[{number}/{len(STAGES) + 1}]", seconds)
-    _report(f"[{len(STAGES) + 1}/{len(STAGES) + 1}]", seconds)
+        place = f"[{number}/{len(STAGES) + 1}]"
+        if spent[stage.name].done and all(path.exists() for path in stage.results):
+            print(f"{place} {stage.name}: finished before, skipped", flush=True)
+        else:
+            _forget(STAGES[number:], spent)
+            _run(stage, place, spent)
+    _report(f"[{len(STAGES) + 1}/{len(STAGES) + 1}]", spent)
 
 
-def _read_seconds() -> dict[str, float]:
-    """Wall time of the stages that an earlier start finished."""
-    return json.loads(STAGES_FILE.read_text()) if STAGES_FILE.exists() else {}
+def _read_spent() -> dict[str, Spent]:
+    """By stage, from earlier starts."""
+    known = json.loads(STAGES_FILE.read_text()) if STAGES_FILE.exists() else {}
+    return {stage.name: Spent(**known.get(stage.name, {})) for stage in STAGES}
 
 
-def _run(stage: Stage, place: str, seconds: dict[str, float]) -> None:
-    if stage.name in seconds and all(path.exists() for path in stage.results):
-        print(f"{place} {stage.name}: finished before, skipped", flush=True)
-        return
+def _write_spent(spent: dict[str, Spent]) -> None:
+    write_json(STAGES_FILE, {name: asdict(stage) for name, stage in spent.items()})
+
+
+def _forget(stages: Sequence[Stage], spent: dict[str, Spent]) -> None:
+    """Removes what was made of what is made anew now: a report must not mix two runs."""
+    for stage in stages:
+        spent[stage.name] = Spent()
+        for path in stage.outputs:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
     print(f"{place} {stage.name}: {stage.meaning}", flush=True)
-    # Threads that wait by spinning slow everything down several times when other programs want the cores too.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    started = time.perf_counter()
+    mine = spent[stage.name]
+    if mine.done:  # its results were removed since
+        mine = spent[stage.name] = Spent()
+    before, started = mine.seconds, time.perf_counter()
     for command in stage.commands:
         print(f"      $ python {command}", flush=True)
-        code = subprocess.run([sys.executable, *shlex.split(command)], env=environment, check=False).returncode
+        try:
+            code, peak = _python(command)
+            mine.peak_memory_bytes = max(mine.peak_memory_bytes, peak)
+        finally:  # an interrupted start counts too
+            mine.seconds = round(before + time.perf_counter() - started, 2)
+            _write_spent(spent)
         if code:
             raise UserError(
                 f"quickstart: stage {stage.name} ended with status {code} (its own message is above); "
                 "run the quickstart again: it goes on from here"
             )
-    seconds[stage.name] = round(time.perf_counter() - started, 2)
-    write_json(STAGES_FILE, seconds)
-    print(f"{place} {stage.name}: done in {seconds[stage.name]:.1f} s", flush=True)
+    mine.done = True
+    _write_spent(spent)
+    print(f"{place} {stage.name}: done in {mine.seconds:.1f} s", flush=True)
 
 
-def _report(place: str, seconds: dict[str, float]) -> None:
+def _python(command: str) -> tuple[int, int]:
+    """Runs Python with these words; its exit status, and the bytes of memory of its largest process."""
+    # Threads that wait by spinning slow everything down several times when other programs want the cores too.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with subprocess.Popen([sys.executable, *shlex.split(command)], env=environment) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * 1024
+
+
+def _report(place: str, spent: dict[str, Spent]) -> None:
     from mepa_ds.cli.digits_agreement import digits_agreement
     from mepa_ds.loops.run_report import format_report, run_report
 
@@ -129,8 +181,11 @@ def _report(place: str, seconds: dict[str, float]) -> None:
         RUNS / "pretrain/best", RUNS / "tokenizer", train=IMAGES / "train", heldout=IMAGES / "heldout"
     )
     report: dict[str, Any] = {**run_report(RUNS / "pretrain"), **_tokenizer_scores(), **judged}
-    seconds["report"] = round(time.perf_counter() - started, 2)
+    own_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    stages = {**spent, "report": Spent(round(time.perf_counter() - started, 2), own_memory)}
+    seconds = {name: stage.seconds for name, stage in stages.items()}
     report["stage_seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
+    report["stage_peak_memory"] = {f"{name}_bytes": stage.peak_memory_bytes for name, stage in stages.items()}
     write_json(RUNS / "report.json", report)
     print(format_report(report))
     print(f"\nsamples: {RUNS / 'samples.png'}\nreport:  {RUNS / 'report.json'}")
