@@ -16,8 +16,9 @@ from mepa_ds.config.model import MoEConfig
 class UpcycleOptions:
     """Every FFN becomes experts: copies of it, or slices where experts are narrower. The router is new.
 
-    With copies the new model gives the dense model's output to rounding. Start training from the result with
-    `pretrain.py RECIPE init_weights=OUT`.
+    With copies the new model gives the dense model's output to rounding; with slices it does where top_k of them (and
+    the shared one) cover the FFN and top_k divides num_experts. Start training from the result with `pretrain.py RECIPE
+    init_weights=OUT`; the recipe's model.moe must say the same.
     """
 
     weights: Path
@@ -30,6 +31,10 @@ class UpcycleOptions:
     """Routed experts a token."""
     expert_ratio: float = 4.0
     """Hidden width of an expert as a multiple of C: 4 copies VAR's FFN, 1.333 makes iso-FLOP slices of it."""
+    renormalize: bool = False
+    """Divide the chosen experts' probabilities by their sum."""
+    every: int = 1
+    """Every n-th block becomes MoE, the others keep their FFN."""
     shared_expert: bool = True
     """One more expert that sees every token."""
     router: Literal["stmoe", "smoe", "token"] = "stmoe"
@@ -51,6 +56,8 @@ def main(argv: list[str]) -> None:
             "num_experts": options.num_experts,
             "top_k": options.top_k,
             "expert_ratio": options.expert_ratio,
+            "renormalize": options.renormalize,
+            "every": options.every,
             "shared_expert": options.shared_expert,
         },
         "options",

@@ -23,7 +23,8 @@ class MoEConfig(Section):
     """Scale-aware token-routed mixture of experts in place of the FFN (MEPA, arXiv 2607.00371)."""
 
     router: Literal["stmoe", "smoe", "token", "expert_choice"] = "stmoe"
-    """stmoe: token + scale embedding; smoe: scale only; token: no scale; expert_choice: experts pick tokens."""
+    """stmoe: token + scale embedding; smoe: scale only; token: no scale; expert_choice: experts pick tokens, for the
+    ablation only: not causal (a choice depends on finer scales and other images), so sampling differs from training."""
     num_experts: PositiveInt = 8
     """E, the number of routed experts."""
     top_k: PositiveInt = 2
@@ -33,7 +34,8 @@ class MoEConfig(Section):
     shared_expert: bool = True
     """One more expert that sees every token."""
     expert_ratio: Annotated[float, Field(gt=0)] = 4.0
-    """Hidden width of every expert as a multiple of C, rounded to a multiple of 64 (of 8 below 64)."""
+    """Hidden width of every expert as a multiple of C, rounded to a multiple of 64 (of 8 below 64); equal to
+    ffn_ratio: exactly the dense FFN's."""
     every: PositiveInt = 1
     """Every n-th block is MoE, the others keep a dense FFN; the last block of each n is the MoE one."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
@@ -45,6 +47,10 @@ class MoEConfig(Section):
     def _check(self) -> Self:
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k ({self.top_k}) must not exceed num_experts ({self.num_experts})")
+        if self.renormalize and self.top_k == 1:
+            raise ValueError(
+                "renormalize with top_k 1 makes every weight 1, and the router learns nothing from the loss"
+            )
         if self.router == "expert_choice" and (self.capacity_factor or self.bias_rate or self.renormalize):
             raise ValueError("router expert_choice balances by itself: leave capacity_factor, bias_rate, renormalize")
         return self
@@ -128,9 +134,16 @@ class ModelConfig(Section):
         return self.drop_path if self.drop_path is not None else 0.1 * self.depth / 24
 
     @property
+    def dense_hidden(self) -> int:
+        """Hidden width of a dense FFN."""
+        return round(self.ffn_ratio * self.C)
+
+    @property
     def expert_hidden(self) -> int:
         """Hidden width of one expert."""
         assert self.moe is not None
+        if self.moe.expert_ratio == self.ffn_ratio:  # upcycled copies must be whole
+            return self.dense_hidden
         return round_hidden(self.moe.expert_ratio * self.C)
 
     def is_moe_block(self, index: int) -> bool:

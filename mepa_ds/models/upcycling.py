@@ -6,17 +6,17 @@ Shapes: C width, F dense hidden width, H hidden width of an expert, E experts, K
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.moe.routing import ScaleRouter, ScaleTokenRouter, TokenRouter
 from mepa_ds.models.transformer import Block, NextScaleTransformer
 
 # So small that all experts have the same probability to fp32 rounding; which of them are the top K is left to the
-# (random) direction of each token.
+# (random) direction of each token, since the choice is by logits.
 _ROUTER_SCALE = 1e-6
 
 
@@ -24,10 +24,15 @@ _ROUTER_SCALE = 1e-6
 def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextScaleTransformer:
     """Builds a MoE model whose experts are copies of the dense FFN, or slices of it where experts are narrower.
 
-    With copies (expert hidden width = dense hidden width, dropless) the output equals the dense model's to rounding,
-    whatever K, E, renormalisation and shared expert: n = K + (1 if shared) FFNs of equal weights see each token, and
-    each counts 1/n. With slices, expert e holds the hidden units eH, eH + 1, ... (cyclically) and the expected sum over
-    experts is the dense output; equality is not possible, since a token passes only some of the slices.
+    Copies (H = F): n = K + (1 if shared) FFNs of equal weights see each token, and each counts 1/n. The output equals
+    the dense model's to rounding, whatever K, E, renormalisation and shared expert.
+
+    Slices (H < F): the shared expert holds the first H hidden units, and experts gK ... gK + K - 1, set g, hold K H of
+    the others, going on (cyclically) where set g - 1 ended; a unit that a set holds m times counts 1/m. Router rows are
+    the same within a set, so that top-K takes a whole one. Where a set and the shared expert cover the dense FFN
+    (n H >= F, K divides E), the output equals the dense model's to rounding; where they do not, the units left out are
+    missing. It holds at the start: a router that has learned mixes sets. `bias_rate` > 0 chooses by probabilities,
+    which are all equal, and so mixes them from the start.
 
     Raises UserError for a model that has experts already, or experts wider than the dense FFN.
     """
@@ -36,11 +41,10 @@ def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextS
         raise UserError("upcycling starts from a dense model; this one has experts already")
     values = config.model_dump(mode="json") | {"moe": moe.model_dump(mode="json")}
     target_config = validate(ModelConfig, values, "upcycling")
-    dense_hidden = round(config.ffn_ratio * config.C)
-    if target_config.expert_hidden > dense_hidden:
+    if target_config.expert_hidden > config.dense_hidden:
         raise UserError(
             f"model.moe.expert_ratio: experts of hidden width {target_config.expert_hidden} cannot be filled from a "
-            f"dense FFN of {dense_hidden}; use {config.ffn_ratio} or less"
+            f"dense FFN of {config.dense_hidden}; use {config.ffn_ratio} or less"
         )
     target = NextScaleTransformer(target_config)
     target.init_weights(seed)
@@ -59,26 +63,34 @@ def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextS
 
 
 def _fill(layer: MoEFeedForward, dense: FeedForward, moe: MoEConfig, hidden: int) -> None:
-    dense_hidden = dense.fc1.out_features
-    num_ffns = moe.top_k + (1 if moe.shared_expert else 0)
+    dense_hidden, K = dense.fc1.out_features, moe.top_k
+    num_ffns = K + (1 if moe.shared_expert else 0)
     # What the router multiplies a chosen expert with: 1/K after renormalisation, else the even probability 1/E.
-    router_weight = 1 / moe.top_k if moe.renormalize else 1 / moe.num_experts
-    share = dense_hidden / (num_ffns * hidden)
+    router_weight = 1 / K if moe.renormalize else 1 / moe.num_experts
+    sliced = hidden < dense_hidden
+    set_E = torch.arange(moe.num_experts) // K
     for parameter in layer.router.parameters():
         parameter.mul_(_ROUTER_SCALE)
+    if sliced:
+        first_E = set_E * K
+        if isinstance(layer.router, TokenRouter):
+            layer.router.gate.weight.copy_(layer.router.gate.weight[first_E])
+        if isinstance(layer.router, ScaleTokenRouter | ScaleRouter):
+            layer.router.scale_logits_SE.copy_(layer.router.scale_logits_SE[:, first_E])
 
-    def units(number: int) -> Tensor:
-        return (number * hidden + torch.arange(hidden)) % dense_hidden
-
+    shared_units = torch.arange(hidden) if moe.shared_expert else torch.arange(0)
+    routed_units = torch.arange(hidden if moe.shared_expert and sliced else 0, dense_hidden)
+    num_sets = int(set_E.max()) + 1
+    units_SKH = routed_units[torch.arange(num_sets * K * hidden).view(num_sets, K, hidden) % len(routed_units)]
     for e in range(moe.num_experts):
-        layer.experts.fc1_weight[e] = dense.fc1.weight[units(e)]
-        layer.experts.fc1_bias[e] = dense.fc1.bias[units(e)]
-        layer.experts.fc2_weight[e] = dense.fc2.weight[:, units(e)] * (share / router_weight)
+        units = units_SKH[e // K, e % K]
+        held = torch.cat([shared_units, units_SKH[e // K].flatten()]).bincount(minlength=dense_hidden)
+        layer.experts.fc1_weight[e] = dense.fc1.weight[units]
+        layer.experts.fc1_bias[e] = dense.fc1.bias[units]
+        layer.experts.fc2_weight[e] = dense.fc2.weight[:, units] / (held[units] * router_weight)
         layer.experts.fc2_bias[e] = dense.fc2.bias / (num_ffns * router_weight)
     if layer.shared is not None:
-        # The slice after the last routed expert's, so that narrow experts and the shared one overlap least.
-        own = units(moe.num_experts)
-        layer.shared.fc1.weight.copy_(dense.fc1.weight[own])
-        layer.shared.fc1.bias.copy_(dense.fc1.bias[own])
-        layer.shared.fc2.weight.copy_(dense.fc2.weight[:, own] * share)
+        layer.shared.fc1.weight.copy_(dense.fc1.weight[shared_units])
+        layer.shared.fc1.bias.copy_(dense.fc1.bias[shared_units])
+        layer.shared.fc2.weight.copy_(dense.fc2.weight[:, shared_units] / (1 if sliced else num_ffns))
         layer.shared.fc2.bias.copy_(dense.fc2.bias / num_ffns)

@@ -95,7 +95,7 @@ def test_layer_equals_a_double_loop(
         router=router,
         num_experts=max(num_experts, top_k),
         top_k=top_k,
-        renormalize=renormalize,
+        renormalize=renormalize and top_k > 1,
         shared_expert=shared,
     )
     x = torch.randn(batch, L, 16, generator=torch.Generator().manual_seed(seed))

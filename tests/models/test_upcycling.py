@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
-from mepa_ds.config.model import MoEConfig
+from mepa_ds.cli.upcycle import main as upcycle_command
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
@@ -20,7 +23,11 @@ def dense_model() -> NextScaleTransformer:
 
 @pytest.mark.parametrize(
     ("router", "renormalize", "shared", "top_k"),
-    [*itertools.product(["stmoe"], [True, False], [True, False], [1, 2, 3]), ("smoe", False, True, 2)],
+    [
+        *itertools.product(["stmoe"], [True, False], [True, False], [2, 3]),
+        *itertools.product(["stmoe"], [False], [True, False], [1]),
+        ("smoe", False, True, 2),
+    ],
 )
 def test_copies_give_the_dense_output(router: str, renormalize: bool, shared: bool, top_k: int) -> None:
     moe = MoEConfig(router=router, renormalize=renormalize, shared_expert=shared, top_k=top_k, num_experts=5)
@@ -33,12 +40,76 @@ def test_copies_give_the_dense_output(router: str, renormalize: bool, shared: bo
         assert (load > 0).sum() > 1  # tokens are spread, not all sent to the first experts
 
 
-def test_slices_cover_every_hidden_unit_and_all_of_them_make_the_dense_ffn() -> None:
-    dense = dense_model()
-    # Experts of a quarter of the width, all four chosen, no shared one: every token passes every slice once.
-    moe = MoEConfig(num_experts=4, top_k=4, shared_expert=False, expert_ratio=1.0)
+@pytest.mark.parametrize(
+    ("router", "renormalize", "shared", "top_k", "num_experts", "ratio"),
+    [
+        ("stmoe", False, False, 4, 4, 1.0),  # all four quarters, no choice
+        ("stmoe", False, True, 3, 12, 1.0),  # the shared expert's quarter and sets of three
+        ("stmoe", True, True, 2, 8, 1.5),  # three slices of 3/8: some hidden units are held twice
+        ("token", False, False, 2, 6, 2.0),  # halves
+        ("smoe", False, True, 1, 4, 2.0),
+        ("stmoe", False, True, 2, 8, 3.0),
+    ],
+)
+def test_sets_of_slices_that_cover_the_ffn_give_the_dense_output(
+    router: str, renormalize: bool, shared: bool, top_k: int, num_experts: int, ratio: float
+) -> None:
+    moe = MoEConfig(
+        router=router,
+        renormalize=renormalize,
+        shared_expert=shared,
+        top_k=top_k,
+        num_experts=num_experts,
+        expert_ratio=ratio,
+    )
+    model = upcycle(dense_model(), moe)
+    assert model.config.expert_hidden == ratio * model.config.C
     with torch.no_grad():
-        output = upcycle(dense, moe)(vector("labels"), vector("teacher_input"))
+        output = model(vector("labels"), vector("teacher_input"))
+    torch.testing.assert_close(output.logits_BLV, vector("logits_adaln"), atol=2e-5, rtol=1e-4)
+    set_counts = output.routing[0].counts_SE.sum(0).view(-1, top_k)
+    assert (set_counts == set_counts[:, :1]).all()  # whole sets
+    if router != "smoe" and num_experts > top_k:
+        assert (set_counts[:, 0] > 0).sum() > 1  # more than one of them
+
+
+def test_slices_that_do_not_cover_the_ffn_hold_different_units() -> None:
+    """Sets of two eighths beside a shared eighth: the four sets hold all seven others, three of them twice at most."""
+    dense = dense_model()
+    model = upcycle(dense, MoEConfig(num_experts=8, top_k=2, expert_ratio=0.5))
+    hidden, ffn, old = model.config.expert_hidden, model.blocks[0].ffn, dense.blocks[0].ffn
+    torch.testing.assert_close(ffn.shared.fc1.weight, old.fc1.weight[:hidden])
+    for e in range(7):
+        torch.testing.assert_close(ffn.experts.fc1_weight[e], old.fc1.weight[(e + 1) * hidden : (e + 2) * hidden])
+    torch.testing.assert_close(ffn.experts.fc1_weight[7], old.fc1.weight[hidden : 2 * hidden])
+
+
+def test_experts_of_the_ffn_s_ratio_have_its_width() -> None:
+    """72 x 4 = 288 is no multiple of 64: rounded experts would silently be slices."""
+    dense = NextScaleTransformer.from_preset("var-d2", width=72, scales=(1, 2), codebook_size=16, code_width=4)
+    with torch.no_grad():
+        dense.head.weight.mul_(50)
+        model = upcycle(dense, MoEConfig())
+        labels, inputs = torch.tensor([0, 5]), torch.randn(2, 4, 4)
+        expected, found = dense(labels, inputs).logits_BLV, model(labels, inputs).logits_BLV
+    assert model.config.expert_hidden == 288
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--renormalize", "--every", "2"]])
+def test_the_command_writes_a_model_with_the_dense_output(tmp_path: Path, options: list[str]) -> None:
+    dense = dense_model()
+    dense.save_pretrained(tmp_path / "dense")
+    upcycle_command(
+        ["--weights", str(tmp_path / "dense"), "--out", str(tmp_path / "moe"), "--num-experts", "3", *options]
+    )
+    model = NextScaleTransformer.load(tmp_path / "moe")
+    moe = model.config.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.renormalize, moe.every) == (3, bool(options), 2 if options else 1)
+    with torch.no_grad():
+        output = model(vector("labels"), vector("teacher_input"))
+    assert len(output.routing) == model.config.depth // moe.every
     torch.testing.assert_close(output.logits_BLV, vector("logits_adaln"), atol=2e-5, rtol=1e-4)
 
 
@@ -47,3 +118,8 @@ def test_experts_wider_than_the_ffn_are_refused() -> None:
         upcycle(dense_model(), MoEConfig(expert_ratio=8.0))
     with pytest.raises(UserError, match="experts already"):
         upcycle(upcycle(dense_model(), MoEConfig()), MoEConfig())
+
+
+def test_renormalising_one_choice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"moe: renormalize with top_k 1 makes every weight 1"):
+        validate(ModelConfig, {"moe": {"renormalize": True, "top_k": 1}}, "model")

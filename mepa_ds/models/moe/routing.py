@@ -63,9 +63,10 @@ class Router(nn.Module):
         if self.bias_rate:
             biased_TE = probs_TE + self.bias_rate * self.bias_steps_E
             expert_index_TK = biased_TE.topk(self.top_k, dim=-1).indices
-            weight_TK = probs_TE.gather(-1, expert_index_TK)
         else:
-            weight_TK, expert_index_TK = probs_TE.topk(self.top_k, dim=-1)
+            # Logits have the order of probabilities, and tell apart what rounds to one probability.
+            expert_index_TK = logits_TE.topk(self.top_k, dim=-1).indices
+        weight_TK = probs_TE.gather(-1, expert_index_TK)
         if self.renormalize:
             weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
         kept_TK = None
