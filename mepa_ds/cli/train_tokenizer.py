@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import sys
 
-from mepa_ds.config.base import describe, load_config
+from mepa_ds.cli.recipes import read_recipe
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
+
+DESCRIPTION = """Trains a multi-scale VQVAE by a recipe such as recipes/tokenizer_quickstart.yaml, or resumes the run in
+its output_dir. Runs alone, under torchrun, or from srun's variables.
+
+SIGUSR1 or SIGTERM on any rank: the step ends, the run is saved, and all ranks exit with status 75, which means "start
+me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second signal exits at once.
+"""
 
 
 def main(argv: list[str]) -> None:
-    """Runs alone, under torchrun, or from srun's variables; running it again resumes."""
-    parser = argparse.ArgumentParser(
-        prog="mepa train-tokenizer",
-        description=__doc__,
-        epilog="keys of the recipe:\n" + "\n".join(describe(TokenizerTrainingConfig)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", type=Path, help="YAML file, such as recipes/tokenizer_quickstart.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 optim.lr=3e-4")
-    arguments = parser.parse_args(argv)
-    config = load_config(TokenizerTrainingConfig, arguments.recipe, arguments.overrides)
+    config = read_recipe(argv, "mepa train-tokenizer", DESCRIPTION, TokenizerTrainingConfig)
+    requests = StopRequests()
+    from mepa_ds.loops.failures import reporting
     from mepa_ds.loops.tokenizer_training import train_tokenizer
 
-    train_tokenizer(config)
+    if not reporting(config.output_dir, lambda: train_tokenizer(config, requests)):
+        sys.exit(REQUEUE_EXIT_CODE)

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -21,9 +22,11 @@ class TokenizerDataConfig(Section):
     """Shards of images."""
 
     images: Path
-    """Training images (a directory of shards with index.json)."""
+    """Training images: a directory of shards, ours or any WebDataset."""
     heldout_images: Path | None = None
     """Held-out images for PSNR and codebook use; null: no evaluation."""
+    on_damaged: Literal["stop", "skip"] = "stop"
+    """A training image that cannot be read: end the run with its name, or put the next one in its place and count."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes a rank; the order of samples does not depend on it."""
 
@@ -82,7 +85,7 @@ class LossConfig(Section):
 class CodebookConfig(Section):
     """Use of the codes."""
 
-    usage_decay: Fraction = 0.99
+    usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay a step of the running frequency of each code at each scale."""
     revive_every: Annotated[int, Field(ge=0)] = 0
     """Steps between revivals: dead codes move onto random residuals of the batch; 0: never."""
@@ -152,3 +155,12 @@ class TokenizerTrainingConfig(Section):
                 f"({len(self.tokenizer.scales)}), or there is nothing to leave out"
             )
         return self
+
+    def check_world(self, world_size: int) -> None:
+        """Raises UserError when the run cannot be spread over this many ranks."""
+        batch, accumulation = self.train.global_batch, self.train.accumulation
+        if batch % (accumulation * world_size):
+            raise UserError(
+                f"train.global_batch ({batch}) must be a multiple of {world_size} ranks x train.accumulation "
+                f"({accumulation}) = {world_size * accumulation}"
+            )

@@ -1,7 +1,7 @@
 """Training of the multi-scale tokenizer: `mepa train-tokenizer`.
 
 The output directory holds `config.json` and `model.safetensors` (Tokenizer.load) once training has finished,
-`metrics.jsonl`, `reconstructions/`, `resolved.yaml`, and `checkpoint.pt` to resume from.
+`metrics.jsonl`, `reconstructions/`, `resolved.yaml`, `status.json`, and `checkpoint.pt` to resume from.
 """
 
 from __future__ import annotations
@@ -21,58 +21,77 @@ from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches
-from mepa_ds.data.index import ShardIndex
+from mepa_ds.data.in_step import in_step
+from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_text
+from mepa_ds.loops.recorder import RunStatus, write_status
+from mepa_ds.loops.stopping import Agreement, StopRequests
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
+from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
+from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.metrics import MetricsWriter
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
 from mepa_ds.weights import load_strict
 
 CHECKPOINT_NAME = "checkpoint.pt"
+_KEYS = ("step", "position", "tokenizer", "optimizer", "usage", "adversary", "config")
 # A resumed run may change how it runs and how long, not what it computes.
 _FIXED = ("seed", "tokenizer", "loss", "codebook", "optim", "precision")
 
 
-def train_tokenizer(config: TokenizerTrainingConfig) -> None:
+def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> bool:
     """Trains to the end of the recipe, from the last checkpoint if there is one. Collective.
+
+    Returns whether the run is finished; if not, a signal has stopped it, and it has been saved.
 
     Raises:
         UserError: on every rank, before any step, if the recipe does not fit the ranks, the shards, or the checkpoint.
     """
-    device = distributed.start(distributed.read_launch())
-    trainer = _agree_on_trainer(config, device)
+    launch = distributed.read_launch()
+    config.check_world(launch.world_size)
+    device = distributed.start(launch)
+    trainer, unevaluated = _agree_on_trainer(config, device)
     if trainer.step_index >= trainer.num_steps:
         _say(f"tokenizer: {config.output_dir} is finished ({trainer.step_index} steps); nothing to do")
-        return
+        return True
     if trainer.step_index:
         _say(f"tokenizer: resuming {config.output_dir} at step {trainer.step_index} of {trainer.num_steps}")
     if distributed.is_main():
         write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
-    _Loop(config, trainer).run()
+    return _Loop(config, trainer, requests).run(unevaluated)
 
 
 class _Loop:
     """Steps, records, evaluations and checkpoints."""
 
-    def __init__(self, config: TokenizerTrainingConfig, trainer: TokenizerTrainer):
+    def __init__(self, config: TokenizerTrainingConfig, trainer: TokenizerTrainer, requests: StopRequests):
         self.config, self.trainer = config, trainer
+        self.requests, self.agreement = requests, Agreement(requests)
+        self.num_replaced = 0  # damaged images since the last record, on this rank
         # rank 0 alone writes
         path = config.output_dir / "metrics.jsonl"
         self.writer = MetricsWriter(path, trainer.step_index) if distributed.is_main() else None
 
-    def run(self) -> None:
+    def run(self, unevaluated: bool) -> bool:
+        """Whether the run is finished. unevaluated: a stop came before the evaluation of the step it begins at."""
         trainer, log = self.trainer, self.config.log
+        self._say_status("running")
         batches = self._training_batches()
         progress = tqdm(
             total=trainer.num_steps, initial=trainer.step_index, desc="tokenizer", unit="step",
             disable=not distributed.is_main(), mininterval=1.0,
         )  # fmt: skip
+        if unevaluated:
+            self._evaluate(progress)
         since, since_step = time.perf_counter(), trainer.step_index
-        while trainer.step_index < trainer.num_steps:
+        stop = False
+        while trainer.step_index < trainer.num_steps and not stop:
+            self.agreement.begin()
             trainer.step(batches)
+            stop = self.agreement.end()
             progress.update()
             last = trainer.step_index == trainer.num_steps
             if last or trainer.step_index % log.every == 0:
@@ -81,19 +100,28 @@ class _Loop:
                 seconds = time.perf_counter() - since
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
+                if self.config.data.on_damaged == "skip":
+                    record["replaced_samples"] = self._take_replaced()
                 self._write("train", record)
                 progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
                 since, since_step = time.perf_counter(), trainer.step_index
-            if last or trainer.step_index % log.evaluate_every == 0:
+            evaluation_due = last or trainer.step_index % log.evaluate_every == 0
+            if evaluation_due and (last or not stop):
                 self._evaluate(progress)
             if last:
                 self._finish()
-            if last or trainer.step_index % log.checkpoint_every == 0:
-                self._save()
+            if last or stop or trainer.step_index % log.checkpoint_every == 0:
+                self._save(unevaluated=evaluation_due and stop and not last)
         progress.close()
+        finished = trainer.step_index >= trainer.num_steps
+        if not finished:
+            reason = self.requests.reason or "another rank was asked to stop"
+            _say(f"tokenizer: stopped at step {trainer.step_index} of {trainer.num_steps} ({reason}); start again")
+        self._say_status("finished" if finished else "requeue")
+        return finished
 
     def _training_batches(self) -> Iterator[ImageBatch]:
-        return image_batches(
+        batches = image_batches(
             self.config.data.images,
             batch_size=self.trainer.local_batch,
             image_side=self.config.tokenizer.image_side,
@@ -102,7 +130,22 @@ class _Loop:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=self.config.data.num_workers,
+            on_damaged=self.config.data.on_damaged,
         )
+        for batch in in_step(batches):
+            report_damaged(batch)
+            self.num_replaced += len(batch.damaged)
+            yield batch
+
+    def _take_replaced(self) -> int:
+        """Damaged images that were replaced since the last call, on all ranks. Collective."""
+        count, self.num_replaced = self.num_replaced, 0
+        return int(sum_over_ranks(torch.tensor(count, device=self.trainer.device)))
+
+    def _say_status(self, state: RunStatus) -> None:
+        if distributed.is_main():
+            facts = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
+            write_status(self.config.output_dir, state, **facts)
 
     def _evaluate(self, progress: tqdm[Any]) -> None:
         if self.config.data.heldout_images is None:
@@ -130,10 +173,10 @@ class _Loop:
         if distributed.is_main():
             self.trainer.tokenizer.save_pretrained(self.config.output_dir)
 
-    def _save(self) -> None:
+    def _save(self, unevaluated: bool) -> None:
         self.trainer.check_finite()
         if distributed.is_main():
-            state = {**self.trainer.state_dict(), "config": self.config.model_dump_json()}
+            state = {**self.trainer.state_dict(), "config": self.config.model_dump_json(), "unevaluated": unevaluated}
             with atomic_path(self.config.output_dir / CHECKPOINT_NAME) as temporary:
                 torch.save(state, temporary)
         if dist.is_initialized():
@@ -146,29 +189,23 @@ class _Loop:
         self.writer.write({"event": event, "step": trainer.step_index, "samples": trainer.position, **record})
 
 
-def _agree_on_trainer(config: TokenizerTrainingConfig, device: torch.device) -> TokenizerTrainer:
-    """Builds the trainer, and resumes it; an error on any rank is raised on all."""
-    trainer: TokenizerTrainer | None = None
+def _agree_on_trainer(config: TokenizerTrainingConfig, device: torch.device) -> tuple[TokenizerTrainer, bool]:
+    """Builds the trainer, and resumes it; an error on any rank is raised on all. Second: its step is unevaluated."""
+    built: tuple[TokenizerTrainer, bool] | None = None
     error: UserError | None = None
     try:
-        trainer = _build_trainer(config, device)
+        built = _build_trainer(config, device)
     except UserError as found:
         error = found
     distributed.agree(error)
-    assert trainer is not None
-    return trainer
+    assert built is not None
+    return built
 
 
-def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> TokenizerTrainer:
-    num_samples = ShardIndex.read(config.data.images, "data.images").num_samples
+def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> tuple[TokenizerTrainer, bool]:
+    num_samples = len(ShardSet(config.data.images, "data.images"))
     if config.data.heldout_images is not None:
-        ShardIndex.read(config.data.heldout_images, "data.heldout_images")
-    batch, accumulation, world_size = config.train.global_batch, config.train.accumulation, distributed.world_size()
-    if batch % (accumulation * world_size):
-        raise UserError(
-            f"train.global_batch ({batch}) must be a multiple of {world_size} ranks x train.accumulation "
-            f"({accumulation}) = {world_size * accumulation}"
-        )
+        ShardSet(config.data.heldout_images, "data.heldout_images")
     if config.loss.adversarial is not None:
         smallest = PatchDiscriminator.smallest_side(config.loss.adversarial.num_layers)
         if config.tokenizer.image_side < smallest:
@@ -184,7 +221,7 @@ def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> Tok
     trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(num_samples), device)
     if checkpoint is not None:
         trainer.load_state_dict(checkpoint)
-    return trainer
+    return trainer, checkpoint is not None and checkpoint.get("unevaluated", False)
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
@@ -198,10 +235,15 @@ def _read_checkpoint(config: TokenizerTrainingConfig) -> dict[str, Any] | None:
         return None
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a checkpoint of this program ({error}); remove it to start anew") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror or error}") from error
+    if not isinstance(checkpoint, dict) or (lost := [key for key in _KEYS if key not in checkpoint]):
+        found = f"no {', '.join(lost)} in it" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise UserError(f"{path}: not a checkpoint of this program ({found}); remove it to start anew")
     old, new = json.loads(checkpoint["config"]), json.loads(config.model_dump_json())
-    changed = [key for key in _FIXED if old[key] != new[key]]
+    changed = [key for key in _FIXED if old.get(key) != new[key]]
     if old["train"]["global_batch"] != new["train"]["global_batch"]:
         changed.append("train.global_batch")
     if changed:

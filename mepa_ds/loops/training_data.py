@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.images import ImageBatch
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import TrainingBatch, TrainingSets, open_training_sets, training_batches
 from mepa_ds.errors import UserError
@@ -145,7 +146,7 @@ class Loader:
         return [line for lines in everyone for line in lines]
 
 
-def report_damaged(batch: TrainingBatch) -> None:
+def report_damaged(batch: TrainingBatch | ImageBatch) -> None:
     """Names replaced samples on the rank that read them: a job's log has all ranks' lines."""
     for line in batch.damaged:
         print(f"rank {distributed.rank()}: damaged sample replaced: {line}", file=sys.stderr, flush=True)

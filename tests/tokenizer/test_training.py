@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +18,12 @@ from PIL import Image
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.layers import Decoder
-from tests.tiny_run import launch
+from tests.tiny_run import ROOT, free_port, launch
 from tests.tokenizer import training_run as tiny
 
 
@@ -147,6 +154,75 @@ def test_start_from_a_saved_tokenizer(folder: Path) -> None:
         tiny.train(folder, f"start_from={folder / 'run'}", f"output_dir={folder / 'x'}", "tokenizer.channels=64")
 
 
+def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -> None:
+    """The stopped run goes on exactly; an evaluation that was due at the stop comes first."""
+    settings = ["train.steps=60", "log.evaluate_every=1", "log.checkpoint_every=1000"]
+    script, recipe = tiny.write_script(folder), tiny.write_recipe(folder, *settings)
+    result = launch([str(recipe), f"output_dir={folder / 'whole'}"], ranks=2, script=script)
+    assert result.returncode == 0, result.stderr
+    run = folder / "run"
+    port, ranks = str(free_port()), []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+        with open(folder / f"log{rank}", "w") as log:
+            command = [sys.executable, str(script), str(recipe)]
+            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    try:
+        end = time.monotonic() + 60
+        while not any(record["step"] >= 3 for record in read_metrics(run / "metrics.jsonl")):
+            assert time.monotonic() < end
+            assert all(rank.poll() is None for rank in ranks), (folder / "log0").read_text()
+            time.sleep(0.02)
+        ranks[1].send_signal(signal.SIGUSR1)
+        assert [rank.wait(60) for rank in ranks] == [REQUEUE_EXIT_CODE] * 2, (folder / "log1").read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "requeue"
+    assert 3 <= status["step"] < 60
+    assert f"stopped at step {status['step']} of 60 (another rank was asked to stop)" in (folder / "log0").read_text()
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == status["step"]
+    assert [record["step"] for record in records(run, "heldout")] == list(range(1, status["step"]))
+    result = launch([str(recipe)], ranks=2, script=script)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, folder / "whole", tolerance=0)
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+
+
+def test_shards_that_others_made(folder: Path) -> None:
+    tiny.train(folder, f"output_dir={folder / 'indexed'}")
+    for name in ("images", "heldout"):
+        (folder / name / "index.json").unlink()
+    tiny.train(folder)
+    assert_same_run(folder / "run", folder / "indexed", tolerance=0)
+
+
+def test_a_damaged_image_is_replaced_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.make_images(folder / "torn", broken=5)
+    tiny.train(folder, f"data.images={folder / 'torn'}", "data.on_damaged=skip")
+    # 6 steps of 8 images see each of 24 images twice
+    assert sum(record["replaced_samples"] for record in records(folder / "run", "train")) == 2
+    assert capsys.readouterr().err.count("rank 0: damaged sample replaced: ") == 2
+
+
+def test_a_damaged_image_ends_all_ranks(folder: Path) -> None:
+    tiny.make_images(folder / "torn", broken=5)
+    recipe = tiny.write_recipe(folder, f"data.images={folder / 'torn'}")
+    result = launch([str(recipe)], ranks=2, script=tiny.write_script(folder))
+    assert result.returncode != 0
+    assert result.stderr.count("sample '000005': not a readable image") == 1
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "failed"
+
+
+def test_the_number_of_ranks_must_divide_the_batch(folder: Path) -> None:
+    config = tiny.config(folder, "train.accumulation=2")
+    config.check_world(4)
+    with pytest.raises(UserError, match=r"train\.global_batch \(8\) must be a multiple of 3 ranks x .* \(2\) = 6"):
+        config.check_world(3)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("override", "message"),
@@ -159,6 +235,8 @@ class TestBadInput:
             ("data.heldout_images=nowhere", r"data\.heldout_images: nowhere: no such directory"),
             ("loss.adversarial={}", "needs images of at least 24 pixels, but the tokenizer makes 8; use fewer layers"),
             ("loss.adversarial.channels=48", "channels must be a multiple of 32"),
+            ("codebook.usage_decay=1.0", r"codebook\.usage_decay: .*less than 1"),
+            ("data.on_damaged=ignore", r"data\.on_damaged: .*'stop' or 'skip'"),
             ("codebook.dropout_from=3", r"dropout_from \(3\) must be below the number of scales \(3\)"),
             ("start_from=nowhere.pth", r"nowhere\.pth: cannot read the weights"),
             ("loss.perceptual={backbone_weights: nowhere.pth}", r"nowhere\.pth: cannot read the weights|pip install"),
@@ -193,6 +271,19 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint .*remove it"):
             tiny.train(folder)
 
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"weights": torch.zeros(2)}, "no step, position, tokenizer, .* in it"),
+            ([1, 2], "a list"),
+        ],
+    )
+    def test_a_foreign_checkpoint(self, folder: Path, content: object, message: str) -> None:
+        (folder / "run").mkdir()
+        torch.save(content, folder / "run" / "checkpoint.pt")
+        with pytest.raises(UserError, match=rf"checkpoint\.pt: not a checkpoint .*\({message}\); remove it"):
+            tiny.train(folder)
+
     def test_exit_status_and_help(self, folder: Path) -> None:
         script, path = tiny.write_script(folder), tiny.write_recipe(folder, "train.global_batch=9")
         result = launch([str(path)], ranks=2, script=script)
@@ -202,3 +293,4 @@ class TestBadInput:
         text = launch(["--help"], script=script).stdout
         assert "codebook.revive_every" in text
         assert "loss.perceptual.backbone_weights" in text
+        assert "optim.lr=" not in text

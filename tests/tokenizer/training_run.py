@@ -25,17 +25,23 @@ entry.run(lambda: main(sys.argv[1:]))
 ADVERSARIAL = "{weight: 0.5, num_layers: 1, channels: 32, lecam: 0.01, start_step: 1}"
 
 
-def make_images(directory: Path, count: int = 24, seed: int = 0) -> Path:
-    """Blobs of a random colour at a random place."""
+class Never:
+    """Nobody asks the run to stop. (`StopRequests` would take over the signals of the tests' own process.)"""
+
+    reason = None
+
+
+def make_images(directory: Path, count: int = 24, seed: int = 0, broken: int | None = None) -> Path:
+    """Blobs of a random colour at a random place; sample `broken` is no image."""
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[:8, :8]
     samples = []
-    for _ in range(count):
+    for number in range(count):
         centre, colour = rng.uniform(1, 7, 2), rng.uniform(80, 255, 3)
         blob = np.exp(-((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2) / 6)
         buffer = io.BytesIO()
         Image.fromarray((blob[..., None] * colour).astype(np.uint8)).save(buffer, "PNG")
-        samples.append({"png": buffer.getvalue(), "cls": b"0"})
+        samples.append({"png": b"torn" if number == broken else buffer.getvalue(), "cls": b"0"})
     write_set(directory, "images", MadeBy(name="blobs"), samples)
     return directory
 
@@ -71,8 +77,8 @@ def config(folder: Path, *overrides: str) -> TokenizerTrainingConfig:
 
 
 def train(folder: Path, *overrides: str) -> None:
-    """In this process."""
-    train_tokenizer(config(folder, *overrides))
+    """In this process, to the end."""
+    assert train_tokenizer(config(folder, *overrides), Never())  # type: ignore[arg-type]
 
 
 def write_recipe(folder: Path, *overrides: str) -> Path:
