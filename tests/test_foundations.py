@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mepa_ds.config.pretrain import OptimConfig, TrainConfig
+from mepa_ds.distributed import read_launch
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path
 from mepa_ds.loops.schedule import learning_rate
@@ -90,6 +91,36 @@ def test_metrics_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> None:
     assert records[1]["loss"] == "nan"
     assert records[-1]["loss"] == 9.0
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"}
+# deepspeed/launcher/launch.py
+DEEPSPEED = {**TORCHRUN, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2", "MASTER_PORT": "29500"}
+SHELL = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SRUN = {**SHELL, "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "MASTER_ADDR": "n1"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        (TORCHRUN, (3, 4, 1)),
+        (DEEPSPEED, (3, 4, 1)),
+        (SRUN, (3, 4, 1)),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "2"}, (0, 2, 0)),  # torchrun inside a step
+        (SHELL, (0, 1, 0)),  # a shell inside an allocation
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0)),
+        ({}, (0, 1, 0)),
+    ],
+)
+def test_the_launchers_variables(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], place: tuple[int, int, int]
+) -> None:
+    for name in {*DEEPSPEED, *SRUN}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert (launch.rank, launch.world_size, launch.local_rank) == place
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -73,6 +73,9 @@ def test_import_needs_no_deepspeed_and_is_quick() -> None:
         "import time, sys; start = time.perf_counter(); import mepa_ds; mepa_ds.NextScaleTransformer; "
         "print(time.perf_counter() - start, 'deepspeed' in sys.modules, 'timm' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    _, deepspeed, timm = result.stdout.split()
-    assert (deepspeed, timm) == ("False", "False")
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split() for _ in range(3)
+    ]
+    assert {tuple(run[1:]) for run in runs} == {("False", "False")}
+    assert min(float(run[0]) for run in runs) < 3, runs  # the best: others share the machine

@@ -71,6 +71,16 @@ def test_every_layout_has_the_losses_of_one_process(
         )
 
 
+def test_expert_parallelism_keeps_the_losses(folder: Path) -> None:
+    """ep_size 2 against ep_size 1 on the same ranks: 20 steps in fp32."""
+    outputs = [folder / f"ranks2_ep{ep_size}_ga1" for ep_size in (1, 2)]
+    for ep_size, output in enumerate(outputs, start=1):
+        if not output.exists():
+            run(folder, output.name, f"parallel.ep_size={ep_size}", ranks=2)
+    assert len(losses(outputs[0])) == STEPS
+    np.testing.assert_allclose(losses(outputs[1]), losses(outputs[0]), atol=1e-5, rtol=0)
+
+
 def cut_back(source: Path, target: Path, step: int) -> None:
     """`target` is `source` as it was when it was killed after the checkpoint of `step`."""
     shutil.copytree(source, target)
