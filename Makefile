@@ -11,6 +11,9 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@echo "installing into .venv (PyTorch and all: some minutes, about 6 GB)"
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: %s is Python %d.%d, but 3.10 or newer is needed; name another one: make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))'
+	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(STAMP)
