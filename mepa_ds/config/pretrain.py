@@ -113,6 +113,13 @@ class TrainConfig(Section):
         return -(-samples // self.global_batch)
 
 
+class PretrainTrainConfig(TrainConfig):
+    """How long, and with what batch."""
+
+    progressive: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Start with half of the scales; the others join until this share of the steps (VAR's pg); null: all at once."""
+
+
 class ParallelConfig(Section):
     """How the run is spread over ranks, and in what precision."""
 
@@ -190,7 +197,7 @@ class PretrainConfig(Section):
     """Losses"""
     optim: PretrainOptimConfig = PretrainOptimConfig()
     """Optimizer and schedule"""
-    train: TrainConfig
+    train: PretrainTrainConfig
     """Length and batch"""
     parallel: ParallelConfig = ParallelConfig()
     """Ranks and precision"""

@@ -49,11 +49,12 @@ def mfu(step_flops: float, seconds: float, peak: float, world_size: int) -> floa
     return step_flops / seconds / (peak * world_size)
 
 
-def forward_flops(model: ModelConfig) -> float:
-    """One image through the transformer."""
+def forward_flops(model: ModelConfig, num_scales: int | None = None) -> float:
+    """One image's first scales (None: all) through the transformer."""
     C, schedule = model.C, model.schedule
-    L = schedule.num_tokens
-    attended = sum(length * end for length, (_, end) in zip(schedule.lengths, schedule.bounds, strict=True))
+    bounds = schedule.bounds[:num_scales]
+    L = bounds[-1][1]
+    attended = sum((end - start) * end for start, end in bounds)
     blocks = model.depth * (8 * L * C * C + 4 * C * attended)
     blocks += 12 * C * C * (1 if model.shared_adaln else model.depth)
     for index in range(model.depth):
@@ -68,16 +69,19 @@ def forward_flops(model: ModelConfig) -> float:
     return blocks + words + 2 * L * C * model.codebook_size + 4 * C * C
 
 
-def projector_flops(model: ModelConfig, alignment: AlignmentConfig, teacher_width: int) -> float:
+def projector_flops(
+    model: ModelConfig, alignment: AlignmentConfig, teacher_width: int, num_scales: int | None = None
+) -> float:
     """One image's hidden states through the projector of semantic guidance."""
-    tokens = model.schedule.bounds[max(alignment.scales) - 1][1]
+    aligned = [scale for scale in alignment.scales if num_scales is None or scale <= num_scales]
+    tokens = model.schedule.bounds[max(aligned) - 1][1] if aligned else 0
     hidden = alignment.projector_hidden
     return 2 * tokens * (model.C * hidden + hidden * hidden + hidden * teacher_width)
 
 
-def step_flops(config: PretrainConfig, teacher_width: int | None) -> float:
-    """One optimizer step over all ranks, forward and backward."""
-    forward = forward_flops(config.model)
+def step_flops(config: PretrainConfig, teacher_width: int | None, num_scales: int | None = None) -> float:
+    """One optimizer step over all ranks, forward and backward, of the first scales (None: all)."""
+    forward = forward_flops(config.model, num_scales)
     if config.objective.alignment is not None and teacher_width is not None:
-        forward += projector_flops(config.model, config.objective.alignment, teacher_width)
+        forward += projector_flops(config.model, config.objective.alignment, teacher_width, num_scales)
     return 3 * forward * config.train.global_batch

@@ -26,14 +26,16 @@ class InputMaker:
         self._seed = seed
         self._device = device
 
-    def training(self, batch: TrainingBatch) -> ModelInputs:
-        """One micro-batch, with some labels dropped and some branches skipped."""
+    def training(self, batch: TrainingBatch, num_scales: int | None = None) -> ModelInputs:
+        """One micro-batch's first scales (None: all), with some labels dropped and some branches skipped."""
         positions_B = batch.positions_B.numpy()
         batch = batch.to(self._device)
+        schedule = self._config.schedule
+        end = schedule.bounds[(num_scales or schedule.num_scales) - 1][1]
         return ModelInputs(
             labels_B=self._drop_labels(batch.labels_B, positions_B),
-            inputs_BLZ=self._quantizer.inputs_from_tokens(batch.tokens_BL),
-            tokens_BL=batch.tokens_BL,
+            inputs_BLZ=self._quantizer.inputs_from_tokens(batch.tokens_BL)[:, : end - schedule.lengths[0]],
+            tokens_BL=batch.tokens_BL[:, :end],
             features_BNP=batch.features_BNC,
             branch_scale_D2B=self._stochastic_depth(positions_B),
         )

@@ -34,7 +34,7 @@ from mepa_ds.loops.output import prepare_output
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import any_nonfinite
 from mepa_ds.loops.sample_grids import SampleGrids
-from mepa_ds.loops.schedule import learning_rate
+from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
 from mepa_ds.loops.training_data import Loader, data_identity, open_checked
@@ -162,7 +162,9 @@ class PretrainRun:
             micro_batches = [next(batches) for _ in range(config.train.accumulation)]
             lr = learning_rate(config.optim, config.train.global_batch, self.state.step, self.num_steps)
             logs = (self.state.step + 1) % log.every == 0 or self.state.step + 1 == self.num_steps
-            report = self.engine.step(map(self.inputs.training, micro_batches), lr, timed=logs)
+            scales = scales_in_step(config.train.progressive, len(config.model.scales), self.state.step, self.num_steps)
+            inputs = (self.inputs.training(batch, scales) for batch in micro_batches)
+            report = self.engine.step(inputs, lr, timed=logs)
             self.state.step += 1
             self.state.position = micro_batches[-1].next_position
             stop = self.agreement.end()
@@ -176,7 +178,7 @@ class PretrainRun:
             if self.recorder:
                 self.recorder.advance()
             if logs:
-                records.write(self.state, report, lr, loader, self.bad_steps.total)
+                records.write(self.state, report, lr, scales, loader, self.bad_steps.total)
             stop = stop or self._evaluate_if_due() or self._sample_if_due()
             if stop or self._save_is_due():
                 self._save()

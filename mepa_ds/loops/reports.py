@@ -60,7 +60,10 @@ def any_nonfinite(micro_batches: Sequence[Losses]) -> bool:
 
 
 def score_report(scores: ScaleScores) -> dict[str, Any]:
-    """Cross-entropy in nats a token and top-1 accuracy: mean over all tokens, of the last scale, and of every scale."""
+    """Cross-entropy in nats a token and top-1 accuracy: mean over all tokens, of the last scale, and of every scale.
+
+    NaN for scales without tokens (train.progressive).
+    """
     ce_S = scores.ce_sum_S / scores.tokens_S
     accuracy_S = scores.correct_S / scores.tokens_S
     tokens = scores.tokens_S.sum()
@@ -84,8 +87,8 @@ def routing_report(statistics: RoutingStatistics) -> dict[str, Any]:
     return {
         "load": _rounded(counts_SE.sum(0) / counts_SE.sum().clamp_min(1)),
         "load_scale": _rounded(load_SE),
-        "probability_scale": _rounded(statistics.prob_sum_SE / tokens_S[:, None]),
-        "entropy_scale": _rounded(statistics.entropy_sum_S / tokens_S),
+        "probability_scale": _rounded(statistics.prob_sum_SE / tokens_S[:, None].clamp_min(1)),
+        "entropy_scale": _rounded(statistics.entropy_sum_S / tokens_S.clamp_min(1)),
         "load_variance_scale": _rounded((100 * load_SE).var(-1, unbiased=False)),
         "dropped_scale": _rounded(statistics.dropped_S / counts_SE.sum(-1).clamp_min(1)),
     }

@@ -14,6 +14,19 @@ def peak_lr(config: OptimConfig, global_batch: int) -> float:
     return config.base_lr * global_batch / 256
 
 
+def scales_in_step(progressive: float | None, num_scales: int, step: int, num_steps: int) -> int:
+    """How many scales 0-based `step` of `num_steps` trains: VAR's progressive training (`pg`, without its warm-up).
+
+    The first half of them (VAR's `pg0`) from the start; the others join one by one, evenly, until all are there after
+    `progressive` x num_steps steps. None: all from the start.
+    """
+    if progressive is None:
+        return num_scales
+    first = -(-num_scales // 2)
+    passed = min(step / (progressive * num_steps), 1.0)
+    return first + math.floor((num_scales - first) * passed)
+
+
 def learning_rate(config: OptimConfig, global_batch: int, step: int, num_steps: int) -> float:
     """Rate of 0-based `step` of `num_steps`: VAR's `lr_wd_annealing`.
 

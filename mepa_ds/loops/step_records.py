@@ -42,7 +42,7 @@ class StepRecords:
         self._collapsed = CollapseDetector()
         self._slow_rank = SlowRankDetector()
         self._noted: list[tuple[int, Tensor]] = []
-        self._flops = flops.step_flops(config, teacher_width)
+        self._teacher_width = teacher_width
         self._peak = flops.peak_flops_per_second(config.parallel.precision)
         self._started, self._waited = 0.0, 0.0
 
@@ -59,7 +59,9 @@ class StepRecords:
         """The steps since the last logged one are taken again."""
         self._noted.clear()
 
-    def write(self, state: RunState, report: StepReport, lr: float, loader: Loader, skipped_steps: int) -> None:
+    def write(
+        self, state: RunState, report: StepReport, lr: float, num_scales: int, loader: Loader, skipped_steps: int
+    ) -> None:
         """Reduces the step's numbers over the ranks and writes them. Collective."""
         parts = {**report.seconds, "step": time.perf_counter() - self._started, "data": loader.seconds - self._waited}
         parts["compute"] = parts["inputs"] + parts["forward"] - parts["forward_waiting"]
@@ -72,10 +74,12 @@ class StepRecords:
         if self._recorder is None:
             return
         images, seconds = self._config.train.global_batch, parts["step"]
+        step_flops = flops.step_flops(self._config, self._teacher_width, num_scales)
         values: dict[str, Any] = {
             "epoch": state.position / self._num_samples,
             "images": state.position,
             "lr": lr,
+            "scales": num_scales,
             "grad_norm": report.grad_norm,
             "applied": report.applied,
             "skipped_steps": skipped_steps,
@@ -85,14 +89,14 @@ class StepRecords:
             **{key: value for key, value in score_report(scores).items() if key not in terms},
             **{f"{part}_seconds": parts.get(part, 0.0) for part in _PARTS},
             "images_per_second": images / seconds,
-            "tokens_per_second": images * self._config.model.schedule.num_tokens / seconds,
-            "flops_per_second": self._flops / seconds,
+            "tokens_per_second": images * self._config.model.schedule.bounds[num_scales - 1][1] / seconds,
+            "flops_per_second": step_flops / seconds,
             "peak_memory_bytes": int(ranks.pop("peak_memory_bytes")["max"]),
             "ranks": ranks,
         }
         slow = self._slow_rank(ranks["compute_seconds"])
         if self._peak is not None:
-            values["mfu"] = flops.mfu(self._flops, seconds, self._peak, distributed.world_size())
+            values["mfu"] = flops.mfu(step_flops, seconds, self._peak, distributed.world_size())
         self._recorder.training(state.step, values)
         if damaged:
             facts = {"count": len(damaged), "damage": damaged[:_DAMAGE_SHOWN]}

@@ -196,15 +196,19 @@ class NextScaleTransformer(nn.Module):
         `inputs_from_tokens`, where l0 is the first scale's length. branch_scale_D2B: stochastic depth's factors.
         hidden_after: block (0-based) after which the hidden states are returned.
 
+        Inputs that end with an earlier scale give the logits of the scales up to it: those of the whole, cut there.
+
         Raises UserError for labels outside 0..num_classes, or inputs of another schedule.
         """
         self.check_labels(labels_B)
         expected = (len(labels_B), self.schedule.num_tokens - self.schedule.lengths[0], self.config.code_width)
-        if tuple(inputs_BLZ.shape) != expected:
+        positions = self.schedule.lengths[0] + inputs_BLZ.shape[1] if inputs_BLZ.ndim == 3 else 0
+        bounds = [(start, end) for start, end in self.schedule.bounds if end <= positions]
+        if not bounds or bounds[-1][1] != positions or (len(inputs_BLZ), inputs_BLZ.shape[2]) != expected[::2]:
             raise UserError(f"inputs: expected (B, L - l0, code width) = {expected}, got {tuple(inputs_BLZ.shape)}")
         class_BC = self.class_embed(labels_B)
         words_BLC = self.word_embed(inputs_BLZ.to(self.word_embed.weight.dtype))
-        scale_index_L = self.schedule.scale_index_L(labels_B.device)
+        scale_index_L = self.schedule.scale_index_L(labels_B.device)[:positions]
         x_BLC = torch.cat([class_BC[:, None] + self.start_embed, words_BLC], dim=1)
         x_BLC = x_BLC + self._where_BLC(scale_index_L, 0)
         condition = self.condition(class_BC)
@@ -212,7 +216,7 @@ class NextScaleTransformer(nn.Module):
         for index, block in enumerate(self.blocks):
             branch_scale_2B = None if branch_scale_D2B is None else branch_scale_D2B[index]
             modulation = cast(Block, block).modulation(condition)
-            arguments = (x_BLC, modulation, scale_index_L, self.schedule.bounds, branch_scale_2B)
+            arguments = (x_BLC, modulation, scale_index_L, bounds, branch_scale_2B)
             x_BLC, statistics = run_block(block, arguments, self.recompute)
             if statistics is not None:
                 routing[index] = statistics

@@ -60,12 +60,15 @@ class Losses:
 def sum_scales(
     ce_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None
 ) -> ScaleScores:
-    """Cross-entropy (nats) and top-1 hits of every scale, summed over images (each times its weight, if given)."""
+    """Cross-entropy (nats) and top-1 hits of every scale, summed over images (each times its weight, if given).
+
+    Scales beyond the end of `ce_BL` have sums of 0, also of tokens.
+    """
     if weight_B is None:
         weight_B = ce_BL.new_ones(len(ce_BL))
     hits_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
     sums = [
-        torch.stack([part.sum() for part in schedule.split(x_BL * weight_B[:, None])])
+        torch.stack([(x_BL[:, start:end] * weight_B[:, None]).sum() for start, end in schedule.bounds])
         for x_BL in (ce_BL, hits_BL, torch.ones_like(ce_BL))
     ]
     return ScaleScores(*sums)
@@ -157,6 +160,10 @@ class PretrainingObjective(nn.Module):
         assert self.projector is not None
         assert self.config.alignment is not None
         assert features_BNP is not None, "semantic guidance needs the teacher's features"
-        schedule, scales = self.transformer.schedule, self.config.alignment.scales
+        schedule = self.transformer.schedule
+        present = [scale for scale, (_, end) in enumerate(schedule.bounds, start=1) if end <= hidden_BLC.shape[1]]
+        scales = [scale for scale in self.config.alignment.scales if scale in present]
+        if not scales:  # none of them is trained yet: no loss, but a gradient (of 0) for every parameter
+            return 0 * self.projector(hidden_BLC[:, :1]).float().mean()
         end = schedule.bounds[max(scales) - 1][1]
         return alignment_loss(self.projector(hidden_BLC[:, :end]), features_BNP, schedule, scales)

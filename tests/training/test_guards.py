@@ -14,7 +14,6 @@ import pytest
 from mepa_ds import distributed
 from mepa_ds.data.index import MadeBy
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.training import TrainingBatch
 from mepa_ds.data.writer import npy_bytes
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
 from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetector, SpikeDetector
@@ -286,11 +285,11 @@ def crash_in_step_5_of_rank_1() -> None:
         return
     original, calls = InputMaker.training, []
 
-    def training(maker: InputMaker, batch: TrainingBatch) -> ModelInputs:
-        calls.append(batch)
+    def training(maker: InputMaker, *arguments: Any) -> ModelInputs:
+        calls.append(arguments)
         if len(calls) == 5:
             raise KeyError("injected")
-        return original(maker, batch)
+        return original(maker, *arguments)
 
     InputMaker.training = training  # type: ignore[method-assign]
 

@@ -18,6 +18,7 @@ import pytest
 
 from mepa_ds.engine.checkpoint_files import checkpoint_name, differences
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
+from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
 from tests.tiny_run import losses, make_run
 from tests.training.ranks import Ranks, finish, last_step, wait_for_step
@@ -68,6 +69,25 @@ def test_kills_and_signals_at_any_moment_change_nothing(folder: Path) -> None:
         theirs = read_state_dict(output / exported)
         for key, tensor in read_state_dict(folder / "whole" / exported).items():
             assert tensor.equal(theirs[key]), (exported, key)
+
+
+def test_a_progressive_run_resumes_where_it_was(folder: Path) -> None:
+    """Scales 1-2 for the first half of the steps, then all 3; the number is a function of the step."""
+    settings = ["train.progressive=0.5", "train.steps=12", "log.evaluate_every=100", "log.keep_checkpoints=99"]
+    finish(arguments(folder, "progressive", *settings), 2, folder / "progressive.log")
+    output, checkpoint = folder / "progressive_cut", Path("checkpoints") / checkpoint_name(4)
+    shutil.copytree(folder / "progressive" / checkpoint, output / checkpoint)
+    finish(arguments(folder, output.name, *settings), 2, folder / "progressive_cut.log")
+    assert losses(output) == losses(folder / "progressive")[4:]
+    output = folder / "progressive"
+    records = [r for r in read_metrics(output / "metrics.jsonl") if r["event"] == "train"]
+    assert [record["scales"] for record in records] == [2] * 6 + [3] * 6
+    assert [record["ce_last"] == "nan" for record in records] == [True] * 6 + [False] * 6
+    plain = next(r["step_flops"] for r in read_metrics(output / "metrics.jsonl") if r["event"] == "start")
+    rates = [record["flops_per_second"] * record["step_seconds"] / plain for record in records]
+    assert rates[:6] == pytest.approx([rates[0]] * 6)
+    assert rates[0] < 0.6
+    assert rates[6:] == pytest.approx([1.0] * 6)
 
 
 TOPOLOGIES = [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.config.objective import AlignmentConfig, ObjectiveConfig
 from mepa_ds.config.pretrain import LogConfig
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine.optimizer import has_decay
 from mepa_ds.errors import UserError
 from mepa_ds.loops import flops
 from mepa_ds.loops.inputs import InputMaker
+from mepa_ds.loops.schedule import scales_in_step
 from mepa_ds.metrics import MetricsWriter, read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import PretrainingObjective
+from mepa_ds.scales import ScaleSchedule
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, NUM_TOKENS, SCALES, make_tokenizer
 
 SIZES = {"depth": 4, "width": 32, "num_heads": 2, "num_classes": CLASSES, "scales": list(SCALES)}
@@ -129,3 +133,53 @@ def test_records_that_do_not_fit_on_the_disk_are_written_later(
 def test_milestones_are_checkpoints() -> None:
     with pytest.raises(UserError, match=r"keep_every \(1500\) must be a multiple of checkpoint_every \(1000\)"):
         validate(LogConfig, {"keep_every": 1500}, "log")
+
+
+def test_scales_join_evenly_over_the_first_share_of_the_steps() -> None:
+    counts = [scales_in_step(0.5, 10, step, 1000) for step in range(1000)]
+    assert [counts.count(scales) for scales in range(5, 11)] == [100] * 5 + [500]
+    assert counts == sorted(counts)
+    assert [scales_in_step(None, 10, step, 1000) for step in (0, 999)] == [10, 10]
+    assert [scales_in_step(1.0, 3, step, 4) for step in range(5)] == [2, 2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3])
+def test_fewer_scales_are_the_beginning_of_all(tmp_path: Path, num_scales: int) -> None:
+    """Logits, losses and sums of the first k scales are those of the whole forward pass, cut there: it is causal."""
+    schedule = ScaleSchedule(SCALES)
+    end = schedule.bounds[num_scales - 1][1]
+    torch.manual_seed(0)
+    config = model_config(drop_path=0.3)
+    objective = PretrainingObjective(
+        NextScaleTransformer(config), ObjectiveConfig(alignment=AlignmentConfig(scales=(2, 3), projector_hidden=8)), 6
+    )
+    objective.init_weights(0)
+    inputs = InputMaker(config, make_tokenizer(tmp_path).quantizer, 0, torch.device("cpu"))
+    batch = replace(batch_at(range(4)), tokens_BL=torch.randint(CODEBOOK, (4, NUM_TOKENS)))
+    whole, part = inputs.training(batch), inputs.training(batch, num_scales)
+    whole.features_BNP = part.features_BNP = torch.randn(4, 9, 6)
+    assert part.tokens_BL.shape[1] == end
+    model = objective.transformer
+    logits_BLV, cut_BLV = (
+        model(i.labels_B, i.inputs_BLZ, branch_scale_D2B=i.branch_scale_D2B).logits_BLV for i in (whole, part)
+    )
+    torch.testing.assert_close(cut_BLV, logits_BLV[:, :end], atol=1e-5, rtol=1e-5)
+    losses, all_losses = objective(part), objective(whole)
+    expected = F.cross_entropy(logits_BLV[:, :end].flatten(0, 1), batch.tokens_BL[:, :end].flatten())
+    assert losses.terms["ce"].item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(losses.scores.ce_sum_S[:num_scales], all_losses.scores.ce_sum_S[:num_scales])
+    assert losses.scores.tokens_S.tolist() == [4 * n if s < num_scales else 0 for s, n in enumerate(schedule.lengths)]
+    if num_scales == 1:
+        assert losses.terms["alignment"] == 0
+    losses.total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in objective.parameters() if p.requires_grad)
+    if num_scales == 3:
+        assert losses.total.equal(all_losses.total)
+    assert flops.forward_flops(config, num_scales) <= flops.forward_flops(config)
+    assert (flops.forward_flops(config, num_scales) == flops.forward_flops(config)) == (num_scales == 3)
+
+
+def test_inputs_that_end_within_a_scale_are_refused() -> None:
+    model = NextScaleTransformer(model_config())
+    with pytest.raises(UserError, match=r"inputs: expected \(B, L - l0, code width\) = \(2, 13, 4\), got \(2, 6, 4\)"):
+        model(torch.zeros(2, dtype=torch.int64), torch.zeros(2, 6, CODE_WIDTH))
