@@ -103,8 +103,9 @@ def check_recipe(request: Request, profile: Profile, made_before: Container[str]
     for name, path in paths:
         if name not in made_before:
             check_exists(name, path)
-    if isinstance(config, PretrainConfig):
+    if isinstance(config, (PretrainConfig, TokenizerTrainingConfig)):
         config.check_world(world_size)
+    if isinstance(config, PretrainConfig):
         print(check_plan(profile, request.recipe.resolve(), config, world_size))
 
 

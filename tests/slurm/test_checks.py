@@ -20,6 +20,7 @@ from mepa_ds.slurm.profile import Profile, read_profile
 from mepa_ds.slurm.stage import copy_set, staged_sets
 from mepa_ds.slurm.status import last_error, status
 from tests import tiny_run
+from tests.tokenizer import training_run as tokenizer_run
 
 _SCONTROL = """#!/bin/bash
 case "$4 $5" in
@@ -187,6 +188,13 @@ def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
     assert "--root: /nowhere: no such file" in message(shards={"commands": ["imagefolder --root /nowhere --out x"]})
     best = message("data.heldout_tokens=null", samples={"weights": "best"})
     assert "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no" in best
+
+
+def test_a_tokenizers_batch_must_fit_the_ranks(cluster: Path) -> None:
+    tokenizer_run.make_data(cluster)
+    recipe = tokenizer_run.write_recipe(cluster, "train.global_batch=9")
+    message = refused(cluster, "submit", recipe, "--job", "train-tokenizer")
+    assert message.startswith("train.global_batch (9) must be a multiple of 2 ranks x train.accumulation (1) = 2")
 
 
 def test_a_copy_is_made_once(cluster: Path) -> None:
