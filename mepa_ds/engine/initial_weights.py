@@ -49,3 +49,6 @@ def _fill(transformer: NextScaleTransformer, path: Path) -> None:
         offset = layout[name][1]
         own = state[name].reshape(-1)[offset : offset + parameter.numel()]
         parameter.copy_(own.view(parameter.shape))
+    for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, where both models have them
+        if name in state:
+            buffer.copy_(state[name])

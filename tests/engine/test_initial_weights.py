@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mepa_ds.config.model import MoEConfig
+from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
@@ -64,6 +65,20 @@ def test_a_run_starts_from_a_file_of_vars_transformer(folder: Path) -> None:
     result = launch([str(folder / "recipe.yaml"), f"output_dir={folder / 'x'}", f"init_weights={folder / 'var.pth'}"])
     assert result.returncode == 2
     assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: blocks\.0\.ffn\.fc1", result.stderr)
+
+
+def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
+    def model() -> NextScaleTransformer:
+        moe = {"num_experts": 4, "bias_rate": 0.01}
+        return NextScaleTransformer.from_preset("mepa-d2", width=32, num_heads=2, scales=SCALES, code_width=4, moe=moe)
+
+    trained, fresh = model(), model()
+    for block in trained.blocks:
+        block.ffn.router.bias_steps_E += torch.tensor([3, -1, 0, -2])
+    trained.save_pretrained(tmp_path / "trained")
+    load_initial_weights(fresh, tmp_path / "trained")
+    for block in fresh.blocks:
+        assert block.ffn.router.bias_steps_E.tolist() == [3, -1, 0, -2]
 
 
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
