@@ -135,7 +135,10 @@ def test_lost_nodes(outcome: Outcome, reference: Run) -> None:
 
 @scenario
 def two_nodes(bed: Bed) -> Run:
-    run = bed.train("two_nodes", EP2, nodes=2, MEPA_HEALTH="on")
+    """With a copy of the data on each node, where no other scenario puts any."""
+    profile = bed.folder / "shm.env"
+    profile.write_text((ROOT / "slurm/clusters/ci.env").read_text() + "MEPA_SCRATCH=/dev/shm\n")
+    run = bed.train("two_nodes", EP2, nodes=2, MEPA_HEALTH="on", MEPA_STAGE="on", MEPA_CLUSTER=str(profile))
     run.wait()
     return run
 
@@ -146,6 +149,8 @@ def test_two_nodes(outcome: Outcome, reference: Run) -> None:
     assert_same(run, reference, atol=1e-5)
     assert "4 ranks on 2 nodes are well" in run.text
     assert "4 ranks, ep_size 2" in run.text
+    copied = [line.partition(":")[0] for line in run.text.splitlines() if "-> /dev/shm/mepa_ds-shards/" in line]
+    assert sorted(copied) == ["n1"] * 3 + ["n2"] * 3  # three sets, once a node
 
 
 @scenario

@@ -151,10 +151,10 @@ def submitted(bed: Bed) -> Submitted:
     words = [bed.recipe, "--cluster", "ci", "--stage", "--", f"output_dir={output}", "parallel.ep_size=2"]
     first = bed.cluster.check("slurm/submit.sh", *words, env=bed.environment, timeout=240)
     number = first.split("job ")[1].split()[0]
-    _, second = bed.mepa("submit", *words)
     run = Run(bed, number, output, output / "slurm" / f"mepa-submitted-{number}.log")
     run.wait_step(5)
     ranks = bed.freeze(run)
+    _, second = bed.mepa("submit", *words)
     _, during = bed.mepa("status", output)
     thaw(ranks)
     run.wait()
