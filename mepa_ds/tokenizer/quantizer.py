@@ -32,7 +32,9 @@ class Phi(nn.Conv2d):
         self.ratio = ratio
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
-        return h_BCHW * (1 - self.ratio) + super().forward(h_BCHW) * self.ratio
+        assert self.bias is not None
+        convolved_BCHW = self._conv_forward(h_BCHW, self.weight.float(), self.bias.float())
+        return h_BCHW * (1 - self.ratio) + convolved_BCHW * self.ratio
 
 
 class Quantized(NamedTuple):
@@ -50,7 +52,7 @@ class Quantized(NamedTuple):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Codebook and phi convolutions. All of it runs in fp32, under autocast too: argmin decides.
+    """Codebook and phi convolutions. All of it runs in fp32, under autocast and with bf16 weights too: argmin decides.
 
     With `num_phi` = n, the phi of scale k is the one whose tick is nearest to k / (S - 1), ticks being
     `linspace(1/(2n), 1 - 1/(2n), n)`, or with thirds in place of halves for n = 4, as in VAR's released weights.
@@ -142,7 +144,7 @@ class MultiScaleQuantizer(nn.Module):
     def add_codes(self, f_hat_BCHW: Tensor, codes_BlC: Tensor, scale_index: int) -> Tensor:
         """The same for codes (B, l, C), which may be mixtures of codebook entries (smooth sampling)."""
         with torch.autocast(f_hat_BCHW.device.type, enabled=False):
-            return f_hat_BCHW + self._up(codes_BlC.float(), scale_index)
+            return f_hat_BCHW + self._up(codes_BlC, scale_index)
 
     def next_input(self, f_hat_BCHW: Tensor, scale_index: int) -> Tensor:
         """The transformer's input (B, l', C) for scale `scale_index + 1`: f_hat area-downsampled to its side."""
@@ -151,7 +153,7 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def f_hat_of(self, tokens_BL: Tensor) -> Tensor:
         """The quantised latent (B, C, H, W) that tokens (B, L) stand for."""
-        self._check_tokens(tokens_BL)
+        tokens_BL = self._checked(tokens_BL)
         f_hat_BCHW = self.empty_f_hat(len(tokens_BL))
         for k, tokens_Bl in enumerate(self.schedule.split(tokens_BL)):
             f_hat_BCHW = self.add_scale(f_hat_BCHW, tokens_Bl, k)
@@ -164,7 +166,7 @@ class MultiScaleQuantizer(nn.Module):
         L - 1 because the first map has one token when the schedule starts at side 1; in general it is L less the
         tokens of the first scale.
         """
-        self._check_tokens(tokens_BL)
+        tokens_BL = self._checked(tokens_BL)
         f_hat_BCHW = self.empty_f_hat(len(tokens_BL))
         inputs = [f_hat_BCHW.new_empty(len(tokens_BL), 0, self.code_width)]
         for k, tokens_Bl in enumerate(self.schedule.split(tokens_BL)[:-1]):
@@ -172,16 +174,29 @@ class MultiScaleQuantizer(nn.Module):
             inputs.append(self.next_input(f_hat_BCHW, k))
         return torch.cat(inputs, dim=1)
 
-    def _check_tokens(self, tokens_BL: Tensor) -> None:
+    def _checked(self, tokens_BL: Tensor) -> Tensor:
+        """Tokens of any integer type as int64."""
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] != self.schedule.num_tokens:
             raise UserError(
                 f"tokens have shape {tuple(tokens_BL.shape)}, but scales {list(self.schedule.sides)} "
                 f"take (batch, {self.schedule.num_tokens})"
             )
+        if tokens_BL.is_floating_point() or tokens_BL.dtype == torch.bool:
+            raise UserError(f"tokens: expected integers such as int64, got {str(tokens_BL.dtype)[6:]}")
+        tokens_BL = tokens_BL.to(torch.int64)
+        # On a GPU the embedding's own assert serves: reading the range would wait for all that was queued.
+        if tokens_BL.numel() and not tokens_BL.is_cuda:
+            low, high = (int(value) for value in tokens_BL.aminmax())
+            if low < 0 or high >= self.codebook.num_embeddings:
+                raise UserError(
+                    f"tokens: expected 0..{self.codebook.num_embeddings - 1}, the codebook's, got "
+                    f"{low if low < 0 else high}"
+                )
+        return tokens_BL
 
     def _nearest(self, residual_BlC: Tensor) -> Tensor:
         """(B, l) int64: the code nearest in L2, by |z|^2 + |e|^2 - 2 z e in VAR's order of operations."""
-        residual_NC, codebook_VC = residual_BlC.flatten(0, 1), self.codebook.weight.detach()
+        residual_NC, codebook_VC = residual_BlC.flatten(0, 1), self.codebook.weight.detach().float()
         distance_NV = residual_NC.square().sum(1, keepdim=True) + codebook_VC.square().sum(1)
         distance_NV.addmm_(residual_NC, codebook_VC.T, alpha=-2)
         return distance_NV.argmin(1).view(residual_BlC.shape[:2])
@@ -196,7 +211,7 @@ class MultiScaleQuantizer(nn.Module):
     def _up(self, codes_BlC: Tensor, scale_index: int) -> Tensor:
         """(B, C, H, W): codes of a scale, bicubically upsampled to the grid, through phi."""
         side, grid_side = self.schedule.sides[scale_index], self.schedule.grid_side
-        h_BCHW = codes_BlC.transpose(1, 2).unflatten(2, (side, side))
+        h_BCHW = codes_BlC.float().transpose(1, 2).unflatten(2, (side, side))
         if side != grid_side:
             h_BCHW = F.interpolate(h_BCHW, size=(grid_side, grid_side), mode="bicubic")
         return self.phi[self._phi_of_scale[scale_index]](h_BCHW.contiguous()) if self.phi else h_BCHW

@@ -89,10 +89,17 @@ class Tokenizer(nn.Module):
         """The encoder's output (B, C, h, w) before quantisation.
 
         Raises:
-            UserError: images of another side than the scales stand for.
+            UserError: images of another shape or side than the scales stand for, or no floats.
         """
         side = self.config.image_side
-        if images_B3HW.ndim != 4 or tuple(images_B3HW.shape[1:]) != (3, side, side):
+        if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
+            raise UserError(f"images have shape {tuple(images_B3HW.shape)}, expected (batch, 3, {side}, {side})")
+        if not images_B3HW.is_floating_point():
+            kind = str(images_B3HW.dtype).removeprefix("torch.")
+            raise UserError(
+                f"images: expected floats in [-1, 1], got {kind}; for 0..255 give images.float() / 127.5 - 1"
+            )
+        if tuple(images_B3HW.shape[2:]) != (side, side):
             height, width = images_B3HW.shape[-2:]
             down = self.config.downsampling
             raise UserError(
@@ -100,7 +107,7 @@ class Tokenizer(nn.Module):
                 f"but the last of the scales {list(self.config.scales)} is {self.schedule.grid_side}: "
                 f"give (batch, 3, {side}, {side}) images, or scales that end in the latent's side"
             )
-        return self.to_latent(self.encoder(images_B3HW))
+        return self.to_latent(self.encoder(images_B3HW.to(self.to_latent.weight.dtype)))
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Tokens (B, L) to images (B, 3, H, H) in [-1, 1]."""
+        """Tokens (B, L) to images (B, 3, H, H) in [-1, 1], in the type of the weights."""
         return self.decode_f_hat(self.quantizer.f_hat_of(tokens_BL))
 
     @torch.no_grad()
@@ -119,7 +126,7 @@ class Tokenizer(nn.Module):
 
     def reconstruct(self, f_hat_BChw: Tensor) -> Tensor:
         """The decoder with gradients and without clamping, for training."""
-        return self.decoder(self.from_latent(f_hat_BChw))
+        return self.decoder(self.from_latent(f_hat_BChw.to(self.from_latent.weight.dtype)))
 
     def inputs_from_tokens(self, tokens_BL: Tensor) -> Tensor:
         """Tokens (B, L) to the transformer's teacher-forced input (B, L - 1, C)."""

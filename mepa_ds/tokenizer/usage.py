@@ -48,7 +48,7 @@ class CodebookUsage(nn.Module):
 
     @property
     def frequency_SV(self) -> Tensor:
-        """(S, V): each row sums to 1 once its scale was seen, and is zero before."""
+        """(S, V): each row sums to 1 once its scale was seen (to a little more after `forget`), and is zero before."""
         correction_S = 1 - torch.tensor(self.decay, dtype=torch.float64) ** self.num_updates_S.double().cpu()
         return self.mean_SV / correction_S.clamp(min=1e-12).to(self.mean_SV)[:, None]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.errors import UserError
 from mepa_ds.tokenizer import MultiScaleQuantizer, Tokenizer
 from mepa_ds.tokenizer.tokenizer import identity_of
 
@@ -152,6 +153,54 @@ def test_autocast_does_not_change_tokens_or_inputs() -> None:
         assert torch.equal(quantizer.inputs_from_tokens(tokens), inputs)
 
 
+@torch.no_grad()
+def test_a_tokenizer_cast_to_bf16() -> None:
+    """Its quantizer computes in fp32 with the rounded weights; encoder and decoder in bf16."""
+    tokenizer, images = make_tokenizer(), torch.rand(2, 3, 8, 8) * 2 - 1
+    rounded = make_tokenizer()
+    for value in (*rounded.parameters(), *rounded.buffers()):
+        value.copy_(value.bfloat16().float())
+    tokenizer.to(torch.bfloat16)
+    latent = torch.randn(2, 4, 4, 4)
+    tokens = tokenizer.quantizer.tokens_of(latent)
+    assert torch.equal(tokens, rounded.quantizer.tokens_of(latent))
+    assert torch.equal(tokenizer.inputs_from_tokens(tokens), rounded.inputs_from_tokens(tokens))
+    assert tokenizer.encode(images).shape == (2, 21)
+    decoded = tokenizer.decode(tokens)
+    assert decoded.dtype == torch.bfloat16
+    torch.testing.assert_close(decoded.float(), rounded.decode(tokens), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens_BL", "message"),
+    [
+        (torch.full((1, 21), 16), r"tokens: expected 0\.\.15, the codebook's, got 16"),
+        (torch.full((1, 21), -1), r"tokens: expected 0\.\.15, the codebook's, got -1"),
+        (torch.zeros(1, 21), "tokens: expected integers such as int64, got float32"),
+        (torch.zeros(21, dtype=torch.int64), r"tokens have shape \(21,\)"),
+    ],
+)
+def test_bad_tokens(tokens_BL: Tensor, message: str) -> None:
+    tokenizer = make_tokenizer()
+    for function in (tokenizer.decode, tokenizer.inputs_from_tokens, tokenizer.quantizer.f_hat_of):
+        with pytest.raises(UserError, match=message):
+            function(tokens_BL)
+
+
+@pytest.mark.parametrize(
+    ("images_B3HW", "message"),
+    [
+        (torch.zeros(8), r"images have shape \(8,\), expected \(batch, 3, 8, 8\)"),
+        (torch.zeros(3, 8, 8), r"images have shape \(3, 8, 8\), expected \(batch, 3, 8, 8\)"),
+        (torch.zeros(1, 1, 8, 8), r"images have shape \(1, 1, 8, 8\), expected \(batch, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), r"got uint8; for 0\.\.255 give images\.float\(\) / 127\.5 - 1"),
+    ],
+)
+def test_bad_images(images_B3HW: Tensor, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_tokenizer().encode(images_B3HW)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -178,7 +227,8 @@ def test_save_and_load(tmp_path: Path, changes: dict[str, object]) -> None:
     assert torch.equal(loaded.encode(images), tokens)
     torch.testing.assert_close(loaded.decode(tokens), reconstruction, rtol=0, atol=0)
     quantizer = MultiScaleQuantizer.load(tmp_path)
-    assert torch.equal(quantizer.inputs_from_tokens(tokens), tokenizer.inputs_from_tokens(tokens))
+    for dtype in (torch.int64, torch.uint16):  # as encoded, as stored
+        assert torch.equal(quantizer.inputs_from_tokens(tokens.to(dtype)), tokenizer.inputs_from_tokens(tokens))
 
 
 def test_identity_tells_weights_and_scales_apart(tmp_path: Path) -> None:
