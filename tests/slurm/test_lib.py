@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -176,3 +177,50 @@ def test_only_a_users_request_is_passed_on_to_ranks(job: Path) -> None:
         end = run(job, f"(sleep 0.5; kill -{name} $$) & step 1 1 true || true; echo $STOP")
         assert ("got USR1" in end.stdout) == told, end.stdout + end.stderr
         assert end.stdout.splitlines()[-1] == {"TERM": "terminated", "USR1": "signal"}[name]
+
+
+_SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 exec "$@"
+"""
+# What SLURM tells member 1 of an array, on one node.
+MEMBER = {
+    "SLURM_ARRAY_JOB_ID": "7",
+    "SLURM_ARRAY_TASK_ID": "1",
+    "SLURM_JOB_NODELIST": "n1",
+    "SLURM_CPUS_ON_NODE": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+}
+_PRECOMPUTE = """import sys
+from pathlib import Path
+if sys.argv[1] == "tokens":
+    for number in (0, 1):
+        Path(f"{sys.argv[4]}.tokens-vae").mkdir(exist_ok=True)
+        Path(f"{sys.argv[4]}.tokens-vae/shard-00000{number}.idx.npz").touch()
+sys.exit("RuntimeError: out of luck")
+"""
+
+
+def test_progress_of_a_member_is_in_the_set_beside_its_images(job: Path) -> None:
+    """precompute.sbatch finds the images wherever they stand among its words."""
+    clone, images = job / "clone", job / "images"
+    images.mkdir()
+    (images / "index.json").touch()
+    (clone / "data_tools").mkdir(parents=True)
+    for name in ("slurm", "mepa_ds"):
+        (clone / name).symlink_to(ROOT / name)
+    (clone / "data_tools/precompute.py").write_text(_PRECOMPUTE)
+    for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL + f'echo "   StdOut={job}/log"\n')):
+        (job / "bin" / name).write_text(text)
+        (job / "bin" / name).chmod(0o755)
+    words = ["tokens", "--tokenizer", str(job), str(images)]
+    command = ["bash", str(ROOT / "slurm/precompute.sbatch"), str(job / "array"), "2", *words]
+    starts = job / "array/part-1/starts-7"
+    for number in range(2):
+        environment = MEMBER | {"SLURM_RESTART_COUNT": str(number)}
+        run(job, f"MEPA_ROOT={clone} exec {shlex.join(command)} >>{job}/log 2>&1", **environment)
+        text = (job / "log").read_text()
+        assert text.count("failed (status 1): RuntimeError: out of luck; requeued") == number + 1, text
+    first, second = starts.read_text().splitlines()
+    assert first == "0 "
+    assert second.endswith(f"{images}.tokens-vae/shard-000001.idx.npz")
