@@ -129,8 +129,19 @@ class ParallelConfig(Section):
     """Type of weights and activations; optimizer masters are fp32 always."""
     activation_checkpointing: Literal["none", "selective", "blocks"] = "none"
     """Keep for the backward pass: all; matrix products, attention and routing; blocks' inputs and routing."""
+    compile: bool = False
+    """torch.compile the blocks, except for the way of tokens to their experts; not with activation checkpointing."""
     deepspeed: Path = Path("ds_configs/zero2.json")
     """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
+
+    @model_validator(mode="after")
+    def _check_compile(self) -> Self:
+        if self.compile and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"compile and activation_checkpointing ({self.activation_checkpointing}) exclude each other: a "
+                "recomputation must repeat the forward pass exactly, and compiled code may not; turn one of them off"
+            )
+        return self
 
 
 class LogConfig(Section):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -24,7 +24,8 @@ from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
-from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.models.transformer import Block, NextScaleTransformer
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 
 
@@ -59,6 +60,17 @@ class Clock:
         self._last = now
 
 
+def _compile_blocks(transformer: NextScaleTransformer) -> None:
+    """In place, so that parameters keep their names. How many rows an expert gets changes with every batch, and they
+    travel between ranks: dispatchers stay as they are, and cut a block's graph in two.
+    """
+    for block in transformer.blocks:
+        ffn = cast(Block, block).ffn
+        if isinstance(ffn, MoEFeedForward):
+            ffn.dispatcher = torch.compiler.disable(ffn.dispatcher)
+        block.compile()
+
+
 class PretrainEngine:
     """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine)."""
 
@@ -79,6 +91,8 @@ class PretrainEngine:
         objective.init_weights(config.seed)
         if config.init_weights is not None:
             load_initial_weights(objective.transformer, config.init_weights)
+        if config.parallel.compile:
+            _compile_blocks(objective.transformer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optim),
@@ -173,10 +187,10 @@ class PretrainEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[NextScaleTransformer]:
-        """The transformer without gradients; training state is as before afterwards."""
+        """The transformer without gradients; training state is as before afterwards. Never compiled: sizes vary."""
         transformer = self.objective.transformer.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield transformer
         finally:
             transformer.train()
