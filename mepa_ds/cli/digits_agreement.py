@@ -8,12 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from mepa_ds.data.images import image_batches
 from mepa_ds.loops.sampling import sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
+_BATCH = 100
 SIDE = 8  # of scikit-learn's digits, which the shards hold upscaled
 
 
@@ -30,7 +32,10 @@ def digits_agreement(
     unseen, unseen_labels = _real(heldout, decoder.config.image_side)
     judge = SVC(gamma=0.001).fit(real, real_labels)
     asked = [label for label in range(model.config.num_classes) for _ in range(per_class)]
-    generated = sample(model, decoder, asked, seed=seed, batch_size=100)
+    parts = []
+    for first in tqdm(range(0, len(asked), _BATCH), "sampling", unit="batch", disable=None):
+        parts.append(sample(model, decoder, asked[first : first + _BATCH], seed=seed, first_index=first))
+    generated = torch.cat(parts)
     return {
         "class_agreement": float((judge.predict(_pixels(generated)) == np.array(asked)).mean()),
         "svc_heldout_accuracy": float((judge.predict(unseen) == unseen_labels).mean()),

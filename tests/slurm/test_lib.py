@@ -224,3 +224,14 @@ def test_progress_of_a_member_is_in_the_set_beside_its_images(job: Path) -> None
     first, second = starts.read_text().splitlines()
     assert first == "0 "
     assert second.endswith(f"{images}.tokens-vae/shard-000001.idx.npz")
+
+
+def test_samples_of_weights_that_are_not_there(job: Path) -> None:
+    """A member that cannot begin notes why, for the job after the array."""
+    words = [job / "array", 2, job / "best", "tokenizer", 1, 0]
+    command = ["bash", str(ROOT / "slurm/generate_evaluate.sbatch"), *map(str, words)]
+    end = run(job, f"MEPA_ROOT={ROOT} exec {shlex.join(command)}", **MEMBER)
+    cause = f"{job}/best/config.json: not a model's config: "
+    assert end.returncode == 2
+    assert (end.stdout + end.stderr).splitlines()[-1].startswith(f"error: {cause}")
+    assert (job / "array/part-1/result").read_text().startswith(f"failed: {cause}")
