@@ -3,14 +3,17 @@
     python benchmarks/moe.py --json moe.json
     python benchmarks/moe.py --shapes 1024x4096x8 1024x1408x8 --dtypes bf16        (on a GPU)
 
-ours          this project's layer: sort, grouped experts, combine
-ours ep2      the same over an expert-parallel group of two ranks (each has all the tokens of its own)
+ours          this project's layer: sort, experts, combine
+ours loop     the same with a GEMM pair for each expert, where `ours` would not choose it
+ours grouped  the same with grouped GEMMs, where `ours` would not choose them
+ours ep2      `ours` over an expert-parallel group of two ranks, each with half of the tokens and half of the threads
 mask loop     a Python loop over experts with boolean masks, as public reproductions do it
 deepspeed     stock DeepSpeed MoE, dropless (each expert padded to the fullest one); left out where it is not installed
 dense         one FFN of the same active FLOPs (hidden K x F)
 
 All route the same tokens to the same experts: the router's logits are part of the input. `imbalance` is the load of
-the fullest expert over the mean. Times are medians of milliseconds; memory is the peak above what was there before.
+the fullest expert over the mean, as it came out (it cannot exceed E / K). Times are medians of milliseconds; memory is
+the peak above what was there before, for ep2 that of a rank.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from mepa_ds.models.moe.dispatch import Dispatcher, LocalDispatcher
-from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.experts import Experts, grouped_experts, has_grouped_kernel, looped_experts
 from mepa_ds.models.moe.routing import Routing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +50,7 @@ class Options:
     shapes: tuple[str, ...] = ("256x1024x8",)
     """C x F x E: width, hidden width of an expert, number of experts."""
     tokens: int = 8160
-    """T, tokens a rank."""
+    """T, tokens in all."""
     imbalances: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Load of the fullest expert over the mean."""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -59,7 +62,7 @@ class Options:
     """Also the expert-parallel layer on two ranks (two CPU processes)."""
     deepspeed: bool = True
     json: Path | None = None
-    contenders: tuple[str, ...] = field(default=("ours", "mask loop", "deepspeed", "dense"))
+    contenders: tuple[str, ...] = ("ours", "ours loop", "ours grouped", "mask loop", "deepspeed", "dense")
 
 
 class Parameters(nn.Module):
@@ -93,8 +96,26 @@ def route(logits_TE: Tensor) -> Routing:
     return Routing(logits_TE, probs_TE, index_TK, weight_TK)
 
 
-def ours(parameters: Parameters, dispatcher: Dispatcher) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), parameters.experts, None).to(x_TC.dtype)
+def imbalance_of(logits_TE: Tensor) -> float:
+    """Load of the fullest expert over the mean."""
+    load_E = logits_TE.topk(TOP_K).indices.flatten().bincount(minlength=logits_TE.shape[1])
+    return (load_E.max() / load_E.float().mean()).item()
+
+
+def ours(parameters: Parameters, dispatcher: Dispatcher, experts: Any = None) -> Callable[[Tensor, Tensor], Tensor]:
+    experts = experts or parameters.experts
+    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), experts, None).to(x_TC.dtype)
+
+
+class OneImplementation:
+    """The experts of `Parameters`, always by grouped GEMMs or always by the loop."""
+
+    def __init__(self, experts: Experts, grouped: bool):
+        self.num_experts, self._experts, self._grouped = experts.num_experts, experts, grouped
+
+    def __call__(self, x_RC: Tensor, counts_E: Tensor, counts: list[int] | None = None) -> Tensor:
+        tensors = [x_RC, *self._experts.parameters()]
+        return grouped_experts(tensors, counts_E) if self._grouped else looped_experts(tensors, counts_E.tolist())
 
 
 def mask_loop(parameters: Parameters) -> Callable[[Tensor, Tensor], Tensor]:
@@ -224,9 +245,17 @@ def one_case(options: Options, shape: str, dtype_name: str, imbalance: float, de
     shared = Parameters(C, hidden, E, dtype, device)
     runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     modules: dict[str, nn.Module] = {}
+    torch.manual_seed(1)
+    x_TC = torch.randn(options.tokens, C, device=device).to(dtype)
+    logits_TE = skewed_logits(options.tokens, E, imbalance).to(device)
+    chosen = "ours grouped" if has_grouped_kernel([x_TC, *shared.experts.parameters()]) else "ours loop"
     for name in options.contenders:
         if name == "ours":
             modules[name], runs[name] = shared, ours(shared, LocalDispatcher())
+        elif name in ("ours loop", "ours grouped"):
+            if name != chosen:
+                forced = OneImplementation(shared.experts, name == "ours grouped")
+                modules[name], runs[name] = shared, ours(shared, LocalDispatcher(), forced)
         elif name == "mask loop":
             modules[name], runs[name] = shared, mask_loop(shared)
         elif name == "dense":
@@ -235,15 +264,15 @@ def one_case(options: Options, shape: str, dtype_name: str, imbalance: float, de
             built = stock_deepspeed(C, hidden, E, dtype, device)
             if built is not None:
                 modules[name], runs[name] = built
-    torch.manual_seed(1)
-    x_TC = torch.randn(options.tokens, C, device=device).to(dtype)
-    logits_TE = skewed_logits(options.tokens, E, imbalance).to(device)
+        elif name not in ("deepspeed", "dense"):
+            raise SystemExit(f"--contenders: {name!r} is none of {', '.join(Options.contenders)}")
     results = measure(runs, modules, x_TC, logits_TE, options.repeats, device)
-    return {"shape": shape, "dtype": dtype_name, "imbalance": imbalance, "tokens": options.tokens, "results": results}
+    real = round(imbalance_of(logits_TE), 2)
+    return {"shape": shape, "dtype": dtype_name, "imbalance": real, "tokens": options.tokens, "results": results}
 
 
 def ep_rank(rank: int, store: str, options: Options, cases: list[tuple[str, str, float]], queue: Any) -> None:
-    """One of two ranks; rank 0 reports the medians of times between barriers."""
+    """One of two ranks; rank 0 reports the medians of times between barriers and the larger rank's peak memory."""
     from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher
 
     torch.set_num_threads(max(1, options.threads // 2))
@@ -255,24 +284,34 @@ def ep_rank(rank: int, store: str, options: Options, cases: list[tuple[str, str,
         parameters = Parameters(C, hidden, E // 2, dtype, "cpu")
         run = ours(parameters, ExpertParallelDispatcher(dist.group.WORLD, E))
         torch.manual_seed(1)
-        x_TC = torch.randn(options.tokens, C).to(dtype)
-        logits_TE = skewed_logits(options.tokens, E, imbalance)
+        mine = slice(rank * options.tokens // 2, (rank + 1) * options.tokens // 2)
+        x_TC = torch.randn(options.tokens, C).to(dtype)[mine]
+        logits_TE = skewed_logits(options.tokens, E, imbalance)[mine]
+        gradient_TC = torch.randn_like(x_TC)
+
+        def step(run=run, x_TC=x_TC, logits_TE=logits_TE, gradient_TC=gradient_TC, parameters=parameters) -> None:  # type: ignore[no-untyped-def]
+            x, logits = x_TC.detach().requires_grad_(), logits_TE.detach().requires_grad_()
+            parameters.zero_grad(set_to_none=True)
+            run(x, logits).backward(gradient_TC)
+
         times = []
         for repeat in range(options.repeats + 2):
             dist.barrier()
             started = time.perf_counter()
-            x, logits = x_TC.detach().requires_grad_(), logits_TE.detach().requires_grad_()
-            parameters.zero_grad(set_to_none=True)
-            run(x, logits).backward(torch.ones_like(x_TC))
+            step()
             dist.barrier()
             if repeat >= 2:
                 times.append(1e3 * (time.perf_counter() - started))
+        peak = torch.tensor(peak_memory(step, "cpu"))
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
         if rank == 0:
-            queue.put(statistics.median(times))
+            queue.put({"ms": statistics.median(times), "fastest_ms": min(times), "peak_mib": peak.item()})
     dist.destroy_process_group()
 
 
-def run_ep(options: Options, cases: list[tuple[str, str, float]]) -> list[float]:
+def run_ep(options: Options, cases: list[tuple[str, str, float]]) -> list[dict[str, float]]:
+    """Results of two ranks in processes of their own. Ends with a message when one of them dies."""
+    import queue as queues
     import tempfile
 
     import torch.multiprocessing as mp
@@ -285,10 +324,38 @@ def run_ep(options: Options, cases: list[tuple[str, str, float]]) -> list[float]
         ]
         for process in ranks:
             process.start()
-        times = [queue.get(timeout=600) for _ in cases]
+        results: list[dict[str, float]] = []
+        while len(results) < len(cases):
+            try:
+                results.append(queue.get(timeout=1))
+            except queues.Empty:
+                if any(process.exitcode for process in ranks):
+                    for process in ranks:
+                        process.kill()
+                    raise SystemExit("ours ep2: a rank died, its error stands above; --no-ep leaves it out") from None
         for process in ranks:
             process.join(60)
-    return times
+    return results
+
+
+def growth(rows: list[dict[str, Any]]) -> list[str]:
+    """What more experts cost at the same active FLOPs: each shape against that of fewest experts, all else equal."""
+    lines = []
+    for row in rows:
+        width, _, E = row["shape"].rpartition("x")
+        alike = [
+            other
+            for other in rows
+            if other["shape"].startswith(f"{width}x")
+            and (other["dtype"], other["asked"]) == (row["dtype"], row["asked"])
+            and "ours" in other["results"]
+        ]
+        fewest = min(alike, key=lambda other: int(other["shape"].rpartition("x")[2]), default=row)
+        if fewest is not row and "ours" in row["results"]:
+            ratio = row["results"]["ours"]["ms"] / fewest["results"]["ours"]["ms"]
+            few = fewest["shape"].rpartition("x")[2]
+            lines.append(f"{width}, {row['dtype']}, imbalance {row['asked']:g}: E = {E} takes {ratio:.2f} x E = {few}")
+    return lines
 
 
 def main() -> None:
@@ -297,24 +364,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cases = [(s, d, i) for s in options.shapes for d in options.dtypes for i in options.imbalances]
-    ep_times = run_ep(options, cases) if options.ep and device == "cpu" else []
+    ep_results = run_ep(options, cases) if options.ep and device == "cpu" else []
     os.environ.setdefault("LOCAL_RANK", "0")
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     rows = []
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {options.threads} threads"
     print(f"{name}, torch {torch.__version__}, {options.tokens} tokens, top-{TOP_K}, forward + backward")
-    print(f"{'C x F x E':>14} {'type':>5} {'imbalance':>9}  {'layer':<10} {'ms':>8} {'MiB':>8}  {'x ours':>7}")
+    print(f"{'C x F x E':>14} {'type':>5} {'imbalance':>9}  {'layer':<12} {'ms':>8} {'MiB':>8}  {'x ours':>7}")
     for number, (shape, dtype_name, imbalance) in enumerate(cases):
-        row = one_case(options, shape, dtype_name, imbalance, device)
-        if ep_times:
-            row["results"]["ours ep2"] = {"ms": ep_times[number]}
+        row = one_case(options, shape, dtype_name, imbalance, device) | {"asked": imbalance}
+        if ep_results:
+            row["results"]["ours ep2"] = ep_results[number]
         rows.append(row)
+        ours_ms = row["results"].get("ours", {}).get("ms")
         for contender, result in row["results"].items():
-            ratio = result["ms"] / row["results"]["ours"]["ms"]
-            memory = f"{result['peak_mib']:8.0f}" if "peak_mib" in result else " " * 8
-            head = f"{shape:>14} {dtype_name:>5} {imbalance:>9}"
-            print(f"{head}  {contender:<10} {result['ms']:8.1f} {memory}  {ratio:7.2f}", flush=True)
+            ratio = f"{result['ms'] / ours_ms:7.2f}" if ours_ms else ""
+            head = f"{shape:>14} {dtype_name:>5} {row['imbalance']:>9}"
+            print(f"{head}  {contender:<12} {result['ms']:8.1f} {result['peak_mib']:8.0f}  {ratio}", flush=True)
+    for line in growth(rows):
+        print(line)
     if options.json:
         report = {"device": name, "torch": torch.__version__, "threads": options.threads, "cases": rows}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
