@@ -169,7 +169,7 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
             command = [sys.executable, str(script), str(recipe)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not any(record["step"] >= 3 for record in read_metrics(run / "metrics.jsonl")):
             assert time.monotonic() < end
             assert all(rank.poll() is None for rank in ranks), (folder / "log0").read_text()
