@@ -78,10 +78,9 @@ class Plan:
             return [
                 f"{line}: more than activations is too much; use more ranks, a larger parallel.ep_size or less model"
             ]
-        factor = math.ceil(kept / (limit - rest))
-        remedies = (
-            [f"train.accumulation={self.config.train.accumulation * factor}"] if factor <= self.micro_batch else []
-        )
+        least = math.ceil(kept / (limit - rest))
+        factors = [factor for factor in range(least, self.micro_batch + 1) if self.micro_batch % factor == 0]
+        remedies = [f"train.accumulation={self.config.train.accumulation * factor}" for factor in factors[:1]]
         if self.config.parallel.activation_checkpointing == "none":
             remedies.append("parallel.activation_checkpointing=blocks")
         return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
@@ -173,7 +172,9 @@ class _EngineMemory:
         # With ep_size 1 the experts' matrices are in one parameter group with all others.
         largest = partition if self._config.parallel.ep_size == 1 else max(experts, others)
         average = _FP32 * partition if self._config.optim.ema else 0.0
+        weights = self._config.tokenizer.glob("*.safetensors") if self._config.log.sample_every is not None else ()
         state = {
+            "tokenizer of sample grids": float(sum(path.stat().st_size for path in weights)),
             "weights": float(self._low * held),
             "masters and Adam moments": 3 * _FP32 * partition,
             "average of the weights": average,
@@ -208,7 +209,9 @@ class _EngineMemory:
             rows = micro_batch * config.model.schedule.num_tokens * config.model.moe.top_k
             layers = sum(config.model.is_moe_block(index) for index in range(config.model.depth))
             one_way = rows * config.model.C * self._low * (ep_size - 1) / ep_size
-            sent["tokens, all-to-all (2 forward, 2 backward)"] = 4 * layers * one_way * config.train.accumulation
+            again = config.parallel.activation_checkpointing != "none"
+            passes = "2 forward, 2 again, 2 backward" if again else "2 forward, 2 backward"
+            sent[f"tokens, all-to-all ({passes})"] = (6 if again else 4) * layers * one_way * config.train.accumulation
         return sent
 
 

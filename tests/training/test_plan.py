@@ -96,8 +96,26 @@ def test_memory_is_that_of_real_ranks(folder: Path, ranks: int, settings: list[s
     assert plan.step_flops == records[0]["step_flops"]
 
 
-def test_the_large_recipe_is_planned_without_data_or_gpus() -> None:
+def test_the_large_recipe_fits_on_8_gpus_of_80_gb() -> None:
     config = load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml")
+    plan = plan_run(config, Machine(8, is_gpu=True, memory=80e9, process=0), num_samples=1_281_167)
+    assert plan.problems == []
+    assert plan.peak < 0.85 * 80e9, "the allocator and NCCL need some too"
+
+
+def test_the_accumulation_that_is_proposed_divides_the_batch_and_fits() -> None:
+    """A third of 91 images a rank would do, but does not divide them."""
+    settings = ["train.global_batch=728", "train.accumulation=1"]
+    machine = Machine(8, is_gpu=True, memory=45e9, process=0)
+    plan = plan_run(load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings), machine, 1000)
+    assert "try train.accumulation=7 or" in plan.problems[0]
+    settings[1] = "train.accumulation=7"
+    mended = plan_run(load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings), machine, 1000)
+    assert mended.problems == []
+
+
+def test_the_large_recipe_is_planned_without_data_or_gpus() -> None:
+    config = load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", ["train.accumulation=1"])
     plan = plan_run(config, Machine(8, is_gpu=True, memory=80e9, process=0), num_samples=1_281_167)
     text = format_plan(plan)
     assert "1384.8M parameters, 579.0M active; on a rank 134.3M routed experts" in text
@@ -110,7 +128,22 @@ def test_the_large_recipe_is_planned_without_data_or_gpus() -> None:
     assert plan.backward["weights"] == 2 * (held["routed experts"] + others)
     assert plan.backward["masters and Adam moments"] == 12 * (held["routed experts"] + others / 8)
     assert plan.checkpoint == 12 * (8 * held["routed experts"] + others)
-    assert plan.exchanged["tokens, all-to-all (2 forward, 2 backward)"] == 4 * 16 * 2 * 96 * 680 * 1024 * 2 * 7 / 8
+    one_way = 2 * 96 * 680 * 1024 * 2 * 7 / 8
+    assert plan.exchanged["tokens, all-to-all (2 forward, 2 backward)"] == 4 * 16 * one_way
+    settings = ["train.accumulation=1", "parallel.activation_checkpointing=blocks"]
+    config = load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings)
+    plan = plan_run(config, Machine(8, is_gpu=True, memory=None, process=0), num_samples=1)
+    assert plan.exchanged["tokens, all-to-all (2 forward, 2 again, 2 backward)"] == 6 * 16 * one_way
+
+
+def test_the_tokenizer_of_sample_grids_counts(folder: Path) -> None:
+    machine = Machine(1, is_gpu=False, memory=None, process=0)
+    plans = [
+        plan_run(load_config(PretrainConfig, folder / "recipe.yaml", settings), machine)
+        for settings in ([], ["log.sample_every=1"])
+    ]
+    size = (folder / "tokenizer/model.safetensors").stat().st_size
+    assert plans[1].peak - plans[0].peak == size > 0
 
 
 def test_the_command_prints_the_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
