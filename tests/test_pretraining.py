@@ -13,7 +13,7 @@ import torch
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.weights import read_state_dict
-from tests.tiny_run import launch, losses, make_run, make_sets, make_tokenizer, write_recipe
+from tests.tiny_run import ROOT, launch, losses, make_run, make_sets, make_tokenizer, write_recipe
 from tests.training.ranks import Ranks, finish
 
 STEPS = 20
@@ -96,6 +96,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, single: Path) -> N
     assert losses(output) == losses(single)
     for name, tensor in read_state_dict(single / "last").items():
         assert torch.equal(read_state_dict(output / "last")[name], tensor), name
+
+
+@pytest.mark.parametrize("setting", ["parallel.precision=bf16", "parallel.precision=fp16", "zero1"])
+def test_other_precisions_and_zero_1_resume_exactly_too(folder: Path, setting: str) -> None:
+    """fp16 with a loss scale that has fallen and is to rise: its state is part of the checkpoint."""
+    if setting == "zero1":
+        setting = f"parallel.deepspeed={ROOT / 'ds_configs' / 'zero1.json'}"
+    name = setting[-5:].strip("=.")
+    settings = [setting, "parallel.ep_size=2", "train.steps=12", "log.checkpoint_every=6"]
+    if "fp16" in setting:
+        settings.append("objective.ce_weight=10000")  # the first loss scales overflow
+    whole = run(folder, f"whole_{name}", *settings, ranks=2)
+    cut_back(whole, folder / f"cut_{name}", 6)
+    cut = run(folder, f"cut_{name}", *settings, ranks=2)
+    assert losses(cut) == losses(whole)
+    if "fp16" in setting:
+        assert not next(r for r in read_metrics(whole / "metrics.jsonl") if r["event"] == "train")["applied"]
+    for key, tensor in read_state_dict(whole / "last").items():
+        assert read_state_dict(cut / "last")[key].equal(tensor), key
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 1), (4, 4)])
