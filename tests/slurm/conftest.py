@@ -15,6 +15,8 @@ from tests.slurm.bed import SCENARIOS, STEPS, Bed, Run
 from tests.tiny_run import make_run
 
 AT_ONCE = 4
+LONG = ("pipeline", "lost_nodes", "interrupted")
+"""Scenarios that wait for one thing after another: they start first, and the others run meanwhile."""
 TIMEOUT = 560
 """Seconds: the first test that waits for scenarios waits for most of them."""
 
@@ -42,7 +44,8 @@ def outcome(bed: Bed, request: pytest.FixtureRequest) -> Iterator[Callable[[str]
     if any("reference" in item.fixturenames for item in items):
         wanted.add("submitted")
     pool = ThreadPoolExecutor(AT_ONCE)
-    futures = {name: pool.submit(function, bed) for name, function in SCENARIOS.items() if name in wanted}
+    names = sorted((name for name in SCENARIOS if name in wanted), key=lambda name: name not in LONG)
+    futures = {name: pool.submit(SCENARIOS[name], bed) for name in names}
     yield lambda name: futures[name].result(timeout=TIMEOUT)
     pool.shutdown(wait=False, cancel_futures=True)
 
