@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import mepa_ds.models.moe.experts  # noqa: F401 registers mepa_ds::expert_loop
+
 Recompute = Literal["none", "selective", "blocks"]
 
 _aten = torch.ops.aten
@@ -24,6 +26,7 @@ _PRODUCTS = [
     _aten.addmm.default,
     _aten.bmm.default,
     _aten._grouped_mm.default,
+    torch.ops.mepa_ds.expert_loop.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,

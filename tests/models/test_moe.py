@@ -291,6 +291,24 @@ def test_recomputation_never_routes_anew(
             assert not kept_TK.all()
 
 
+@pytest.mark.parametrize(("recompute", "loops"), [("none", 4), ("selective", 4), ("blocks", 6)])
+def test_selective_recomputation_keeps_the_experts_products(
+    monkeypatch: pytest.MonkeyPatch, recompute: str, loops: int
+) -> None:
+    """Two blocks loop over experts once forward and once backward; only "blocks" computes the forward again."""
+    from mepa_ds.models.moe import experts
+
+    seen: list[int] = []
+    slices = experts._slices
+    monkeypatch.setattr(experts, "_slices", lambda counts: [seen.append(len(counts)), *slices(counts)][1:])
+    model = NextScaleTransformer.from_preset(
+        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4
+    )
+    model.recompute = recompute
+    model(torch.tensor([0, 1]), torch.randn(2, 13, 4)).logits_BLV.square().mean().backward()
+    assert seen == [8] * loops
+
+
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(1, 40), num_experts=st.integers(2, 6), capacity=st.integers(1, 12), seed=st.integers(0, 1000))
 def test_capacity_keeps_the_heaviest_pairs(tokens: int, num_experts: int, capacity: int, seed: int) -> None:

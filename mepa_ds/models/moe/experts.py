@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 
 class Experts(nn.Module):
@@ -83,6 +84,41 @@ class _AddBias(torch.autograd.Function):
         return grad_RF, expert_RE.T @ grad_RF, None
 
 
+@torch.library.custom_op(
+    "mepa_ds::expert_loop",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int[] counts) -> (Tensor, Tensor, Tensor)",
+)
+def expert_loop(
+    x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Before and after the GELU, and the output. One operator, so that recomputation can keep what it gave."""
+    before_RF, hidden_RF, y_RC = _empty_outputs(x_RC, w1_EFC)
+    for e, rows in _slices(counts):
+        torch.addmm(b1_EF[e], x_RC[rows], w1_EFC[e].T, out=before_RF[rows])
+        torch.ops.aten.gelu.out(before_RF[rows], approximate="tanh", out=hidden_RF[rows])
+        torch.addmm(b2_EC[e], hidden_RF[rows], w2_ECF[e].T, out=y_RC[rows])
+    return before_RF, hidden_RF, y_RC
+
+
+@expert_loop.register_fake
+def _(
+    x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_outputs(x_RC, w1_EFC)
+
+
+@register_flop_formula(torch.ops.mepa_ds.expert_loop)
+def _flops(x_RC: torch.Size, w1_EFC: torch.Size, *_: Any, **__: Any) -> int:
+    """For PyTorch's counter, which does not look into the operator: two products of shape (R, C, F)."""
+    return 2 * 2 * x_RC[0] * w1_EFC[1] * w1_EFC[2]
+
+
+def _empty_outputs(x_RC: Tensor, w1_EFC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    before_RF = x_RC.new_empty(x_RC.shape[0], w1_EFC.shape[1])
+    return before_RF, torch.empty_like(before_RF), x_RC.new_empty(x_RC.shape)
+
+
 class _ExpertLoop(torch.autograd.Function):
     """Every GEMM written where its rows or gradients belong.
 
@@ -94,12 +130,7 @@ class _ExpertLoop(torch.autograd.Function):
     def forward(
         ctx: Any, x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: list[int]
     ) -> Tensor:
-        before_RF = x_RC.new_empty(x_RC.shape[0], w1_EFC.shape[1])
-        hidden_RF, y_RC = torch.empty_like(before_RF), torch.empty_like(x_RC)
-        for e, rows in _slices(counts):
-            torch.addmm(b1_EF[e], x_RC[rows], w1_EFC[e].T, out=before_RF[rows])
-            torch.ops.aten.gelu.out(before_RF[rows], approximate="tanh", out=hidden_RF[rows])
-            torch.addmm(b2_EC[e], hidden_RF[rows], w2_ECF[e].T, out=y_RC[rows])
+        before_RF, hidden_RF, y_RC = expert_loop(x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC, counts)
         ctx.save_for_backward(x_RC, before_RF, hidden_RF, w1_EFC, w2_ECF)
         ctx.counts = counts
         return y_RC
@@ -124,7 +155,7 @@ class _ExpertLoop(torch.autograd.Function):
         return gx_RC, gw1_EFC, gb1_EF, gw2_ECF, gb2_EC, None
 
 
-def _slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     start = 0
     for e, count in enumerate(counts):
         yield e, slice(start, start + count)
