@@ -73,11 +73,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, []), (2, ["parallel.ep_size=2"]), (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"])],
+    [
+        (1, []),
+        (2, ["parallel.ep_size=2"]),
+        (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"]),
+        (1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"]),
+        (1, ["train.accumulation=2"]),
+    ],
+    ids=["1", "2", "blocks", "zero1", "accumulation"],
 )
-def test_memory_is_that_of_real_ranks(folder: Path, ranks: int, settings: list[str]) -> None:
+def test_memory_is_that_of_real_ranks(
+    folder: Path, ranks: int, settings: list[str], request: pytest.FixtureRequest
+) -> None:
     """Peak resident memory of CPU ranks, within 15 %."""
-    output = folder / f"run{ranks}{len(settings)}"
+    output = folder / f"run_{request.node.callspec.id}"
     settings = [f"output_dir={output}", *settings]
     log = folder / f"{output.name}.log"
     with Ranks([str(folder / "recipe.yaml"), *settings], ranks, log, prepare=give_freed_memory_back) as started:
