@@ -93,7 +93,8 @@ def lost_nodes(bed: Bed) -> dict[str, Run]:
     powered = bed.train("powered", EP2, "log.checkpoint_every=4", nodes=2, ranks=1, options=(FAILING,))
     powered.wait_step(5)
     cluster.power_off("n4")
-    cluster.wait_for(lambda: "down" in cluster.run("sinfo", "-h", "-n", "n4").stdout, 60)
+    # Not sinfo: it says "comp" of a node that is down while a job's end is still to be told to it.
+    cluster.wait_for(lambda: "DOWN" in cluster.run("scontrol", "show", "node", "n4").stdout, 60, cluster.logs)
     cluster.power_on("n4")
     powered.wait()
 
