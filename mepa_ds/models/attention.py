@@ -60,7 +60,8 @@ class SelfAttention(nn.Module):
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.log_temperature is not None:
             temperature = self.log_temperature.clamp_max(self.MAX_LOG_TEMPERATURE).exp()
-            q_BHLD = F.normalize(q_BHLD, dim=-1).mul(temperature)
+            length = torch.linalg.vector_norm(q_BHLD, dim=-1, keepdim=True).clamp_min(1e-12)  # as F.normalize
+            q_BHLD = q_BHLD * (temperature / length)
             k_BHLD = F.normalize(k_BHLD, dim=-1)
         if cache is not None:
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)

@@ -83,15 +83,15 @@ class Block(nn.Module):
         `branch_scale_2B` scales the attention and FFN branch of each sample: 0 or 1 / keep (stochastic depth).
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        branch = self.attention(_modulate(x_BLC, scale1, shift1), bounds, cache) * gamma1
-        x_BLC = x_BLC + _scaled(branch, branch_scale_2B, 0)
+        branch = self.attention(_modulate(x_BLC, scale1, shift1), bounds, cache)
+        x_BLC = torch.addcmul(x_BLC, branch, _scaled(gamma1, branch_scale_2B, 0))
         normed = _modulate(x_BLC, scale2, shift2)
         statistics = None
         if isinstance(self.ffn, MoEFeedForward):
             branch, statistics = self.ffn(normed, scale_index_L)
         else:
             branch = self.ffn(normed)
-        return x_BLC + _scaled(branch * gamma2, branch_scale_2B, 1), statistics
+        return torch.addcmul(x_BLC, branch, _scaled(gamma2, branch_scale_2B, 1)), statistics
 
 
 class NextScaleTransformer(nn.Module):
@@ -286,10 +286,10 @@ class NextScaleTransformer(nn.Module):
 
 def _modulate(x_BLC: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LayerNorm without weights, then the class's scale and shift."""
-    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS), 1 + scale)
 
 
-def _scaled(branch_BLC: Tensor, branch_scale_2B: Tensor | None, which: int) -> Tensor:
+def _scaled(gamma_B1C: Tensor, branch_scale_2B: Tensor | None, which: int) -> Tensor:
     if branch_scale_2B is None:
-        return branch_BLC
-    return branch_BLC * branch_scale_2B[which].to(branch_BLC.dtype)[:, None, None]
+        return gamma_B1C
+    return gamma_B1C * branch_scale_2B[which].to(gamma_B1C.dtype)[:, None, None]
