@@ -40,15 +40,16 @@ def run(main: Callable[[], object]) -> None:
 def _leave_together(status: int) -> None:
     """One of several ranks ends here, when all are done; a single process returns.
 
-    What the run made is on disk, so nothing may keep a rank from ending: neither the destructors of process groups
-    and threads (a rank that was the last to end was seen to abort in them, and once to hang), nor a peer.
+    What the run made is on disk, so nothing may keep a rank from ending then: the destructors of process groups and
+    threads are left out (a rank that was the last to end was seen to abort in them, and once to hang). The wait for
+    the others is the process group's, with its time-out: one rank may have minutes more to do.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    dist.barrier()  # no rank leaves while another still needs it; a launcher ends the others when the first one exits
     guard = threading.Timer(_LEAVE_SECONDS, _leave_anyway, (status,))
     guard.daemon = True
     guard.start()
-    dist.barrier()  # no rank leaves while another still needs it
     atexit._run_exitfuncs()
     _exit(status)
 

@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mepa_ds.engine.waiting import WaitingClock
-from mepa_ds.models.moe.dispatch import Alongside, Sorted, inverse
+from mepa_ds.models.moe.dispatch import Alongside, Sorted, Spread, inverse
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
@@ -79,20 +79,6 @@ class _Finish(torch.autograd.Function):
         return gradient, None  # of the shape that autograd expects here; `_Start` returns what arrives
 
 
-class _Permute(torch.autograd.Function):
-    """rows[order]; the gradient gathers by the inverse instead of adding rows up."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, order_Q: Tensor, place_Q: Tensor) -> Tensor:
-        ctx.save_for_backward(place_Q)
-        return rows.index_select(0, order_Q)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (place_Q,) = ctx.saved_tensors
-        return gradient.index_select(0, place_Q), None, None
-
-
 class ExpertParallelDispatcher:
     """The local dispatcher's interface, over a group of ranks. One host sync a call: the row counts.
 
@@ -128,8 +114,8 @@ class ExpertParallelDispatcher:
         place_Q = inverse(order_Q)
         if alongside is not None:
             beside.append(alongside(x_TC[:half]))
-        x_QC = _Permute.apply(there.finish(x_QC), order_Q, place_Q)
-        y_QC = _Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q)
+        x_QC = Spread.apply(there.finish(x_QC), order_Q, place_Q[:, None])
+        y_QC = Spread.apply(experts(x_QC, counts_J, counts), place_Q, order_Q[:, None])
 
         back = _Exchange(receive, send, self.group, self.waits)
         y_RC = back.start(y_QC)

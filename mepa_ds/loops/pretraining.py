@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
@@ -191,7 +190,6 @@ class PretrainRun:
         else:
             self._stop()
         self.watchdog.stop()
-        dist.barrier()  # a launcher ends the other ranks when the first one exits
         return finished
 
     def _batches(self) -> tuple[Loader, Iterator[TrainingBatch]]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
+from tests.data.benchmarks import load_benchmark
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "codecs.py"
-    spec = importlib.util.spec_from_file_location("codec_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "codec_benchmark", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("codecs", monkeypatch)
 
 
 def test_measures_codecs_and_views(benchmark: ModuleType) -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from mepa_ds.errors import UserError
+from tests.data.benchmarks import load_benchmark
 
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "loader.py"
-    spec = importlib.util.spec_from_file_location("loader_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "loader_benchmark", module)
-    spec.loader.exec_module(module)
+    module = load_benchmark("loader", monkeypatch)
     small = {"NUM_PATCHES": 4, "WIDTH": 16, "BATCH": 6, "CODECS": ("int8", "pca8-int8"), "IMAGENET_SHARDS": 40}
     for name, value in {**small, "SHARD_SAMPLES": 20, "GLOBAL_BATCH": 16}.items():
         monkeypatch.setattr(module, name, value)

@@ -286,6 +286,15 @@ def test_an_output_that_not_all_nodes_share_is_refused(folder: Path) -> None:
     assert not list((folder / "not_shared").glob(".probe*"))
 
 
+def limit_files(ranks: Ranks, rank: int, size: int) -> Callable[[], object]:
+    """No file of that rank may grow beyond `size` bytes, until the result is called."""
+    pid = ranks.processes[rank].pid
+    assert pid is not None
+    unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+    return lambda: resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+
+
 def test_a_full_disk_elsewhere_does_not_end_the_run_either(folder: Path) -> None:
     """Rank 0 may write no more than 4 kB a file from step 4 on: metrics, pictures, checkpoints (but its log)."""
     settings = ["train.steps=100000", "log.every=4", "log.sample_every=4", "log.evaluate_every=100000"]
@@ -293,14 +302,11 @@ def test_a_full_disk_elsewhere_does_not_end_the_run_either(folder: Path) -> None
     log = folder / "full0.log"
     with Ranks(arguments(folder, "full0", *settings), 2, log) as ranks:
         wait_for_event(ranks, output, "samples")
-        pid = ranks.processes[0].pid
-        assert pid is not None
-        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4000, unlimited[1]))
+        lift = limit_files(ranks, 0, 4000)
         while "a picture could not be written" not in log.read_text():
             assert ranks.running, log.read_text()
             time.sleep(0.05)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        lift()
         failed = wait_for_event(ranks, output, "write_failed")
         wait_for_step(ranks, output, int(str(failed["step"])) + 4)
     assert log.read_text().count("metrics.jsonl cannot be written ([Errno 27] File too large)") == 1
@@ -314,10 +320,7 @@ def test_a_stop_without_a_checkpoint_says_where_the_run_goes_on(folder: Path) ->
     log = folder / "stopped_full.log"
     with Ranks(arguments(folder, "stopped_full", *settings), 2, log) as ranks:
         wait_for_event(ranks, output, "written")
-        pid = ranks.processes[1].pid
-        assert pid is not None
-        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))
+        limit_files(ranks, 1, 1)
         wait_for_event(ranks, output, "write_failed")
         newest = list_checkpoints(output / "checkpoints")[-1]
         ranks.signal(signal.SIGUSR1, 0)
@@ -336,14 +339,11 @@ def test_a_full_disk_does_not_end_the_run(folder: Path) -> None:
         wait_for_step(ranks, output, 4)
         while not list_checkpoints(output / "checkpoints"):
             assert ranks.running, ranks.log.read_text()
-        pid = ranks.processes[1].pid
-        assert pid is not None
-        unlimited = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+        lift = limit_files(ranks, 1, 100_000)
         failed = wait_for_event(ranks, output, "write_failed")
         assert "rank 1: OSError: [Errno 27] File too large" in failed["message"]
         assert list_checkpoints(output / "checkpoints"), "the old checkpoint is gone"
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, unlimited)
+        lift()
         written = wait_for_event(ranks, output, "written", after=failed["step"])
     assert written["what"] > checkpoint_name(failed["step"])
     assert find_damage(list_checkpoints(output / "checkpoints")[-1]) is None

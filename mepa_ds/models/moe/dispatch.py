@@ -54,7 +54,7 @@ class Sorted:
             self._order_R, self._token_R = self._order_R[:num_kept], self._token_R[:num_kept]
             return self._x_TC.index_select(0, self._token_R)
         self._place_TK = inverse(self._order_R).view_as(self._weight_TK)
-        return _Spread.apply(self._x_TC, self._token_R, self._place_TK)
+        return Spread.apply(self._x_TC, self._token_R, self._place_TK)
 
     def combine(self, y_RC: Tensor) -> Tensor:
         """Experts' outputs in sorted order -> (T, C) fp32, weighted and summed over each token's choices."""
@@ -72,8 +72,11 @@ def inverse(order_R: Tensor) -> Tensor:
     return place_R
 
 
-class _Spread(torch.autograd.Function):
-    """Each token's row once for each of its choices, in order of expert. The gradient gathers instead of scattering."""
+class Spread(torch.autograd.Function):
+    """Each token's row once for each of its choices, in order of expert (with one choice, a permutation).
+
+    The gradient gathers instead of scattering.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
