@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.metrics import MetricsWriter, read_metrics
 from mepa_ds.random_streams import uniforms
 from mepa_ds.scales import ScaleSchedule
+from tests.tiny_run import ROOT
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 5))
@@ -136,3 +139,25 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def printed(program: str) -> list[int]:
+    """Numbers that a Python program prints."""
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+    return list(map(int, output.split()))
+
+
+def test_peak_memory_is_that_of_the_program_not_of_who_started_it() -> None:
+    child = "import mepa_ds.memory as m; print(m.resident_bytes(), m.peak_resident_bytes())"
+    start = f"import subprocess, sys; large = b'1' * 400_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
+    now, peak = printed(start)
+    assert 1e6 < now <= peak < 200e6
+
+
+def test_peak_memory_keeps_what_was_freed() -> None:
+    now, peak = printed(
+        "import mepa_ds.memory as m; large = b'1' * 400_000_000; del large; "
+        "print(m.resident_bytes(), m.peak_resident_bytes())"
+    )
+    assert now < 200e6 < 400e6 < peak

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
+from mepa_ds.memory import peak_resident_bytes
 
 RUNS = Path("runs/quickstart")
 IMAGES = Path("data/digits-32")
@@ -181,8 +181,7 @@ def _report(place: str, spent: dict[str, Spent]) -> None:
         RUNS / "pretrain/best", RUNS / "tokenizer", train=IMAGES / "train", heldout=IMAGES / "heldout"
     )
     report: dict[str, Any] = {**run_report(RUNS / "pretrain"), **_tokenizer_scores(), **judged}
-    own_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stages = {**spent, "report": Spent(round(time.perf_counter() - started, 2), own_memory)}
+    stages = {**spent, "report": Spent(round(time.perf_counter() - started, 2), peak_resident_bytes())}
     seconds = {name: stage.seconds for name, stage in stages.items()}
     report["stage_seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     report["stage_peak_memory"] = {f"{name}_bytes": stage.peak_memory_bytes for name, stage in stages.items()}

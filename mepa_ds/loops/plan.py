@@ -19,6 +19,7 @@ from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.loops import flops
 from mepa_ds.loops.memory_trace import Traced, trace_micro_batch
+from mepa_ds.memory import resident_bytes
 from mepa_ds.models.summary import ParameterCounts, count_parameters
 
 # Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
@@ -238,8 +239,7 @@ def this_machine(config: PretrainConfig, world_size: int, memory: float | None) 
 
     import mepa_ds.loops.pretraining  # noqa: F401
 
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return Machine(world_size, is_gpu, memory, float(resident))
+    return Machine(world_size, is_gpu, memory, float(resident_bytes()))
 
 
 def format_plan(plan: Plan) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import secrets
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
+from mepa_ds.memory import peak_resident_bytes
 from mepa_ds.metrics import MetricsWriter, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
@@ -158,7 +158,7 @@ def peak_memory_bytes() -> int:
     """The most memory this rank has used so far: resident on the CPU, allocated on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def _start_tensorboard(config: PretrainConfig, step: int) -> Any:
