@@ -21,6 +21,10 @@ from mepa_ds.tokenizer.tokenizer import Tokenizer
 Rng = Literal["image", "var"]
 
 
+class NonFiniteLogitsError(UserError):
+    """The model's logits are NaN or infinite: a run that samples on its way may catch it and go on."""
+
+
 @torch.no_grad()
 def sample(
     model: NextScaleTransformer,
@@ -53,7 +57,8 @@ def sample(
 
     Raises:
         UserError: labels that are no list of the model's classes, a tokenizer of another schedule, codebook or code
-            width, options out of range, or weights that give NaN.
+            width, options out of range.
+        NonFiniteLogitsError: the weights give NaN or infinity.
     """
     device = model.head.weight.device
     labels = _as_labels(labels_B).to(device)
@@ -194,7 +199,7 @@ def _as_labels(labels_B: Tensor | Sequence[int]) -> Tensor:
 
 def _check_finite(total: Tensor) -> None:
     if not torch.isfinite(total):
-        raise UserError(
+        raise NonFiniteLogitsError(
             "sampling: the model's logits are NaN or infinite; its weights are damaged, or overflow in this precision "
             "(bf16 has fp32's range, fp16 has not)"
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.loops.sampling import Rng, _SmoothDraw, draw_top, keep_top, sample
+from mepa_ds.loops.sampling import NonFiniteLogitsError, Rng, _SmoothDraw, draw_top, keep_top, sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -247,5 +247,6 @@ def test_no_labels_no_images(tokenizer: Tokenizer) -> None:
 def test_broken_weights_are_an_error_not_an_image(tokenizer: Tokenizer, rng: Rng, smooth: bool) -> None:
     model = model_of("adaln")
     model.position_embed.data[0, 5] = torch.nan  # in the third scale
-    with pytest.raises(UserError, match="sampling: the model's logits are NaN or infinite"):
+    assert issubclass(NonFiniteLogitsError, UserError)  # to an entry point it is a message
+    with pytest.raises(NonFiniteLogitsError, match="sampling: the model's logits are NaN or infinite"):
         sample(model, tokenizer, [1], rng=rng, smooth=smooth)
