@@ -7,6 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import TypeVar, cast
 
 from mepa_ds.errors import UserError
@@ -21,17 +24,30 @@ def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], 
     """Results as they come. `function` and what it is bound to pickle; 0 or 1 workers: in this process.
 
     Raises:
-        UserError: the first that `function` raised.
+        UserError: the first that `function` raised, when the items that others work on are done; or a worker died.
     """
     if workers <= 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    context = multiprocessing.get_context("spawn")  # no forks of a process that has threads
-    with context.Pool(min(workers, len(items)), _start, (function, os.getpid())) as pool:
-        for error, result in pool.imap_unordered(_call, items):
-            if error is not None:
-                raise UserError(error)
-            yield cast(ResultT, result)
+    # An executor notices a worker that was killed; multiprocessing.Pool puts a new one in its place, which waits for
+    # ever for the lost item. Spawned: no forks of a process that has threads.
+    workers, waiting = min(workers, len(items)), iter(items)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start, (function, os.getpid())) as pool:
+        try:
+            # No more items than workers are handed out, so that none is begun after one has failed.
+            running = {pool.submit(_call, item) for item in islice(waiting, workers)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    result = future.result()
+                    running |= {pool.submit(_call, item) for item in islice(waiting, 1)}
+                    yield cast(ResultT, result)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a worker process was killed, perhaps for want of memory; run again with fewer --workers: what is "
+                "complete is kept"
+            ) from error
 
 
 def _start(function: Callable[..., object], parent: int) -> None:
@@ -47,9 +63,6 @@ def _leave_with(parent: int) -> None:
     os._exit(1)
 
 
-def _call(item: object) -> tuple[str | None, object]:
+def _call(item: object) -> object:
     assert _function is not None
-    try:
-        return None, _function(item)
-    except UserError as error:
-        return str(error), None
+    return _function(item)
