@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
@@ -69,7 +69,7 @@ class BadSteps:
         try:
             write_json(path, content)
         except OSError as error:  # a full disk does not end a run
-            print(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}", file=sys.stderr, flush=True)
+            log.note(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}")
         return self.in_a_row >= self._limit
 
     def rolled_back(self, to_step: int | None) -> None:
@@ -166,10 +166,11 @@ class Watchdog:
             if time.monotonic() - self._beat <= timeout:
                 continue
             rank = distributed.rank()
-            line = f"error: rank {rank}: no step for {timeout:g} seconds (guards.hang_timeout); stacks of all threads:"
-            print(line, file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            log.note(
+                f"error: rank {rank}: no step for {timeout:g} seconds (guards.hang_timeout); stacks of all threads:"
+            )
             try:
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 self._directory.mkdir(parents=True, exist_ok=True)
                 with open(self._directory / f"hang_rank_{rank:05d}.txt", "w") as file:
                     faulthandler.dump_traceback(file=file, all_threads=True)

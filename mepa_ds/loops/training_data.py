@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.images import ImageBatch
 from mepa_ds.data.shard_set import ShardSet
@@ -149,4 +148,4 @@ class Loader:
 def report_damaged(batch: TrainingBatch | ImageBatch) -> None:
     """Names replaced samples on the rank that read them: a job's log has all ranks' lines."""
     for line in batch.damaged:
-        print(f"rank {distributed.rank()}: damaged sample replaced: {line}", file=sys.stderr, flush=True)
+        log.note(f"rank {distributed.rank()}: damaged sample replaced: {line}")

@@ -20,6 +20,7 @@ from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetec
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.slurm.cause import cause_of
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
 from tests.training.ranks import Ranks, finish, wait_for_step
 
@@ -305,3 +306,22 @@ def test_a_crash_is_told_once_with_its_cause_first(folder: Path) -> None:
     assert "rank 0: ended because rank 1 failed: " in log
     status = json.loads((folder / "crash/status.json").read_text())
     assert (status["state"], status["rank"]) == ("failed", 1)
+
+
+def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> None:
+    """kill -9 leaves no report: of the two others one prints its traceback, under a line that says who is missing."""
+    settings = ["train.steps=100000", "train.global_batch=9", "log.checkpoint_every=100000"]
+    with Ranks(arguments(folder, "killed", *settings), 3, folder / "killed.log") as ranks:
+        wait_for_step(ranks, folder / "killed", 3)
+        ranks.signal(signal.SIGKILL, 1)
+        assert ranks.wait() == [1, -signal.SIGKILL, 1]
+    log = ranks.log.read_text()
+    assert log.count("Traceback (most recent call last)") == 1, log
+    cause = cause_of(log)
+    assert cause is not None
+    assert cause.startswith("no report from rank 1: killed from outside"), log
+    assert "lost a peer: RuntimeError" in log
+    reports = [json.loads((folder / f"killed/errors/rank_{rank:05d}.json").read_text()) for rank in (0, 2)]
+    assert all("Traceback" in report["traceback"] for report in reports)
+    status = json.loads((folder / "killed/status.json").read_text())
+    assert (status["state"], status["error"]) == ("failed", cause.split("; rank")[0])
