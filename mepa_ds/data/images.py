@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -71,7 +71,9 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DamagedError(f"{where}: not a readable image: {error}; replace or remove it") from error
+        # Pillow's own words here hold the address of an object, and what a build leaves out is written down.
+        reason = "cannot identify its format" if isinstance(error, UnidentifiedImageError) else error
+        raise DamagedError(f"{where}: not a readable image: {reason}; replace or remove it") from error
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -94,8 +96,8 @@ def resize_shorter(image: Image.Image, side: int) -> Image.Image:
         width, height = image.size
     if min(width, height) == side:
         return image
-    scale = side / min(width, height)
-    size = (side, int(height * scale)) if width <= height else (int(width * scale), side)
+    # torchvision's integer formula: a factor side / shorter would round a square to side - 1 pixels.
+    size = (side, side * height // width) if width <= height else (side * width // height, side)
     return image.resize(size, Image.Resampling.LANCZOS)
 
 
@@ -107,7 +109,7 @@ def crop_square(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0
 
 
 def _place(spare: int, at: float) -> int:
-    return spare // 2 if at == 0.5 else int(at * (spare + 1))
+    return round(spare / 2) if at == 0.5 else int(at * (spare + 1))  # half to even, as torchvision's CenterCrop
 
 
 def uniform_pair(seed: int, position: int) -> tuple[float, float]:

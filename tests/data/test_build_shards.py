@@ -253,6 +253,8 @@ def test_damaged_files_stop_the_build_by_name_or_are_recorded(
     skipped = sorted(message.split(":")[0] for shard in index.shards for message in shard.skipped)
     assert skipped == [f"{SYNSETS[1]}/notes.jpg", f"{SYNSETS[2]}/cut.jpg"]
     assert "2 damaged images left out" in capsys.readouterr().out
+    build(ImageFolder(tmp_path / "in"), options(tmp_path / "again", on_damaged="skip"))
+    assert contents(tmp_path / "again") == contents(tmp_path / "skip")
 
 
 def empty_class(root: Path) -> ImageFolder:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, decode_image, fit_image, image_batches, resize_shorter
+from mepa_ds.data.images import ImageBatch, crop_square, decode_image, fit_image, image_batches, resize_shorter
 from mepa_ds.data.index import MadeBy
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import Plan, ShardWriter
@@ -86,13 +86,34 @@ def test_a_strip_does_not_grow_to_gigabytes() -> None:
     assert resize_shorter(gradient(20_000, 1), 18).size == (18 * 16, 18)
 
 
-def test_the_crop_is_that_of_var() -> None:
+@pytest.mark.parametrize("size", [(57, 41), (41, 57), (500, 375), (333, 334), (334, 333)])
+def test_the_crop_is_that_of_var(size: tuple[int, int]) -> None:
     """Against torchvision's Resize (Lanczos) and CenterCrop."""
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-    image = Image.open(io.BytesIO(png(3, (57, 41))))
+    image = Image.open(io.BytesIO(png(3, size)))
     expected = Compose([Resize(36, InterpolationMode.LANCZOS), CenterCrop(32)])(image)
     np.testing.assert_array_equal(np.asarray(fit_image(image, 32)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("side", [256, 288, 67])
+def test_sizes_are_those_of_torchvision(side: int) -> None:
+    from torchvision.transforms.functional import resize
+
+    sizes = [(side, other) for other in range(side, 2 * side)] + [(n, n + n % 3) for n in range(1, 700)]
+    for height, width in sizes:
+        expected = resize(Image.new("1", (width, height)), side).size
+        assert resize_shorter(Image.new("1", (width, height)), side).size == expected, (width, height)
+
+
+@pytest.mark.parametrize("side", [32, 36, 67])
+def test_white_images_of_every_size_stay_white(side: int) -> None:
+    """A crop that reached beyond the image would bring black in."""
+    for length in range(1, 400):
+        for size in ((length, length), (length, length + 1), (length + 2, length)):
+            image = crop_square(resize_shorter(Image.new("L", size, 255), side), side)
+            assert image.size == (side, side)
+            assert image.getextrema() == (255, 255), size
 
 
 @pytest.fixture(scope="module")
