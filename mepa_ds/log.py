@@ -13,8 +13,16 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def settle() -> None:
+    """At the end of a run, whose status says how it ended: what stdout cannot be rid of changes nothing about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard_stdout()
+
+
 def discard_stdout() -> None:
-    """What stdout could not be rid of goes nowhere, so that the interpreter's own attempt at the end is no error."""
+    """What is still to be written goes nowhere, so that the interpreter's own attempt at its end is no error."""
     sink = os.open(os.devnull, os.O_WRONLY)
     os.dup2(sink, sys.stdout.fileno())
     os.close(sink)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
 from mepa_ds.files import write_text
 
 
@@ -31,19 +31,36 @@ class MetricsWriter:
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""
         self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
+        self._flush()
+
+    def rewind(self, count: int, keep_warnings: bool) -> int:
+        """Drops all records after the first `count`, but for warnings (they have a message); returns how many are left.
+
+        The file is cut, not written anew: that needs no room. Records that have not been written yet count too.
+        """
+        stored = self._path.read_bytes()
+        lines = (stored + self._unwritten).splitlines(keepends=True)
+        kept = b"".join(lines[:count])
+        warnings = [line for line in lines[count:] if keep_warnings and "message" in json.loads(line)]
+        self._file.truncate(min(len(kept), len(stored)))
+        self._unwritten = kept[len(stored) :] + b"".join(warnings)
+        self._flush()
+        return len(lines[:count]) + len(warnings)
+
+    def _flush(self) -> None:
         try:
             while self._unwritten:
                 written = self._file.write(self._unwritten)
                 self._unwritten = self._unwritten[written or 0 :]
         except OSError as error:
             if not self._failed:
-                line = f"warning: {self._path} cannot be written ({error}): records are kept and tried again"
-                print(line, file=sys.stderr, flush=True)
+                log.note(f"warning: {self._path} cannot be written ({error}): records are kept and tried again")
             self._failed = True
         else:
             self._failed = False
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
 
 

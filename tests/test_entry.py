@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from tests.tiny_run import launch
 
@@ -29,3 +35,33 @@ def test_ranks_wait_for_the_one_that_has_more_to_do(tmp_path: Path) -> None:
     assert "the last word" in result.stdout
     assert "does not end" not in result.stderr
     assert launch(["3"], ranks=2, script=program).returncode != 0
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", ["print('a line')", "sys.exit(print('help'))", "print('x' * 100000)"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str, unbuffered: str) -> None:
+    """`mepa report RUN | head -1`: the status is that of other tools, which SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = f"import sys; from mepa_ds.cli import entry; entry.run(lambda: {words})"
+    command, environment = [sys.executable, "-c", program], os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    try:
+        result = subprocess.run(
+            command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_connection_of_the_network_that_breaks_is_no_reader_that_has_gone() -> None:
+    program = """
+from mepa_ds.cli import entry
+def main():
+    raise BrokenPipeError(32, "of a socket")
+entry.run(main)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.returncode == 1
+    assert "BrokenPipeError: [Errno 32] of a socket" in result.stderr

@@ -5,20 +5,37 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
+import select
+import signal
 import sys
 import threading
 from collections.abc import Callable
 
 import torch.distributed as dist
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.errors import UserError
 
 _LEAVE_SECONDS = 30.0
 
 
 def run(main: Callable[[], object]) -> None:
-    """Runs `main`; a UserError is printed once and ends every rank with status 2."""
+    """Runs `main`; a UserError is printed once and ends every rank with status 2.
+
+    When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
+    """
+    try:
+        _run(main)
+    except BrokenPipeError:  # a network's connections raise it too
+        if not _reader_has_gone():
+            raise
+        log.discard_stdout()
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        distributed.stop()
+
+
+def _run(main: Callable[[], object]) -> None:
     try:
         main()
         _leave_together(0)
@@ -29,12 +46,16 @@ def run(main: Callable[[], object]) -> None:
         # Before the ranks meet all of them read the same command line; afterwards one may stand alone with its error.
         alone = dist.is_initialized() and not error.agreed
         if distributed.read_launch().is_main or alone:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            log.note(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        distributed.stop()
+
+
+def _reader_has_gone() -> bool:
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0))
 
 
 def _leave_together(status: int) -> None:
@@ -45,6 +66,7 @@ def _leave_together(status: int) -> None:
     the others is the process group's, with its time-out: one rank may have minutes more to do.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
+        sys.stdout.flush()  # a reader that has gone is met here, not where the interpreter ends
         return
     dist.barrier()  # no rank leaves while another still needs it; a launcher ends the others when the first one exits
     guard = threading.Timer(_LEAVE_SECONDS, _leave_anyway, (status,))

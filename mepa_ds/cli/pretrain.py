@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.cli.recipes import read_recipe
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
@@ -46,7 +46,11 @@ def main(argv: list[str]) -> None:
     requests = StopRequests()
     from mepa_ds.loops.pretraining import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
 
-    if not pretrain(config, requests):
+    try:
+        finished = pretrain(config, requests)
+    finally:
+        log.settle()
+    if not finished:
         sys.exit(REQUEUE_EXIT_CODE)
 
 

@@ -220,7 +220,7 @@ class PretrainRun:
         self._take_up(loaded.state)
         self.state.position, self.state.best_heldout_ce = position, best_heldout_ce
         if self.recorder:
-            self.recorder.rewind(self.state.step, self.state.metrics_records, keep_warnings=True)
+            self.recorder.rewind(self.state.step, self.state.metrics_records)
             line = (
                 f"gradients of {in_a_row} steps up to step {step} were not finite: back to {loaded.path.name}, "
                 f"images up to position {position} are skipped"

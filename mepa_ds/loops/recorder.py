@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
+from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
@@ -54,23 +55,17 @@ class Recorder:
         self._path = config.output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
-        self._metrics: MetricsWriter | None = None
-        self.rewind(step, num_kept)
+        self._metrics = MetricsWriter(self._path, resume_step=None)
+        self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
         self._wandb = self._start_wandb(config) if config.log.wandb_project else None
-        self._tensorboard = _start_tensorboard(config, step) if config.log.tensorboard else None
+        self._tensorboard = TensorBoard(config.output_dir / "tensorboard", step) if config.log.tensorboard else None
         self._status("running", step)
 
-    def rewind(self, step: int, num_kept: int, keep_warnings: bool = False) -> None:
-        """Back to a checkpoint: what was recorded after it is recorded again; warnings may stay."""
-        if self._metrics is not None:
-            self._metrics.close()
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = lines[:num_kept]
-        if keep_warnings:
-            kept += [line for line in lines[num_kept:] if line.endswith("\n") and "message" in json.loads(line)]
-        write_text(self._path, "".join(kept))
-        self._metrics = MetricsWriter(self._path, resume_step=None if keep_warnings else step)
-        self.num_records = len(kept)
+    def rewind(self, step: int, num_kept: int) -> None:
+        """Back to a checkpoint: what was recorded after it is recorded again; warnings stay."""
+        self.num_records = self._metrics.rewind(num_kept, keep_warnings=True)
+        if self._tensorboard is not None:
+            self._tensorboard.rewind(step)
         self._bar.n = step
         self._bar.refresh()
 
@@ -82,20 +77,19 @@ class Recorder:
         self._bar.update()
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        assert self._metrics is not None
         self._metrics.write({"event": event, "step": step, **values})
         self.num_records += 1
         scalars = {f"{event}/{key}": value for key, value in _scalars(values)}
         if self._wandb is not None:
             self._wandb.log({"step": step, **scalars})
         if self._tensorboard is not None:
-            for key, value in scalars.items():
-                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.add(scalars, step)
 
     def say(self, line: str) -> None:
         """A line on the terminal, above the progress bar."""
-        self._bar.write(line)
-        sys.stdout.flush()
+        with suppress(OSError):  # a log on a full disk lacks some lines, and ends no run
+            self._bar.write(line)
+            sys.stdout.flush()
 
     def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
         """A record `kind` and a line in the log."""
@@ -116,8 +110,7 @@ class Recorder:
         """Says and stores how the run ended."""
         self.say(line)
         self._bar.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._metrics.close()
         if self._wandb is not None:
             self._wandb.finish()
         if self._tensorboard is not None:
@@ -161,10 +154,41 @@ def peak_memory_bytes() -> int:
     return peak_resident_bytes()
 
 
-def _start_tensorboard(config: PretrainConfig, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+class TensorBoard:
+    """Scalars for TensorBoard. Its writer is of no use after an error (a full disk): none until a rewind or a start."""
 
-    return SummaryWriter(str(config.output_dir / "tensorboard"), purge_step=step + 1)
+    def __init__(self, directory: Path, step: int):
+        self._directory = directory
+        self._writer: Any = None
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """TensorBoard shows nothing of later steps that was written before."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.close()
+        with self._giving_up():
+            self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
+
+    def add(self, scalars: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            with self._giving_up():
+                for key, value in scalars.items():
+                    self._writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._giving_up():
+                self._writer.close()
+        self._writer = None
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of its thread's last write, told at the next one
+            self._writer = None
+            log.note(f"warning: {self._directory} cannot be written ({error}); metrics.jsonl has all numbers")
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import time
 from pathlib import Path
@@ -100,6 +101,45 @@ def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(fol
     assert state.position == 8 * (15 + lost)
     assert train[-1]["skipped_steps"] == len(events(output, "skipped_step")) == len(rollbacks), "warnings stay"
     assert "back to step_0000" in (folder / "rolled_back.log").read_text()
+
+
+def fill_the_disk_from_step_5_to_13() -> None:
+    """Runs in each rank's process before the run: no file may grow, its log and TensorBoard's files neither."""
+    original, calls = InputMaker.training, []
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def training(maker: InputMaker, *arguments: Any) -> ModelInputs:
+        calls.append(arguments)
+        if len(calls) in (5, 14):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]) if len(calls) == 5 else unlimited)
+        return original(maker, *arguments)
+
+    InputMaker.training = training  # type: ignore[method-assign]
+
+
+def test_a_rollback_on_a_full_disk_loses_nothing(folder: Path) -> None:
+    """Every image is seen once in 5 steps, so one of 9 steps at least is taken back; TensorBoard is rewound too."""
+    settings = [f"data.features={folder}/one.features", "guards.max_bad_steps=1", "log.checkpoint_every=1"]
+    log, output = folder / "full.log", folder / "full"
+    with Ranks(
+        arguments(folder, "full", *settings, "train.steps=30", "log.tensorboard=true"),
+        1,
+        log,
+        fill_the_disk_from_step_5_to_13,
+    ) as ranks:
+        assert ranks.wait() == [0], log.read_text()
+    assert len(events(output, "rollback")) >= 4
+    assert events(output, "write_failed")
+    train = events(output, "train")
+    assert [record["step"] for record in train] == list(range(1, 31)), "every step stands there once"
+    assert train[-1]["skipped_steps"] == len(events(output, "skipped_step")) == len(events(output, "rollback"))
+    assert "step 30/30" in log.read_text()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = accumulator.EventAccumulator(str(output / "tensorboard"))
+    shown.Reload()
+    steps = [scalar.step for scalar in shown.Scalars("train/loss")]
+    assert steps == sorted(set(steps)), "no step twice"
+    assert steps[-1] == 30
 
 
 @pytest.mark.parametrize(

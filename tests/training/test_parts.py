@@ -19,6 +19,7 @@ from mepa_ds.engine.optimizer import has_decay
 from mepa_ds.errors import UserError
 from mepa_ds.loops import flops
 from mepa_ds.loops.inputs import InputMaker
+from mepa_ds.loops.recorder import TensorBoard
 from mepa_ds.loops.schedule import scales_in_step
 from mepa_ds.metrics import MetricsWriter, read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -128,6 +129,60 @@ def test_records_that_do_not_fit_on_the_disk_are_written_later(
     writer.write({"step": 4})
     writer.close()
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_a_rewind_needs_no_room_and_keeps_what_is_unwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full, and the last record on it torn, when a run goes back to its first 3 records."""
+    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    file = writer._file
+    writer.write({"step": 1})
+
+    class Full:
+        def write(self, content: bytes) -> int:
+            if file.tell() < 20:
+                return file.write(content[:5])
+            raise OSError(28, "No space left on device")
+
+        def truncate(self, size: int) -> int:
+            return file.truncate(size)
+
+    monkeypatch.setattr(writer, "_file", Full())
+    for step in (2, 3, 4):
+        writer.write({"step": step})
+    writer.write({"step": 5, "message": "a warning"})
+    assert writer.rewind(3, keep_warnings=True) == 4
+    monkeypatch.setattr(writer, "_file", file)
+    writer.write({"step": 4})
+    expected = [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 5, "message": "a warning"}, {"step": 4}]
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == expected
+    assert writer.rewind(1, keep_warnings=False) == 1
+    writer.close()
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == [{"step": 1}]
+
+
+def test_tensorboard_on_a_full_disk_is_given_up_until_a_rewind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[int] = []
+
+    class Writer:
+        def __init__(self, directory: str, purge_step: int):
+            written.append(-purge_step)
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            if step == 2:
+                raise OSError(28, "No space left on device")
+            written.append(step)
+
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    monkeypatch.setattr(tensorboard, "SummaryWriter", Writer)
+    board = TensorBoard(tmp_path, step=0)
+    for step in (1, 2, 3):
+        board.add({"loss": 1.0}, step)
+    board.rewind(1)
+    board.add({"loss": 1.0}, 4)
+    assert written == [-1, 1, -2, 4]
+    assert capsys.readouterr().err.count("cannot be written ([Errno 28] No space left on device)") == 1
 
 
 def test_milestones_are_checkpoints() -> None:
