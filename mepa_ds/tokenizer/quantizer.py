@@ -19,6 +19,7 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer import var_keys
+from mepa_ds.tokenizer.precision import full_fp32
 from mepa_ds.weights import load_strict, read_pretrained, read_state_dict
 
 KIND = "tokenizer"
@@ -123,7 +124,7 @@ class MultiScaleQuantizer(nn.Module):
 
         The operations and their order are VAR's: another grouping of the same sums can flip an argmin.
         """
-        with torch.autocast(latent_BCHW.device.type, enabled=False):
+        with torch.autocast(latent_BCHW.device.type, enabled=False), full_fp32():
             residual_BCHW = latent_BCHW.float().clone()
             tokens = []
             for k in range(self.schedule.num_scales):
@@ -143,7 +144,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def add_codes(self, f_hat_BCHW: Tensor, codes_BlC: Tensor, scale_index: int) -> Tensor:
         """The same for codes (B, l, C), which may be mixtures of codebook entries (smooth sampling)."""
-        with torch.autocast(f_hat_BCHW.device.type, enabled=False):
+        with torch.autocast(f_hat_BCHW.device.type, enabled=False), full_fp32():
             return f_hat_BCHW + self._up(codes_BlC, scale_index)
 
     def next_input(self, f_hat_BCHW: Tensor, scale_index: int) -> Tensor:

@@ -18,6 +18,7 @@ from mepa_ds.files import identity_of_weights
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer import var_keys
 from mepa_ds.tokenizer.layers import Decoder, Encoder
+from mepa_ds.tokenizer.precision import full_fp32
 from mepa_ds.tokenizer.quantizer import KIND, MultiScaleQuantizer
 from mepa_ds.weights import load_strict, read_pretrained, read_state_dict, save_pretrained
 
@@ -112,7 +113,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images (B, 3, H, H) in [-1, 1] to tokens (B, L) int64, scale after scale, each map row by row."""
-        return self.quantizer.tokens_of(self.latent(images_B3HW))
+        with full_fp32():
+            return self.quantizer.tokens_of(self.latent(images_B3HW))
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,42 @@ def test_a_tokenizer_cast_to_bf16() -> None:
     decoded = tokenizer.decode(tokens)
     assert decoded.dtype == torch.bfloat16
     torch.testing.assert_close(decoded.float(), rounded.decode(tokens), rtol=0, atol=0.1)
+
+
+PRECISIONS = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+
+
+@pytest.fixture(params=["default", "older switch", "newer switch"])
+def fast_products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a user may have set: nothing (TF32 convolutions), or also TF32 matrix products, in torch's two ways."""
+    before = [kind.fp32_precision for kind in PRECISIONS]
+    if request.param == "older switch":
+        torch.set_float32_matmul_precision("high")
+    elif request.param == "newer switch":
+        PRECISIONS[1].fp32_precision = "tf32"
+    yield
+    if request.param == "older switch":
+        torch.set_float32_matmul_precision("highest")
+    for kind, precision in zip(PRECISIONS, before, strict=True):
+        kind.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("fast_products")
+def test_what_decides_tokens_and_inputs_is_not_tf32() -> None:
+    """CPUs have no TF32: the test sees the switches that a GPU obeys, not its products."""
+    tokenizer, images = make_tokenizer(), torch.zeros(1, 3, 8, 8)
+    users, seen = [kind.fp32_precision for kind in PRECISIONS], []
+    assert users[0] == "tf32"
+    for layer in (tokenizer.encoder.conv_in, tokenizer.to_latent, *tokenizer.quantizer.phi):
+        layer.register_forward_pre_hook(lambda *_: seen.append([kind.fp32_precision for kind in PRECISIONS]))
+    tokens_BL = tokenizer.encode(images)
+    tokenizer.inputs_from_tokens(tokens_BL)
+    tokenizer.quantizer.f_hat_of(tokens_BL)
+    assert seen == [["ieee", "ieee"]] * (2 + 3 + 2 + 3)
+    assert [kind.fp32_precision for kind in PRECISIONS] == users
+    seen.clear()
+    tokenizer.quantizer(tokenizer.latent(images))  # training is as fast as the user lets it be
+    assert seen == [users] * (2 + 3)
 
 
 @pytest.mark.parametrize(
