@@ -186,7 +186,7 @@ class GuardConfig(Section):
     max_bad_steps: PositiveInt = 10
     """Steps with a gradient that is not finite are skipped; so many in a row: back to a checkpoint, on other images."""
     hang_timeout: Annotated[float, Field(gt=0)] | None = 480.0
-    """Seconds without a step (or a file of a checkpoint) after which a rank dumps all stacks and exits with 124."""
+    """Seconds without a step (or a tensor of a checkpoint) after which a rank dumps all stacks and exits with 124."""
 
 
 class PretrainConfig(Section):

@@ -25,6 +25,7 @@ from mepa_ds.engine.checkpoint_files import digest
 from mepa_ds.engine.fragment_store import Fragment, save_fragments
 
 Digests = dict[str, dict[str, Any]]
+_PROGRESS_KEY, _TOLD_EVERY_SECONDS = "checkpoint progress", 0.5
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,40 @@ class Staging:
         return buffer.copy_(source, non_blocking=True)
 
 
+class _Progress:
+    """Counts what all ranks do of a job, so that one that is done early sees that the others are not stuck.
+
+    The count is in the process group's store, since a collective would wait for the slow ones.
+    """
+
+    def __init__(self) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self._told = 0.0
+
+    def note(self) -> None:
+        """Something was done; told to the others twice a second at most."""
+        now = time.monotonic()
+        if now - self._told >= _TOLD_EVERY_SECONDS:
+            self._told = now
+            self._store.add(_PROGRESS_KEY, 1)
+
+    def count(self) -> int:
+        return self._store.add(_PROGRESS_KEY, 0)
+
+
 class BackgroundWriter:
     """One job at a time; its collectives run over a CPU group of their own, beside training's. Collective to make."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
-        self._phases_done = 0
+        self._progress = _Progress()
+
+    def note_progress(self) -> None:
+        """To be called within a job's `commit` and `before` whenever something is done, from the thread they run in."""
+        self._progress.note()
 
     def submit(
         self,
@@ -88,6 +115,8 @@ class BackgroundWriter:
 
         def job() -> None:
             begun = time.perf_counter()
+            if self._device.type == "cuda":  # a new thread's is the first GPU, which is another rank's
+                torch.cuda.set_device(self._device)
             error = self._write(fragments, temporary, commit, before)
             self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
 
@@ -95,14 +124,15 @@ class BackgroundWriter:
         self._thread.start()
 
     def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Returns when nothing is being written; until then calls `on_progress` whenever a phase of it is done."""
-        seen = self._phases_done
+        """Returns when nothing is being written; until then calls `on_progress` when any rank has done some of it."""
+        seen = -1
         while self._thread is not None:
             self._thread.join(1.0)
             if not self._thread.is_alive():
                 self._thread = None
-            if self._phases_done != seen:
-                seen = self._phases_done
+                on_progress()
+            elif (count := self._progress.count()) != seen:
+                seen = count
                 on_progress()
 
     def written(self) -> list[Written]:
@@ -119,11 +149,8 @@ class BackgroundWriter:
     ) -> str | None:
         try:
             self._on_main(lambda: _make_anew(temporary))
-            self._phases_done += 1
-            save_fragments(fragments, temporary, self._group)
-            self._phases_done += 1
+            save_fragments(fragments, temporary, self._group, self._progress.note)
             digests = self._gather_digests(temporary)
-            self._phases_done += 1
             if before is not None:
                 self._do_before(*before)
             self._on_main(lambda: commit(digests))
@@ -147,7 +174,6 @@ class BackgroundWriter:
         except _RemoteError as raised:
             error = str(raised)
         self._done.append(Written(what, error, 0.0, time.perf_counter() - begun))
-        self._phases_done += 1
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Runs `action` on the main rank; an error there is raised on all."""
@@ -165,7 +191,7 @@ class BackgroundWriter:
         """Size and digest of every rank's files, on every rank."""
         own: Digests | str
         try:
-            own = {path.name: digest(path) for path in temporary.glob(f"__{distributed.rank()}_*")}
+            own = {path.name: digest(path, self._progress.note) for path in temporary.glob(f"__{distributed.rank()}_*")}
         except OSError as error:
             own = f"rank {distributed.rank()}: {error}"
         gathered: list[Any] = [None] * distributed.world_size()

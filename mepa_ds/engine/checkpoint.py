@@ -50,7 +50,7 @@ class Checkpoints:
         self.directory = directory
         self._engine, self._keep, self._keep_every = engine, keep, keep_every
         self._staging = Staging()
-        self._writer = BackgroundWriter()
+        self._writer = BackgroundWriter(engine.device)
 
     def save(
         self,
@@ -73,7 +73,7 @@ class Checkpoints:
             directory, heldout_ce = best
             beside = directory.with_name(f".{directory.name}.tmp")
             shutil.rmtree(beside, ignore_errors=True)
-            files.convert_fragments(temporary, self._config, beside, MASTER, state.step)
+            files.convert_fragments(temporary, self._config, beside, MASTER, state.step, self._writer.note_progress)
             files.publish(beside, directory)
             state.best_heldout_ce = heldout_ce
 
@@ -93,8 +93,9 @@ class Checkpoints:
         temporary = directory.with_name(f".{directory.name}.tmp")
 
         def commit(_: Digests) -> None:
-            files.convert_fragments(temporary, self._config, temporary / "weights", kind, step)
-            files.publish(temporary / "weights", directory)
+            weights = temporary / "weights"
+            files.convert_fragments(temporary, self._config, weights, kind, step, self._writer.note_progress)
+            files.publish(weights, directory)
             shutil.rmtree(temporary)
 
         self._writer.submit(directory.name, lambda: self._stage((kind,)), temporary, commit, on_progress)

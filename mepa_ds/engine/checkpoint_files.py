@@ -114,8 +114,8 @@ def complete(directory: Path, state: RunState, digests: dict[str, dict[str, Any]
     write_json(directory / MANIFEST_NAME, {"files": digests})
 
 
-def digest(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+def digest(path: Path, on_progress: Callable[[], object] = lambda: None) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_file(path, lambda _: on_progress())}
 
 
 def find_damage(
@@ -205,7 +205,14 @@ def step_of_weights(directory: Path) -> int | None:
         return None
 
 
-def convert_fragments(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
+def convert_fragments(
+    fragments: Path,
+    config: ModelConfig,
+    directory: Path,
+    kind: str,
+    step: int,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
     """Fragments of at least `kind` and the buffers -> the Hugging Face layout, with a note of the step."""
     from mepa_ds.models.transformer import NextScaleTransformer
 
@@ -214,7 +221,7 @@ def convert_fragments(fragments: Path, config: ModelConfig, directory: Path, kin
     parameters = {name for name, _ in model.named_parameters()}
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     sources = {name: f"{kind if name in parameters else BUFFER}/{TRANSFORMER}{name}" for name in shapes}
-    flat = read_tensors(fragments, sources.values())
+    flat = read_tensors(fragments, sources.values(), on_progress)
     weights = {name: flat[source].view(shapes[name]) for name, source in sources.items()}
     save_pretrained(directory, config, weights, KIND)
     write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})

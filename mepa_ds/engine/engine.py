@@ -75,6 +75,7 @@ class PretrainEngine:
     """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine)."""
 
     def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device):
+        self.device = device
         deepspeed_logger.setLevel(logging.ERROR)
         # On a CPU the shared-memory op would be compiled at start (33 s), and crash without g++.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -58,9 +58,9 @@ class Fragment:
 class _SavePlanner(DefaultSavePlanner):
     """Plans one chunk a fragment; DCP itself sees plain 1-D tensors."""
 
-    def __init__(self, fragments: dict[str, Fragment]):
+    def __init__(self, fragments: dict[str, Fragment], on_progress: Callable[[], None]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._fragments = fragments
+        self._fragments, self._on_progress = fragments, on_progress
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -76,6 +76,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
+        self._on_progress()  # one tensor after the other is looked up and written
         # DCP copies a tensor that is a part of a larger storage, and keeps all copies until the end. The way through
         # NumPy gives the same memory a storage of its own.
         return torch.from_numpy(self._fragments[index.fqn].data.numpy())
@@ -153,13 +154,16 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup | None = None) -> None:
+def save_fragments(
+    fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup, on_progress: Callable[[], None]
+) -> None:
     """Writes every rank's fragments, fsynced. Collective over `group`, a CPU group of all ranks."""
     named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
         {name: fragment.data for name, fragment in named.items()},
-        storage_writer=_Writer(directory, sync_files=True),
-        planner=_SavePlanner(named),
+        # No copying ahead: the tensors are on the CPU, and DCP would wait for a stream of the current GPU nonetheless.
+        storage_writer=_Writer(directory, sync_files=True, per_thread_copy_ahead=0),
+        planner=_SavePlanner(named, on_progress),
         process_group=group,
     )
 
@@ -199,7 +203,9 @@ def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
     return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 
-def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
+def read_tensors(
+    directory: Path, names: Iterable[str], on_progress: Callable[[], None] = lambda: None
+) -> dict[str, Tensor]:
     """The named tensors, flat, in one process and without any process group."""
     stored = stored_tensors(directory)
     if lost := [name for name in names if name not in stored]:
@@ -210,5 +216,5 @@ def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
         )
         for name in names
     ]
-    load_fragments(whole, directory, alone=True)
+    load_fragments(whole, directory, alone=True, on_progress=on_progress)
     return {fragment.name: fragment.data for fragment in whole}

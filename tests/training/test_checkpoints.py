@@ -12,15 +12,19 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import filesystem
 
 from mepa_ds import distributed
 from mepa_ds.cli import checkpoint as cli
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.engine import checkpoint_files
+from mepa_ds.engine import checkpoint_files, fragment_store
+from mepa_ds.engine.background_writer import BackgroundWriter
 from mepa_ds.engine.checkpoint_files import (
     RunState,
     checkpoint_name,
@@ -237,10 +241,10 @@ def fail_to_write_the_best_weights_of_step_4() -> None:
     """Runs in each rank's process before the run."""
     original = checkpoint_files.convert_fragments
 
-    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
+    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int, *others: Any) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
-        original(fragments, config, directory, kind, step)
+        original(fragments, config, directory, kind, step, *others)
 
     checkpoint_files.convert_fragments = convert
 
@@ -403,6 +407,57 @@ def test_half_written_and_half_deleted_directories_are_never_checkpoints(tmp_pat
     clean(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == [".config.tmp", ".venv.old", "best", "last", checkpoint_name(4)], "only ours; `last` is back"
+
+
+def write_slowly() -> None:
+    """Runs in each rank's process before the run: rank 1 takes its time to write, rank 0 to export."""
+    write, look_up = filesystem._write_item, fragment_store._LoadPlanner.lookup_tensor
+    rank = distributed.read_launch().rank
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(0.08 if rank == 1 else 0)
+        return write(*arguments)
+
+    def slow_look_up(*arguments: Any) -> torch.Tensor:
+        time.sleep(0.12 if rank == 0 else 0)
+        return look_up(*arguments)
+
+    filesystem._write_item = slow_write
+    fragment_store._LoadPlanner.lookup_tensor = slow_look_up  # type: ignore[method-assign]
+
+
+def test_the_watchdog_spares_what_is_slow_but_moves(folder: Path) -> None:
+    """Each phase takes longer than hang_timeout, on one rank only: the other waits for it, and is not stuck either."""
+    settings = ["train.steps=1", "guards.hang_timeout=4", "data.heldout_tokens=null", "optim.ema=null"]
+    log = folder / "slow.log"
+    with Ranks(arguments(folder, "slow", *settings), 2, log, write_slowly) as ranks:
+        assert ranks.wait() == [0, 0], log.read_text()
+    written = [r for r in read_metrics(folder / "slow/metrics.jsonl") if r["event"] == "written"]
+    assert [record["what"] for record in written] == [checkpoint_name(1), "last"]
+    assert all(record["write_seconds"] > 4 for record in written)
+
+
+def test_what_is_on_the_cpu_is_written_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP's loader for GPUs would use the current one, in our thread the first: another rank's."""
+
+    def touched(*arguments: Any) -> None:
+        raise AssertionError("a GPU is used")
+
+    current: list[tuple[torch.device, str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", touched)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append((device, current_thread().name)))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        writer = BackgroundWriter(torch.device("cuda", 1))
+        fragment = Fragment("master/a", 5, 0, torch.arange(5.0))
+        writer.submit("a", lambda: [fragment], tmp_path / "a", lambda digests: None, lambda: None)
+        writer.wait()
+    finally:
+        dist.destroy_process_group()
+    assert [written.error for written in writer.written()] == [None]
+    assert read_tensors(tmp_path / "a", ["master/a"])["master/a"].tolist() == [0, 1, 2, 3, 4]
+    assert current == [(torch.device("cuda", 1), "checkpoint")]
 
 
 class _Harmful:
