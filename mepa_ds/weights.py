@@ -8,7 +8,9 @@ from __future__ import annotations
 import difflib
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +26,10 @@ from mepa_ds.files import atomic_path, write_json
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _NESTS = ("state_dict", "model")
+# What DistributedDataParallel and torch.compile put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
 _MAX_NAMED = 5
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -36,7 +41,8 @@ def read_state_dict(source: Path | str | Mapping[str, Tensor], prefix: str = "")
     Args:
         source: a state dict in memory, a `.safetensors` file, a directory in Hugging Face's layout
             (`model.safetensors`, or shards with their index), or a file of `torch.save`. A checkpoint that holds
-            its state dict under "state_dict" or "model" is opened one level deep.
+            its state dict under "state_dict" or "model" is opened one level deep. Where every name begins with
+            "module." or "_orig_mod.", the wrappers' prefixes, these are taken off.
         prefix: read only the tensors whose names start with it.
 
     Raises:
@@ -55,28 +61,41 @@ def read_state_dict(source: Path | str | Mapping[str, Tensor], prefix: str = "")
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
+    remedy = "Give what torch.save made of `model.state_dict()`, or safetensors"
+    return _plain(read_torch_file(path, remedy), str(path))
+
+
+def read_torch_file(path: Path, remedy: str) -> Any:
+    """What `torch.save` wrote, on the CPU; classes and functions in it are refused, not executed.
+
+    Raises:
+        UserError: no such file, a damaged one, or one with more than plain values and tensors.
+    """
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on pickle protocols that torch.save does not use
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except pickle.UnpicklingError as error:
+        # torch's own text says how to read the file unsafely.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"it holds {refused[1]}" if refused else "it holds something else"
         raise UserError(
-            f"{path}: not a plain state dict of tensors, so it was refused and nothing in it was executed ({reason}). "
-            "Save `model.state_dict()` with torch.save, or use safetensors"
+            f"{path}: not a plain state dict of tensors ({held}), so it was refused and nothing in it was executed. "
+            f"{remedy}"
         ) from error
-    return _plain(data, str(path))
+    except Exception as error:  # damaged bytes raise almost anything: struct.error, IndexError, AssertionError, ...
+        raise UserError(f"{path}: damaged, or not a file of torch.save ({type(error).__name__}). {remedy}") from error
 
 
 def _plain(data: Any, where: str) -> dict[str, Tensor]:
     """The mapping of names to tensors in `data`, or one level below it."""
     if isinstance(data, Mapping):
-        if data and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in data.items()):
-            return dict(data)
-        for nest in _NESTS:
-            inner = data.get(nest)
-            if isinstance(inner, Mapping) and inner and all(isinstance(value, Tensor) for value in inner.values()):
-                return dict(inner)
+        for inner in (data, *(data.get(nest) for nest in _NESTS)):
+            if isinstance(inner, Mapping) and inner and all(map(_is_named_tensor, inner.items())):
+                start = len(_wrapper_of(inner))
+                return {name[start:]: tensor for name, tensor in inner.items()}
         found = ", ".join(repr(key) for key in list(data)[:_MAX_NAMED]) or "nothing"
     else:
         found = type(data).__name__
@@ -86,10 +105,25 @@ def _plain(data: Any, where: str) -> dict[str, Tensor]:
     )
 
 
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+def _wrapper_of(names: Collection[str]) -> str:
+    """The prefix of wrappers, one in the other, that all names begin with."""
+    for wrapper in _WRAPPERS if names else ():
+        if all(name.startswith(wrapper) for name in names):
+            return wrapper + _wrapper_of([name.removeprefix(wrapper) for name in names])
+    return ""
+
+
 def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+            names = list(file.keys())
+            wrapper = _wrapper_of(names)
+            wanted = [name for name in names if name.startswith(wrapper + prefix)]
+            return {name.removeprefix(wrapper): file.get_tensor(name) for name in wanted}
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
     except SafetensorError as error:
@@ -154,9 +188,9 @@ def load_strict(
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {_listing([_with_match(name, unexpected) for name in missing])}")
+        problems.append(f"{len(missing)} missing: {_listing([with_match(name, unexpected) for name in missing])}")
     if unexpected:
-        near = [_with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
+        near = [with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
         problems.append(f"{len(unexpected)} unexpected: {_listing(near)}")
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {_listing(mismatched)}")
@@ -170,7 +204,8 @@ def _listing(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
-def _with_match(name: str, candidates: Sequence[str]) -> str:
+def with_match(name: str, candidates: Sequence[str]) -> str:
+    """The name, and the candidate that looks most like it."""
     near = difflib.get_close_matches(name, candidates[:2000], n=1)
     return f"{name} (nearest: {near[0]})" if near else name
 
@@ -194,7 +229,7 @@ def save_pretrained(
     for file_name, names in plan.filename_to_tensors.items():
         write_safetensors(directory / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
     for old in directory.glob("model*.safetensors"):
-        if old.name not in plan.filename_to_tensors:
+        if _OURS.fullmatch(old.name) and old.name not in plan.filename_to_tensors:
             old.unlink()
     if plan.is_sharded:
         write_json(directory / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})

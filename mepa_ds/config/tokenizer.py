@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -9,9 +10,22 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section, validate
+from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
 
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def checked_sides(scales: Sequence[int], where: str) -> list[int]:
+    """Scales that a caller gave, as plain integers.
+
+    Raises:
+        UserError: not a sequence of integers. (Whether they make a schedule is `ScaleSchedule`'s to say.)
+    """
+    try:
+        return [operator.index(side) for side in scales]
+    except TypeError as error:
+        raise UserError(f"{where}: scales: expected sides such as (1, 2, 3, 4), got {scales!r}") from error
 
 
 class TokenizerConfig(Section):
@@ -45,10 +59,10 @@ class TokenizerConfig(Section):
 
     def with_scales(self, scales: Sequence[int] | None, where: str) -> TokenizerConfig:
         """The same weights for another schedule (None: this one). `where` begins the message of a UserError."""
-        if scales is None or tuple(scales) == self.scales:
+        if scales is None or (sides := checked_sides(scales, where)) == list(self.scales):
             return self
         # One phi a scale was trained for the old schedule: the new one shares them by their ticks.
-        changed = {**self.model_dump(), "scales": list(scales), "num_phi": self.num_phi or len(self.scales)}
+        changed = {**self.model_dump(), "scales": sides, "num_phi": self.num_phi or len(self.scales)}
         return validate(TokenizerConfig, changed, where)
 
     @property

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.models.attention import KVCache, SelfAttention
 from mepa_ds.models.feed_forward import FeedForward
@@ -126,7 +127,7 @@ class NextScaleTransformer(nn.Module):
         """A freshly initialised model of a named size, for instance "var-d16" or "mepa-d16-iso"."""
         values: dict[str, object] = {"preset": preset, "num_classes": num_classes, **overrides}
         if scales is not None:
-            values["scales"] = list(scales)
+            values["scales"] = checked_sides(scales, "model")
         return cls(validate(ModelConfig, values, "model"))
 
     @classmethod
@@ -135,7 +136,7 @@ class NextScaleTransformer(nn.Module):
         if not Path(path).is_dir():
             return cls.from_var(path, scales=scales)
         model = cls.load(path)
-        if scales is not None and tuple(scales) != model.config.scales:
+        if scales is not None and checked_sides(scales, str(path)) != list(model.config.scales):
             raise UserError(f"scales: {path} was trained with {list(model.config.scales)}, and has no other")
         return model
 

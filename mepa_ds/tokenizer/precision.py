@@ -14,7 +14,8 @@ def full_fp32() -> Iterator[None]:
 
     cuDNN's convolutions are TF32 by default, and a rounded distance is another token. Costs some microseconds.
     """
-    convolution, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul = torch.backends.cuda.matmul
     conv_before, matmul_before = convolution.fp32_precision, matmul.fp32_precision
     # torch refuses to run products that its older and its newer switch disagree on, and the older one sets both.
     try:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from mepa_ds.config.base import validate
-from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
-from mepa_ds.weights import size_in
+from mepa_ds.weights import size_in, with_match
 
 # What VAR's names begin with -> what ours begin with. Phi is stored in three ways, by how it is shared.
 KEY_TABLE = (
@@ -29,9 +29,21 @@ _CODEBOOK = "quantize.embedding.weight"
 USAGE_KEY = "quantize.ema_vocab_hit_SV"
 
 
+# Behind a name that would otherwise be taken for ours, or for the second one of a tensor.
+OUTSIDE = " (not in VAR's layout)"
+
+
 def translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames VAR's keys to ours. Keys outside the table keep their names, to be reported as unexpected."""
-    return {_renamed(name, KEY_TABLE): tensor for name, tensor in state.items() if name != USAGE_KEY}
+    translated: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        known = name.startswith(tuple(theirs for theirs, _ in KEY_TABLE))
+        ours = _renamed(name, KEY_TABLE) if known else name
+        if ours in translated or (not known and name.startswith(tuple(ours for _, ours in KEY_TABLE))):
+            ours = name + OUTSIDE
+        if name != USAGE_KEY:
+            translated[ours] = tensor
+    return translated
 
 
 def names_in(state: Mapping[str, Tensor]) -> Callable[[str], str]:
@@ -41,7 +53,7 @@ def names_in(state: Mapping[str, Tensor]) -> Callable[[str], str]:
         if not theirs.startswith(_PHI) or any(name.startswith(theirs) for name in state):
             inverse.setdefault(ours, theirs)
     table = sorted(inverse.items(), key=lambda row: -len(row[0]))
-    return lambda name: _renamed(name, table)
+    return lambda name: name if name.endswith(OUTSIDE) else _renamed(name, table)
 
 
 def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
@@ -60,7 +72,7 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
     if _CODEBOOK not in state:
         some = ", ".join(list(state)[:3])
         raise UserError(
-            f"{where}: not a VAR tokenizer: no key {_CODEBOOK!r} (found {some}, ...). "
+            f"{where}: not a VAR tokenizer: no key {with_match(_CODEBOOK, list(state))} among {some}, ... "
             "Expected a state dict such as vae_ch160v4096z32.pth"
         )
     default = TokenizerConfig()
@@ -72,6 +84,7 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
                 "say which, as in scales=(1, 2, 3, 4)"
             )
         scales = default.scales
+    sides = checked_sides(scales, where)
 
     def size(*places: tuple[str, int, int]) -> int:
         return size_in(state, places, where)
@@ -88,7 +101,7 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
             size((f"{block}.conv1.weight", 4, 0), (f"{block}.norm2.weight", 1, 0), (f"{block}.conv2.weight", 4, 0))
         )
     sizes = {
-        "scales": list(scales),
+        "scales": sides,
         "codebook_size": size((_CODEBOOK, 2, 0), (USAGE_KEY, 2, 1)),
         "code_width": size(
             ("quant_conv.weight", 4, 0), ("post_quant_conv.weight", 4, 0), ("encoder.conv_out.weight", 4, 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,56 @@ def test_the_one_tensor_at_fault_is_named_as_in_the_file(
     torch.save({name: tensor for name, tensor in state.items() if tensor is not None}, tmp_path / "var.pth")
     with pytest.raises(UserError, match=r"var\.pth: the weights do not fit the model; [^;]*" + message):
         NextScaleTransformer.from_var(tmp_path / "var.pth", scales=SCALES)
+
+
+def without(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+
+def test_a_file_without_its_last_blocks_is_no_shallower_model() -> None:
+    state = without(fixture_state("tiny_var_adaln"), "blocks.1.")
+    with pytest.raises(UserError, match=r"do not fit the model; without block 1: a VAR .* of width 128 has 2 blocks"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+def test_blocks_beyond_the_depth_are_unexpected() -> None:
+    state = {**fixture_state("tiny_var_adaln"), "blocks.5.ffn.fc1.bias": torch.zeros(512)}
+    with pytest.raises(UserError, match=r"fit the model; 1 unexpected: blocks\.5\.ffn\.fc1\.bias \(nearest: [^;]*$"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+@pytest.mark.parametrize("name", ["head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC"])
+def test_a_tensor_that_sizes_are_read_off_is_missing(name: str) -> None:
+    state = fixture_state("tiny_var_adaln")
+    state[f"{name}s"] = state.pop(name)
+    with pytest.raises(UserError, match=rf"not a VAR transformer's state dict; without {name} \(nearest: {name}s\)$"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+def test_names_of_ours_in_the_file_do_not_replace_the_official_ones() -> None:
+    ours = "blocks.0.attention.qkv.weight"
+    state = {**fixture_state("tiny_var_adaln"), ours: torch.zeros(384, 128)}
+    with pytest.raises(UserError, match=r"1 unexpected: blocks\.0\.attention\.qkv\.weight \(not in VAR's layout\)"):
+        NextScaleTransformer.from_var(state, scales=SCALES)
+
+
+def test_weights_that_a_wrapper_saved(tmp_path: Path) -> None:
+    state = fixture_state("tiny_var_adaln")
+    torch.save({"module." + name: tensor for name, tensor in state.items()}, tmp_path / "ddp.pth")
+    found = NextScaleTransformer.from_var(tmp_path / "ddp.pth", scales=SCALES)
+    assert torch.equal(found.head.weight, state["head.weight"])
+
+
+@pytest.mark.parametrize("scales", [5, ("1", 2), (1.0, 2), "1234", [None]])
+def test_scales_that_are_none(tmp_path: Path, scales: Any) -> None:
+    message = r"scales: expected sides such as \(1, 2, 3, 4\), got "
+    with pytest.raises(UserError, match=message):
+        NextScaleTransformer.from_var(fixture_state("tiny_var_adaln"), scales=scales)
+    with pytest.raises(UserError, match=message):
+        NextScaleTransformer.from_preset("var-d2", scales=scales)
+    NextScaleTransformer.from_var(fixture_state("tiny_var_adaln"), scales=SCALES).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message):
+        NextScaleTransformer.open(tmp_path, scales)
 
 
 def test_sizes_that_no_tensor_tells() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,32 @@ class TestBadWeights:
             Tokenizer.from_var(fixture_state("tiny_var_adaln"))
         with pytest.raises(UserError, match=r"key 'encoder\.conv_in\.weight' is missing"):
             Tokenizer.from_var({"quantize.embedding.weight": torch.zeros(4, 2)})
+
+    def test_the_codebook_under_another_name(self) -> None:
+        state = fixture_state("tiny_vae")
+        state["quantize.embeding.weight"] = state.pop("quantize.embedding.weight")
+        with pytest.raises(
+            UserError, match=r"no key quantize\.embedding\.weight \(nearest: quantize\.embeding\.weight\)"
+        ):
+            Tokenizer.from_var(state, scales=TINY_SCALES)
+
+    @pytest.mark.parametrize(
+        ("name", "shape"),
+        [("quantizer.codebook.weight", (64, 8)), ("to_latent.bias", (8,)), ("quantize.quant_resi.1.bias", (8,))],
+    )
+    def test_names_that_would_replace_an_official_tensor(self, name: str, shape: tuple[int, ...]) -> None:
+        state = fixture_state("tiny_vae")
+        for with_it in ({name: torch.zeros(shape), **state}, {**state, name: torch.zeros(shape)}):
+            with pytest.raises(UserError, match=r"1 unexpected: [a-z_.0-9]* \(not in VAR's layout\)"):
+                Tokenizer.from_var(with_it, scales=TINY_SCALES)
+
+    @pytest.mark.parametrize("scales", [5, ("1", 2), [2.0]])
+    def test_scales_that_are_none(self, tiny: Tokenizer, tmp_path: Path, scales: Any) -> None:
+        tiny.save_pretrained(tmp_path)
+        for source in (fixture_state("tiny_vae"), tmp_path):
+            read = Tokenizer.load if isinstance(source, Path) else Tokenizer.from_var
+            with pytest.raises(UserError, match=r"scales: expected sides such as \(1, 2, 3, 4\), got "):
+                read(source, scales=scales)  # type: ignore[operator]
 
     def test_pickle(self, tmp_path: Path) -> None:
         torch.save({"quantize.embedding.weight": Path("x")}, tmp_path / "vae.pth")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -68,6 +71,48 @@ def test_a_pickle_with_more_than_tensors_is_refused_and_not_executed(tmp_path: P
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(("protocol", "held"), [(2, r"argparse\.Namespace"), (4, "something else")])
+def test_a_refusal_names_what_the_file_holds_and_no_unsafe_way(tmp_path: Path, protocol: int, held: str) -> None:
+    data = {"weight": torch.zeros(2), "args": argparse.Namespace(lr=1)}
+    torch.save(data, tmp_path / "w.pth", pickle_protocol=protocol)
+    with pytest.raises(UserError, match=rf"w\.pth: not a plain state dict of tensors \(it holds {held}\)") as error:
+        weights.read_state_dict(tmp_path / "w.pth")
+    assert not re.search(r"weights_only|\x1b", str(error.value))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_damaged_file_is_one_message(tmp_path: Path, zipped: bool) -> None:
+    """Cut anywhere, or with some bytes changed: torch raises a dozen kinds of errors."""
+    path, random = tmp_path / "w.pth", np.random.default_rng(0)
+    torch.save(toy_state(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for _ in range(300):
+        data = bytearray(whole)
+        if random.random() < 0.3:
+            del data[int(random.integers(len(whole))) :]
+        for place in random.integers(len(data), size=4) if data else ():
+            data[place] = random.integers(256)
+        path.write_bytes(data)
+        try:
+            weights.read_state_dict(path)  # the values may be damaged alone
+        except UserError as error:
+            assert re.match(r".*w\.pth: (not a plain state dict of tensors|damaged, or not a)", str(error))  # noqa: PT017
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "_orig_mod.module."])
+def test_the_prefixes_of_wrappers_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+    state = toy_state()
+    wrapped = {wrapper + name: tensor for name, tensor in state.items()}
+    torch.save({"model": wrapped}, tmp_path / "w.pth")
+    save_file(wrapped, tmp_path / "w.safetensors")
+    for source in (tmp_path / "w.pth", tmp_path / "w.safetensors", wrapped):
+        assert_same(weights.read_state_dict(source), state)
+        assert_same(weights.read_state_dict(source, prefix="b."), {"b.weight": state["b.weight"]})
+    mixed = {**wrapped, "c.bias": torch.zeros(1)}
+    assert_same(weights.read_state_dict(mixed), mixed)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 1}, {"a": {"b": torch.zeros(1)}}, {}, {3: torch.zeros(1)}])
 def test_other_contents_are_named(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
@@ -121,8 +166,10 @@ def test_pretrained_round_trip_in_one_file_and_in_shards(tmp_path: Path) -> None
         {name: value for name, value in state.items() if name.startswith("a.")},
     )
 
+    (tmp_path / "model_ema.safetensors").touch()  # not ours: it stays
     weights.save_pretrained(tmp_path, config, state, "toy")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "model.safetensors", "model_ema.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert_same(weights.read_pretrained(tmp_path, ToyConfig, "toy")[1], state)
     assert weights.read_kind(tmp_path) == "toy"
 
