@@ -128,10 +128,12 @@ class Job:
 def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     """Writes one part of a set; returns the index if the set is now complete."""
     options.check()
+    scratch = options.out / SCRATCH_NAME
     if (finished := _finished(reader, options)) is not None:
         print(f"{options.out}: finished already, from the same files")
+        if scratch.exists():  # of a build that was killed after its index was written
+            shutil.rmtree(scratch)
         return finished
-    scratch = options.out / SCRATCH_NAME
     source = reader.open(scratch if options.num_parts == 1 else None)
     if len(source) == 0:
         raise UserError(f"{source.name}: no images found")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from data_tools.build_shards import DEFAULT_WORKERS
 from data_tools.pool import unordered_map
+from data_tools.readers.text_lines import read_lines
 from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
@@ -34,8 +35,8 @@ from mepa_ds.data.index import (
     table_path,
     write_table,
 )
-from mepa_ds.data.remote import RemoteShards, fetch, is_remote
-from mepa_ds.data.tar import scan_tar
+from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, fetch, is_remote
+from mepa_ds.data.tar import few, scan_tar
 from mepa_ds.data.writer import PLAN_NAME, finish_index, read_npy_header, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
@@ -96,25 +97,28 @@ class Scan:
 
     def __call__(self) -> ShardIndex:
         out, urls = self._places()
+        classes = () if self.classes is None else tuple(read_lines(self.classes, "--classes"))
         _check_foreign(out)
+        if is_remote(self.shards):
+            _check_near(out)
         names = [url.rpartition("/")[2].partition(" ")[0] for url in urls]
         if len(set(names)) < len(names):
             raise UserError(f"{self.shards}: two shards have one file name; a set needs different names")
         out.mkdir(parents=True, exist_ok=True)
         scan = partial(_scan_shard, out)
+        places = list(zip(urls, names, strict=True))
         found = {
-            entry_.name: (entry_, members)
-            for entry_, members in tqdm(
-                unordered_map(scan, list(zip(urls, names, strict=True)), self.workers), "scanning", len(names)
-            )
+            shard.entry.name: shard
+            for shard in tqdm(unordered_map(scan, places, self.workers), "scanning", len(places))
         }
         members: dict[str, Member] = {}
-        for _, shard_members in found.values():
-            members.update(shard_members)
-        classes = () if self.classes is None else tuple(self.classes.read_text().splitlines())
+        for shard in found.values():
+            members.update(shard.members)
+        if ignored := [name for shard in found.values() for name in shard.ignored]:
+            print(f"{self.shards}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
         index = ShardIndex(
             kind="images",
-            shards=tuple(found[name][0] for name in names),
+            shards=tuple(found[name].entry for name in names),
             members=members,
             classes=classes,
             made_by=_FOREIGN,
@@ -160,18 +164,33 @@ def _check_foreign(directory: Path) -> None:
         )
 
 
-def _scan_shard(out: Path, place: tuple[str, str]) -> tuple[ShardEntry, dict[str, Member]]:
+def _check_near(directory: Path) -> None:
+    """Refuses to put the index of remote shards over a set that lies here."""
+    indexed = any((directory / name).exists() for name in (INDEX_NAME, PLAN_NAME))
+    if (indexed and not (directory / REMOTE_NAME).exists()) or any(directory.glob("*.tar")):
+        raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
+
+
+@dataclass(frozen=True)
+class _Scanned:
+    entry: ShardEntry
+    members: dict[str, Member]
+    ignored: tuple[str, ...] = ()
+    """Members that belong to no sample; not known of shards whose table was there already."""
+
+
+def _scan_shard(out: Path, place: tuple[str, str]) -> _Scanned:
     url, name = place
     known = read_description(out / name) if not is_remote(url) else None
     if known is not None and known[0].sha256:
-        return known
+        return _Scanned(*known)
     if not is_remote(url):
         return _describe(out / name, out / name)
     with tempfile.TemporaryDirectory() as temporary:
         return _describe(fetch(url, Path(temporary) / name), out / name)
 
 
-def _describe(path: Path, shard: Path) -> tuple[ShardEntry, dict[str, Member]]:
+def _describe(path: Path, shard: Path) -> _Scanned:
     """Reads a tar's headers and writes its table beside `shard`."""
     table = scan_tar(path)
     members: dict[str, Member] = {}
@@ -190,7 +209,7 @@ def _describe(path: Path, shard: Path) -> tuple[ShardEntry, dict[str, Member]]:
         keys_sha256=keys_digest(table),
     )
     write_table(shard, table, entry_, members)
-    return entry_, members
+    return _Scanned(entry_, members, table.ignored)
 
 
 @dataclass(frozen=True)
@@ -207,9 +226,8 @@ class Remote:
     def __call__(self) -> ShardIndex:
         if not is_remote(self.url):
             raise UserError(f"{self.url}: is no URL; a local set is used where it lies")
-        with tempfile.TemporaryDirectory() as temporary:
-            path = fetch(self._url(INDEX_NAME), Path(temporary) / INDEX_NAME)
-            index = validate(ShardIndex, json.loads(path.read_text()), self._url(INDEX_NAME))
+        _check_near(self.out)
+        index = self._index()
         (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
         companions = [table_path(self.out / shard.name) for shard in index.shards]
         codec = index.made_by.settings.get("codec")
@@ -221,6 +239,16 @@ class Remote:
         self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
         index.write(self.out)
         return index
+
+    def _index(self) -> ShardIndex:
+        url = self._url(INDEX_NAME)
+        with tempfile.TemporaryDirectory() as temporary:
+            data = fetch(url, Path(temporary) / INDEX_NAME).read_bytes()
+        try:
+            content = json.loads(data)
+        except ValueError as error:  # such as the page that a web server shows for what it does not have
+            raise UserError(f"{url}: is no index but {data[:40]!r}...; check the address of the set") from error
+        return validate(ShardIndex, content, url)
 
     def _url(self, name: str) -> str:
         return self.url.replace("{}", name) if "{}" in self.url else f"{self.url.rstrip('/')}/{name}"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex, keys_digest, read_table, table_path
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, parse_label
-from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
+from mepa_ds.data.tar import DamagedError, SampleTable, label_number, scan_tar
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.writer import read_npy_header
 from mepa_ds.files import sha256_of_file
@@ -78,6 +78,8 @@ def _same_table(path: Path, table: SampleTable) -> bool:
         return False
     if stored.extensions != table.extensions or len(stored) != len(table):
         return False
+    if len(table) == 0:  # all its images were left out: no columns either
+        return True
     if stored.labels_N is not None and not (stored.labels_N == _labels(path, table)).all():
         return False
     pairs = ((stored.keys_N, table.keys_N), (stored.offsets_NM, table.offsets_NM), (stored.sizes_NM, table.sizes_NM))
@@ -91,8 +93,8 @@ def _labels(path: Path, table: SampleTable) -> NDArray[np.int64]:
     with open(path, "rb") as file:
         for offset, size in zip(table.offsets_NM[:, column], table.sizes_NM[:, column], strict=True):
             file.seek(int(offset))
-            text = file.read(max(int(size), 0)).strip()
-            labels.append(int(text) if text.isdigit() else -1)
+            label = label_number(file.read(max(int(size), 0)))
+            labels.append(-1 if label is None else label)
     return np.array(labels, np.int64)
 
 

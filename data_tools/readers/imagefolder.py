@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.tar import DamagedError, printable
+from mepa_ds.data.tar import DamagedError, few, printable
 from mepa_ds.errors import UserError
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
@@ -23,32 +23,52 @@ class ImageFolder:
     def open(self, scratch: Path | None) -> ImageFolderSource:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
-        classes = sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        _, classes, left_out = next(os.walk(self.root, onerror=_unreadable))
+        classes.sort()
         if not classes:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
         files, labels, empty = list[str](), list[int](), list[str]()
         for label, name in enumerate(classes):
-            found = sorted(_images_below(self.root, name))
+            found = sorted(_images_below(self.root, name, left_out))
             files += found
             labels += [label] * len(found)
             if not found:
                 empty.append(name)
+        if left_out:
+            print(
+                f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, or links to "
+                f"what is listed already ({few(left_out)})"
+            )
         if empty:
-            shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
             raise UserError(
-                f"--root: {self.root}: {len(empty)} class folders have no images ({shown}); "
+                f"--root: {self.root}: {len(empty)} class folders have no images ({few(empty)}); "
                 "fill or remove them: leaving them out silently would shift the labels"
             )
         return ImageFolderSource(self.root, tuple(classes), files, labels)
 
 
-def _images_below(root: Path, name: str) -> list[str]:
-    """Paths of image files under a class folder, relative to the root."""
-    found = []
-    for folder, _, files in os.walk(root / name, followlinks=True):
-        relative = os.path.relpath(folder, root)
-        found += [f"{relative}/{file}" for file in files if file.rpartition(".")[2].lower() in EXTENSIONS]
+def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
+    """Paths of image files under a class folder, relative to the root. Links are followed, but not round and round."""
+    found = list[str]()
+    seen = {root.resolve(), *root.resolve().parents}
+    for folder, folders, files in os.walk(root / name, onerror=_unreadable, followlinks=True):
+        folders.sort()  # of two links to one folder the same is taken on every file system
+        relative, real = os.path.relpath(folder, root), Path(folder).resolve()
+        if real in seen:
+            left_out.append(f"{relative}/")
+            folders.clear()
+            continue
+        seen.add(real)
+        for file in sorted(files):
+            images = found if file.rpartition(".")[2].lower() in EXTENSIONS else left_out
+            images.append(f"{relative}/{file}")
     return found
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"--root: {error.filename}: cannot be read: {error.strerror}; its images would be missing"
+    ) from error
 
 
 class ImageFolderSource:

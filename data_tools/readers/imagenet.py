@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import csv
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_tools.readers.tar_members import TarMembers
+from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.tar import iterate_members, iterate_members_within
 from mepa_ds.errors import UserError
+
+_SYNSET, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"\d{1,9}")
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,31 @@ class ImageNet:
     tar: Path
     """The archive as downloaded: it is read in place, nothing is unpacked."""
     labels: Path | None = None
-    """Of the validation images, either a synset a line in the order of the file names, or LOC_val_solution.csv, or the
+    """Of the validation images, either a synset a line in the order of the file names, or a name and a synset a line
+    such as LOC_val_solution.csv, or names and class numbers from 0 such as Caffe's val.txt (with --classes), or the
     devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it."""
     classes: Path | None = None
-    """For validation images of some classes only: text file of all synsets, one a line in the order of the labels, or
-    the shard set of the training images. By default the classes are those that the labels name."""
+    """For validation images of some classes only, or labelled by number: text file of all synsets, one a line in the
+    order of the labels, or the shard set of the training images. By default the classes are those that the labels
+    name."""
 
     def open(self, scratch: Path | None) -> TarMembers:
         if not self.tar.is_file():
             raise UserError(f"--tar: {self.tar}: no such file")
         if self.labels is None:
             return _open_train(self.tar)
-        if not self.labels.is_file():
-            raise UserError(f"--labels: {self.labels}: no such file")
         return _open_val(self.tar, self.labels, self.classes)
 
 
 def _open_train(path: Path) -> TarMembers:
-    inner = {name.rpartition("/")[2][: -len(".tar")]: place for name, *place in _members(path) if name.endswith(".tar")}
+    inner: dict[str, tuple[int, int]] = {}
+    for name, offset, size in iterate_members(path):
+        synset, _, extension = name.rpartition("/")[2].rpartition(".")
+        if extension != "tar":
+            continue
+        if synset in inner:
+            raise UserError(f"--tar: {path}: holds two class tars {synset}.tar; remove one of them")
+        inner[synset] = (offset, size)
     if not inner:
         raise UserError(
             f"--tar: {path}: holds no class tars such as n01440764.tar; is it the training archive? "
@@ -56,10 +67,12 @@ def _open_train(path: Path) -> TarMembers:
 
 
 def _open_val(path: Path, labels: Path, class_list: Path | None) -> TarMembers:
-    members = sorted(_members(path))
-    names = [name.rpartition("/")[2].partition(".")[0] for name, _, _ in members]
-    synsets, known = _read_labels(labels, names)
-    classes = known if class_list is None else _read_classes(class_list)
+    members = sorted(iterate_members(path))
+    given = None if class_list is None else _read_classes(class_list)
+    synsets, known = _read_labels(labels, [_image_name(name) for name, _, _ in members], given)
+    classes = known if given is None else given
+    if repeated := [name for name, count in Counter(classes).items() if count > 1]:
+        raise UserError(f"--classes: {class_list}: {repeated[0]!r} is there more than once; names must be unique")
     if unknown := set(synsets) - set(classes):
         raise UserError(f"--classes: {class_list}: {min(unknown)!r} is not among its {len(classes)} classes")
     source = TarMembers("imagenet", classes, paths=[path])
@@ -69,39 +82,78 @@ def _open_val(path: Path, labels: Path, class_list: Path | None) -> TarMembers:
     return source
 
 
-def _members(path: Path) -> list[tuple[str, int, int]]:
-    return list(iterate_members(path))
+def _image_name(path: str) -> str:
+    return path.rpartition("/")[2].partition(".")[0]
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
+    """Synsets in the order of the labels; a line may go on with words (synset_words.txt)."""
     if path.is_dir():
         return ShardIndex.read(path, "--classes").classes
-    if not path.is_file():
-        raise UserError(f"--classes: {path}: no such file or directory")
-    return tuple(path.read_text().split())
+    lines = [(number, line.split()[0]) for number, line in enumerate(read_lines(path, "--classes"), 1) if line.strip()]
+    for number, synset in lines:
+        if not _SYNSET.fullmatch(synset):
+            raise UserError(f"--classes: {path}: line {number}: {synset!r} is no synset such as n01440764")
+    return tuple(synset for _, synset in lines)
 
 
-def _read_labels(path: Path, names: list[str]) -> tuple[list[str], tuple[str, ...]]:
+def _read_labels(path: Path, names: list[str], classes: tuple[str, ...] | None) -> tuple[list[str], tuple[str, ...]]:
     """The synset of each image, in order; and all synsets that the labels know, in alphabetical order."""
-    rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
-    if rows and len(rows[0]) == 2:  # LOC_val_solution.csv: name, "synset x y x y ..."
-        by_name = {
-            row[0].partition(".")[0]: row[1].split()[0] for row in rows if row[1].split() and row[0] != "ImageId"
-        }
+    rows, named = _label_rows(path)
+    if named:
+        by_name = dict(rows)
         missing = [name for name in names if name not in by_name]
         if missing:
             raise UserError(f"--labels: {path}: {len(missing)} images have no label there, {missing[0]!r} among them")
-        return [by_name[name] for name in names], tuple(sorted(set(by_name.values())))
-    values = [row[0].strip() for row in rows]
-    if len(values) != len(names):
-        raise UserError(f"--labels: {path}: has {len(values)} labels for {len(names)} images; is it the right file?")
-    if not all(value.isdigit() for value in values):
-        return values, tuple(sorted(set(values)))
-    synsets = _synsets_of_devkit(path.with_name("meta.mat"))
-    unknown = sorted({value for value in values if int(value) not in synsets})
-    if unknown:
-        raise UserError(f"--labels: {path}: label {unknown[0]} is out of range, meta.mat has {len(synsets)} classes")
+        values = [by_name[name] for name in names]
+    else:
+        values = [value for _, value in rows]
+        if len(values) != len(names):
+            raise UserError(
+                f"--labels: {path}: has {len(values)} labels for {len(names)} images; is it the right file?"
+            )
+    if not rows[0][1].isdigit():
+        return values, tuple(sorted({value for _, value in rows}))
+    # Beside names, numbers are places among the given classes (Caffe's val.txt); alone, they are the devkit's own.
+    synsets = dict(enumerate(_numbered(path, classes))) if named else _synsets_of_devkit(path.with_name("meta.mat"))
+    if unknown := sorted({int(value) for value in values} - set(synsets)):
+        source = "--classes" if named else "meta.mat"
+        raise UserError(f"--labels: {path}: label {unknown[0]} is out of range, {source} has {len(synsets)} classes")
     return [synsets[int(value)] for value in values], tuple(sorted(synsets.values()))
+
+
+def _label_rows(path: Path) -> tuple[list[tuple[str, str]], bool]:
+    """(image name, label) of each line, and whether there are names.
+
+    Lines are all `NAME LABEL ...`, parted by blanks, tabs or commas, or all `LABEL`; labels all synsets or all numbers.
+    """
+    rows: list[tuple[str, str]] = []
+    width, kind = 0, _SYNSET
+    for number, line in enumerate(read_lines(path, "--labels"), 1):
+        fields = [field for field in re.split(r'[\s,"]+', line) if field]
+        if not fields or fields[0] == "ImageId":  # the heading of LOC_val_solution.csv
+            continue
+        name, label = ("", fields[0]) if len(fields) == 1 else (_image_name(fields[0]), fields[1])
+        if not rows:
+            width, kind = min(len(fields), 2), _NUMBER if label.isdigit() else _SYNSET
+        if min(len(fields), 2) != width or not kind.fullmatch(label):
+            raise UserError(
+                f"--labels: {path}: line {number}: {line[:60]!r} is not like the lines before it, or its label is "
+                "neither a synset such as n01440764 nor a number"
+            )
+        rows.append((name, label))
+    if not rows:
+        raise UserError(f"--labels: {path}: has no labels")
+    return rows, width == 2
+
+
+def _numbered(path: Path, classes: tuple[str, ...] | None) -> tuple[str, ...]:
+    if classes is None:
+        raise UserError(
+            f"--labels: {path}: gives class numbers; say what they stand for with --classes: a text file of all "
+            "synsets in the order of the numbers, from 0, or the shard set of the training images"
+        )
+    return classes
 
 
 def _synsets_of_devkit(path: Path) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,14 +32,12 @@ class Parquet:
     label_column: str = "label"
 
     def open(self, scratch: Path | None) -> TarMembers:
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError("parquet: needs pyarrow; pip install 'mepa_ds[parquet]'") from error
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError("parquet: needs pyarrow; pip install 'mepa_ds[parquet]'")
         files = self._files()
         if scratch is None:
             raise UserError("parquet: rows are copied to tars first; run this in one part, without --num-parts")
-        tables = [pyarrow.parquet.ParquetFile(path) for path in files]
+        tables = [_open(path) for path in files]
         for path, table in zip(files, tables, strict=True):
             missing = {self.image_column, self.label_column} - set(table.schema_arrow.names)
             if missing:
@@ -80,19 +79,52 @@ class Parquet:
 
     def _samples(self, path: Path, table: Any, num_classes: int, progress: Any) -> Iterator[Sample]:
         row = 0
-        for batch in table.iter_batches(batch_size=64, columns=[self.image_column, self.label_column]):
+        for batch in _batches(path, table, [self.image_column, self.label_column]):
             for image, label in zip(batch[self.image_column], batch[self.label_column], strict=True):
-                value = image.as_py()
-                data = value.get("bytes") if isinstance(value, dict) else value
-                where = f"{path}: row {row}"
-                if not isinstance(data, bytes):
-                    raise UserError(f"{where}: column {self.image_column!r} holds no image bytes but {type(value)}")
+                data, where = _image_bytes(image.as_py()), f"{path}: row {row}"
+                if data is None:
+                    raise UserError(
+                        f"{where}: column {self.image_column!r} holds no image bytes; export the dataset with "
+                        "embedded images, or give another --image-column"
+                    )
                 number = label.as_py()
                 if not isinstance(number, int) or number < 0 or (num_classes and number >= num_classes):
                     raise UserError(f"{where}: label {number} is out of range; is this a split without labels?")
                 yield f"{path.stem.replace('.', '-')}-{row:09d}", {_kind(data): data, "cls": str(number).encode()}
                 row += 1
                 progress.update()
+
+
+def _open(path: Path) -> Any:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _batches(path: Path, table: Any, columns: list[str]) -> Iterator[Any]:
+    from pyarrow import ArrowException
+
+    try:
+        yield from table.iter_batches(batch_size=64, columns=columns)
+    except (ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}; download it again")
+
+
+def _image_bytes(value: Any) -> bytes | None:
+    """Bytes of a cell: empty for null, which is then a damaged image like others; None for what holds no bytes."""
+    if isinstance(value, dict):  # a path alone says that the image is not embedded
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None:
+        return b""
+    return value if isinstance(value, bytes) else None
 
 
 def _kind(data: bytes) -> str:

@@ -13,10 +13,14 @@ from tqdm import tqdm
 from data_tools.readers.imagefolder import EXTENSIONS
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
+from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
-from mepa_ds.data.tar import iterate_members, split_member_name
+from mepa_ds.data.tar import few, iterate_sample_members
 from mepa_ds.errors import UserError
+
+_MANY_CLASSES = 100_000
+"""More than any known dataset has: a label from here on that even exceeds the number of images is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,14 @@ class WebDataset:
     """Text file of class names, one a line in the order of the labels. By default classes are named by their number."""
 
     def open(self, scratch: Path | None) -> TarMembers:
+        names = None if self.classes is None else tuple(read_lines(self.classes, "--classes"))
         paths = [self._local(url, scratch) for url in self._urls()]
-        source = TarMembers("webdataset", (), paths=paths)
-        names = None if self.classes is None else tuple(self.classes.read_text().splitlines())
-        labels = [_list_tar(source, number, len(names or ())) for number in tqdm(range(len(paths)), "listing")]
-        source.classes = names or tuple(str(label) for label in range(max(labels, default=-1) + 1))
+        source, ignored = TarMembers("webdataset", (), paths=paths), list[str]()
+        for number in tqdm(range(len(paths)), "listing"):
+            _list_tar(source, number, len(names or ()), ignored)
+        if ignored:
+            print(f"{self.shards}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
+        source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:
             source.settings[COPIED_FROM] = copied_from
         return source
@@ -60,15 +67,28 @@ class WebDataset:
             return Path(url)
         if scratch is None:
             raise UserError("--shards: remote shards are copied first; run this in one part, without --num-parts")
-        return fetch(url, scratch / url.rpartition("/")[2])
+        # Two URLs may end in one name, and what a killed build of other URLs left is not to be taken for these.
+        return fetch(url, scratch / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2])
 
 
-def _list_tar(source: TarMembers, number: int, num_classes: int) -> int:
-    """Adds the samples of one tar; returns the highest label."""
-    path, highest = source.paths[number], -1
+def _numbered_classes(source: TarMembers) -> tuple[str, ...]:
+    """ "0" to the highest label."""
+    last = max(range(len(source)), key=source.label, default=None)
+    if last is None:
+        return ()
+    if source.label(last) >= max(len(source), _MANY_CLASSES):
+        raise UserError(
+            f"--shards: {source.describe(last)}: label {source.label(last)} is far beyond the number of images "
+            f"({len(source)}); mend it, or name the classes with --classes"
+        )
+    return tuple(str(label) for label in range(source.label(last) + 1))
+
+
+def _list_tar(source: TarMembers, number: int, num_classes: int, ignored: list[str]) -> None:
+    """Adds the samples of one tar."""
+    path = source.paths[number]
     samples: dict[str, dict[str, tuple[str, int, int]]] = {}
-    for name, offset, size in iterate_members(path):
-        key, extension = split_member_name(name)
+    for key, extension, name, offset, size in iterate_sample_members(path, ignored):
         members = samples.setdefault(key, {})
         if extension in members:
             raise UserError(f"--shards: {path}: sample {key!r} comes twice; keys must be unique within a shard")
@@ -84,6 +104,4 @@ def _list_tar(source: TarMembers, number: int, num_classes: int) -> int:
             _, offset, size = members[LABEL_EXTENSION]
             file.seek(offset)
             label = parse_label(file.read(size), num_classes, lambda where=where: where)  # type: ignore[misc]
-            highest = max(highest, label)
             source.add(number, *image, label)
-    return highest

@@ -200,8 +200,10 @@ class ShardCache:
                 continue  # whoever reads the shard tries again, and reports
 
     def _evict(self, keep: Path) -> None:
+        names = {entry.name for entry in self._entries}  # whatever they end in: .tar?download=true, .tar.gz
         with _lock(self.directory / "evict"):
-            files = sorted((path.stat().st_mtime_ns, path) for path in self.directory.glob("*.tar"))
+            paths = [path for path in self.directory.iterdir() if path.name in names]
+            files = sorted((path.stat().st_mtime_ns, path) for path in paths)
             excess = sum(path.stat().st_size for _, path in files) - self._max_bytes
             for _, path in files:
                 if excess <= 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.remote import RemoteShards, ShardCache
-from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable
+from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable, few, label_number
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 
 Indices = NDArray[np.int64]
@@ -79,7 +80,7 @@ class ShardSet:
 
     def _scan(self) -> ShardIndex:
         """An index of tars that came without one."""
-        entries, members = [], dict[str, Member]()
+        entries, members, ignored = [], dict[str, Member](), list[str]()
         paths = sorted(self.directory.glob("*.tar"))
         hint = "reading headers (merge_index.py scan keeps them)"
         for number, path in enumerate(tqdm(paths, hint, delay=5)):
@@ -90,6 +91,13 @@ class ShardSet:
                 ShardEntry(name=path.name, num_samples=len(table), bytes=size, sha256="", keys_sha256=digest)
             )
             members.update({extension: Member() for extension in table.extensions})
+            ignored += table.ignored
+        if ignored:
+            tqdm.write(
+                f"{self.what}: {self.directory}: {len(ignored)} members that belong to no sample are left out "
+                f"({few(ignored)})",
+                file=sys.stderr,
+            )
         return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=MadeBy(name="webdataset"))
 
     def locate(self, samples: Indices) -> tuple[list[int], list[int]]:
@@ -267,10 +275,9 @@ def _max_open_files() -> int:
 
 def parse_label(data: bytes, num_classes: int, where: Callable[[], str]) -> int:
     """The number in a `cls` member. `num_classes` 0: any number from 0 up."""
-    text = data.strip()
-    if not text.isdigit():
+    label = label_number(data)
+    if label is None:
         raise DamagedError(f"{where()}: its label {data[:20]!r} is no number; {_REMEDY}")
-    label = int(text)
     if num_classes and label >= num_classes:
         raise DamagedError(f"{where()}: label {label} is out of range, the set has {num_classes} classes; {_REMEDY}")
     return label

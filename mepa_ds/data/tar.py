@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import mmap
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from mepa_ds.errors import UserError
 
 BLOCK = 512
 LABEL_EXTENSION = "cls"
+_LABEL_DIGITS = 18
 _END = b"\0" * BLOCK
 _REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = (b"0", b"\0", b"7"), b"x", b"g", b"L", b"K"
 
@@ -45,6 +46,8 @@ class SampleTable:
     """Bytes of each member; -1 where a sample has no such member."""
     labels_N: NDArray[np.int64] | None = None
     """What the `cls` members say, so that they need not be read; None when they have not been looked at."""
+    ignored: tuple[str, ...] = ()
+    """Names of members that belong to no sample; only after a scan."""
 
     def __len__(self) -> int:
         return len(self.keys_N)
@@ -63,6 +66,12 @@ class SampleTable:
         return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy())
 
 
+def label_number(data: bytes) -> int | None:
+    """The number in a `cls` member; None for anything else, and for what int64 does not hold."""
+    text = data.strip()
+    return int(text) if text.isdigit() and len(text) <= _LABEL_DIGITS else None
+
+
 def split_member_name(name: str) -> tuple[str, str]:
     """`a/b/n0.x.jpg` -> (`a/b/n0`, `x.jpg`); the extension is lower case. No dot: the extension is empty."""
     folder, _, base = name.rpartition("/")
@@ -73,6 +82,11 @@ def split_member_name(name: str) -> tuple[str, str]:
 def printable(name: str) -> str:
     """A file name that may hold bytes that are not UTF-8 (as surrogates), as text that can be stored and printed."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def check_member_name(name: str, where: str) -> None:
@@ -92,6 +106,20 @@ def iterate_members(path: Path) -> Iterator[tuple[str, int, int]]:
             raise DamagedError(f"{path}: the file is empty, not a tar")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             yield from _step(data, 0, len(data), str(path))
+
+
+def iterate_sample_members(path: Path, ignored: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
+    """(key, extension, name, data offset, size) of the members that belong to samples.
+
+    The names of others go into `ignored`, as webdataset leaves them out: a README, or the `._0.jpg` that macOS packs
+    beside `0.jpg`.
+    """
+    for name, offset, size in iterate_members(path):
+        key, extension = split_member_name(name)
+        if key and not key.endswith("/") and extension:
+            yield key, extension, name, offset, size
+        else:
+            ignored.append(name)
 
 
 def iterate_members_within(path: Path, start: int, size: int) -> Iterator[tuple[str, int, int]]:
@@ -167,9 +195,8 @@ def _pax_records(data: bytes, where: str) -> dict[str, str]:
 def scan_tar(path: Path) -> SampleTable:
     """The sample table of a tar that has none stored: WebDataset shards that others made."""
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    seen = set[str]()
-    for name, offset, size in iterate_members(path):
-        key, extension = split_member_name(name)
+    seen, ignored = set[str](), list[str]()
+    for key, extension, name, offset, size in iterate_sample_members(path, ignored):
         if (shown := printable(name)) != name:
             raise DamagedError(f"{path}: the name of member {shown!r} is not UTF-8; {_ANEW}")
         if not samples or samples[-1][0] != key:
@@ -180,7 +207,7 @@ def scan_tar(path: Path) -> SampleTable:
         if extension in samples[-1][1]:
             raise DamagedError(f"{path}: sample {key!r} has two members .{extension}; make the shard again")
         samples[-1][1][extension] = (offset, size)
-    return SampleTable.of(samples)
+    return replace(SampleTable.of(samples), ignored=tuple(ignored))
 
 
 def member_header(name: str, size: int) -> bytes:

@@ -33,7 +33,16 @@ from mepa_ds.data.index import (
     table_path,
     write_table,
 )
-from mepa_ds.data.tar import BLOCK, LABEL_EXTENSION, SampleTable, check_member_name, member_header, split_member_name
+from mepa_ds.data.tar import (
+    BLOCK,
+    LABEL_EXTENSION,
+    SampleTable,
+    check_member_name,
+    few,
+    label_number,
+    member_header,
+    split_member_name,
+)
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
@@ -169,16 +178,22 @@ def finish_index(directory: Path, plan: Plan) -> ShardIndex:
     """Gathers the entries of all planned shards into `index.json` and removes the plan.
 
     Raises:
-        UserError: planned shards are missing, or hold different kinds of members.
+        UserError: planned shards are missing, hold different kinds of members, or no samples at all.
     """
     found = {name: read_description(directory / name) for name in plan.shard_names}
     missing = [name for name, description in found.items() if description is None]
     if missing:
         raise UserError(
-            f"{directory}: {len(missing)} of {len(found)} shards are missing ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); run the parts that write them again"
+            f"{directory}: {len(missing)} of {len(found)} shards are missing ({few(missing)}); run the parts that "
+            "write them again"
         )
     descriptions = [description for description in found.values() if description is not None]
+    if not any(entry.num_samples for entry, _ in descriptions):
+        skipped = [message for entry, _ in descriptions for message in entry.skipped]
+        raise UserError(
+            f"{directory}: the set would be empty: {len(skipped)} samples were left out as damaged "
+            f"({few(skipped, 2)}); give the right dataset, and another directory"
+        )
     members: dict[str, Member] = {}
     for entry, shard_members in descriptions:
         for extension, member in shard_members.items():
@@ -214,7 +229,7 @@ class _TarFile:
         self.members: dict[str, Member] = {}
         self._file, self._where, self._position = file, where, 0
         self._keys: set[str] = set()
-        self._labels: list[bytes] = []
+        self._labels: list[int | None] = []
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         if key in self._keys:
@@ -232,13 +247,12 @@ class _TarFile:
             self._write(data)
             self._write(b"\0" * (-len(data) % BLOCK))
         self.samples.append((key, places))
-        self._labels.append(members.get(LABEL_EXTENSION, b"").strip())
+        self._labels.append(label_number(members.get(LABEL_EXTENSION, b"")))
 
     def labels_N(self) -> NDArray[np.int64] | None:
         """Labels of the samples written; None unless all have one that is a number."""
-        if not all(label.isdigit() for label in self._labels):
-            return None
-        return np.array([int(label) for label in self._labels], np.int64)
+        labels = [label for label in self._labels if label is not None]
+        return np.array(labels, np.int64) if len(labels) == len(self._labels) else None
 
     def close(self) -> None:
         self._write(b"\0" * (2 * BLOCK))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table
+from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import scan_tar
 from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
 from mepa_ds.errors import UserError
@@ -98,6 +99,15 @@ def test_bad_samples_leave_nothing_behind(tmp_path: Path, samples: Any, message:
     with pytest.raises(UserError, match=message):
         writer.write_shard("shard-000000.tar", samples)
     assert set(contents(tmp_path)) == {PLAN_NAME}
+
+
+def test_a_label_beyond_int64_is_named_when_it_is_read(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, plan_of(1).model_copy(update={"classes": ()}))
+    writer.write_shard("shard-000000.tar", [("0", {"cls": str(2**63).encode()}), ("1", {"cls": b"1"})])
+    writer.finish()
+    with pytest.raises(UserError, match="sample '0': its label b'9223372036854775808' is no number"):
+        ShardSet(tmp_path).read_labels(np.array([0]))
+    assert ShardSet(tmp_path).read_labels(np.array([1])) == [1]
 
 
 @pytest.mark.parametrize("name", [PLAN_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])
