@@ -33,7 +33,7 @@ RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
 WEIGHTS_FACTS_NAME = "training.json"
 _DAMAGED = ".damaged"
 # What a killed run may leave half-written or half-deleted. Exports have their names from the training loop.
-_UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old)")
+_UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old|pruned)")
 _RETRY_SECONDS = 1.0
 _COMPARED_AT_ONCE = 32
 
@@ -170,7 +170,8 @@ def prune(directory: Path, keep: int, keep_every: int | None) -> None:
     """Deletes all but the newest `keep` checkpoints and those of every `keep_every`-th step."""
     for old in list_checkpoints(directory)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
-            aside = old.with_name(f".{old.name}.old")
+            aside = old.with_name(f".{old.name}.pruned")
+            shutil.rmtree(aside, ignore_errors=True)
             os.rename(old, aside)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -182,8 +183,8 @@ def clean(directory: Path) -> None:
         if match is None or not path.is_dir():
             continue
         target = directory / match[1]
-        if match[2] == "old" and not _NAME.fullmatch(match[1]) and not target.exists():
-            os.rename(path, target)  # killed between the two renames of `publish`: the new weights are not there yet
+        if match[2] == "old" and not target.exists():
+            os.rename(path, target)  # killed between the two renames of `publish`: the new one is not there yet
         else:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -16,16 +16,13 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.background_writer import Written
-from mepa_ds.engine.checkpoint import Checkpoints, agreed
-from mepa_ds.engine.checkpoint_files import RunState, list_checkpoints, step_of, step_of_weights
+from mepa_ds.engine.checkpoint import Loaded
+from mepa_ds.engine.checkpoint_files import RunState
 from mepa_ds.engine.engine import PretrainEngine, StepReport
-from mepa_ds.engine.fragment_store import EMA
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.loops.evaluation import heldout_scores
 from mepa_ds.loops.failures import reporting
-from mepa_ds.loops.flops import step_flops
 from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.online import OnlineSets
@@ -33,11 +30,12 @@ from mepa_ds.loops.output import prepare_output
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import any_nonfinite
 from mepa_ds.loops.sample_grids import SampleGrids
+from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.schedule import learning_rate, scales_in_step
+from mepa_ds.loops.start_record import record_start
 from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
 from mepa_ds.loops.training_data import Loader, data_identity, open_checked
-from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -61,7 +59,12 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
         prepare_output(config)
         run = PretrainRun(config, sets, device, requests)
         run.resume()
-        return run.train()
+        try:
+            return run.train()
+        except UserError as error:
+            if error.agreed or launch.world_size == 1:  # all ranks come here, so what is being written can be finished
+                run.saver.settle(run.state)
+            raise
 
     return reporting(config.output_dir, run_to_the_end)
 
@@ -84,27 +87,22 @@ class PretrainRun:
         self.engine = PretrainEngine(config, sets.feature_width, device)
         quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
         self.inputs = InputMaker(config.model, quantizer, config.seed, device)
-        log = config.log
-        self.checkpoints = Checkpoints(
-            self.engine, config.output_dir / "checkpoints", log.keep_checkpoints, log.keep_every
-        )
+        self.watchdog = Watchdog(config.guards.hang_timeout, config.output_dir)
+        self.saver = RunSaver(config, self.engine, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
         self.state = RunState(data=data_identity(config, sets), recipe=recipe)
         self.grids: SampleGrids | None = None
-        if log.sample_every is not None:
+        if config.log.sample_every is not None:
             samples = config.output_dir / "samples"
             tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(device)
             self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
-        self._best: tuple[int, float] | None = None
-        """Step and held-out cross-entropy of weights that are better than those in `best`, and not yet there."""
 
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
-        self.watchdog = Watchdog(self.config.guards.hang_timeout, self.config.output_dir)
-        loaded = self.checkpoints.load_newest(self.state.data, self.watchdog.beat)
+        loaded = self.saver.load_newest(self.state.data)
         if loaded is not None:
             self._take_up(loaded.state)
         self.bad_steps.total = self.state.skipped_steps
@@ -112,47 +110,29 @@ class PretrainRun:
             return
         write_text(self.config.output_dir / "resolved.yaml", dump_yaml(self.config))
         self.recorder = Recorder(self.config, self.state.step, self.num_steps, self.state.metrics_records)
-        self._record_start(self.recorder)
+        self.saver.recorder = self.recorder
+        facts = {"num_steps": self.num_steps, "num_samples": self.num_samples}
+        facts["memory_before_bytes"] = self._memory_before
+        record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts)
         if loaded is not None:
-            for line in loaded.damaged:
-                self.recorder.warn("damaged_checkpoint", self.state.step, line)
+            self._warn_of_damage(loaded)
             self.recorder.say(f"resumed from {loaded.path} at step {self.state.step} of {self.num_steps}")
+
+    def _warn_of_damage(self, loaded: Loaded) -> None:
+        for line in loaded.damaged if self.recorder else ():
+            assert self.recorder is not None
+            self.recorder.warn("damaged_checkpoint", self.state.step, line)
 
     def _take_up(self, state: RunState) -> None:
         """A checkpoint's place in the run, under today's recipe (whose length and logging may have changed)."""
         state.recipe = self.state.recipe
         self.state = state
 
-    def _record_start(self, recorder: Recorder) -> None:
-        config = self.config
-        counts = count_parameters(config.model)
-        projector = self.engine.objective.projector
-        head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
-        facts = {
-            "world_size": distributed.world_size(),
-            "ep_size": config.parallel.ep_size,
-            "zero_stage": deepspeed_config.zero_stage(config.parallel.deepspeed),
-            "precision": config.parallel.precision,
-            "num_steps": self.num_steps,
-            "num_samples": self.num_samples,
-            "total_parameters": counts.total,
-            "active_parameters": counts.active,
-            "projector_parameters": head,
-            "step_flops": step_flops(config, self._teacher_width),
-            "memory_before_bytes": self._memory_before,
-        }
-        recorder.record("start", self.state.step, facts)
-        recorder.say(
-            f"model: {counts}, guidance projector {head / 1e6:.1f}M apart; {facts['world_size']} ranks, "
-            f"ep_size {facts['ep_size']}, ZeRO-{facts['zero_stage']}, {facts['precision']}; {self.num_steps} steps of "
-            f"{config.train.global_batch} images, {self.num_samples} images an epoch"
-        )
-
     def train(self) -> bool:
         """Trains to the end of the recipe, or until it is stopped; returns whether it came to the end."""
         config, log = self.config, self.config.log
         stop = self._evaluate_if_due()  # a run that was stopped has saved first and left the evaluation to this start
-        self._export_best()
+        self.saver.export_best(self.state)
         records = StepRecords(config, self.num_samples, self._teacher_width, self.recorder)
         loader, batches = self._batches()
         while self.state.step < self.num_steps and not stop:
@@ -173,6 +153,8 @@ class PretrainRun:
                 self._roll_back()
                 records.rolled_back()
                 loader, batches = self._batches()
+                if stop:  # or the next start would read the same images again
+                    self._save()
                 continue
             if self.recorder:
                 self.recorder.advance()
@@ -182,8 +164,8 @@ class PretrainRun:
             if stop or self._save_is_due():
                 self._save()
             else:
-                self._export_best()
-            self._report_written()
+                self.saver.export_best(self.state)
+            self.saver.report(self.state)
         finished = self.state.step >= self.num_steps and not stop
         if finished:
             self._finish()
@@ -211,16 +193,16 @@ class PretrainRun:
     def _roll_back(self) -> None:
         """The newest checkpoint's weights, but the data after those that did harm. Collective."""
         in_a_row, position, step = self.bad_steps.in_a_row, self.state.position, self.state.step
-        self.checkpoints.wait(self.watchdog.beat)
-        self._report_written()
+        self.saver.settle(self.state)
         best_heldout_ce = self.state.best_heldout_ce
-        loaded = self.checkpoints.load_newest(self.state.data, self.watchdog.beat)
+        loaded = self.saver.load_newest(self.state.data)
         self.bad_steps.rolled_back(None if loaded is None else loaded.state.step)
         assert loaded is not None
         self._take_up(loaded.state)
         self.state.position, self.state.best_heldout_ce = position, best_heldout_ce
         if self.recorder:
             self.recorder.rewind(self.state.step, self.state.metrics_records)
+            self._warn_of_damage(loaded)
             line = (
                 f"gradients of {in_a_row} steps up to step {step} were not finite: back to {loaded.path.name}, "
                 f"images up to position {position} are skipped"
@@ -255,10 +237,10 @@ class PretrainRun:
             scores = heldout_scores(
                 model, self.inputs, heldout, batch, data.num_workers, data.on_damaged, self._beat_or_stop
             )
-        self._settle_best()
+        self.saver.settle_best(self.state)
         best = scores["ce"] < self.state.best_heldout_ce
         if best:
-            self._best = (self.state.step, scores["ce"])
+            self.saver.note_best(self.state.step, scores["ce"])
         if self.recorder:
             values = {"best": best, **scores, "seconds": time.perf_counter() - started}
             self.recorder.record("heldout", self.state.step, values)
@@ -266,21 +248,6 @@ class PretrainRun:
                 f"step {self.state.step}  held-out ce {scores['ce']:.4f}, last scale {scores['ce_last']:.4f}"
                 + ("  (best so far, exporting the weights)" if best else "")
             )
-
-    def _export_best(self) -> None:
-        """Weights that this step's evaluation found to be the best go to <output_dir>/best. Collective."""
-        if self._best is not None and self._best[0] == self.state.step:
-            self.checkpoints.export(self._best_directory, self.state.step, on_progress=self.watchdog.beat)
-
-    def _settle_best(self) -> None:
-        """All ranks know whether an earlier export of the best weights has succeeded."""
-        if self._best is not None:
-            self.checkpoints.wait(self.watchdog.beat)
-            self._report_written()
-
-    @property
-    def _best_directory(self) -> Path:
-        return self.config.output_dir / "best"
 
     def _sample_if_due(self) -> bool:
         """Returns whether the run was asked to stop meanwhile; there is no such picture then."""
@@ -296,6 +263,10 @@ class PretrainRun:
             if self.recorder:
                 self.recorder.warn("write_failed", step, f"a picture could not be written ({error})", what="samples")
             return False
+        except UserError as error:  # of weights that are not finite, on every rank
+            if self.recorder:
+                self.recorder.warn("samples_failed", step, f"no picture: {error}")
+            return False
         if self.recorder:
             self.recorder.record("samples", step, {"path": str(path.relative_to(self.config.output_dir))})
         return False
@@ -306,62 +277,24 @@ class PretrainRun:
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
-        best = None
-        if self._best is not None and self._best[0] == self.state.step:
-            best = (self._best_directory, self._best[1])
-        else:
-            self._settle_best()
-        if self.recorder:
-            self.state.metrics_records = self.recorder.num_records
         self.state.skipped_steps = self.bad_steps.total
-        self.checkpoints.save(self.state, self.watchdog.beat, best)
-
-    def _report_written(self) -> list[Written]:
-        """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
-        ended = self.checkpoints.written()
-        for written in ended:
-            if written.what == self._best_directory.name and self._best is not None:
-                if written.error is None:
-                    self.state.best_heldout_ce = self._best[1]
-                self._best = None
-        for written in ended if self.recorder else []:
-            assert self.recorder is not None
-            seconds = {"stalled_seconds": written.stalled_seconds, "write_seconds": written.write_seconds}
-            if written.error is None:
-                self.recorder.record("written", self.state.step, {"what": written.what, **seconds})
-            else:
-                line = f"{written.what} could not be written ({written.error}); what was there before is kept"
-                self.recorder.warn("write_failed", self.state.step, line, what=written.what, **seconds)
-        return ended
+        self.saver.save(self.state)
 
     def _stop(self) -> None:
         """Everything is on disk: leaves word for whoever starts the run again."""
-        self.checkpoints.wait(self.watchdog.beat)
-        self._report_written()
+        self.saver.settle(self.state)
         if self.recorder:
             reason = self.requests.reason or "another rank was asked to stop"
             line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
-            saved = [step_of(path) for path in list_checkpoints(self.checkpoints.directory)[-1:]]
-            if saved != [self.state.step]:
-                line += f" from step {saved[0]}, the last checkpoint" if saved else " anew: there is no checkpoint"
+            saved = self.saver.last_step_saved
+            if saved != self.state.step:
+                line += " anew: there is no checkpoint" if saved is None else f" from step {saved}, the last checkpoint"
                 line += " (that of this step could not be written)"
             self.recorder.close("requeue", self.state.step, line)
 
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""
-        kinds = {"last": "master"} | ({"last_ema": EMA} if self.config.optim.ema else {})
-        for name, kind in kinds.items():
-            directory = self.config.output_dir / name
-            if agreed(step_of_weights(directory)) != self.state.step:
-                self.checkpoints.export(directory, self.state.step, kind, self.watchdog.beat)
-        self.checkpoints.wait(self.watchdog.beat)
-        for written in self._report_written():
-            if written.error is not None and written.what in kinds:  # the same on every rank
-                raise UserError(
-                    f"{self.config.output_dir / written.what}: could not be written ({written.error}); "
-                    "make room and start again: the run goes on from its last checkpoint",
-                    agreed=True,
-                )
+        self.saver.export_last(self.state)
         if self.recorder:
             last = self.config.output_dir / "last"
             self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

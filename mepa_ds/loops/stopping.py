@@ -20,6 +20,7 @@ from mepa_ds import distributed
 
 # EX_TEMPFAIL of sysexits.h: "not done yet, start me again and I go on".
 REQUEUE_EXIT_CODE = 75
+JOB_END = "SLURM_JOB_END_TIME"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # Launchers pass a signal on to ranks that have it from the batch system already: one request, delivered twice.
 _SAME_REQUEST_SECONDS = 1.0
@@ -76,7 +77,7 @@ def deadline(
     candidates = []
     if time_limit is not None:
         candidates.append((time.time() + 60 * time_limit, f"guards.time_limit of {time_limit:g} minutes"))
-    job_end = environment.get("SLURM_JOB_END_TIME")
+    job_end = environment.get(JOB_END)
     if stop_before_end is not None and job_end is not None:
         reason = f"the allocation ends in {stop_before_end:g} minutes"
         candidates.append((float(job_end) - 60 * stop_before_end, reason))

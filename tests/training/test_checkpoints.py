@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import filesystem
 from mepa_ds import distributed
 from mepa_ds.cli import checkpoint as cli
 from mepa_ds.config.model import ModelConfig
+from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine import checkpoint_files, fragment_store
 from mepa_ds.engine.background_writer import BackgroundWriter
 from mepa_ds.engine.checkpoint_files import (
@@ -39,6 +40,8 @@ from mepa_ds.engine.checkpoint_files import (
 )
 from mepa_ds.engine.fragment_store import Fragment, load_fragments, read_tensors
 from mepa_ds.errors import UserError
+from mepa_ds.loops.saving import RunSaver
+from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
 from tests.tiny_run import losses, make_run, make_sets, make_tokenizer
@@ -219,6 +222,62 @@ def test_a_longer_run_exports_its_own_last_weights(folder: Path) -> None:
         assert checkpoint_files.step_of_weights(output / "last_ema") == steps
 
 
+def die_before_the_last_weights() -> None:
+    """Runs in each rank's process before the run."""
+    RunSaver.export_last = lambda saver, state: os._exit(9)  # type: ignore[method-assign]
+
+
+def test_steps_that_are_taken_again_export_their_own_last_weights(folder: Path) -> None:
+    """Finished at 12, whose checkpoint is damaged: taken again from 8 at another rate, and killed once."""
+    for name, dies in (("again", False), ("again_killed", True)):
+        damaged = copy_of(folder, name, 4, 8, 12)[-1]
+        flip_bit(damaged / "__0_0.distcp")
+        output, log = folder / name, folder / f"{name}.log"
+        for exported in ("last", "last_ema"):
+            shutil.copytree(folder / "whole" / exported, output / exported)
+        words = arguments(folder, name, "optim.base_lr=0.2")
+        if dies:
+            with Ranks(words, 1, log, die_before_the_last_weights) as ranks:
+                assert ranks.wait() == [9], log.read_text()
+        finish(words, 1, log)
+        for exported, kind in (("last", "master"), ("last_ema", "ema")):
+            head = f"{kind}/transformer.head.weight"
+            stored = read_tensors(damaged, [head])[head]
+            assert read_state_dict(output / exported)["head.weight"].flatten().equal(stored), (name, exported)
+            assert not read_state_dict(folder / "whole" / exported)["head.weight"].flatten().equal(stored)
+
+
+def fail_in_step_2_while_a_checkpoint_is_written() -> None:
+    """Runs in each rank's process before the run: rank 1 writes slowly, and meets a damaged sample in step 2."""
+    if distributed.read_launch().rank != 1:
+        return
+    write, following, calls = filesystem._write_item, Loader.__next__, []
+
+    def slow_write(*arguments: Any) -> Any:
+        time.sleep(0.03)
+        return write(*arguments)
+
+    def fail(loader: Loader) -> TrainingBatch:
+        calls.append(loader)
+        if len(calls) == 2:
+            raise UserError("shard-7.tar: sample 9 is damaged")
+        return following(loader)
+
+    filesystem._write_item = slow_write
+    Loader.__next__ = fail  # type: ignore[method-assign]
+
+
+def test_an_error_that_all_ranks_share_lets_the_checkpoint_be_finished(folder: Path) -> None:
+    log = folder / "agreed.log"
+    words = arguments(folder, "agreed", "log.checkpoint_every=1")
+    with Ranks(words, 2, log, fail_in_step_2_while_a_checkpoint_is_written) as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert log.read_text().count("error: rank 1: shard-7.tar: sample 9 is damaged") == 1
+    (path,) = list_checkpoints(folder / "agreed/checkpoints")
+    assert path.name == checkpoint_name(1)
+    assert find_damage(path) is None
+
+
 def test_the_best_weights_of_a_checkpointed_step_cost_no_second_wait(folder: Path) -> None:
     """One job writes both, from the same copy; the checkpoint knows its weights as the best ones."""
     settings = ["log.evaluate_every=4", "train.steps=4"]
@@ -390,23 +449,27 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path: Path) -> None:
     (tmp_path / f"{checkpoint_name(14)}.damaged").mkdir()
     prune(tmp_path, keep=2, keep_every=4)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (4, 8, 10, 12)]
+    (tmp_path / f".{checkpoint_name(4)}.pruned/rest").mkdir(parents=True)
     prune(tmp_path, keep=1, keep_every=None)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(12)]
 
 
 def test_half_written_and_half_deleted_directories_are_never_checkpoints(tmp_path: Path) -> None:
-    for name in (".step_00000004.tmp", ".step_00000002.old"):
+    for name in (".step_00000004.tmp", ".step_00000002.pruned"):
         (tmp_path / name).mkdir()
     assert list_checkpoints(tmp_path) == []
     (tmp_path / ".step_00000004.tmp" / "new").write_text("")
     (tmp_path / checkpoint_name(4)).mkdir()
     publish(tmp_path / ".step_00000004.tmp", tmp_path / checkpoint_name(4))
     assert [path.name for path in (tmp_path / checkpoint_name(4)).iterdir()] == ["new"]
-    for name in (".last.old", ".best.old", "best", ".step_00000006.old", ".venv.old", ".config.tmp"):
+    names = [".last.old", ".best.old", "best", ".step_00000004.old", ".step_00000006.old", ".step_00000008.pruned"]
+    for name in (*names, ".venv.old", ".config.tmp"):
         (tmp_path / name).mkdir()
     clean(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == [".config.tmp", ".venv.old", "best", "last", checkpoint_name(4)], "only ours; `last` is back"
+    assert left == [".config.tmp", ".venv.old", "best", "last", checkpoint_name(4), checkpoint_name(6)], (
+        "only ours; what was to be replaced is back, what was to be deleted is gone"
+    )
 
 
 def write_slowly() -> None:

@@ -19,6 +19,8 @@ from mepa_ds.data.writer import npy_bytes
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
 from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.loops.inputs import InputMaker
+from mepa_ds.loops.pretraining import PretrainRun
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, Agreement
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
@@ -101,6 +103,61 @@ def test_bad_steps_in_a_row_go_back_to_a_checkpoint_and_on_with_other_images(fol
     assert state.position == 8 * (15 + lost)
     assert train[-1]["skipped_steps"] == len(events(output, "skipped_step")) == len(rollbacks), "warnings stay"
     assert "back to step_0000" in (folder / "rolled_back.log").read_text()
+
+
+def stop_in_the_first_bad_step() -> None:
+    """Runs in each rank's process before the run: a signal comes while it is computed."""
+    original, end, bad = InputMaker.training, Agreement.end, []
+
+    def training(maker: InputMaker, *arguments: Any) -> ModelInputs:
+        made = original(maker, *arguments)
+        assert made.features_BNP is not None
+        bad.append(bool(made.features_BNP.isnan().any()))
+        return made
+
+    InputMaker.training = training  # type: ignore[method-assign]
+    Agreement.end = lambda agreement: end(agreement) or any(bad)  # type: ignore[method-assign]
+
+
+def test_a_stop_in_the_step_of_a_rollback_keeps_the_place_in_the_data(folder: Path) -> None:
+    settings = [f"data.features={folder}/one.features", "guards.max_bad_steps=1", "log.checkpoint_every=1"]
+    log, output = folder / "stopped.log", folder / "stopped"
+    with Ranks(arguments(folder, "stopped", *settings), 1, log, stop_in_the_first_bad_step) as ranks:
+        assert ranks.wait() == [REQUEUE_EXIT_CODE], log.read_text()
+    (rollback,) = events(output, "rollback")
+    state = read_state(list_checkpoints(output / "checkpoints")[-1])
+    assert (state.step, state.position) == (rollback["step"], 8 * rollback["from_step"])
+    assert state.skipped_steps == 1
+    finish(arguments(folder, "stopped", *settings), 1, log)
+    (first, *_) = events(output, "skipped_step")
+    assert first["step"] == rollback["from_step"], "its record is there"
+    positions = [json.loads(path.read_text())["positions"] for path in (output / "bad_batches").iterdir()]
+    assert len(positions) == events(output, "train")[-1]["skipped_steps"]
+
+
+def damage_the_newest_checkpoint_before_a_rollback() -> None:
+    """Runs in each rank's process before the run."""
+    original, damaged = PretrainRun._roll_back, []
+
+    def roll_back(run: PretrainRun) -> None:
+        run.saver.settle(run.state)
+        paths = list_checkpoints(run.config.output_dir / "checkpoints")
+        if len(paths) > 1 and not damaged:
+            damaged.append(paths[-1])
+            (paths[-1] / "run.json").write_text("{}")
+        original(run)
+
+    PretrainRun._roll_back = roll_back  # type: ignore[method-assign]
+
+
+def test_a_damaged_checkpoint_that_a_rollback_meets_is_told(folder: Path) -> None:
+    settings = [f"data.features={folder}/one.features", "guards.max_bad_steps=1", "log.checkpoint_every=1"]
+    log = folder / "meets.log"
+    with Ranks(arguments(folder, "meets", *settings), 1, log, damage_the_newest_checkpoint_before_a_rollback) as ranks:
+        assert ranks.wait() == [0], log.read_text()
+    (record,) = events(folder / "meets", "damaged_checkpoint")
+    assert "run.json has 2 bytes" in record["message"]
+    assert f"warning: {record['message']}" in log.read_text()
 
 
 def fill_the_disk_from_step_5_to_13() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mepa_ds import distributed
+from mepa_ds.loops.sampling import NonFiniteLogitsError
 from mepa_ds.metrics import read_metrics
 from tests.tiny_run import losses, make_run
-from tests.training.ranks import finish
+from tests.training.ranks import Ranks, finish
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,35 @@ def test_sample_grids_are_pictures_that_change(run: Path, folder: Path) -> None:
     assert (first != second).any()
     records = [record for record in read_metrics(run / "metrics.jsonl") if record["event"] == "samples"]
     assert [record["path"] for record in records] == ["samples/step_00000005.png", "samples/step_00000010.png"]
+
+
+def sample_nothing_finite_on_rank_1() -> None:
+    """Runs in each rank's process before the run."""
+    from mepa_ds.loops import sample_grids
+
+    original = sample_grids.sample
+
+    def sample(*arguments: Any, **settings: Any) -> torch.Tensor:
+        images_B3HW = original(*arguments, **settings)
+        if distributed.rank() == 1:
+            raise NonFiniteLogitsError("sampling: the model's logits are NaN")
+        return images_B3HW
+
+    sample_grids.sample = sample
+
+
+def test_weights_that_give_no_picture_do_not_end_a_run(folder: Path) -> None:
+    output, log = folder / "no_picture", folder / "no_picture.log"
+    settings = ["parallel.ep_size=2", "log.sample_every=5", "guards.stop_before_end=5"]
+    arguments = [str(folder / "recipe.yaml"), f"output_dir={output}", *settings]
+    with Ranks(arguments, 2, log, sample_nothing_finite_on_rank_1) as ranks:
+        assert ranks.wait() == [0, 0], log.read_text()
+    records = list(read_metrics(output / "metrics.jsonl"))
+    warnings = [record for record in records if record["event"] == "samples_failed"]
+    assert [record["step"] for record in warnings] == [5, 10]
+    assert warnings[0]["message"] == "no picture: rank 1: sampling: the model's logits are NaN"
+    (warning,) = [record for record in records if record["event"] == "no_job_end"]
+    assert "guards.stop_before_end: SLURM_JOB_END_TIME is not set" in warning["message"]
 
 
 def test_sampling_and_evaluation_do_not_touch_training(run: Path, folder: Path) -> None:
