@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,24 @@ def test_total_is_the_weighted_sum_of_the_terms() -> None:
     expected = 2 * terms["ce"] + 0.5 * terms["alignment"] + 2 * (0.1 * terms["balance"] + 0.01 * terms["router_z"])
     assert losses.total.item() == pytest.approx(expected, rel=1e-6)
     assert terms["total"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_balance_over_a_step_counts_earlier_micro_batches_once() -> None:
+    """E sum_e f_e P_e, with f_e of all micro-batches so far and P_e of this one."""
+    objective, inputs = make_objective()
+    alone = objective(inputs)
+    counts_NE = alone.counts_NE
+    torch.manual_seed(2)
+    earlier_NE = torch.randint(50, counts_NE.shape).float()
+    losses = objective(replace(inputs, earlier_counts_NE=earlier_NE))
+    expected = 0.0
+    for layer, own_E, earlier_E in zip(alone.routing.values(), counts_NE, earlier_NE, strict=True):
+        share_E = (own_E + earlier_E) / (own_E + earlier_E).sum()
+        probability_E = layer.prob_sum_SE.sum(0) / layer.tokens_S.sum()
+        expected += 8 * (share_E * probability_E).sum().item() / len(counts_NE)
+    assert losses.terms["balance"].item() == pytest.approx(expected, rel=1e-6)
+    assert losses.terms["balance"].item() != pytest.approx(alone.terms["balance"].item(), rel=1e-4)
+    torch.testing.assert_close(losses.counts_NE, counts_NE)  # of this micro-batch alone
 
 
 def test_scores_per_scale_add_up_to_the_mean() -> None:

@@ -52,10 +52,12 @@ def make_case(number: int, world_size: int) -> tuple[Experts, list[Tensor], list
     return experts, xs, routings, gradients
 
 
-def check_layer() -> None:
+def check_layer(grouped: bool) -> None:
     """Every rank computes all ranks' tokens locally, and its own through the exchange."""
     from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher
+    from mepa_ds.models.moe import experts as module
 
+    module.has_grouped_kernel = lambda _: grouped
     rank, world_size = dist.get_rank(), dist.get_world_size()
     assert dist.group.WORLD is not None
     for number in range(len(LAYER_CASES)):
@@ -132,9 +134,10 @@ def test_the_shared_expert_overlaps_both_exchanges() -> None:
     run_on_ranks(2, check_overlap)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_exchange_equals_local_dispatch(world_size: int) -> None:
-    run_on_ranks(world_size, check_layer)
+@pytest.mark.parametrize(("world_size", "grouped"), [(2, False), (2, True), (4, False)])
+def test_exchange_equals_local_dispatch(world_size: int, grouped: bool) -> None:
+    """`grouped`: with the experts of a GPU, which PyTorch emulates here."""
+    run_on_ranks(world_size, check_layer, grouped)
 
 
 # --- the engine --------------------------------------------------------------------------------------------------
@@ -153,6 +156,7 @@ VARIANTS = {
     "selective": ["parallel.activation_checkpointing=selective"],
     "selective_accumulate": ["parallel.activation_checkpointing=selective", "train.accumulation=3"],
     "bias": ["model.moe.bias_rate=0.01", "objective.balance_weight=0"],
+    "bias_accumulate": ["model.moe.bias_rate=0.01", "objective.balance_weight=0", "train.accumulation=3"],
     "smoe": ["model.moe.router=smoe"],
     "token": ["model.moe.router=token"],
     "one_local_expert_none_shared": ["model.moe.num_experts=2", "model.moe.shared_expert=false"],
@@ -162,7 +166,7 @@ VARIANTS = {
 # Every rank limits, or lets experts choose among, its own tokens: the single process takes the two ranks' images as
 # two micro-batches. (Expert shares would still count one micro-batch, hence no balance loss.)
 PER_RANK = ["capacity", "expert_choice"]
-ON_FOUR_RANKS = ["plain", "accumulate", "accumulate_over_step", "blocks", "selective_accumulate", "bias"]
+ON_FOUR_RANKS = ["plain", "accumulate", "accumulate_over_step", "blocks", "selective_accumulate", "bias_accumulate"]
 
 
 def variants(world_size: int) -> dict[str, list[str]]:
@@ -200,6 +204,7 @@ def run_engines(folder: str, layouts: list[int]) -> None:
         config = validate(PretrainConfig, values, "test")
         engine = PretrainEngine(config, FEATURE_WIDTH, torch.device("cpu"))
         record: dict[str, Any] = {"losses": [], "norms": [], "routing": []}
+        bias_steps = torch.zeros(2, 4, dtype=torch.int64)
         for step in range(STEPS):
             batch = make_batch(step)
             if world_size > 1:  # an evaluation in between leaves no trace
@@ -233,6 +238,12 @@ def run_engines(folder: str, layouts: list[int]) -> None:
             record["losses"].append(terms)
             record["routing"].append({layer: routing_report(statistics) for layer, statistics in routing.items()})
             record["norms"].append(report.grad_norm)
+            if variant.startswith("bias"):
+                counts_NE = torch.stack([losses.counts_NE for losses in report.losses]).sum(0)
+                bias_steps += torch.sign(counts_NE.mean(-1, keepdim=True) - counts_NE).long()
+                routers = [engine.objective.transformer.blocks[block].ffn.router for block in routing]
+                torch.testing.assert_close(torch.stack([router.bias_steps_E for router in routers]), bias_steps)
+                assert counts_NE.sum() == 2 * 2 * GLOBAL_BATCH * NUM_TOKENS  # of the whole step, in both layers
             if step == 0:
                 for name, whole in gradients.items():
                     if layout[name][0].numel() != engine.objective.get_parameter(name).numel():

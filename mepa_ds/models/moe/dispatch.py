@@ -5,7 +5,7 @@ Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 
 Alongside = Callable[[Tensor], Tensor]
+_CACHED_ELEMENTS = 1 << 17
 
 
 class Dispatcher(Protocol):
@@ -86,16 +87,18 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (place_TK,) = ctx.saved_tensors
-        grad_TC = grad_RC.index_select(0, place_TK[:, 0])
-        for k in range(1, place_TK.shape[1]):
-            grad_TC += grad_RC.index_select(0, place_TK[:, k])
+        grad_TC = grad_RC.new_empty(len(place_TK), grad_RC.shape[1])
+        for block in _blocks(grad_TC):
+            torch.index_select(grad_RC, 0, place_TK[block, 0], out=grad_TC[block])
+            for k in range(1, place_TK.shape[1]):
+                grad_TC[block] += grad_RC.index_select(0, place_TK[block, k])
         return grad_TC, None, None
 
 
 class _Combine(torch.autograd.Function):
     """out_t = sum_k weight_tk y_(place_tk), products and sums in fp32 both ways, whatever the type of y.
 
-    One choice at a time, so no fp32 copy of all rows is made.
+    One choice (on a CPU, one block of tokens) at a time, so no fp32 copy of all rows is made.
     """
 
     @staticmethod
@@ -111,11 +114,19 @@ class _Combine(torch.autograd.Function):
         y_RC, weight_TK, order_R, place_TK = ctx.saved_tensors
         grad_weight_TK = torch.empty_like(weight_TK)
         grad_TKC = y_RC.new_empty(*place_TK.shape, y_RC.shape[1])
-        for k in range(place_TK.shape[1]):
-            y_TC = y_RC.index_select(0, place_TK[:, k]).float()
-            grad_weight_TK[:, k] = y_TC.mul_(grad_TC).sum(-1)
-            grad_TKC[:, k] = torch.mul(grad_TC, weight_TK[:, k, None], out=y_TC)
+        for block in _blocks(grad_TC):
+            for k in range(place_TK.shape[1]):
+                y_TC = y_RC.index_select(0, place_TK[block, k]).float()
+                grad_weight_TK[block, k] = y_TC.mul_(grad_TC[block]).sum(-1)
+                grad_TKC[block, k] = torch.mul(grad_TC[block], weight_TK[block, k, None], out=y_TC)
         return grad_TKC.view_as(y_RC).index_select(0, order_R), grad_weight_TK, None, None
+
+
+def _blocks(x_TC: Tensor) -> Iterator[slice]:
+    """Of tokens: on a CPU as many as its cache holds with what is made of them (a third of the time); all on a GPU."""
+    num_tokens, width = x_TC.shape
+    size = max(1, _CACHED_ELEMENTS // width) if x_TC.device.type == "cpu" else max(1, num_tokens)
+    return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
 class LocalDispatcher:

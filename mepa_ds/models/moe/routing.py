@@ -109,6 +109,14 @@ class TokenRouter(Router):
         return F.linear(x_TC.float(), self.gate.weight.float())
 
 
+def of_scale(table_SE: Tensor, scale_index_T: Tensor) -> Tensor:
+    """(T, E) fp32: the table's row of each token's scale.
+
+    A product with one-hot rows: indexing would, on a GPU, add the gradients of a scale's many tokens one by one.
+    """
+    return F.one_hot(scale_index_T, len(table_SE)).float() @ table_SE.float()
+
+
 class ScaleTokenRouter(TokenRouter):
     """STMoE: (x + SE(scale)) W = x W + SE(scale) W.
 
@@ -121,7 +129,7 @@ class ScaleTokenRouter(TokenRouter):
         self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
 
     def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        return super().logits(x_TC, scale_index_T) + self.scale_logits_SE.float()[scale_index_T]
+        return super().logits(x_TC, scale_index_T) + of_scale(self.scale_logits_SE, scale_index_T)
 
 
 class ScaleRouter(Router):
@@ -132,7 +140,7 @@ class ScaleRouter(Router):
         self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
 
     def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        return self.scale_logits_SE.float()[scale_index_T]
+        return of_scale(self.scale_logits_SE, scale_index_T)
 
 
 class ExpertChoiceRouter(ScaleTokenRouter):
