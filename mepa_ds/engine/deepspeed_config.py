@@ -20,6 +20,7 @@ OWNED = {
     "bf16": "parallel.precision",
     "fp16": "parallel.precision",
     "amp": "parallel.precision",
+    "torch_autocast": "parallel.precision",
 }
 
 
@@ -31,6 +32,10 @@ def read_knobs(path: Path) -> dict[str, Any]:
         raise UserError(f"parallel.deepspeed: {path}: cannot read it: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"parallel.deepspeed: {path}: not valid JSON: {error}") from error
+    if not isinstance(knobs, dict) or not isinstance(knobs.get("zero_optimization", {}), dict):
+        raise UserError(
+            f'parallel.deepspeed: {path}: expected an object such as {{"zero_optimization": {{"stage": 2}}}}'
+        )
     for key, owner in OWNED.items():
         if key in knobs:
             raise UserError(f"parallel.deepspeed: {path}: {key!r} belongs into the recipe ({owner}); delete it here")
@@ -44,6 +49,8 @@ def read_knobs(path: Path) -> dict[str, Any]:
             f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "
             "checkpoints read ZeRO's partitions"
         )
+    if zero.get("reduce_scatter") is False:
+        raise UserError(f"parallel.deepspeed: {path}: reduce_scatter: false does not work with experts; delete it here")
     return knobs
 
 

@@ -20,7 +20,8 @@ def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
 
     path: a directory of safetensors + config.json, or a file of VAR's transformer such as var_d16.pth.
 
-    Raises UserError, on every rank, for weights of another architecture: names the parameters and both shapes.
+    Raises UserError, on every rank, for weights of another architecture: names the parameters and both shapes, and
+    keys of the two configs by which the same weights would give another output.
     """
     error: UserError | None = None
     try:
@@ -30,14 +31,30 @@ def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
     distributed.agree(error)
 
 
+def _function(config: ModelConfig) -> dict[str, object]:
+    """Keys that decide what the weights compute, and that no shape shows."""
+    values: dict[str, object] = {"num_heads": config.H, "qk_norm": config.qk_norm, "scales": config.scales}
+    if config.moe is not None:
+        values |= {f"moe.{key}": getattr(config.moe, key) for key in ("router", "top_k", "renormalize")}
+    return values
+
+
 @torch.no_grad()
 def _fill(transformer: NextScaleTransformer, path: Path) -> None:
     if path.is_dir():
-        _, state = read_pretrained(path, ModelConfig, KIND)
+        config, state = read_pretrained(path, ModelConfig, KIND)
     else:
-        _, state = convert_var(path, transformer.config.scales)
+        config, state = convert_var(path, transformer.config.scales)
     layout = parameter_layout(transformer)
-    faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
+    theirs = _function(config)
+    faults = [
+        f"model.{key}: {theirs[key]} there, {value} in the recipe"
+        for key, value in _function(transformer.config).items()
+        if theirs.get(key, value) != value
+    ]
+    faults += [
+        f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")
+    ]
     for name, (shape, _) in layout.items():
         found = tuple(state[name].shape) if name in state else None
         if found != tuple(shape):

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from mepa_ds.config.model import MoEConfig
+from mepa_ds.engine.deepspeed_config import read_knobs
 from mepa_ds.engine.initial_weights import load_initial_weights
+from mepa_ds.errors import UserError
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
@@ -87,6 +89,38 @@ def test_weights_of_another_model_are_refused(folder: Path) -> None:
     assert result.returncode == 2
     assert "init_weights" in result.stderr
     assert "blocks.0.ffn.fc1.weight: not in the model" in result.stderr
+
+
+@pytest.mark.parametrize("moe", [{"renormalize": True}, {"top_k": 3}, {"router": "token"}])
+def test_weights_that_would_compute_something_else_are_refused(tmp_path: Path, moe: dict[str, object]) -> None:
+    """No shape shows these keys (that of the router hides one table)."""
+
+    def model(**moe: object) -> NextScaleTransformer:
+        return NextScaleTransformer.from_preset(
+            "mepa-d2", width=32, num_heads=2, scales=SCALES, code_width=4, moe={"num_experts": 4, **moe}
+        )
+
+    model().save_pretrained(tmp_path / "weights")
+    (key, value), before = next(iter(moe.items())), MoEConfig()
+    message = rf"init_weights: .*weights does not fit.*model\.moe\.{key}: {getattr(before, key)} there, {value} in"
+    with pytest.raises(UserError, match=message):
+        load_initial_weights(model(**moe), tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimization": 2}', "expected an object such as"),
+        ("[2]", "expected an object such as"),
+        ('{"zero_optimization": {"stage": 2, "reduce_scatter": false}}', "reduce_scatter: false does not work"),
+        ('{"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": true}}', "'torch_autocast' belongs into"),
+        ('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}', "round_robin_gradients and"),
+    ],
+)
+def test_engine_knobs_that_cannot_work_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "knobs.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_knobs(tmp_path / "knobs.json")
 
 
 def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder: Path) -> None:
