@@ -27,6 +27,7 @@ from mepa_ds.files import write_json
 # timeout(1)'s: the run made no step for guards.hang_timeout seconds.
 HANG_EXIT_CODE = 124
 _MAX_ROLLBACKS = 3
+# So many spikes in a row are no spike but a new level, which is enough of them to judge by.
 _SPIKE_WINDOW, _SPIKE_MIN, _SPIKE_DEVIATIONS = 50, 10, 6.0
 # 1 % of the load; with many experts, 8 % of an even share.
 _COLLAPSED_SHARE, _COLLAPSED_OF_EVEN, COLLAPSED_STEPS = 0.01, 0.08, 500
@@ -91,16 +92,22 @@ class SpikeDetector:
 
     def __init__(self, history: Iterable[float]):
         self._recent: deque[float] = deque(history, maxlen=_SPIKE_WINDOW)
+        self._spikes: list[float] = []
 
     def __call__(self, loss: float) -> bool:
-        """Whether this loss is a spike; it joins the recent ones unless it is."""
+        """Whether this loss is a spike; it joins the recent ones unless it is. 10 in a row take their place."""
         if not math.isfinite(loss):
             return True
         if len(self._recent) >= _SPIKE_MIN:
             median = statistics.median(self._recent)
             deviation = statistics.median(abs(value - median) for value in self._recent)
             if loss - median > _SPIKE_DEVIATIONS * max(1.4826 * deviation, 0.01 * abs(median)):
+                self._spikes.append(loss)
+                if len(self._spikes) == _SPIKE_MIN:
+                    self._recent = deque(self._spikes, maxlen=_SPIKE_WINDOW)
+                    self._spikes.clear()
                 return True
+        self._spikes.clear()
         self._recent.append(loss)
         return False
 
@@ -126,15 +133,15 @@ class CollapseDetector:
 
 
 class SlowRankDetector:
-    """One rank that takes more than 1.3 times as long to compute as the fastest one, in 10 records running."""
+    """One rank that takes more than 1.3 times as long for its own work as the fastest one, in 10 records running."""
 
     def __init__(self) -> None:
         self._rank, self._records = -1, 0
 
-    def __call__(self, compute: dict[str, float]) -> int | None:
+    def __call__(self, own: dict[str, float]) -> int | None:
         """From `{"min", "max", "max_rank"}` of one record: the slow rank, once every 10 records."""
-        rank = int(compute["max_rank"])
-        if compute["max"] <= SLOW_RANK_RATIO * compute["min"]:
+        rank = int(own["max_rank"])
+        if own["max"] <= SLOW_RANK_RATIO * own["min"]:
             rank = -1
         self._records = self._records + 1 if rank == self._rank else 1
         self._rank = rank

@@ -137,8 +137,7 @@ class PretrainRun:
         loader, batches = self._batches()
         while self.state.step < self.num_steps and not stop:
             self.agreement.begin()
-            records.begin(loader)
-            micro_batches = [next(batches) for _ in range(config.train.accumulation)]
+            micro_batches = records.take(batches, loader)
             lr = learning_rate(config.optim, config.train.global_batch, self.state.step, self.num_steps)
             logs = (self.state.step + 1) % log.every == 0 or self.state.step + 1 == self.num_steps
             scales = scales_in_step(config.train.progressive, len(config.model.scales), self.state.step, self.num_steps)

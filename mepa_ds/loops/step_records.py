@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine.checkpoint_files import RunState
 from mepa_ds.engine.engine import StepReport
 from mepa_ds.loops import flops
@@ -27,9 +29,10 @@ from mepa_ds.loops.reports import reduce_losses, routing_report, score_report, s
 from mepa_ds.loops.training_data import Loader
 
 # Seconds of a step, by part, and the most memory used: what ranks are compared by.
-# "all_to_all" is the wait for tokens that travel, within forward and backward; "compute" is inputs and forward less all
-# waiting for other ranks, so that a slow rank shows up there and not in its peers' times.
-_PARTS = ("step", "data", "inputs", "forward", "backward", "optimizer", "all_to_all", "compute")
+# "data" is the time until all ranks have a batch, "loader" this rank's own part of it; "all_to_all" is the wait for
+# tokens that travel, within forward and backward; "own" is loader, inputs and forward less all waiting for other ranks,
+# so that a slow rank shows up there and not in its peers' times.
+_PARTS = ("step", "data", "loader", "inputs", "forward", "backward", "optimizer", "all_to_all", "own")
 _DAMAGE_SHOWN = 100
 
 
@@ -44,11 +47,14 @@ class StepRecords:
         self._noted: list[tuple[int, Tensor]] = []
         self._teacher_width = teacher_width
         self._peak = flops.peak_flops_per_second(config.parallel.precision)
-        self._started, self._waited = 0.0, 0.0
+        self._started = self._data = self._loader = 0.0
 
-    def begin(self, loader: Loader) -> None:
-        """At the start of a step."""
-        self._started, self._waited = time.perf_counter(), loader.seconds
+    def take(self, batches: Iterator[TrainingBatch], loader: Loader) -> list[TrainingBatch]:
+        """The micro-batches of the step that begins here: `batches` gives those of `loader` when all ranks have one."""
+        self._started, waited = time.perf_counter(), loader.seconds
+        taken = list(itertools.islice(batches, self._config.train.accumulation))
+        self._data, self._loader = time.perf_counter() - self._started, loader.seconds - waited
+        return taken
 
     def note(self, step: int, report: StepReport) -> None:
         """After every step: its loss stays on the device until a step is logged, so that no spike goes unseen."""
@@ -63,8 +69,9 @@ class StepRecords:
         self, state: RunState, report: StepReport, lr: float, num_scales: int, loader: Loader, skipped_steps: int
     ) -> None:
         """Reduces the step's numbers over the ranks and writes them. Collective."""
-        parts = {**report.seconds, "step": time.perf_counter() - self._started, "data": loader.seconds - self._waited}
-        parts["compute"] = parts["inputs"] + parts["forward"] - parts["forward_waiting"]
+        parts = {**report.seconds, "step": time.perf_counter() - self._started}
+        parts |= {"data": self._data, "loader": self._loader}
+        parts["own"] = parts["loader"] + parts["inputs"] + parts["forward"] - parts["forward_waiting"]
         terms, scores, routing = reduce_losses(report.losses)
         noted, self._noted = self._noted, []
         totals = sum_over_ranks([torch.stack([loss for _, loss in noted])]) if noted else []
@@ -94,7 +101,7 @@ class StepRecords:
             "peak_memory_bytes": int(ranks.pop("peak_memory_bytes")["max"]),
             "ranks": ranks,
         }
-        slow = self._slow_rank(ranks["compute_seconds"])
+        slow = self._slow_rank(ranks["own_seconds"])
         if self._peak is not None:
             values["mfu"] = flops.mfu(step_flops, seconds, self._peak, distributed.world_size())
         self._recorder.training(state.step, values)
@@ -106,10 +113,10 @@ class StepRecords:
             self._watch(zip([step for step, _ in noted], losses, strict=True))
         if slow is not None:
             line = (
-                f"rank {slow} takes more than {SLOW_RANK_RATIO:g} times as long as the fastest rank to compute, in "
-                f"{SLOW_RANK_RECORDS} records running: all others wait for it"
+                f"rank {slow} takes more than {SLOW_RANK_RATIO:g} times as long as the fastest rank to load and to "
+                f"compute, in {SLOW_RANK_RECORDS} records running: all others wait for it"
             )
-            self._recorder.warn("slow_rank", state.step, line, rank=slow, **ranks["compute_seconds"])
+            self._recorder.warn("slow_rank", state.step, line, rank=slow, **ranks["own_seconds"])
         if routing:
             layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}
             collapsed = self._collapsed(state.step, layers)

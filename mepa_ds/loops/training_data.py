@@ -89,7 +89,7 @@ class Loader:
     def __init__(self, config: PretrainConfig, sets: TrainingSets | OnlineSets, position: int):
         self._config, self._sets = config, sets
         self.seconds = 0.0
-        """Waited for data by this rank so far."""
+        """This rank's own waits for its data so far, not those for other ranks'."""
         self._damaged: list[str] = []
         self.load_state_dict({"position": position})
 

@@ -6,6 +6,7 @@ import json
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 from mepa_ds import distributed
 from mepa_ds.data.index import MadeBy
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.training import TrainingBatch
 from mepa_ds.data.writer import npy_bytes
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
 from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.pretraining import PretrainRun
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, Agreement
+from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
@@ -255,6 +258,15 @@ def test_a_spike_is_far_above_the_recent_losses() -> None:
     assert not SpikeDetector([5.0] * 9)(50.0), "too few to judge"
 
 
+def test_a_lasting_change_of_level_is_told_ten_times() -> None:
+    """A loss that stays higher (another weight of a term, say) is what is usual from then on."""
+    rng = np.random.default_rng(0)
+    detector = SpikeDetector((5 + 0.05 * rng.normal(size=50)).tolist())
+    higher = (7 + 0.05 * rng.normal(size=40)).tolist()
+    assert [detector(loss) for loss in higher] == [True] * 10 + [False] * 30
+    assert [detector(loss) for loss in ([9.0] * 9 + [7.0]) * 3] == ([True] * 9 + [False]) * 3, "not in a row"
+
+
 @pytest.mark.parametrize(("num_experts", "limit"), [(8, 0.01), (128, 0.08 / 128)])
 def test_an_expert_is_collapsed_after_500_steps_with_next_to_no_load(num_experts: int, limit: float) -> None:
     def load(dying: float) -> dict[str, list[float]]:
@@ -308,7 +320,34 @@ def test_a_slow_rank_is_named(folder: Path) -> None:
         for record in events(folder / name, "train"):
             assert (record["all_to_all_seconds"] > 0) == (ep_size == 2)
             assert record["all_to_all_seconds"] < record["forward_seconds"] + record["backward_seconds"]
-            assert record["ranks"]["compute_seconds"]["max"] > 0.3
+            assert record["ranks"]["own_seconds"]["max"] > 0.3
+
+
+def load_slowly_in_rank_1() -> None:
+    """Runs in each rank's process before the run."""
+    if distributed.read_launch().rank == 1:
+        original = Loader._from_position
+
+        def slow(loader: Loader) -> Iterator[TrainingBatch]:
+            for batch in original(loader):
+                time.sleep(0.3)
+                yield batch
+
+        Loader._from_position = slow  # type: ignore[method-assign]
+
+
+def test_a_rank_that_loads_slowly_is_named_and_waited_for_as_data(folder: Path) -> None:
+    log, output = folder / "loads.log", folder / "loads"
+    with Ranks(arguments(folder, "loads", "train.steps=11"), 2, log, load_slowly_in_rank_1) as ranks:
+        assert ranks.wait() == [0, 0], log.read_text()
+    (warning,) = events(output, "slow_rank")
+    assert warning["rank"] == 1
+    train = events(output, "train")
+    own, waited = (np.median([record[key] for record in train]) for key in ("loader_seconds", "data_seconds"))
+    assert own < 0.15 < waited, "rank 0 waits, but not for its own loader"
+    for loader in (record["ranks"]["loader_seconds"] for record in train):
+        assert loader["max"] >= 0.3
+        assert loader["max_rank"] == 1
 
 
 def double_the_loss_of_step_11() -> None:
