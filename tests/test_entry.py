@@ -37,6 +37,21 @@ def test_ranks_wait_for_the_one_that_has_more_to_do(tmp_path: Path) -> None:
     assert launch(["3"], ranks=2, script=program).returncode != 0
 
 
+def test_a_node_that_lacks_a_file_says_so() -> None:
+    """Before the ranks meet; its other ranks are silent, and so are other ranks of the first node."""
+    program = "from mepa_ds.cli import entry; from mepa_ds import UserError\n"
+    program += "def main(): raise UserError('recipe.yaml: not here')\nentry.run(main)"
+
+    def says(rank: int, local_rank: int) -> tuple[int, str]:
+        place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": "16"}
+        command = [sys.executable, "-c", program]
+        end = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=60, check=False)
+        return end.returncode, end.stderr
+
+    assert says(0, 0) == says(8, 0) == (2, "error: recipe.yaml: not here\n")
+    assert says(1, 1) == says(9, 1) == (2, "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", ["print('a line')", "sys.exit(print('help'))", "print('x' * 100000)"])
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str, unbuffered: str) -> None:

@@ -43,9 +43,10 @@ def _run(main: Callable[[], object]) -> None:
         _leave_together(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except UserError as error:
-        # Before the ranks meet all of them read the same command line; afterwards one may stand alone with its error.
-        alone = dist.is_initialized() and not error.agreed
-        if distributed.read_launch().is_main or alone:
+        # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
+        # Afterwards one may stand alone with its error.
+        met, launch = dist.is_initialized(), distributed.read_launch()
+        if launch.is_main or (not error.agreed if met else launch.local_rank == 0):
             log.note(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
