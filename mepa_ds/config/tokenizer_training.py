@@ -87,10 +87,11 @@ class CodebookConfig(Section):
 
     usage_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay a step of the running frequency of each code at each scale."""
-    revive_every: Annotated[int, Field(ge=0)] = 0
+    revive_every: Annotated[int, Field(ge=0)] = 500
     """Steps between revivals: dead codes move onto random residuals of the batch; 0: never."""
     revive_below: NonNegative = 0.01
-    """A code is dead when its running frequency is below this share of the uniform one."""
+    """A code is dead when its running frequency is below this share of the uniform one at every scale. A revived code
+    that finds no token is dead again after log(revive_below) / log(usage_decay) steps, 458 by default."""
     dropout: Fraction = 0.0
     """Share of samples that use only the first scales (quantizer dropout, XQ-GAN)."""
     dropout_from: PositiveInt = 3

@@ -4,8 +4,8 @@ Nothing here depends on the number of ranks or micro-batches, to rounding: gradi
 both, and every random choice belongs to a position in the stream of samples or to a step. (The adaptive adversarial
 weight is the exception: it compares gradients of one micro-batch.)
 
-Shape legend: B images of this rank in a micro-batch, H = W their side, S scales, V codebook size, D dead codes,
-C code width, L tokens over all scales.
+Shape legend: B images of this rank in a micro-batch, G images of the global batch, H = W their side, S scales,
+V codebook size, D dead codes, C code width, L tokens over all scales.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.loops.tokenizer_adversary import Adversary, build_optimizer
 from mepa_ds.loops.tokenizer_reduce import average_gradients, mean_over_ranks, sum_over_ranks
+from mepa_ds.loops.tokenizer_revival import Revival
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.perceptual import load_lpips
 from mepa_ds.tokenizer.quantizer import Quantized
@@ -51,8 +51,12 @@ class TokenizerTrainer:
         self.adversary = Adversary(adversarial, config.optim, device) if adversarial else None
         self.lpips = load_lpips(perceptual.network, perceptual.backbone_weights).to(device) if perceptual else None
         self.fresh_codes = config.start_from is None
+        if self.fresh_codes:
+            # They move onto residuals of the first step, which are the latent's own only where the codes are nothing.
+            nn.init.zeros_(self.tokenizer.quantizer.codebook.weight)
         self.step_index = 0
         self.position = 0
+        # Of the record that comes next: sums over this rank's micro-batches, and over how many steps.
         self._totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._num_steps_of: dict[str, float] = defaultdict(float)
         self._num_revived = 0
@@ -166,12 +170,12 @@ class TokenizerTrainer:
         self._num_revived += len(dead_D)
         if not len(dead_D):
             return None
-        numbers = np.random.Philox(np.random.SeedSequence([self.config.seed, _REVIVAL, self.step_index]))
-        bits = numbers.random_raw(2 * len(dead_D)).reshape(2, -1)
-        sample_D = torch.from_numpy((bits[0] % np.uint64(self.config.train.global_batch)).astype(np.int64))
-        token_D = torch.from_numpy((bits[1] % np.uint64(self.tokenizer.schedule.num_tokens)).astype(np.int64))
-        values_DC = torch.zeros(len(dead_D), self.config.tokenizer.code_width, device=self.device)
-        return Revival(dead_D, sample_D.to(self.device), token_D.to(self.device), values_DC)
+        schedule, batch = self.tokenizer.schedule, self.config.train.global_batch
+        counts_GL = torch.ones(batch, schedule.num_tokens, dtype=torch.bool, device=self.device)
+        if (num_scales_G := self._num_scales(self.position, batch)) is not None:
+            counts_GL = schedule.scale_index_L(self.device) < num_scales_G[:, None]
+        key = (self.config.seed, _REVIVAL, self.step_index)
+        return Revival.drawn(dead_D, counts_GL, self.config.tokenizer.code_width, key)
 
     def check_finite(self) -> None:
         """Raises a UserError on all ranks alike if a gradient since the last call of `metrics` was not finite."""
@@ -198,6 +202,7 @@ class TokenizerTrainer:
         return record
 
     def state_dict(self) -> dict[str, Any]:
+        """The same on every rank. Collective."""
         return {
             "step": self.step_index,
             "position": self.position,
@@ -205,6 +210,11 @@ class TokenizerTrainer:
             "optimizer": self.optimizer.state_dict(),
             "usage": self.usage.state_dict(),
             "adversary": self.adversary.state_dict() if self.adversary else {},
+            "record": {
+                "totals": {name: mean_over_ranks(total) for name, total in sorted(self._totals.items())},
+                "num_steps_of": dict(self._num_steps_of),
+                "num_revived": self._num_revived,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,18 +224,7 @@ class TokenizerTrainer:
         self.usage.load_state_dict(state["usage"])
         if self.adversary is not None:
             self.adversary.load_state_dict(state["adversary"])
-
-
-@dataclass
-class Revival:
-    """Which residual of the step's global batch each dead code moves to. Every rank fills in those it has."""
-
-    dead_D: Tensor
-    sample_D: Tensor
-    token_D: Tensor
-    values_DC: Tensor
-
-    def collect(self, residuals_BLC: Tensor, offset: int) -> None:
-        """Takes what is chosen from a micro-batch whose first image is number `offset` of the global batch."""
-        here_D = (self.sample_D >= offset) & (self.sample_D < offset + len(residuals_BLC))
-        self.values_DC[here_D] = residuals_BLC[self.sample_D[here_D] - offset, self.token_D[here_D]]
+        record = state["record"]
+        self._totals.update({name: total.to(self.device) for name, total in record["totals"].items()})
+        self._num_steps_of.update(record["num_steps_of"])
+        self._num_revived = record["num_revived"]

@@ -7,11 +7,10 @@ The output directory holds `config.json` and `model.safetensors` (Tokenizer.load
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.in_step import in_step
+from mepa_ds.data.index import images_identity
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_text
@@ -34,10 +34,13 @@ from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.metrics import MetricsWriter
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
-from mepa_ds.weights import load_strict
+from mepa_ds.weights import load_strict, read_torch_file
 
 CHECKPOINT_NAME = "checkpoint.pt"
-_KEYS = ("step", "position", "tokenizer", "optimizer", "usage", "adversary", "config")
+_KEYS = (
+    "step", "position", "tokenizer", "optimizer", "usage", "adversary", "record", "num_replaced", "unevaluated",
+    "images", "config",
+)  # fmt: skip
 # A resumed run may change how it runs and how long, not what it computes.
 _FIXED = ("seed", "tokenizer", "loss", "codebook", "optim", "precision")
 
@@ -53,7 +56,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> 
     launch = distributed.read_launch()
     config.check_world(launch.world_size)
     device = distributed.start(launch)
-    trainer, unevaluated = _agree_on_trainer(config, device)
+    start = _agree_on_start(config, device)
+    trainer = start.trainer
     if trainer.step_index >= trainer.num_steps:
         _say(f"tokenizer: {config.output_dir} is finished ({trainer.step_index} steps); nothing to do")
         return True
@@ -61,22 +65,35 @@ def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> 
         _say(f"tokenizer: resuming {config.output_dir} at step {trainer.step_index} of {trainer.num_steps}")
     if distributed.is_main():
         write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
-    return _Loop(config, trainer, requests).run(unevaluated)
+    return _Loop(config, start, requests).run(start.unevaluated)
+
+
+class _Start(NamedTuple):
+    """Where a run begins or goes on."""
+
+    trainer: TokenizerTrainer
+    images: str
+    """Which training images, and in which order."""
+    unevaluated: bool
+    """A stop came before the evaluation of this step."""
+    num_replaced: int
+    """Damaged images since the last record, over all ranks."""
 
 
 class _Loop:
     """Steps, records, evaluations and checkpoints."""
 
-    def __init__(self, config: TokenizerTrainingConfig, trainer: TokenizerTrainer, requests: StopRequests):
-        self.config, self.trainer = config, trainer
+    def __init__(self, config: TokenizerTrainingConfig, start: _Start, requests: StopRequests):
+        self.config, self.trainer, self.images = config, start.trainer, start.images
         self.requests, self.agreement = requests, Agreement(requests)
-        self.num_replaced = 0  # damaged images since the last record, on this rank
+        # damaged images since the last record, on this rank
+        self.num_replaced = start.num_replaced if distributed.is_main() else 0
         # rank 0 alone writes
         path = config.output_dir / "metrics.jsonl"
-        self.writer = MetricsWriter(path, trainer.step_index) if distributed.is_main() else None
+        self.writer = MetricsWriter(path, self.trainer.step_index) if distributed.is_main() else None
 
     def run(self, unevaluated: bool) -> bool:
-        """Whether the run is finished. unevaluated: a stop came before the evaluation of the step it begins at."""
+        """Whether the run is finished. unevaluated: the step it begins at is to be evaluated first."""
         trainer, log = self.trainer, self.config.log
         self._say_status("running")
         batches = self._training_batches()
@@ -101,7 +118,7 @@ class _Loop:
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
                 if self.config.data.on_damaged == "skip":
-                    record["replaced_samples"] = self._take_replaced()
+                    record["replaced_samples"], self.num_replaced = self._all_replaced(), 0
                 self._write("train", record)
                 progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
                 since, since_step = time.perf_counter(), trainer.step_index
@@ -137,10 +154,9 @@ class _Loop:
             self.num_replaced += len(batch.damaged)
             yield batch
 
-    def _take_replaced(self) -> int:
-        """Damaged images that were replaced since the last call, on all ranks. Collective."""
-        count, self.num_replaced = self.num_replaced, 0
-        return int(sum_over_ranks(torch.tensor(count, device=self.trainer.device)))
+    def _all_replaced(self) -> int:
+        """Damaged images that were replaced since the last record, on all ranks. Collective."""
+        return int(sum_over_ranks(torch.tensor(self.num_replaced, device=self.trainer.device)))
 
     def _say_status(self, state: RunStatus) -> None:
         if distributed.is_main():
@@ -175,8 +191,9 @@ class _Loop:
 
     def _save(self, unevaluated: bool) -> None:
         self.trainer.check_finite()
+        state = {**self.trainer.state_dict(), "num_replaced": self._all_replaced(), "unevaluated": unevaluated}
         if distributed.is_main():
-            state = {**self.trainer.state_dict(), "config": self.config.model_dump_json(), "unevaluated": unevaluated}
+            state |= {"config": self.config.model_dump_json(), "images": self.images}
             with atomic_path(self.config.output_dir / CHECKPOINT_NAME) as temporary:
                 torch.save(state, temporary)
         if dist.is_initialized():
@@ -189,21 +206,22 @@ class _Loop:
         self.writer.write({"event": event, "step": trainer.step_index, "samples": trainer.position, **record})
 
 
-def _agree_on_trainer(config: TokenizerTrainingConfig, device: torch.device) -> tuple[TokenizerTrainer, bool]:
-    """Builds the trainer, and resumes it; an error on any rank is raised on all. Second: its step is unevaluated."""
-    built: tuple[TokenizerTrainer, bool] | None = None
+def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
+    """Builds the trainer, and resumes it; an error on any rank is raised on all."""
+    start: _Start | None = None
     error: UserError | None = None
     try:
-        built = _build_trainer(config, device)
+        start = _start(config, device)
     except UserError as found:
         error = found
     distributed.agree(error)
-    assert built is not None
-    return built
+    assert start is not None
+    return start
 
 
-def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> tuple[TokenizerTrainer, bool]:
-    num_samples = len(ShardSet(config.data.images, "data.images"))
+def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
+    shards = ShardSet(config.data.images, "data.images")
+    images = images_identity(shards.index) + (f", shuffled by {shards.window} shards" if shards.window else "")
     if config.data.heldout_images is not None:
         ShardSet(config.data.heldout_images, "data.heldout_images")
     if config.loss.adversarial is not None:
@@ -215,13 +233,14 @@ def _build_trainer(config: TokenizerTrainingConfig, device: torch.device) -> tup
             )
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer(config.tokenizer)
-    checkpoint = _read_checkpoint(config)
+    checkpoint = _read_checkpoint(config, images)
     if checkpoint is None and config.start_from is not None:
         _start_from(tokenizer, config.start_from)
-    trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(num_samples), device)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint)
-    return trainer, checkpoint is not None and checkpoint.get("unevaluated", False)
+    trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(len(shards)), device)
+    if checkpoint is None:
+        return _Start(trainer, images, unevaluated=False, num_replaced=0)
+    trainer.load_state_dict(checkpoint)
+    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"])
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
@@ -229,16 +248,11 @@ def _start_from(tokenizer: Tokenizer, path: Path) -> None:
     load_strict(tokenizer, source.state_dict(), f"start_from: {path}")
 
 
-def _read_checkpoint(config: TokenizerTrainingConfig) -> dict[str, Any] | None:
+def _read_checkpoint(config: TokenizerTrainingConfig, images: str) -> dict[str, Any] | None:
     path = config.output_dir / CHECKPOINT_NAME
     if not path.exists():
         return None
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a checkpoint of this program ({error}); remove it to start anew") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the checkpoint: {error.strerror or error}") from error
+    checkpoint: dict[str, Any] = read_torch_file(path, "Remove it to start anew")
     if not isinstance(checkpoint, dict) or (lost := [key for key in _KEYS if key not in checkpoint]):
         found = f"no {', '.join(lost)} in it" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
         raise UserError(f"{path}: not a checkpoint of this program ({found}); remove it to start anew")
@@ -246,6 +260,12 @@ def _read_checkpoint(config: TokenizerTrainingConfig) -> dict[str, Any] | None:
     changed = [key for key in _FIXED if old.get(key) != new[key]]
     if old["train"]["global_batch"] != new["train"]["global_batch"]:
         changed.append("train.global_batch")
+    if checkpoint["images"] != images:
+        raise UserError(
+            f"{path} was made from other images ({checkpoint['images']}) than those of data.images: "
+            f"{config.data.images} ({images}). Give those again to resume, or another output_dir (with start_from: "
+            f"{config.output_dir} to go on from a finished run's weights)"
+        )
     if changed:
         raise UserError(
             f"{path} was made by another recipe: {', '.join(changed)} changed since (its recipe is in resolved.yaml). "

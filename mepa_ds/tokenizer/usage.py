@@ -65,8 +65,11 @@ class CodebookUsage(nn.Module):
         return by_scale, float((self.frequency_V >= margin).float().mean())
 
     def dead_codes(self, below: float) -> Tensor:
-        """(D,) int64: codes whose frequency over all scales is below `below` times the uniform one."""
-        return (self.frequency_V < below / self.codebook_size).nonzero().flatten()
+        """(D,) int64: codes whose frequency is below `below` times the uniform one at every scale.
+
+        Not over all scales together: the coarse ones have few tokens, and codes that serve them alone are in use.
+        """
+        return (self.frequency_SV < below / self.codebook_size).all(0).nonzero().flatten()
 
     def forget(self, moved_D: Tensor) -> None:
         """Gives codes that moved the uniform frequency, so that they have time to find tokens before the next check.

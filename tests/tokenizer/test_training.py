@@ -112,6 +112,19 @@ def test_resume_equals_an_uninterrupted_run(
     assert "is finished (8 steps); nothing to do" in capsys.readouterr().out
 
 
+def test_a_record_is_of_all_its_steps_after_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoint after step 3, record after step 4: losses, revived codes and replaced images are those of 1 to 4."""
+    tiny.make_images(folder / "torn", broken=5)
+    settings = ["log.every=4", "train.steps=8", f"data.images={folder / 'torn'}", "data.on_damaged=skip"]
+    tiny.train(folder, *settings, f"output_dir={folder / 'whole'}")
+    train_and_kill(folder, monkeypatch, *settings)
+    tiny.train(folder, *settings)
+    assert_same_run(folder / "run", folder / "whole", tolerance=0)
+    first, last = records(folder / "whole", "train")
+    assert first["revived_codes"] >= 16
+    assert first["replaced_samples"] + last["replaced_samples"] > 0
+
+
 def test_two_ranks_equal_one(folder: Path) -> None:
     """Dropout, revival, the data-driven codebook and the adversary included; started as users start it."""
     settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
@@ -253,6 +266,14 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"made by another recipe: codebook, train\.global_batch changed"):
             tiny.train(folder, "codebook.dropout=0.0", "train.global_batch=4")
 
+    def test_other_images_in_the_same_directory(self, folder: Path) -> None:
+        tiny.train(folder)
+        tiny.make_images(folder / "others", count=25)
+        with pytest.raises(UserError, match=r"checkpoint\.pt was made from other images .*data\.images: .*others"):
+            tiny.train(folder, f"data.images={folder / 'others'}", "train.steps=8")
+        (folder / "images").rename(folder / "moved")  # where they lie does not matter
+        tiny.train(folder, f"data.images={folder / 'moved'}", "train.steps=8")
+
     def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -268,7 +289,7 @@ class TestBadInput:
         tiny.train(folder)
         path = folder / "run" / "checkpoint.pt"
         path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(UserError, match=r"checkpoint\.pt: not a checkpoint .*remove it"):
+        with pytest.raises(UserError, match=r"checkpoint\.pt: damaged, or not a file of torch\.save .*Remove it"):
             tiny.train(folder)
 
     @pytest.mark.parametrize(

@@ -74,6 +74,16 @@ def test_dead_codes_are_found_moved_and_given_time() -> None:
     assert usage.dead_codes(0.01).tolist() == [3, 4]
 
 
+def test_a_code_in_use_at_one_coarse_scale_is_not_dead() -> None:
+    """One token of fourteen: over all scales together its frequency would be below the margin."""
+    usage = CodebookUsage(SCHEDULE, V, 0.9)
+    tokens_BL = torch.randint(3, (100, SCHEDULE.num_tokens))
+    tokens_BL[:10, 0] = 3  # a tenth of the images at the first scale, half of what would be even
+    usage.update(usage.hits_of(tokens_BL))
+    assert usage.frequency_V[3] < 0.4 / V
+    assert usage.dead_codes(0.4).tolist() == [4]
+
+
 def test_counting_starts_anew_when_every_code_moved() -> None:
     usage = CodebookUsage(SCHEDULE, V, 0.9)
     usage.update(usage.hits_of(torch.zeros(2, SCHEDULE.num_tokens, dtype=torch.int64)))
