@@ -5,7 +5,10 @@ Shapes: B images, l tokens of the current scale, L tokens over all scales, V cod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,7 +43,7 @@ def sample(
     smooth: bool = False,
     rng: Rng = "image",
 ) -> Tensor:
-    """Generates one image for each label: (B, 3, H, W) float32 in [0, 1].
+    """Generates one image for each label: (B, 3, H, W) float32 in [0, 1]. The model samples in evaluation mode.
 
     Args:
         labels_B: classes in 0..num_classes - 1.
@@ -63,17 +66,31 @@ def sample(
     device = model.head.weight.device
     labels = _as_labels(labels_B).to(device)
     _check(model, tokenizer, labels, rng, batch_size)
+    _check_numbers(cfg, top_k, top_p, seed, first_index)
     tokenizer = tokenizer.to(device)
     step = batch_size or max(len(labels), 1)
     images = []
-    for start in range(0, len(labels), step):
-        part = labels[start : start + step]
-        generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
-        index_B = np.arange(first_index + start, first_index + start + len(part))
-        draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
-        images.append(_sample_batch(model, tokenizer, part, cfg, draw))
+    with _evaluating(model):
+        for start in range(0, len(labels), step):
+            part = labels[start : start + step]
+            generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
+            index_B = np.arange(first_index + start, first_index + start + len(part))
+            draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
+            images.append(_sample_batch(model, tokenizer, part, cfg, draw))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
+
+
+@contextmanager
+def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
+    """In training mode experts have a capacity, and what an image gets would depend on its batch."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _sample_batch(
@@ -220,3 +237,13 @@ def _check(model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rn
             raise UserError(f"tokenizer: its {name} is {theirs}, the model's {ours}; give the model's own tokenizer")
     if rng == "var" and batch_size is not None and batch_size < len(labels):
         raise UserError('rng="var" draws for the whole batch at once: leave batch_size unset')
+
+
+def _check_numbers(cfg: float, top_k: int, top_p: float, seed: int, first_index: int) -> None:
+    for name, number in (("top_k", top_k), ("seed", seed), ("first_index", first_index)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 0:
+            raise UserError(f"{name}: expected a whole number of at least 0, got {number!r}")
+    if isinstance(cfg, bool) or not isinstance(cfg, Real) or not math.isfinite(cfg):
+        raise UserError(f"cfg: expected a finite number such as 1.5, got {cfg!r}")
+    if isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 <= top_p <= 1:
+        raise UserError(f"top_p: expected a number in 0..1, got {top_p!r}")

@@ -57,6 +57,20 @@ def test_files_and_directories_make_the_same_grid(folder: Path, tmp_path: Path) 
     assert Image.open(tmp_path / "var.png").size == (3 * 66 - 2, 2 * 66 - 2)
 
 
+def test_bf16_is_the_models_type_and_not_the_tokenizers(folder: Path, tmp_path: Path) -> None:
+    options = ["--classes", "1,4", "--per-class", "2", "--seed", "5"]
+    for precision in ("fp32", "bf16"):
+        run(folder, tmp_path / precision, *options, *SCALES, "--precision", precision)
+    model, tokenizer = NextScaleTransformer.load(folder / "model.d2"), Tokenizer.load(folder / "tokenizer")
+    expected = to_uint8(sample(model.to(torch.bfloat16), tokenizer, [1, 1, 4, 4], seed=5))
+    in_bf16, in_fp32 = (
+        np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / precision).iterdir())])
+        for precision in ("bf16", "fp32")
+    )
+    assert np.array_equal(in_bf16, expected)
+    assert not np.array_equal(in_bf16, in_fp32)
+
+
 def test_upcycling_reads_what_lies_there(folder: Path, tmp_path: Path) -> None:
     upcycle.main(["--weights", str(folder / "model.d2"), "--out", str(tmp_path / "moe"), "--num-experts", "2"])
     assert NextScaleTransformer.load(tmp_path / "moe").config.moe is not None

@@ -231,11 +231,56 @@ def test_bad_labels_and_foreign_tokenizers_are_refused(tokenizer: Tokenizer) -> 
         ([[1, 2], [3]], {}, r"labels: expected a list of class numbers \("),
         (["cat"], {}, r"labels: expected a list of class numbers \("),
         (3, {}, r"labels: expected a list of class numbers, got int64 of shape \(\)"),
+        ([1], {"top_k": -1}, "top_k: expected a whole number of at least 0, got -1"),
+        ([1], {"top_k": 2.5}, r"top_k: expected a whole number of at least 0, got 2\.5"),
+        ([1], {"top_k": None}, "top_k: expected a whole number of at least 0, got None"),
+        ([1], {"seed": -3}, "seed: expected a whole number of at least 0, got -3"),
+        ([1], {"first_index": 0.5}, r"first_index: expected a whole number of at least 0, got 0\.5"),
+        ([1], {"top_p": 1.2}, r"top_p: expected a number in 0\.\.1, got 1\.2"),
+        ([1], {"top_p": -0.1}, r"top_p: expected a number in 0\.\.1, got -0\.1"),
+        ([1], {"top_p": float("nan")}, r"top_p: expected a number in 0\.\.1, got nan"),
+        ([1], {"cfg": float("inf")}, r"cfg: expected a finite number such as 1\.5, got inf"),
+        ([1], {"cfg": "2"}, r"cfg: expected a finite number such as 1\.5, got '2'"),
     ],
 )
 def test_bad_arguments(tokenizer: Tokenizer, labels: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         sample(model_of("adaln"), tokenizer, labels, **options)
+
+
+def test_a_model_in_training_samples_in_evaluation_mode(tokenizer: Tokenizer) -> None:
+    """With its capacity limit on, tokens would be dropped, and others with another batch."""
+    model = NextScaleTransformer.from_preset(
+        "mepa-d2", num_classes=10, scales=TINY_SCALES, codebook_size=64, code_width=8, head_init=20.0,
+        adaln_gamma_init=1.0, moe={"capacity_factor": 0.25},
+    ).eval()  # fmt: skip
+    expected = sample(model, tokenizer, [3, 7], seed=1)
+    model.train()
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(sample(model, tokenizer, [3, 7], seed=1), expected)
+    assert [module.training for module in model.modules()] == modes
+    model.position_embed.data[0, 5] = torch.nan
+    with pytest.raises(NonFiniteLogitsError):
+        sample(model, tokenizer, [1])
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@torch.no_grad()
+def test_a_model_in_bf16(tokenizer: Tokenizer, drawn: list[Tensor], smooth: bool) -> None:
+    """Most greedy codes are those of the model in fp32, and nothing of the tokenizer's is rounded."""
+    model, labels_B = model_of("adaln"), vector("labels")
+    sample(model, tokenizer, labels_B, top_k=1, smooth=smooth)
+    expected_BLZ = torch.cat(drawn, dim=1)
+    drawn.clear()
+    images = sample(model.to(torch.bfloat16), tokenizer, labels_B, top_k=1, smooth=smooth)
+    assert images.dtype == torch.float32
+    assert images.shape == (len(labels_B), 3, 64, 64)
+    found_BLZ = torch.cat(drawn, dim=1)
+    assert found_BLZ.dtype == torch.float32
+    same_BL = torch.isclose(found_BLZ, expected_BLZ, atol=1e-6).all(-1)
+    assert same_BL.float().mean() > 0.8
 
 
 def test_no_labels_no_images(tokenizer: Tokenizer) -> None:
