@@ -113,10 +113,7 @@ class ShardIndex(Section):
 
 
 def keys_digest(table: SampleTable) -> str:
-    digest = hashlib.sha256()
-    for key in table.keys_N:
-        digest.update(bytes(key) + b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(key + b"\n" for key in table.keys_N.tolist())).hexdigest()
 
 
 def images_identity(index: ShardIndex) -> str:

@@ -150,11 +150,6 @@ class _Reader:
     def _read(self, samples: Indices, positions: Indices) -> TrainingBatch:
         tokens = self._sets.tokens
         keys = tokens.keys(samples)
-        if self._sets.features is not None and self._sets.features.keys(samples) != keys:
-            raise DamagedError(
-                f"{tokens.directory} and {self._sets.features.directory}: keys differ at samples "
-                f"{samples.tolist()}; run data_tools/verify_shards.py on both"
-            )
         stored = {array[1]: self._array(*array, samples, positions) for array in self._arrays}
         codes_BL = stored.pop(TOKENS_EXT)
         tokens_BL = self._buffers.empty(tuple(codes_BL.shape), torch.int64)

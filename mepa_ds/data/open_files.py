@@ -1,0 +1,79 @@
+"""Files that stay open between reads, as many as the system allows.
+
+In a true permutation every batch reads from hundreds of shards, so that a file that is closed is soon opened again; on
+a network file system each time is a round trip to its metadata server.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import weakref
+from collections import OrderedDict
+from contextlib import suppress
+
+_ENOUGH = 1 << 16
+"""Nobody has more shards. A hard limit may be a thousand million, which children that look at every number inherit."""
+
+
+class OpenFile:
+    """Closed when the last one who reads from it lets go."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class OpenFiles:
+    """Files of one set by number. All sets of the process share what it may open. Pickles empty; threads may share it.
+
+    Args:
+        most: of this set, where less than what the system allows is wanted.
+    """
+
+    def __init__(self, most: int | None = None):
+        self._most = most
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
+        self.get = self._files.get
+        raise_limit()
+        _all.append(weakref.ref(self, _all.remove))
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int | None]]:
+        return OpenFiles, (self._most,)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def add(self, number: int, file: OpenFile) -> None:
+        """Keeps a file at hand; one that was added earlier may go for it: of the set that has the most."""
+        self._files[number] = file
+        while self._most is not None and len(self) > self._most:
+            self._drop_first()
+        # No lock, which a fork could find taken: the list is copied, and two threads at once drop one file too many.
+        files = [found for ref in list(_all) if (found := ref()) is not None]
+        for _ in range(sum(map(len, files)) - num_allowed()):
+            max(files, key=len)._drop_first()
+
+    def _drop_first(self) -> None:
+        with suppress(KeyError):  # another thread has just dropped the last one
+            self._files.popitem(last=False)
+
+
+_all: list[weakref.ref[OpenFiles]] = []
+
+
+def raise_limit() -> None:
+    """Lets this process open as many files as it may, where the shell's own limit is lower (1024, usually)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _ENOUGH if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def num_allowed() -> int:
+    """Three quarters of what the process may open: the rest is for everything else in it."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (_ENOUGH if soft == resource.RLIM_INFINITY else soft) * 3 // 4

@@ -1,0 +1,113 @@
+"""Where the samples of a set lie: the tables of its shards as arrays over all samples, to be asked a batch at a time.
+
+Legend: N samples of the set, B of a batch, M member extensions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mepa_ds.data.index import ShardIndex, keys_digest, read_table
+from mepa_ds.data.order import Indices
+from mepa_ds.data.tar import DamagedError, SampleTable
+
+REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"
+
+
+class Places:
+    """Keys, labels and members' places of a set. A shard's table is read when one of its samples is first asked for.
+
+    Pickles without the tables. Threads may share it: who reads a table that another is reading writes the same.
+    """
+
+    def __init__(self, index: ShardIndex, paths: list[str], what: str):
+        self.extensions = tuple(index.members)
+        self._index, self._paths, self._what = index, paths, what
+        self._starts = np.cumsum([0] + [shard.num_samples for shard in index.shards], dtype=np.int64)
+        self._forget()
+
+    def _forget(self) -> None:
+        size, num_shards = int(self._starts[-1]), len(self._paths)
+        # Offset and size side by side: one access to memory for a sample. Pages are taken as they are written.
+        self._places_NM2 = np.empty((size, len(self.extensions), 2), np.int64)
+        self._labels_N = np.empty(size, np.int64)
+        self._keys: list[NDArray[np.bytes_] | None] = [None] * num_shards
+        self._is_read = np.zeros(num_shards, np.bool_)
+
+    def __getstate__(self) -> dict[str, Any]:
+        tables = ("_places_NM2", "_labels_N", "_keys", "_is_read")
+        return {name: value for name, value in self.__dict__.items() if name not in tables}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def shards_of(self, samples_B: Indices) -> Indices:
+        """(B,) the shard of each sample, whose table is then at hand.
+
+        Raises:
+            DamagedError: a table cannot be read, or is not that of the index.
+        """
+        shards_B = np.searchsorted(self._starts, samples_B, side="right") - 1
+        known_B = self._is_read[shards_B]
+        if not known_B.all():
+            for shard in np.unique(shards_B[~known_B]).tolist():
+                self._read(shard)
+        return shards_B
+
+    def members(self, samples_B: Indices) -> tuple[Indices, Indices]:
+        """(B, M) offsets and sizes of members, of `extensions` in order; size -1 where a sample has no such member."""
+        self.shards_of(samples_B)
+        places_BM2 = self._places_NM2[samples_B]
+        return places_BM2[..., 0], places_BM2[..., 1]
+
+    def labels(self, samples_B: Indices) -> Indices:
+        """(B,) labels that the tables know; -1 where they do not."""
+        self.shards_of(samples_B)
+        return self._labels_N[samples_B]
+
+    def keys(self, samples_B: Indices) -> list[bytes]:
+        """Keys as stored."""
+        shards_B = self.shards_of(samples_B)
+        rows_B = samples_B - self._starts[shards_B]
+        return [self._key(shard, row) for shard, row in zip(shards_B.tolist(), rows_B.tolist(), strict=True)]
+
+    def _key(self, shard: int, row: int) -> bytes:
+        keys_N = self._keys[shard]
+        assert keys_N is not None
+        return bytes(keys_N[row])
+
+    def _read(self, shard: int) -> None:
+        path, entry = self._paths[shard], self._index.shards[shard]
+        try:
+            table = read_table(Path(path))
+        except (OSError, DamagedError) as error:
+            raise DamagedError(f"{self._what}: {error}") from error
+        if len(table) != entry.num_samples:
+            raise DamagedError(
+                f"{self._what}: {path}: has {len(table)} samples, the index says {entry.num_samples}; {REMEDY}"
+            )
+        # With this, sets whose indices have equal keys need not be compared again, batch by batch.
+        if keys_digest(table) != entry.keys_sha256:
+            raise DamagedError(f"{self._what}: {path}: its keys are not those of the index; {REMEDY}")
+        self.add(shard, table)
+
+    def add(self, shard: int, table: SampleTable) -> None:
+        """Takes a shard's table over."""
+        rows = slice(*self._starts[shard : shard + 2])
+        self._places_NM2[rows] = (0, -1)
+        for column, extension in enumerate(self.extensions):
+            if extension in table.extensions:
+                theirs = table.extensions.index(extension)
+                self._places_NM2[rows, column, 0] = table.offsets_NM[:, theirs]
+                self._places_NM2[rows, column, 1] = table.sizes_NM[:, theirs]
+        self._labels_N[rows] = -1 if table.labels_N is None else table.labels_N
+        self._keys[shard] = table.keys_N
+        self._is_read[shard] = True
