@@ -6,6 +6,10 @@ Legend: B batch of this rank, H = W image side.
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +30,7 @@ from mepa_ds.errors import UserError
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
 _MAX_ASPECT = 16
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OnDamaged = Literal["stop", "skip"]
 
 
@@ -231,11 +236,30 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_rank,
     )
     for batch in loader:
         if isinstance(batch, DamagedError):
             raise batch
         yield batch
+
+
+def _leave_signals_to_the_rank(worker: int) -> None:
+    """SLURM asks every process of a step to stop. A worker that did would take its rank along before it has saved.
+
+    Signals are blocked, not ignored: a rank that exits ends its workers by SIGTERM, and waits for them.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    signal.set_wakeup_fd(-1)  # a forked worker would note signals in the rank's socket
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with, args=(rank.pid,), daemon=True).start()
+
+
+def _end_with(rank: int | None) -> None:
+    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != rank:
+        pass
+    os._exit(0)
 
 
 class _Tasks:

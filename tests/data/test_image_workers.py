@@ -1,0 +1,56 @@
+"""Processes that decode images, and the signals that are meant for their rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.data.shard_fixtures import make_set
+from tests.tiny_run import ROOT
+
+RANK = """
+import itertools, sys
+from pathlib import Path
+from mepa_ds.data.images import image_batches
+from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
+
+stop = StopRequests()
+batches = image_batches(Path(sys.argv[1]), batch_size=4, image_side=8, num_workers=2)
+for number, batch in enumerate(batches):
+    if number == 3:
+        print("running", flush=True)
+    if stop.reason is not None:
+        break
+for batch in itertools.islice(batches, 50):  # the rest of the step
+    pass
+print("saved after", stop.reason, flush=True)
+sys.exit(REQUEUE_EXIT_CODE)  # with the workers still there
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_whole_step_lets_the_rank_save(tmp_path: Path, number: signal.Signals) -> None:
+    make_set(tmp_path, "images", [12, 11])
+    with subprocess.Popen(
+        [sys.executable, "-c", RANK, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as rank:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "running\n"
+        os.killpg(rank.pid, number)
+        printed, errors = rank.communicate(timeout=60)
+    assert printed == f"saved after {number.name}\n", errors
+    assert rank.returncode == 75, errors
+    assert errors == ""
+    with pytest.raises(ProcessLookupError):  # no worker is left
+        os.killpg(rank.pid, 0)
