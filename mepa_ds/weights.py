@@ -41,8 +41,8 @@ def read_state_dict(source: Path | str | Mapping[str, Tensor], prefix: str = "")
     Args:
         source: a state dict in memory, a `.safetensors` file, a directory in Hugging Face's layout
             (`model.safetensors`, or shards with their index), or a file of `torch.save`. A checkpoint that holds
-            its state dict under "state_dict" or "model" is opened one level deep. Where every name begins with
-            "module." or "_orig_mod.", the wrappers' prefixes, these are taken off.
+            its state dict under "state_dict" or "model" is opened one level deep. Where every name in memory or
+            in a file begins with "module." or "_orig_mod.", the wrappers' prefixes, these are taken off.
         prefix: read only the tensors whose names start with it.
 
     Raises:
@@ -55,7 +55,7 @@ def read_state_dict(source: Path | str | Mapping[str, Tensor], prefix: str = "")
         if path.is_dir():
             return _read_directory(path, prefix)
         if path.suffix == ".safetensors":
-            return _read_safetensors(path, prefix)
+            return _read_safetensors(path, prefix, unwrap=True)
         state = _read_pickle(path)
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -117,11 +117,11 @@ def _wrapper_of(names: Collection[str]) -> str:
     return ""
 
 
-def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, prefix: str, unwrap: bool = False) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = list(file.keys())
-            wrapper = _wrapper_of(names)
+            wrapper = _wrapper_of(names) if unwrap else ""
             wanted = [name for name in names if name.startswith(wrapper + prefix)]
             return {name.removeprefix(wrapper): file.get_tensor(name) for name in wanted}
     except OSError as error:
