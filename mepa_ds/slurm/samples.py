@@ -1,23 +1,22 @@
 """Samples that many jobs drew, as one file for evaluation suites.
 
 classes WEIGHTS PARTS PART             the classes of one part, with commas between
-pack WEIGHTS IMAGES PER_CLASS OUT      OUT.npz with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation suite reads it
+merge WEIGHTS IMAGES PER_CLASS OUT SCORES REFERENCE INCEPTION
+    OUT.npz with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation suite reads it, unless it is there; then SCORES, what
+    `mepa evaluate` finds (-: nothing)
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path
+from mepa_ds.image_files import write_npz
 
 _SEED = 0
 
@@ -54,27 +53,9 @@ def pack(weights: Path, images: Path, per_class: int, out: Path) -> int:
                 "from another start, and generate again"
             )
         paths += found
-    first = _pixels(paths[0])
     order = np.random.default_rng(_SEED).permutation(len(paths))
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *first.shape)}
-    with (
-        atomic_path(out) as temporary,
-        zipfile.ZipFile(temporary, "w") as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_2_0(file, header)  # type: ignore[arg-type]
-        # Image by image: 50 000 of them would need 10 GB of memory as one array.
-        for number in tqdm(order.tolist(), desc="packing", unit="image", disable=None):
-            pixels = _pixels(paths[number])
-            if pixels.shape != first.shape:
-                raise UserError(f"{paths[number]}: {pixels.shape}, but {paths[0]} is {first.shape}; generate again")
-            file.write(pixels.tobytes())
+    write_npz(out, [paths[number] for number in order.tolist()])
     return len(paths)
-
-
-def _pixels(path: Path) -> np.ndarray:  # type: ignore[type-arg]
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -82,9 +63,14 @@ def main(argv: Sequence[str]) -> None:
     if action == "classes":
         print(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
         return
-    images, per_class, out = Path(rest[0]), int(rest[1]), Path(rest[2])
-    count = pack(Path(weights), images, per_class, out)
-    print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
+    images, per_class, out, scores, reference, inception = rest
+    if not Path(out).exists():
+        count = pack(Path(weights), Path(images), int(per_class), Path(out))
+        print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
+    if scores != "-":
+        from mepa_ds.cli.evaluate import main as evaluate
+
+        evaluate([out, "--reference", reference, "--inception", inception, "--json", scores])
 
 
 if __name__ == "__main__":
