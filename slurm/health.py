@@ -1,7 +1,7 @@
 """One look at the allocation before work begins; every rank runs `health.py STATE [RECIPE key=value ...]`.
 
-Checks that every node has the GPUs that its ranks need, room on its disks and the recipe's data in sight; that all
-ranks find each other; and how fast they exchange data. Trouble is one line that names the node and the remedy.
+Checks that every rank's GPU computes, and that every node has room on its disks and the recipe's data in sight; that
+all ranks find each other; and how fast they exchange data. Trouble is one line that names the node and the remedy.
 """
 
 from __future__ import annotations
@@ -26,12 +26,39 @@ REPEATS = 3
 DATA_KEYS = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
 
 
+class LoneTroubleError(Exception):
+    """What this rank alone knows, since it cannot tell the others."""
+
+
+def uses_gpus() -> bool:
+    return os.environ.get("MEPA_ACCELERATOR", "cuda") == "cuda"
+
+
+def gpu_trouble() -> str | None:
+    """What is wrong with this rank's GPU; makes it the current one."""
+    ranks, mine = int(os.environ["RANKS_PER_NODE"]), int(os.environ["LOCAL_RANK"])
+    if torch.cuda.device_count() < ranks:
+        return f"{torch.cuda.device_count()} GPUs visible, but {ranks} ranks start there; is a GPU or its driver down?"
+    try:
+        torch.cuda.set_device(mine)
+        ones = torch.ones(256, 256, device="cuda")
+        if (ones @ ones).sum().item() != 256**3:
+            return f"GPU {mine} computes wrong sums; take the node out (MEPA_EXCLUDE)"
+    except RuntimeError as error:
+        return f"GPU {mine}: {_first_line(error)}; take the node out (MEPA_EXCLUDE) if it stays so"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def local_trouble(state: Path, recipe: Sequence[str]) -> str | None:
     """What is wrong with this node; None: nothing."""
     env = os.environ
-    ranks = int(env["RANKS_PER_NODE"])
-    if env.get("MEPA_ACCELERATOR", "cuda") == "cuda" and torch.cuda.device_count() < ranks:
-        return f"{torch.cuda.device_count()} GPUs visible, but {ranks} ranks start there; is a GPU or its driver down?"
+    trouble = gpu_trouble() if uses_gpus() else None
+    if trouble is not None:
+        return trouble
     least = float(env.get("MEPA_MIN_DISK_GB", "1"))
     for folder in (state, Path(env["MEPA_SCRATCH"])):
         if not folder.is_dir():
@@ -48,15 +75,23 @@ def local_trouble(state: Path, recipe: Sequence[str]) -> str | None:
 
 
 def meet(rank: int, world_size: int, node: str, trouble: str | None) -> list[str]:
-    """Exchanges every rank's node and trouble over a store on the head node; returns all lines of trouble."""
+    """Exchanges every rank's node and trouble over a store on the head node; returns all lines of trouble.
+
+    Raises LoneTroubleError where only this rank can tell.
+    """
     # Beside the port that the work uses: a socket that has just been closed there would be in the way.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + 1
     wait = timedelta(seconds=MEETING_SECONDS)
     try:
         store = dist.TCPStore(address, port, world_size, rank == 0, wait, wait_for_workers=False)
-        return _talk(store, rank, world_size, node, trouble)
     except (RuntimeError, ValueError) as error:
-        return [f"{node}: cannot reach {address}:{port} ({type(error).__name__}); check MEPA_INTERFACE and the network"]
+        raise LoneTroubleError(
+            f"{node}: cannot reach {address}:{port} ({type(error).__name__}); check MEPA_INTERFACE and the network"
+        ) from error
+    try:
+        return _talk(store, rank, world_size, node, trouble)
+    except RuntimeError as error:  # NCCL's and the store's too
+        raise LoneTroubleError(f"{node}: rank {rank}: {_first_line(error)}") from error
 
 
 def _talk(store: dist.Store, rank: int, world_size: int, node: str, trouble: str | None) -> list[str]:
@@ -91,10 +126,9 @@ def bandwidth(store: dist.Store, rank: int, world_size: int) -> list[str]:
     """Times an all-reduce and an all-to-all; rank 0 returns those that the profile calls too slow."""
     if world_size == 1:
         return []
-    cuda = os.environ.get("MEPA_ACCELERATOR", "cuda") == "cuda"
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    wait = timedelta(seconds=MEETING_SECONDS)
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world_size, timeout=wait)
+    device = torch.device("cuda" if uses_gpus() else "cpu")  # the current GPU is this rank's
+    backend, wait = "nccl" if uses_gpus() else "gloo", timedelta(seconds=MEETING_SECONDS)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=wait)
     count = (MEGABYTES * 2**20 // 4) // world_size * world_size
     data, received = torch.ones(count, device=device), torch.empty(count, device=device)
     speeds = {
@@ -130,10 +164,13 @@ def main() -> None:
     state, recipe = Path(sys.argv[1]), sys.argv[2:]
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     node = os.environ["SLURMD_NODENAME"]
-    lines = meet(rank, world_size, node, local_trouble(state, recipe))
+    try:
+        lines = meet(rank, world_size, node, local_trouble(state, recipe))
+    except LoneTroubleError as trouble:
+        print(f"error: health: {trouble}", flush=True)
+        sys.exit(1)
     if lines:
-        # Every rank knows; one tells.
-        if rank == 0 or "cannot reach" in lines[0]:
+        if rank == 0:  # every rank knows; one tells
             print("error: health: " + "; ".join(lines), flush=True)
         sys.exit(1)
     if rank == 0:

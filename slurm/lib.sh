@@ -42,7 +42,7 @@ mepa_setup() {
 mepa_begin() {
     MEPA_STATE=$1 PROGRESS=$2
     mkdir -p "$MEPA_STATE" || fail $USER_ERROR_CODE "$MEPA_STATE: cannot be made on $SLURMD_NODENAME; choose an output_dir that all nodes can write"
-    LOG=$(scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p')
+    LOG=$(patiently scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') || LOG=''
     [[ ! -r $LOG ]] || LOG_START=$(stat -c %s "$LOG")
     set_addresses
     take_ownership
@@ -64,7 +64,8 @@ load_profile() {
     source "$profile"
     set +a
     [[ -z $stage ]] || MEPA_STAGE=$stage # --stage goes before the profile
-    : "${MEPA_LAUNCHER:=srun}" "${MEPA_MAX_RESTARTS:=3}" "${MEPA_STOP_SECONDS:=300}" "${MEPA_SCRATCH:=/tmp}"
+    : "${MEPA_LAUNCHER:=srun}" "${MEPA_MAX_RESTARTS:=3}" "${MEPA_STOP_SECONDS:=240}" "${MEPA_SCRATCH:=/tmp}"
+    export MEPA_SCRATCH # for the ranks
     if [[ -z ${MEPA_PYTHON:-} ]]; then
         MEPA_PYTHON=python3
         [[ -n ${MEPA_CONTAINER:-} || ! -x $MEPA_ROOT/.venv/bin/python ]] || MEPA_PYTHON=$MEPA_ROOT/.venv/bin/python
@@ -86,7 +87,21 @@ ask() {
     run_python -m "$@" 2>"$errors" || status=$?
     cause=$(tail -n 1 "$errors")
     rm "$errors"
-    ((status == 0)) || fail $USER_ERROR_CODE "${cause#error: }" >&2
+    ((status == 0)) || fail $status "${cause#error: }" >&2
+}
+
+# The controller may be away for some minutes (an upgrade, a fail-over): patiently COMMAND... tries again, and prints
+# what COMMAND says in the end.
+patiently() {
+    local said status
+    for _ in {1..20}; do
+        status=0
+        said=$("$@" 2>&1) || status=$?
+        [[ $status != 0 && $said =~ (Unable to contact|Socket timed out|Zero Bytes|Connection refused) ]] || break
+        sleep "${MEPA_RETRY_SECONDS:-15}"
+    done
+    printf '%s\n' "$said"
+    return $status
 }
 
 # Ranks and threads from the allocation; a port that differs between jobs, and between the starts of one job.
@@ -112,13 +127,14 @@ port_in_use() { (: <>"/dev/tcp/127.0.0.1/$1" || : <>"/dev/tcp/$MASTER_ADDR/$1") 
 # Two jobs must not write one run: another job that still runs is an error; ranks of an earlier start that lost touch
 # with SLURM (a node cut from the network) see that they are no longer the owner, and end (launch.py).
 take_ownership() {
-    local owner='' state
+    local owner='' other
     LAST_RESULT=$(content "$MEPA_STATE/result")
     [[ ! -r $MEPA_STATE/owner ]] || read -r owner _ <"$MEPA_STATE/owner"
     if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
-        state=$(squeue --noheader --jobs="$owner" --format=%T 2>/dev/null || true)
-        if [[ $state == *RUNNING* ]]; then
-            echo "error: job $owner is working in $MEPA_STATE; cancel it first (scancel $owner), or choose another output_dir"
+        # The number of an array's last member is that of the array too, so squeue may list other members.
+        other=$(patiently squeue --noheader --jobs="$owner" --format='%A %T %i' | sed -n "s/^$owner RUNNING //p") || true
+        if [[ -n $other ]]; then
+            echo "error: job $other is working in $MEPA_STATE; cancel it first (scancel $other), or choose another output_dir"
             exit $USER_ERROR_CODE
         fi
     fi
@@ -179,7 +195,7 @@ step() {
     shift 2
     [[ -z $STOP ]] || return $REQUEUE_CODE
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks" \
-        --cpus-per-task="$cpus" --cpu-bind="${MEPA_CPU_BIND:-cores}" --kill-on-bad-exit=1 --wait=60 \
+        --cpus-per-task="$cpus" --cpu-bind="${MEPA_CPU_BIND:-cores}" --kill-on-bad-exit=1 --wait=0 \
         "${CONTAINER[@]}" "$@" &
     STEP_PID=$!
     while kill -0 $STEP_PID 2>/dev/null; do
@@ -188,7 +204,7 @@ step() {
             say "asked to stop ($STOP): ranks save and end"
             # srun passes it on to its tasks, which have SIGTERM from SLURM: a second signal would end them at once.
             [[ $STOP == terminated ]] || kill -USR1 $STEP_PID 2>/dev/null || true
-            (sleep "$MEPA_STOP_SECONDS" && say "ranks did not end in $MEPA_STOP_SECONDS s: killed" && kill_steps) &
+            (sleep "$MEPA_STOP_SECONDS" && echo "error: ranks did not end within $MEPA_STOP_SECONDS s: killed" && kill_steps) &
             local watchdog=$!
         fi
         wait $STEP_PID 2>/dev/null || true # also returns when a signal comes
@@ -200,7 +216,7 @@ step() {
 
 kill_steps() {
     local id
-    squeue --noheader --steps --jobs="$JOB" --format=%i | while read -r id; do
+    patiently squeue --noheader --steps --jobs="$JOB" --format=%i | while read -r id; do
         [[ $id == *.batch || $id == *.extern ]] || scancel "$id"
     done
 }
@@ -244,7 +260,7 @@ finish() {
         echo "ended by SLURM ($(job_state))" >"$MEPA_STATE/result"
         exit 143
     fi
-    if [[ -n $STOP || $codes == *" $REQUEUE_CODE "* ]]; then
+    if in_good_order "$codes"; then
         requeue "stopped in good order"
     fi
     cause=$(run_python -m mepa_ds.slurm.cause "$LOG" "$LOG_START" || echo "status $status, no message in $LOG")
@@ -255,14 +271,23 @@ finish() {
     requeue "failed (status $status): $cause"
 }
 
-job_state() { scontrol show job "$JOB" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
+# Whether ranks ended because they were asked to: a crash ends its neighbours too, and these may save and ask for more.
+in_good_order() {
+    local code
+    for code in $1; do
+        [[ $code == 0 || $code == "$REQUEUE_CODE" || $code == 143 ]] || return 1
+    done
+    [[ -n $STOP || $1 == *" $REQUEUE_CODE "* ]]
+}
+
+job_state() { patiently scontrol show job "$JOB" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
 
 requeue() {
-    echo "requeued: $1" >"$MEPA_STATE/result"
+    [[ -z ${MEPA_STATE:-} ]] || echo "requeued: $1" >"$MEPA_STATE/result"
     say "job $JOB: $1; requeued"
     set +e
     trap - ERR
-    if scontrol requeue "$JOB"; then
+    if patiently scontrol requeue "$JOB"; then
         sleep 120 # SLURM ends this script meanwhile, sleep first
         exit $REQUEUE_CODE
     fi
@@ -274,15 +299,21 @@ mepa_train() {
     local progress=$1 program out text staged=()
     read -r -a program <<<"$2"
     shift 2
-    out=$(ask mepa_ds.slurm.recipe_value output_dir "$@") || exit $?
+    out=$(ask mepa_ds.slurm.recipe_value output_dir "$@") || cannot_begin $?
     mepa_begin "$out/slurm" "$out/$progress"
     mepa_check "$@"
     if [[ ${MEPA_STAGE:-off} == on ]]; then
         mepa_stage "$@"
-        text=$(ask mepa_ds.slurm.stage overrides "$MEPA_SCRATCH" "$@") || exit $?
+        text=$(ask mepa_ds.slurm.stage overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
         [[ -z $text ]] || mapfile -t staged <<<"$text"
     fi
     mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${staged[@]}"
+}
+
+# The cause is said. A node whose Python does not start is no mistake of the user's: another one may do.
+cannot_begin() {
+    (($1 != USER_ERROR_CODE && RESTART < MEPA_MAX_RESTARTS)) || exit "$1"
+    requeue "could not begin (status $1)"
 }
 
 # Copies the run's shard sets to every node's own disk, once a node.

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
-# A message of ours, of argparse or tyro, the last line of a traceback, or SLURM's own words about a killed process.
+# A message of ours, of argparse or tyro, the last line of a traceback, SLURM's own words about a killed process, or the
+# last words of a process that had no time for a traceback (NCCL's watchdog, C++, the interpreter).
 _CAUSE = re.compile(
     r"^(?:error: (?P<ours>.+)"
     r"|(?!srun|slurm)[\w./ -]+: error: (?P<usage>.+)"
     r"|│ (?P<options>(?:Missing from|Unrecognized|Error|Parsing).*?) *│?$"
     r"|(?P<raised>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?$)"
+    r"|.*(?P<watchdog>Watchdog caught .+)"
+    r"|\s*what\(\): +(?P<what>.+)"
+    r"|(?P<fatal>Fatal Python error: .+)"
     r"|(?P<slurm>(?:slurmstepd|srun): error: .*(?:oom|out of memory|memory limit|[Nn]ode failure).*))",
 )
 

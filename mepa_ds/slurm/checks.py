@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,29 +24,30 @@ def check_partition(profile: Profile, partition: str) -> None:
 
 def check_nodes(profile: Profile, partition: str, num_nodes: int) -> None:
     """Raises UserError unless the partition has so many nodes of one kind with the profile's GPUs."""
-    wanted_type, gpus = profile.get("GPU_TYPE"), profile.gpus_per_node
-    nodes = [node for node in nodes_of(partition) if not wanted_type or node.gpu_type == wanted_type]
+    wanted, gpus = profile.get("GPU_TYPE"), profile.gpus_per_node
+    nodes = nodes_of(partition)
     constraint = profile.get("CONSTRAINT")
-    if constraint:
+    if re.fullmatch(r"[\w.-]+", constraint):  # what is made of several, such as a&b, is for sbatch to judge
         nodes = [node for node in nodes if constraint in node.features]
-    able = [node for node in nodes if node.gpus >= gpus]
-    kinds = Counter(_kind(node) for node in nodes)
+    nodes = [node for node in nodes if not wanted or wanted in dict(node.gpus)]
+    kinds = Counter(_kinds(node) for node in nodes)
+    able = [node for node in nodes if any(count >= gpus for kind, count in node.gpus if wanted in ("", kind))]
     if len(able) < num_nodes:
         found = ", ".join(f"{count} with {kind}" for kind, count in kinds.items()) or "none that fit the profile"
         raise UserError(
             f"--nodes {num_nodes}: partition {partition} has only {len(able)} nodes with {gpus} "
-            f"{wanted_type or 'GPUs'} a node (its nodes: {found}); ask for fewer nodes, or mend MEPA_GPUS_PER_NODE, "
+            f"{wanted or 'GPUs'} a node (its nodes: {found}); ask for fewer nodes, or mend MEPA_GPUS_PER_NODE, "
             f"MEPA_GPU_TYPE or MEPA_CONSTRAINT in {profile.path}"
         )
-    if len({node.gpu_type for node in able}) > 1:
+    if not wanted and len({kind for node in able for kind, _ in node.gpus}) > 1:
         raise UserError(
-            f"{profile.path}: partition {partition} mixes {' and '.join(sorted({_kind(node) for node in able}))} "
+            f"{profile.path}: partition {partition} mixes {' and '.join(sorted({_kinds(node) for node in able}))} "
             "a node; say with MEPA_GPU_TYPE or MEPA_CONSTRAINT which of them"
         )
 
 
-def _kind(node: Node) -> str:
-    return f"{node.gpus} {node.gpu_type or 'GPUs'}" if node.gpus else "no GPU"
+def _kinds(node: Node) -> str:
+    return " + ".join(f"{count} {kind or 'GPUs'}" for kind, count in node.gpus) or "no GPU"
 
 
 def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:

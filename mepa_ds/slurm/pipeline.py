@@ -1,4 +1,4 @@
-"""`mepa slurm pipeline`: shards, tokenizer and teacher, tokens and features, pretraining, samples as one chain of jobs.
+"""`mepa slurm pipeline`: shards, tokenizer and teacher, tokens and features, pretraining, samples, scores as one chain.
 
 Every stage waits for the success of the one before. A stage that is an array ends with a job that names the members
 that failed; then the chain stops there, and the same command again starts only what is not done.
@@ -16,13 +16,22 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mepa_ds.config.base import Section, load_config
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
-from mepa_ds.slurm.parts import DONE, array_of, open_parts, read_result
+from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.recipe_value import recipe_value
-from mepa_ds.slurm.submit import Request, check_cluster, check_recipe, output_dir, refuse_while_active
+from mepa_ds.slurm.submit import (
+    Request,
+    cancelled_on_error,
+    check_cluster,
+    check_recipe,
+    is_finished,
+    output_dir,
+    refuse_while_active,
+)
 
 PositiveInt = Annotated[int, Field(gt=0)]
 _PATHS = ("--out", "--tar", "--root", "--labels", "--tokenizer", "--weights")
@@ -54,6 +63,15 @@ class TrainingConfig(Section):
     """Nodes, each with the cluster profile's GPUs."""
 
 
+class EvaluateConfig(Section):
+    """Scores of the samples, by one GPU."""
+
+    reference: Path
+    """Real images, such as ADM's VIRTUAL_imagenet256_labeled.npz."""
+    inception: Path
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
+
+
 class SamplesConfig(Section):
     """Images for an evaluation, drawn by a job array and packed into samples.npz."""
 
@@ -67,6 +85,8 @@ class SamplesConfig(Section):
     """Weights of lowest held-out cross-entropy, or of the last step."""
     options: str = ""
     """More options of `mepa sample`, such as --cfg 1.5 --top-k 900."""
+    evaluate: EvaluateConfig | None = None
+    """`mepa evaluate` of the packed samples; null: they are only packed."""
 
 
 class PipelineConfig(Section):
@@ -83,7 +103,7 @@ class PipelineConfig(Section):
     pretrain: TrainingConfig
     """pretrain.py"""
     samples: SamplesConfig | None = None
-    """mepa sample"""
+    """mepa sample, mepa evaluate"""
 
 
 @dataclass(frozen=True)
@@ -135,6 +155,10 @@ def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) ->
             check_paths(profile, [(name, path)])
             if name != "--out" and not any((ROOT / path).is_relative_to(place) for place in made):
                 check_exists(name, path)
+    if config.samples is not None and config.samples.evaluate is not None:
+        for name, path in config.samples.evaluate:
+            check_paths(profile, [(f"samples.evaluate.{name}", path)])
+            check_exists(f"samples.evaluate.{name}", path)
     best = config.samples is not None and config.samples.weights == "best"
     if best and recipe_value("data.heldout_tokens", request.recipe, request.overrides) is None:
         raise UserError(
@@ -165,21 +189,22 @@ def _paths(array: ArrayConfig) -> Iterator[tuple[str, Path]]:
 def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bool) -> list[str]:
     after: tuple[str, ...] = ()
     numbers: list[str] = []
-    for stage in stages:
-        ends = []
-        for job, check in stage.jobs:
-            job = replace(job, after=after)
-            print(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
-            if dry_run:
-                continue
-            number = submit(job, profile, record)
-            numbers.append(number)
-            if check is not None:
-                number = submit(replace(check, after=after, after_any=number), profile, record)
+    with cancelled_on_error(numbers):
+        for stage in stages:
+            ends = []
+            for job, check in stage.jobs:
+                job = replace(job, after=after)
+                print(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
+                if dry_run:
+                    continue
+                number = submit(job, profile, record)
                 numbers.append(number)
-            ends.append(number)
-            print(f"{stage.name}: job {number}")
-        after = tuple(ends)
+                if check is not None:
+                    number = submit(replace(check, after=after, after_any=number), profile, record)
+                    numbers.append(number)
+                ends.append(number)
+                print(f"{stage.name}: job {number}")
+            after = tuple(ends)
     return numbers
 
 
@@ -193,7 +218,7 @@ def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
     if config.shards is not None:
         yield Stage("shards", tuple(_arrays("build_shards", "shards", config.shards, record)))
     if config.tokenizer is not None:
-        yield Stage("tokenizer", tuple(_training("train_tokenizer", config.tokenizer)))
+        yield Stage("tokenizer", tuple(_training("train-tokenizer", config.tokenizer)))
     if config.teacher is not None:
         yield Stage("teacher", tuple(_arrays("precompute", "teacher", config.teacher, record)))
     if config.precompute is not None:
@@ -208,10 +233,11 @@ def _digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
-def _training(script: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | None]]:
-    state = ROOT / str(recipe_value("output_dir", training.recipe, training.overrides)) / "slurm"
-    if read_result(state) != DONE:
+def _training(kind: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | None]]:
+    request = _request(training, kind)
+    if not is_finished(request):
         words = (str(training.recipe.resolve()), *training.overrides)
+        state, script = output_dir(request) / "slurm", kind.replace("-", "_")
         yield Job(script, words, state, name=f"mepa-{script}", nodes=training.nodes), None
 
 
@@ -226,19 +252,25 @@ def _samples(config: PipelineConfig, run: Path) -> Iterator[tuple[Job, Job | Non
     samples = config.samples
     assert samples is not None
     tokenizer = str(recipe_value("tokenizer", config.pretrain.recipe, config.pretrain.overrides))
-    state = run / "slurm" / f"samples-{_digest(samples.model_dump_json())}"
-    if (state / "samples.npz").exists():
+    evaluate = samples.evaluate
+    # Those of a changed recipe are other samples.
+    recipe = load_config(PretrainConfig, config.pretrain.recipe, config.pretrain.overrides)
+    what = samples.model_dump_json(exclude={"evaluate"}), recipe.model_dump_json()
+    state = run / "slurm" / f"samples-{_digest(*what)}"
+    scores = state / f"scores-{_digest(evaluate.model_dump_json())}.json" if evaluate is not None else None
+    if (scores or state / "samples.npz").exists():
         return
     words = [str(state), str(samples.parts), str(run / samples.weights), tokenizer, str(samples.per_class)]
-    words += [str(samples.seed), *shlex.split(samples.options)]
-    job = Job("generate_evaluate", tuple(words), state, "mepa-samples", tasks_per_node=1)
-    # All parts may be drawn, and yet not packed.
-    yield from _array(job, samples.parts, always=True)
+    words.append(str(samples.seed))
+    words += [str(scores), str(evaluate.reference), str(evaluate.inception)] if evaluate is not None else ["-"] * 3
+    job = Job("generate_evaluate", (*words, *shlex.split(samples.options)), state, "mepa-samples", tasks_per_node=1)
+    # All parts may be drawn, and yet not packed or scored.
+    yield from _array(job, samples.parts, always=True, check_on_gpu=evaluate is not None)
 
 
-def _array(job: Job, parts: int, always: bool = False) -> Iterator[tuple[Job, Job | None]]:
+def _array(job: Job, parts: int, always: bool = False, check_on_gpu: bool = False) -> Iterator[tuple[Job, Job | None]]:
     left = open_parts(job.state, parts)
-    check = replace(job, name=f"{job.name}-check", tasks_per_node=0)
+    check = replace(job, name=f"{job.name}-check", tasks_per_node=int(check_on_gpu))
     if left:
         yield replace(job, array=array_of(left)), check
     elif always:

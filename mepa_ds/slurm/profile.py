@@ -80,6 +80,12 @@ def read_profile(name: str | None) -> Profile:
         raise UserError(f"{path}: MEPA_LAUNCHER={profile.get('LAUNCHER')}: expected srun or torchrun")
     if not profile.get("PARTITION"):
         raise UserError(f"{path}: MEPA_PARTITION is not set; `sinfo --summarize` lists the partitions")
+    stop, before = profile.number("STOP_SECONDS", 240), profile.number("SIGNAL_SECONDS", 300)
+    if stop >= before:
+        raise UserError(
+            f"{path}: MEPA_STOP_SECONDS={stop}: the time limit comes MEPA_SIGNAL_SECONDS={before} s after the signal, "
+            "and a job that meets it is not requeued; give ranks less time to stop, or signal earlier"
+        )
     return profile
 
 

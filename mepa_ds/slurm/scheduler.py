@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mepa_ds.errors import UserError
 
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
+ENDED |= {"PREEMPTED", "REVOKED"}
 _FIELD = re.compile(r"([A-Z][\w/:]*)=(\S*)")
 _GPU = re.compile(r"gpu:(?:(?P<type>[^:,()]+):)?(?P<count>\d+)")
 
@@ -19,8 +20,8 @@ class Node:
     """What a node has to offer."""
 
     name: str
-    gpu_type: str
-    gpus: int
+    gpus: tuple[tuple[str, int], ...]
+    """(type, count) of each kind; a type may be empty."""
     features: tuple[str, ...]
 
 
@@ -51,11 +52,8 @@ def nodes_of(partition: str) -> list[Node]:
     names = next(fields["Nodes"] for fields in _show("partition", partition))
     nodes = []
     for fields in _show("node", names):
-        gpu = _GPU.search(fields.get("Gres", ""))
-        features = tuple(fields.get("AvailableFeatures", "").split(","))
-        nodes.append(
-            Node(fields["NodeName"], (gpu["type"] or "") if gpu else "", int(gpu["count"]) if gpu else 0, features)
-        )
+        gpus = tuple((gpu["type"] or "", int(gpu["count"])) for gpu in _GPU.finditer(fields.get("Gres", "")))
+        nodes.append(Node(fields["NodeName"], gpus, tuple(fields.get("AvailableFeatures", "").split(","))))
     return nodes
 
 

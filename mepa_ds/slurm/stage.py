@@ -85,4 +85,4 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, OSError) as error:
         print(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)  # a disk that fails may be one node's

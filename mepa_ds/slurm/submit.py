@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from mepa_ds.config.base import Section, load_config
+from mepa_ds.config.base import Section, load_config, read_yaml
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
+from mepa_ds.files import write_text
 from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.recipe_value import recipe_value
-from mepa_ds.slurm.scheduler import is_active
+from mepa_ds.slurm.scheduler import is_active, slurm
 
 JOBS: dict[str, type[Section]] = {
     "pretrain": PretrainConfig,
@@ -78,13 +81,32 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
     return hand_over(job, profile, record, request.dry_run, f"mepa slurm status {run}")
 
 
+def is_finished(request: Request) -> bool:
+    """Whether a run is done, and was by today's recipe and overrides: a longer one, say, goes on.
+
+    Where the data lie does not count: a start may have read copies on its nodes' disks, and other data are refused.
+    """
+    run = output_dir(request)
+    if read_result(run / "slurm") != DONE or not (run / "resolved.yaml").is_file():
+        return False
+    wanted = load_config(JOBS[request.job], request.recipe, request.overrides).model_dump(mode="json")
+    return _but_places(wanted) == _but_places(read_yaml(run / "resolved.yaml"))
+
+
+def _but_places(recipe: dict[str, Any]) -> dict[str, Any]:
+    data = {key: value for key, value in recipe.get("data", {}).items() if f"data.{key}" not in DATA_KEYS}
+    return recipe | {"data": data}
+
+
 def check_cluster(profile: Profile, nodes: int) -> None:
     """Raises UserError unless the partitions exist and have such nodes."""
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: expected at least 1")
     partition = profile.get("PARTITION")
     check_partition(profile, partition)
+    check_partition(profile, profile.get("CPU_PARTITION", partition))
     check_nodes(profile, partition, nodes)
+    check_paths(profile, [("this clone", ROOT)])
 
 
 def output_dir(request: Request) -> Path:
@@ -145,6 +167,7 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         raise UserError("a scaling study's overrides stand in its manifest: RECIPE key=value ... on a line")
     lines = manifest_lines(manifest)
     runs: list[Path] = []
+    members: list[Request] = []
     for number, (recipe, *overrides) in enumerate(lines, start=1):
         try:
             member = replace(request, job="pretrain", recipe=Path(recipe), overrides=tuple(overrides))
@@ -153,18 +176,21 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
             if run in runs:
                 raise UserError(f"output_dir: {run} is that of run {runs.index(run) + 1} too; give each its own")
             runs.append(run)
+            members.append(member)
         except UserError as error:
             raise UserError(f"{manifest}: run {number}: {error}") from error
     state = manifest.resolve().with_suffix(".slurm")
     refuse_while_active(state)
     # What is done is known of each run, not of a line's number: lines may come and go between two starts.
-    left = [part for part, run in enumerate(runs) if read_result(run / "slurm") != DONE]
-    if not request.dry_run:
-        _link_parts(state, runs)
+    left = [part for part, member in enumerate(members) if not is_finished(member)]
     if not left:
+        if not request.dry_run:
+            _link_parts(state, runs)
         print(f"{manifest}: all {len(lines)} runs are done")
         return None
-    words = (str(state), str(len(lines)), str(manifest.resolve()))
+    # Members read their line when they start, and the user's file may have other lines by then.
+    copied = state / "manifest.txt"
+    words = (str(state), str(len(lines)), str(copied))
     job = Job(
         script="scaling_study",
         arguments=words,
@@ -176,13 +202,29 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         after=request.after,
         stage=request.stage,
     )
+    check = replace(job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), stage=False)
+    for planned in (job, check):
+        test_only(sbatch_command(planned, profile))
+    if not request.dry_run:
+        _link_parts(state, runs)
+        write_text(copied, manifest.read_text())
     array = hand_over(job, profile, state, request.dry_run, f"{len(left)} of {len(lines)} runs")
     if array is None:
         return None
-    check = replace(
-        job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), after_any=array, stage=False
-    )
-    return hand_over(check, profile, state, False, f"it says which runs failed: {state}")
+    with cancelled_on_error([array]):
+        return hand_over(replace(check, after_any=array), profile, state, False, f"it says which runs failed: {state}")
+
+
+@contextmanager
+def cancelled_on_error(numbers: Sequence[str]) -> Iterator[None]:
+    """Of jobs that belong together, all are submitted or none: an error cancels those that were."""
+    try:
+        yield
+    except UserError as error:
+        if not numbers:
+            raise
+        slurm(["scancel", *numbers])
+        raise UserError(f"{error}; jobs {', '.join(numbers)}, submitted before, were cancelled") from error
 
 
 def _link_parts(state: Path, runs: Sequence[Path]) -> None:

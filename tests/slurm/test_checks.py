@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mepa_ds.cli.slurm import main
-from mepa_ds.config.base import apply_overrides, load_config
+from mepa_ds.config.base import apply_overrides, dump_yaml, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.slurm import scheduler
@@ -31,8 +31,15 @@ esac
 """
 _SBATCH = """#!/bin/bash
 [[ $1 == --test-only ]] && exit
+if [[ -n ${LIMIT:-} && -e $FAKE/submitted ]]; then
+    echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
+    exit 1
+fi
 echo "$*" >>"$FAKE/submitted"
 wc -l <"$FAKE/submitted"
+"""
+_SCANCEL = """#!/bin/bash
+echo "$*" >"$FAKE/cancelled"
 """
 PROFILE = "MEPA_PARTITION=gpu\nMEPA_GPUS_PER_NODE=2\nMEPA_ACCELERATOR=cpu\n"
 
@@ -40,7 +47,7 @@ PROFILE = "MEPA_PARTITION=gpu\nMEPA_GPUS_PER_NODE=2\nMEPA_ACCELERATOR=cpu\n"
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with fake commands, a profile, and the data of a tiny run."""
-    for name, text in (("scontrol", _SCONTROL), ("sbatch", _SBATCH)):
+    for name, text in (("scontrol", _SCONTROL), ("sbatch", _SBATCH), ("scancel", _SCANCEL)):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
@@ -67,21 +74,22 @@ def refused(cluster: Path, *words: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("gres", "kind", "count"),
+    ("gres", "gpus"),
     [
-        ("gpu:8", "", 8),
-        ("gpu:a100:4(S:0-1)", "a100", 4),
-        ("gpu:3090:8", "3090", 8),
-        ("gpu:2080ti:4", "2080ti", 4),
-        ("gpu:h100-80gb:8(S:0-1)", "h100-80gb", 8),
-        ("gpu:a100_1g.5gb:7", "a100_1g.5gb", 7),
-        ("(null)", "", 0),
+        ("gpu:8", [("", 8)]),
+        ("gpu:a100:4(S:0-1)", [("a100", 4)]),
+        ("gpu:3090:8", [("3090", 8)]),
+        ("gpu:2080ti:4", [("2080ti", 4)]),
+        ("gpu:h100-80gb:8(S:0-1)", [("h100-80gb", 8)]),
+        ("gpu:a100_1g.5gb:7", [("a100_1g.5gb", 7)]),
+        ("gpu:a100:2(S:0),gpu:h100:6(S:1)", [("a100", 2), ("h100", 6)]),
+        ("(null)", []),
     ],
 )
-def test_gpus_of_a_node(monkeypatch: pytest.MonkeyPatch, cluster: Path, gres: str, kind: str, count: int) -> None:
+def test_gpus_of_a_node(monkeypatch: pytest.MonkeyPatch, cluster: Path, gres: str, gpus: list[tuple[str, int]]) -> None:
     monkeypatch.setenv("GRES", gres)
     (node,) = scheduler.nodes_of("gpu")
-    assert (node.gpu_type, node.gpus) == (kind, count)
+    assert list(node.gpus) == gpus
 
 
 def test_a_forgotten_job_is_not_a_silent_slurm(monkeypatch: pytest.MonkeyPatch, cluster: Path) -> None:
@@ -128,18 +136,85 @@ def study(cluster: Path, *runs: str) -> None:
     (cluster / "study.txt").write_text("".join(f"{cluster}/recipe.yaml output_dir={cluster}/{run}\n" for run in runs))
 
 
+def finished(cluster: Path, run: str) -> None:
+    """What a run leaves that is done."""
+    config = load_config(PretrainConfig, cluster / "recipe.yaml", [f"output_dir={cluster}/{run}"])
+    (cluster / run / "slurm").mkdir(parents=True)
+    (cluster / run / "slurm/result").write_text("done\n")
+    (cluster / run / "resolved.yaml").write_text(dump_yaml(config))
+
+
 def test_runs_of_a_study_are_known_by_where_they_write(cluster: Path) -> None:
     """A line before those that are done: only its run is started."""
     study(cluster, "a", "b")
     for run in "ab":
-        (cluster / run / "slurm").mkdir(parents=True)
-        (cluster / run / "slurm/result").write_text("done\n")
+        finished(cluster, run)
     study(cluster, "new", "a", "b")
     mepa(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
     array, check = (cluster / "submitted").read_text().splitlines()
     assert "--array=0%8" in array
     assert "--dependency=afterany:1" in check
     assert (cluster / "study.slurm/part-2/result").read_text() == "done\n"
+    # Its members read the lines that were submitted, whatever becomes of the user's file.
+    assert array.endswith(f"{cluster}/study.slurm/manifest.txt")
+    assert (cluster / "study.slurm/manifest.txt").read_text() == (cluster / "study.txt").read_text()
+
+
+def test_a_run_of_a_study_that_is_to_be_longer_is_not_done(cluster: Path) -> None:
+    study(cluster, "a", "b")
+    for run in "ab":
+        finished(cluster, run)
+    text = (cluster / "study.txt").read_text().splitlines()
+    (cluster / "study.txt").write_text(f"{text[0]}\n{text[1]} train.steps=400 data.tokens={cluster}/train.tokens\n")
+    mepa(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
+    assert "--array=1%8" in (cluster / "submitted").read_text()
+
+
+def test_jobs_that_belong_together_are_submitted_all_or_none(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--test-only does not see every limit."""
+    study(cluster, "a")
+    monkeypatch.setenv("LIMIT", "1")
+    with pytest.raises(UserError, match="QOSMaxSubmitJobPerUserLimit; jobs 1, submitted before, were cancelled"):
+        mepa(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
+    assert (cluster / "cancelled").read_text() == "1\n"
+    (cluster / "submitted").unlink()
+    shards = {"commands": [f"imagefolder --root {cluster} --out {cluster}/images"]}
+    with pytest.raises(UserError, match="jobs 1, submitted before, were cancelled"):
+        mepa(cluster, "pipeline", pipeline(cluster, shards=shards))
+
+
+def test_both_partitions_must_exist(cluster: Path) -> None:
+    (cluster / "fake.env").write_text(PROFILE + "MEPA_CPU_PARTITION=cpu\n")
+    message = refused(cluster, "submit", cluster / "recipe.yaml")
+    assert "there is no partition 'cpu' on this cluster; its partitions: gpu" in message
+
+
+def test_the_clone_must_be_in_sight(cluster: Path) -> None:
+    (cluster / "fake.env").write_text(PROFILE + f"MEPA_SHARED_PATHS={cluster}\n")
+    assert "this clone: " in refused(cluster, "submit", cluster / "recipe.yaml")
+
+
+@pytest.mark.parametrize(("constraint", "fits"), [("fast", True), ("slow", False), ("fast&ib", True), ("a|b", True)])
+def test_only_a_plain_constraint_is_judged_here(cluster: Path, constraint: str, fits: bool) -> None:
+    (cluster / "fake.env").write_text(PROFILE + f"MEPA_CONSTRAINT='{constraint}'\n")
+    if fits:
+        mepa(cluster, "submit", cluster / "recipe.yaml")
+    else:
+        assert "only 0 nodes" in refused(cluster, "submit", cluster / "recipe.yaml")
+
+
+def test_a_node_of_two_kinds(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRES", "gpu:a100:2(S:0),gpu:h100:6(S:1)")
+    assert "mixes 2 a100 + 6 h100 a node; say with" in refused(cluster, "submit", cluster / "recipe.yaml")
+    (cluster / "fake.env").write_text(PROFILE.replace("=2", "=4") + "MEPA_GPU_TYPE=h100\n")
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run")
+    (cluster / "fake.env").write_text(PROFILE.replace("=2", "=4") + "MEPA_GPU_TYPE=a100\n")
+    assert "only 0 nodes with 4 a100" in refused(cluster, "submit", cluster / "recipe.yaml")
+
+
+def test_a_stop_must_end_before_the_time_limit(cluster: Path) -> None:
+    (cluster / "fake.env").write_text(PROFILE + "MEPA_STOP_SECONDS=300\n")
+    assert "MEPA_STOP_SECONDS=300: the time limit comes" in refused(cluster, "submit", cluster / "recipe.yaml")
 
 
 def test_runs_of_a_study_write_apart(cluster: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tests.slurm.cluster import ROOT
 from tests.tiny_run import free_port
@@ -98,6 +99,35 @@ def test_a_node_that_does_not_answer_is_named(health: ModuleType) -> None:
 
 
 def test_a_head_node_out_of_reach_is_told_by_the_others(health: ModuleType) -> None:
-    (line,) = health.meet(1, 2, "n2", None)
-    assert line.startswith("n2: cannot reach 127.0.0.1:")
-    assert "check MEPA_INTERFACE" in line
+    with pytest.raises(health.LoneTroubleError, match=r"n2: cannot reach 127\.0\.0\.1:.*check MEPA_INTERFACE"):
+        health.meet(1, 2, "n2", None)
+
+
+def test_an_error_of_the_exchange_is_told_as_it_is(health: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken GPU is no matter of the network."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCompile with ...")
+
+    monkeypatch.setattr(health, "bandwidth", broken)
+    with pytest.raises(health.LoneTroubleError, match=r"^n1: rank 0: CUDA error: uncorrectable ECC error encountered$"):
+        health.meet(0, 1, "n1", None)
+
+
+def test_every_rank_tries_its_own_gpu(health: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without GPUs here: what is asked of torch is noted."""
+    chosen: list[int] = []
+    monkeypatch.setenv("MEPA_ACCELERATOR", "cuda")
+    monkeypatch.setenv("RANKS_PER_NODE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "0 GPUs visible, but 2 ranks start there" in health.local_trouble(tmp_path, [])
+    monkeypatch.setattr(health.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(health.torch.cuda, "set_device", chosen.append)
+
+    def ones(*sizes: int, device: str) -> torch.Tensor:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    monkeypatch.setattr(health.torch, "ones", ones)
+    trouble = health.local_trouble(tmp_path, [])
+    assert trouble.startswith("GPU 1: CUDA error: uncorrectable ECC error encountered; take the node out")
+    assert chosen == [1]

@@ -15,7 +15,14 @@ from tests.slurm.cluster import ROOT
 
 _SCONTROL = """#!/bin/bash
 echo "scontrol $*" >>"$FAKE/calls"
-[[ $1 != requeue ]] || (sleep 0.5; pkill --parent "$PPID" sleep) & # SLURM ends the job's processes
+if [[ -s $FAKE/outage ]]; then # an answer fewer is missing
+    sed -i 1d "$FAKE/outage"
+    echo "slurm_load_jobs error: Unable to contact slurm controller (connect failure)" >&2
+    exit 1
+fi
+if [[ $1 == requeue ]]; then # SLURM ends the job's processes
+    (sleep 0.5; pkill --parent "$SCRIPT" sleep) &>/dev/null &
+fi
 echo "   JobState=RUNNING"
 """
 _PROFILE = "MEPA_PARTITION=gpu\nMEPA_MAX_RESTARTS=2\nMEPA_STOP_SECONDS=3\nMEPA_SCRATCH=/tmp\n"
@@ -42,6 +49,7 @@ def run(job: Path, script: str, profile: str = "", **env: str) -> subprocess.Com
     if profile:
         (job / "fake.env").write_text(_PROFILE + profile)
     head = f"set -euo pipefail\nMEPA_ROOT={ROOT}\nsource {ROOT}/slurm/lib.sh\nmepa_setup\n"
+    head += "export SCRIPT=$$\n"
     head += f"MEPA_STATE={job}/state LOG={job}/log PROGRESS={job}/checkpoints\n"
     environment = {
         **os.environ,
@@ -53,6 +61,7 @@ def run(job: Path, script: str, profile: str = "", **env: str) -> subprocess.Com
         "SLURMD_NODENAME": "n1",
         "SLURM_JOB_NUM_NODES": "1",
         "RANKS_PER_NODE": "1",
+        "MEPA_RETRY_SECONDS": "0.1",
         **env,
     }
     (job / "job.sbatch").write_text(head + script)
@@ -74,7 +83,7 @@ def test_a_wrong_recipe_is_the_last_line_and_a_users_error(job: Path) -> None:
 
 def test_a_line_of_the_script_that_fails_is_named(job: Path) -> None:
     end = run(job, "ls /nowhere")
-    assert (end.returncode, end.stdout.splitlines()[-1]) == (1, "error: slurm: job.sbatch line 6: ls /nowhere")
+    assert (end.returncode, end.stdout.splitlines()[-1]) == (1, "error: slurm: job.sbatch line 7: ls /nowhere")
     assert result(job).startswith("failed: slurm:")
 
 
@@ -85,6 +94,82 @@ def test_a_requeued_job_keeps_its_result(job: Path) -> None:
     assert "scontrol requeue 7" in (job / "calls").read_text()
     assert result(job) == "requeued: stopped in good order"
     assert "error" not in end.stdout
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for(job: Path) -> None:
+    (job / "outage").write_text("1\n2\n3\n")
+    end = run(job, "STOP=signal; finish 75")
+    assert end.returncode == 75, end.stdout + end.stderr
+    assert (job / "calls").read_text().count("scontrol requeue 7") == 4
+    assert result(job) == "requeued: stopped in good order"
+    (job / "outage").write_text("1\n" * 40)
+    end = run(job, "STOP=signal; finish 75")
+    assert end.stdout.splitlines()[-1].startswith("error: SLURM did not requeue job 7; submit it again")
+
+
+CRASH = "failed (status 1): OSError: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("stop", "codes", "status", "last"),
+    [
+        ("signal", "75 75", 75, "stopped in good order"),
+        ("", "75 75", 75, "stopped in good order"),
+        ("", "75 143", 75, "stopped in good order"),  # the launcher ended the second when the first had left
+        ("signal", "", 75, "stopped in good order"),  # before its ranks started
+        ("signal", "1 75", 75, CRASH),
+        ("", "75 1", 75, CRASH),  # SIGTERM for the neighbour of a crash
+        ("", "75 2", 2, "OSError: No space left on device"),
+        ("signal", "2 2", 2, "OSError: No space left on device"),
+    ],
+)
+def test_what_ranks_said_decides(job: Path, stop: str, codes: str, status: int, last: str) -> None:
+    for rank, code in enumerate(codes.split()):
+        (job / f"state/exit-7/{rank}").write_text(f"{code}\n")
+    (job / "log").write_text("OSError: No space left on device\n")
+    end = run(job, f"LOG_START=0 STOP={stop}; finish 1")
+    assert end.returncode == status, end.stdout + end.stderr
+    assert result(job) == (f"requeued: {last}" if status == 75 else f"failed: {last}")
+
+
+def test_ranks_have_time_after_their_neighbours(job: Path) -> None:
+    """srun would kill ranks that copy or compute longer than others."""
+    srun = job / "bin/srun"
+    srun.write_text('#!/bin/bash\necho "$*"\n')
+    srun.chmod(0o755)
+    assert "--kill-on-bad-exit=1 --wait=0 " in run(job, "step 1 1 true").stdout
+
+
+def test_ranks_know_the_disk_of_their_node(job: Path) -> None:
+    (job / "fake.env").write_text("MEPA_PARTITION=gpu\n")
+    assert run(job, "printenv MEPA_SCRATCH").stdout == "/tmp\n"
+
+
+@pytest.mark.parametrize(("start", "status"), [(0, 75), (2, 1)])
+def test_a_node_whose_python_does_not_start_is_no_mistake_of_the_users(job: Path, start: int, status: int) -> None:
+    container = job / "bin/box"
+    container.write_text("#!/bin/bash\necho 'stale file handle' >&2\nexit 255\n")
+    container.chmod(0o755)
+    script = f"mepa_train checkpoints pretrain.py {job}/recipe.yaml"
+    end = run(job, script, "MEPA_CONTAINER=box\n", SLURM_RESTART_COUNT=str(start))
+    assert "error: stale file handle" in end.stderr
+    assert end.returncode == (75 if status == 75 else 255)
+    assert ("requeued" in end.stdout) == (status == 75)
+
+
+def test_another_member_of_the_array_is_not_the_owner(job: Path) -> None:
+    """The number of an array's last member, 4, is the array's own."""
+    squeue = job / "bin/squeue"
+    squeue.write_text('#!/bin/bash\nprintf "5 RUNNING 4_0\\n4 COMPLETING 4_2\\n"\n')
+    (job / "state/owner").write_text("4 0\n")
+    end = run(job, "take_ownership; cat $MEPA_STATE/owner")
+    assert end.stdout == "7 0\n", end.stdout + end.stderr
+    squeue.write_text('#!/bin/bash\nprintf "5 RUNNING 4_0\\n4 RUNNING 4_2\\n"\n')
+    (job / "state/owner").write_text("4 0\n")
+    end = run(job, "take_ownership")
+    assert end.returncode == 2
+    assert "job 4_2 is working in" in end.stdout
+    assert "(scancel 4_2)" in end.stdout
 
 
 def test_a_start_that_lost_the_run_leaves_it_alone(job: Path) -> None:
@@ -228,7 +313,7 @@ def test_progress_of_a_member_is_in_the_set_beside_its_images(job: Path) -> None
 
 def test_samples_of_weights_that_are_not_there(job: Path) -> None:
     """A member that cannot begin notes why, for the job after the array."""
-    words = [job / "array", 2, job / "best", "tokenizer", 1, 0]
+    words = [job / "array", 2, job / "best", "tokenizer", 1, 0, "-", "-", "-"]
     command = ["bash", str(ROOT / "slurm/generate_evaluate.sbatch"), *map(str, words)]
     end = run(job, f"MEPA_ROOT={ROOT} exec {shlex.join(command)}", **MEMBER)
     cause = f"{job}/best/config.json: not a model's config: "

@@ -127,6 +127,7 @@ def lost_nodes(bed: Bed) -> dict[str, Run]:
 def test_lost_nodes(outcome: Outcome, reference: Run) -> None:
     runs = outcome("lost_nodes")
     assert_same(runs["powered"], reference)
+    assert runs["powered"].restarts >= 1
     assert_same(runs["cut"], reference, atol=1e-5)  # one rank, not two
     assert_same(runs["preempted"], reference, atol=1e-5)
     assert runs["preempted"].steps_computed == STEPS

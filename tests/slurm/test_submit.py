@@ -21,6 +21,7 @@ from mepa_ds.slurm.jobs import Job, sbatch_command
 from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.slurm.profile import read_profile
 from tests import tiny_run
+from tests.inception_weights import write_random_weights
 from tests.slurm.bed import ROOT, STEPS, Bed, Run, scenario, thaw
 from tests.tokenizer import training_run as tokenizer_run
 
@@ -217,7 +218,7 @@ def write_pipeline(folder: Path) -> Path:
     fit = f"fit-teacher patch-pca {images} --grid-side 4 --width 6 --out {teacher}"
     features = f"features {images} --teacher patch-pca --weights {teacher} --codec fp16"
     source = f"imagefolder --root {folder / 'images'} --out {images} --shard-samples 8"
-    pipeline = {
+    pipeline: dict[str, Any] = {
         "shards": {"commands": [source], "parts": 3, "cpus": 1},
         "tokenizer": {"recipe": str(folder / "tokenizer.yaml")},
         "teacher": {"commands": [fit], "cpus": 1},
@@ -225,6 +226,9 @@ def write_pipeline(folder: Path) -> Path:
         "pretrain": {"recipe": str(folder / "model.yaml"), "nodes": 1},
         "samples": {"parts": 2, "per_class": 2, "weights": "last"},
     }
+    np.savez(folder / "real.npz", arr_0=rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8))
+    weights = write_random_weights(folder / "inception.pth")
+    pipeline["samples"]["evaluate"] = {"reference": str(folder / "real.npz"), "inception": str(weights)}
     path = folder / "pipeline.yaml"
     path.write_text(yaml.safe_dump(pipeline))
     return path
@@ -279,6 +283,9 @@ def test_pipeline(outcome: Callable[[str], Any]) -> None:
     with np.load(Path(result.second[-1]["state"]) / "samples.npz") as file:
         images = file["arr_0"]
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
+    (scores,) = (json.loads(path.read_text()) for path in Path(result.second[-1]["state"]).glob("scores-*.json"))
+    assert scores["num_samples"] == 6
+    assert scores["fid"] > 0
     assert "all stages are done" in result.third
 
 
@@ -315,6 +322,12 @@ CAUSES = {
     "usage: x\npretrain.py: error: recipe is required": "recipe is required",
     "│ Missing from build_shards.py imagefolder:      │\n│ --root │": "Missing from build_shards.py imagefolder:",
     "srun: error: n1: task 0: Exited with exit code 1\nall well": None,
+    "[rank1]:[E1103 12:00:00.0 ProcessGroupNCCL.cpp:616] [Rank 1] Watchdog caught collective operation timeout: "
+    "WorkNCCL(SeqNum=7)\nterminate called": "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)",
+    "terminate called after throwing an instance of 'c10::DistBackendError'\n  what():  NCCL error: unhandled": (
+        "NCCL error: unhandled"
+    ),
+    "Fatal Python error: Segmentation fault\n\nCurrent thread": "Fatal Python error: Segmentation fault",
 }
 
 
