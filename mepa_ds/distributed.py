@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mepa_ds.errors import UserError
+from mepa_ds.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
     device = device_of(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if not dist.is_initialized():
         store = dist.HashStore() if launch.world_size == 1 else None
         backend = "nccl" if device.type == "cuda" else "gloo"
