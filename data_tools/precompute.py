@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -73,6 +75,10 @@ class Tokens:
     run: Run = field(default_factory=RunOptions)
 
     def __call__(self) -> None:
+        self.plan()()
+
+    def plan(self) -> Callable[[], None]:
+        """Opens everything and checks it against what is in `out` already; what it returns does the work."""
         images, device = open_images(self.images), _device(self.run)
         tokenizer = _load_tokenizer(self.tokenizer, self.scales).to(device)
         config = tokenizer.config
@@ -89,7 +95,8 @@ class Tokens:
             return members if item.boxes is None else {**members, BOX_EXT: npy_bytes(item.boxes)}
 
         writer = _writer(images, self.out, "tokens", made_by)
-        _derive(images, writer, Derivation(views.crop, encode, extras, views.count), device, self.run)
+        derivation = Derivation(views.crop, encode, extras, views.count)
+        return partial(_derive, images, writer, derivation, device, self.run)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,10 @@ class Features:
     run: Run = field(default_factory=RunOptions)
 
     def __call__(self) -> None:
+        self.plan()()
+
+    def plan(self) -> Callable[[], None]:
+        """As `Tokens.plan`; a PCA basis is fitted with the work."""
         components = pca_components(self.codec)
         images, device = open_images(self.images), _device(self.run)
         _allow_tf32(device)
@@ -139,21 +150,24 @@ class Features:
             patches_BNC, cls_BC = teacher.features(images_B3HW, (rows, columns))
             return patches_BNC.unflatten(1, (rows, columns)), cls_BC
 
-        basis = None
-        if components is not None:
-            samples = spread(len(images), _BASIS_IMAGES)
-            blocks = batches_of(images, samples, prepare, 1, self.run.workers)
-            patches = (features(to_device(block, device))[0] for block in blocks)
-            basis = shared_basis(writer, components, teacher, patches, len(samples)).to(device)
-        codec = codec_named(self.codec, basis)
+        def run() -> None:
+            basis = None
+            if components is not None:
+                samples = spread(len(images), _BASIS_IMAGES)
+                blocks = batches_of(images, samples, prepare, 1, self.run.workers)
+                patches = (features(to_device(block, device))[0] for block in blocks)
+                basis = shared_basis(writer, components, teacher, patches, len(samples)).to(device)
+            codec = codec_named(self.codec, basis)
 
-        def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
-            patches, cls_BC = features(images_B3HW)
-            stored = codec.encode(patches)
-            return {**stored, CLS_TOKEN_EXT: cls_BC.half()} if self.cls and cls_BC is not None else stored
+            def encode(images_B3HW: Tensor) -> dict[str, Tensor]:
+                patches, cls_BC = features(images_B3HW)
+                stored = codec.encode(patches)
+                return {**stored, CLS_TOKEN_EXT: cls_BC.half()} if self.cls and cls_BC is not None else stored
 
-        derivation = Derivation(prepare, encode, lambda _: {}, 0 if views is None else views.count)
-        _derive(images, writer, derivation, device, self.run)
+            derivation = Derivation(prepare, encode, lambda _: {}, 0 if views is None else views.count)
+            _derive(images, writer, derivation, device, self.run)
+
+        return run
 
     def _views(self, images: ShardSet) -> Views:
         side = self.image_side

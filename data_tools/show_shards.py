@@ -18,10 +18,11 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from data_tools.precompute_sets import open_images
 from mepa_ds.cli import entry
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
 from mepa_ds.data.images import decode_image, fit_image, image_member
-from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, parse_label
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, check_siblings, open_training_sets
 from mepa_ds.errors import UserError
 from mepa_ds.images import save_png, to_uint8
@@ -54,7 +55,7 @@ def contact_sheet(options: Options) -> Pixels:
     for name, value in (("count", options.count), ("side", options.side)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
-    images = ShardSet(options.images, "images")
+    images = open_images(options.images)
     numbers = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
     titles, columns = ["image"], [[_image(images, int(number), options.side) for number in numbers]]
     if options.tokens is not None:
@@ -80,9 +81,11 @@ def _image(images: ShardSet, number: int, side: int) -> Pixels:
 
 def _caption(images: ShardSet, number: int) -> str:
     key, members = images.read(number)
-    label = members.get(LABEL_EXTENSION, b"").decode().strip()
+    if LABEL_EXTENSION not in members:
+        return key
     names = images.index.classes
-    return f"{key}\n{names[int(label)] if label and names else label}"
+    label = parse_label(members[LABEL_EXTENSION], len(names), lambda: f"{images.directory}: sample {key!r}")
+    return f"{key}\n{names[label] if names else label}"
 
 
 def _load_tokenizer(options: Options, sets: TrainingSets) -> Tokenizer:

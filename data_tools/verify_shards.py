@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,17 @@ class SetReport:
 
     shards: ShardSet
     reports: list[ShardReport]
+    problems: list[str] = field(default_factory=list)
+    """Of the set as a whole: no shard of it is to blame."""
 
     @property
     def damaged(self) -> list[int]:
+        """Shards that are."""
         return [report.shard for report in self.reports if report.problems]
+
+    @property
+    def is_whole(self) -> bool:
+        return not self.problems and not self.damaged
 
 
 def check_set(directory: Path, options: Options) -> SetReport:
@@ -83,14 +90,14 @@ def _check_unique(reports: list[ShardReport]) -> None:
 
 
 def compare(first: SetReport, other: SetReport) -> None:
-    """Adds to the reports of `other` what does not fit the first set, shard by shard."""
+    """Adds to `other` what does not fit the first set, as a whole and shard by shard."""
     if len(first.reports) != len(other.reports):
-        other.reports[0].problems.append(
+        other.problems.append(
             f"the set has {len(other.reports)} shards, {first.shards.directory} has {len(first.reports)}"
         )
     sources = [source_images(report.shards.index) for report in (first, other)]
     if None not in sources and sources[0] != sources[1]:
-        other.reports[0].problems.append(
+        other.problems.append(
             f"the set was made from other images than {first.shards.directory}; make one of them again"
         )
     for ours, theirs in zip(first.reports, other.reports, strict=False):
@@ -106,7 +113,8 @@ def print_report(report: SetReport) -> None:
     """Problems by shard, classes, duplicates."""
     index = report.shards.index
     print(f"{report.shards.directory}: {index.num_samples} {index.kind} in {len(index.shards)} shards")
-    problems = [
+    problems = [f"  {problem}" for problem in report.problems]
+    problems += [
         f"  {index.shards[shard.shard].name}: {problem}" for shard in report.reports for problem in shard.problems
     ]
     for line in problems[:_SHOWN]:
@@ -154,7 +162,8 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     """Runs the precompute for the damaged shards of token and feature sets.
 
     Raises:
-        UserError: the images themselves are damaged, or the maker's weights are not given.
+        UserError: the images themselves are damaged, a set does not belong to them, or what made it is not given or is
+            another; then all is as it was.
     """
     if first.shards.index.kind != "images":
         raise UserError("--repair: give the image set first: tokens and features are made from it")
@@ -164,13 +173,17 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
             "and run build_shards.py with the settings in index.json again, then this"
         )
     for report in derived:
-        if not report.damaged:
-            continue
-        command = _precompute(first.shards.directory, report.shards, options)
+        if report.problems:
+            raise UserError(
+                f"--repair: {report.shards.directory}: {report.problems[0]}; shards made again would not mend that"
+            )
+    damaged = [report for report in derived if report.damaged]
+    runs = [_precompute(first.shards.directory, report.shards, options).plan() for report in damaged]
+    for report, run in zip(damaged, runs, strict=True):
         for number in report.damaged:
             table_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # no longer counts as complete
         print(f"{report.shards.directory}: making {len(report.damaged)} shards again")
-        command()
+        run()
 
 
 def _precompute(images: Path, shards: ShardSet, options: Options) -> Any:
@@ -206,7 +219,7 @@ def verify(options: Options) -> bool:
         compare(reports[0], report)
     for report in reports:
         print_report(report)
-    return not any(report.damaged for report in reports) or _repaired(reports, options)
+    return all(report.is_whole for report in reports) or _repaired(reports, options)
 
 
 def _repaired(reports: list[SetReport], options: Options) -> bool:
@@ -217,7 +230,7 @@ def _repaired(reports: list[SetReport], options: Options) -> bool:
     for report in again[1:]:
         compare(again[0], report)
         print_report(report)
-    return not any(report.damaged for report in again)
+    return all(report.is_whole for report in again)
 
 
 def main() -> None:

@@ -92,6 +92,12 @@ def other_images(sets: tuple[Path, ...]) -> None:
     make_set(sets[1], "tokens", SIZES, images="0123456789abcdef")
 
 
+def fewer_shards(sets: tuple[Path, ...]) -> None:
+    for path in sets[1].iterdir():
+        path.unlink()
+    make_set(sets[1], "tokens", SIZES[:1])
+
+
 def other_keys(sets: tuple[Path, ...]) -> None:
     rewrite(sets[1], [sample_of("tokens", number) for number in range(5, 10)])
 
@@ -129,7 +135,8 @@ def code_beyond_codebook(sets: tuple[Path, ...]) -> None:
         (remove, r"shard-000000.tar: is missing"),
         (shift_offsets, r"shard-000000.tar: its stored offsets differ"),
         (garbled_offsets, r"shard-000000.tar: its stored offsets differ"),
-        (other_images, r"tokens: .*\n  shard-000000.tar: the set was made from other images than .*images"),
+        (other_images, r"tokens: .*\n  the set was made from other images than .*images"),
+        (fewer_shards, r"tokens: .*\n  the set has 1 shards, .*images has 2"),
         (other_keys, r"tokens: .*\n  shard-000001.tar: its keys are not those of .*images"),
         (other_labels, r"tokens: .*\n  shard-000001.tar: its labels are not those of .*images"),
         (repeated_key, r"key '000000003' is also in shard 0"),
@@ -187,6 +194,28 @@ def derived(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def assert_refused(directories: tuple[Path, ...], message: str, **given: Any) -> None:
+    """And nothing was touched before."""
+    files = [path for directory in directories for path in directory.iterdir()]
+    before = [sha256_of_file(path) for path in files]
+    with pytest.raises(UserError, match=message):
+        check(*directories, repair=True, **given)
+    assert [sha256_of_file(path) for path in files] == before
+
+
+def test_repair_refuses_a_set_of_other_images(sets: tuple[Path, ...]) -> None:
+    other_images(sets)
+    cut_short(sets)
+    assert_refused(sets, r"--repair: .*tokens: the set was made from other images .* would not mend that")
+
+
+def test_shards_without_samples_pass(tmp_path: Path) -> None:
+    """As a build leaves them whose images were all damaged."""
+    for kind in ("images", "tokens"):
+        make_set(tmp_path / kind, kind, [3, 0, 2])
+    assert check(tmp_path / "images", tmp_path / "tokens")
+
+
 def test_repair_makes_damaged_shards_again(derived: Path) -> None:
     directories = (derived / "images", derived / "tokens", derived / "features")
     damaged = [derived / "tokens" / "shard-000001.tar", derived / "features" / "shard-000002.tar"]
@@ -195,8 +224,12 @@ def test_repair_makes_damaged_shards_again(derived: Path) -> None:
         path.write_bytes(path.read_bytes()[:-3000])
     table_path(damaged[0].with_name("shard-000000.tar")).write_bytes(b"")
     assert not check(*directories)
-    with pytest.raises(UserError, match="--tokenizer"):
-        check(*directories, repair=True)
+    assert_refused(directories, "--tokenizer", weights=str(derived / "teacher"))
+    torch.manual_seed(1)
+    Tokenizer(Tokenizer.load(derived / "tokenizer").config).save_pretrained(derived / "other" / "tokenizer")
+    given: dict[str, Any] = {"tokenizer": derived / "other" / "tokenizer", "weights": str(derived / "teacher")}
+    assert_refused(directories, "holds a set made with other settings .*identity", **given)
+    assert_refused(directories, "nowhere", tokenizer=derived / "tokenizer", weights=str(derived / "nowhere"))
     assert check(*directories, repair=True, tokenizer=derived / "tokenizer", weights=str(derived / "teacher"))
     assert [sha256_of_file(path) for path in damaged] == digests
 
@@ -229,3 +262,16 @@ def test_contact_sheet(derived: Path) -> None:
         contact_sheet(replace(show, tokenizer=None))
     with pytest.raises(UserError, match="--count: expected at least 1, got 0"):
         contact_sheet(replace(show, count=0))
+
+
+def test_sets_that_cannot_be_shown(sets: tuple[Path, ...], tmp_path: Path) -> None:
+    make_set(tmp_path / "other", "images", [1])
+    label_beyond_classes(sets)
+    with pytest.raises(UserError, match="sample '000000008': label 77 is out of range, the set has 5 classes"):
+        contact_sheet(ShowOptions(sets[0], count=9, side=8))
+    with pytest.raises(UserError, match="holds tokens; give the image set"):
+        contact_sheet(ShowOptions(sets[1]))
+    index = ShardIndex.read(tmp_path / "other")
+    index.model_copy(update={"shards": ()}).write(tmp_path / "other")
+    with pytest.raises(UserError, match="the set is empty"):
+        contact_sheet(ShowOptions(tmp_path / "other"))
