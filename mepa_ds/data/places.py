@@ -62,11 +62,11 @@ class Places:
                 self._read(shard)
         return shards_B
 
-    def members(self, samples_B: Indices) -> tuple[Indices, Indices]:
-        """(B, M) offsets and sizes of members, of `extensions` in order; size -1 where a sample has no such member."""
-        self.shards_of(samples_B)
+    def members(self, samples_B: Indices) -> tuple[Indices, Indices, Indices]:
+        """(B,) shards and (B, M) offsets and sizes of members, of `extensions` in order; size -1: no such member."""
+        shards_B = self.shards_of(samples_B)
         places_BM2 = self._places_NM2[samples_B]
-        return places_BM2[..., 0], places_BM2[..., 1]
+        return shards_B, places_BM2[..., 0], places_BM2[..., 1]
 
     def labels(self, samples_B: Indices) -> Indices:
         """(B,) labels that the tables know; -1 where they do not."""

@@ -13,6 +13,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class ShardSet:
         """
         if not 0 <= sample < len(self):
             raise IndexError(sample)
-        _, (sizes_M,) = self._places.members(np.array([sample]))
+        _, _, (sizes_M,) = self._places.members(np.array([sample]))
         extensions = zip(self._places.extensions, sizes_M.tolist(), strict=True)
         return self.key(sample), {ext: self._read_member(sample, ext) for ext, size in extensions if size >= 0}
 
@@ -142,15 +143,14 @@ class ShardSet:
         starts_B = np.zeros_like(samples_B) if views_B is None else views_B * num_bytes
         expected_size = len(header) + num_bytes * (1 if views_B is None else member.shape[0])
         as_expected_B = sizes_B == expected_size
-        places = zip(headers_BH, arrays_BR, shards_B.tolist(), offsets_B.tolist(), starts_B.tolist(), strict=True)
-        for number, (header_H, array_R, shard, offset, start) in enumerate(places):
-            if not as_expected_B[number]:
-                continue
+        columns = (column.tolist() for column in (samples_B, shards_B, offsets_B, starts_B))
+        reads = zip(headers_BH, arrays_BR, *columns, strict=True)
+        for header_H, array_R, sample, shard, offset, start in compress(reads, as_expected_B.tolist()):
             if start == 0:
-                self._read_into([header_H, array_R], len(header) + num_bytes, samples_B[number], shard, offset)
+                self._read_into([header_H, array_R], len(header) + num_bytes, sample, shard, offset)
             else:
-                self._read_into([header_H], len(header), samples_B[number], shard, offset)
-                self._read_into([array_R], num_bytes, samples_B[number], shard, offset + len(header) + start)
+                self._read_into([header_H], len(header), sample, shard, offset)
+                self._read_into([array_R], num_bytes, sample, shard, offset + len(header) + start)
         as_expected_B &= (headers_BH == np.frombuffer(header, np.uint8)).all(axis=1)
         for number in np.flatnonzero(~as_expected_B).tolist():
             data = self._read_other_npy(int(samples_B[number]), extension, member)
@@ -176,12 +176,12 @@ class ShardSet:
 
     def _member_places(self, samples_B: Indices, extension: str) -> tuple[Indices, Indices, Indices]:
         """(B,) shard, offset and size of one member of each sample."""
-        offsets_BM, sizes_BM = self._places.members(samples_B)
+        shards_B, offsets_BM, sizes_BM = self._places.members(samples_B)
         column = self._places.extensions.index(extension) if extension in self._places.extensions else None
         if column is None or (sizes_BM[:, column] < 0).any():
             lacking = 0 if column is None else int((sizes_BM[:, column] < 0).argmax())
             raise DamagedError(f"{self._where(int(samples_B[lacking]))}: has no member .{extension}; {REMEDY}")
-        return self._places.shards_of(samples_B), offsets_BM[:, column], sizes_BM[:, column]
+        return shards_B, offsets_BM[:, column], sizes_BM[:, column]
 
     def _npy_header(self, extension: str, member: Member) -> bytes:
         if extension not in self._npy_headers:

@@ -1,6 +1,6 @@
 """Speed of the loader: samples/s and bytes/s of one worker, against plain webdataset and `cat` on the same files.
 
-    python benchmarks/loader.py [--json FILE] [--samples 3000]
+    python benchmarks/data.py [--json FILE] [--samples 3000]
 
 Makes shards in a temporary directory (tokens as VAR's, features of 256 x 768 by codec, JPEG images of 500 x 375),
 reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, the loader
@@ -8,6 +8,9 @@ with one worker. The best of the rounds counts, for each alike. A batch of ours 
 checked, in tensors. Dequantising is outside the timing, of webdataset's as of ours: features travel as they are stored
 and become fp32 on the device; how fast a CPU thread does that is a line of its own. JPEG is decoded and cropped inside
 the timing, in this process ("loader") and in 1 and 2 processes of the loader.
+
+Two rows have as many shards as ImageNet, so that a uniform order meets another file with each sample. Such short shards
+cost plain webdataset more than the loader: compare these rows with the loader's others, and with `cat`.
 
 Shuffle quality is that of sets read through a window of shards, ImageNet's size, against a uniform permutation.
 """
@@ -45,6 +48,8 @@ NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
 IMAGENET_SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = 1282, 1000, 768
 WINDOWS = (4, 8, 32)
 CODECS = ("int8", "fp16", "pca256-int8")
+# Samples a shard where there are as many shards as ImageNet has: 0.4 GB of tokens, 3.1 GB with features.
+MANY_TOKENS, MANY_FEATURES = 100, 12
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,15 @@ class Row:
 
 
 def write_set(
-    directory: Path, kind: Kind, num: int, members: Callable[[int], dict[str, bytes]], **settings: Any
+    directory: Path,
+    kind: Kind,
+    num: int,
+    members: Callable[[int], dict[str, bytes]],
+    num_shards: int = NUM_SHARDS,
+    **settings: Any,
 ) -> None:
-    per_shard = num // NUM_SHARDS
-    names = tuple(shard_name(number) for number in range(NUM_SHARDS))
+    per_shard = num // num_shards
+    names = tuple(shard_name(number) for number in range(num_shards))
     # `num` among the settings: shards of a run with other numbers are refused, not taken for these.
     plan = Plan(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings={**settings, "num": num}))
     writer = ShardWriter(directory, plan)
@@ -131,6 +141,14 @@ def make_shards(root: Path, options: Options) -> None:
             return {extension: npy_bytes(array.numpy()) for extension, array in codec.encode(values).items()}
 
         write_set(root / name, "features", options.samples, features, codec=name, width=WIDTH)
+        if name == "int8":
+            few = [features(number) for number in range(64)]  # the same again and again: quantising takes its time
+            num = MANY_FEATURES * IMAGENET_SHARDS
+            many: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "codec": name, "width": WIDTH}
+            write_set(root / "many-int8", "features", num, lambda number: few[number % 64], **many)  # noqa: B023
+    for name, per_shard in (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
+        settings: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "scales": [1], "codebook_size": 4096}
+        write_set(root / name, "tokens", per_shard * IMAGENET_SHARDS, tokens, **settings)
 
 
 def shards_of(directory: Path) -> list[str]:
@@ -190,8 +208,7 @@ def measure(name: str, directories: list[Path], ways: dict[str, Callable[[], Non
     return Row(name, samples, total_bytes, seconds, cpu_seconds)
 
 
-def measure_precomputed(root: Path, codec: str | None, options: Options) -> Row:
-    tokens, features = root / "tokens", None if codec is None else root / codec
+def measure_precomputed(name: str, tokens: Path, features: Path | None, samples: int, rounds: int) -> Row:
     directories = [tokens] if features is None else [tokens, features]
     loader = training_batches(tokens, features, global_batch=BATCH, seed=0, num_workers=1)
 
@@ -201,10 +218,22 @@ def measure_precomputed(root: Path, codec: str | None, options: Options) -> Row:
     ways: dict[str, Callable[[], None]] = {
         "cat": lambda: cat(directories),
         "webdataset": webdataset,
-        "loader": LoaderRun(loader, options.samples),
+        "loader": LoaderRun(loader, samples),
     }
-    name = "tokens" if codec is None else f"tokens + features {codec}"
-    return measure(name, directories, ways, options.samples, options.rounds)
+    return measure(name, directories, ways, samples, rounds)
+
+
+def measure_all_precomputed(root: Path, options: Options) -> list[Row]:
+    few, many, rounds = options.samples, IMAGENET_SHARDS, min(options.rounds, 4)
+    rows = [measure_precomputed("tokens", root / "tokens", None, few, options.rounds)]
+    for codec in CODECS:
+        name = f"tokens + features {codec}"
+        rows.append(measure_precomputed(name, root / "tokens", root / codec, few, options.rounds))
+    num, name = MANY_TOKENS * many, f"tokens, {many} shards"
+    rows.append(measure_precomputed(name, root / "many-tokens", None, num, rounds))
+    num, name = MANY_FEATURES * many, f"tokens + features int8, {many} shards"
+    rows.append(measure_precomputed(name, root / "many-int8-tokens", root / "many-int8", num, rounds))
+    return rows
 
 
 def decode_like_the_loader(sample: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -278,7 +307,7 @@ def main(options: Options) -> None:
         root = options.directory or Path(temporary)
         make_shards(root, options)
         os.sync()  # or the disk is still being written while the first ways are timed
-        rows = [measure_precomputed(root, codec, options) for codec in (None, *CODECS)]
+        rows = measure_all_precomputed(root, options)
         rows.append(measure_images(root, options))
         result = {
             "rows": [row.summary() for row in rows],
@@ -292,7 +321,7 @@ def main(options: Options) -> None:
         summary = row.summary()
         rates = summary["samples_per_second"]
         print(
-            f"{row.name:32s} loader {rates['loader']:7d}/s {summary['bytes_per_second']['loader'] / 1e9:5.2f} GB/s   "
+            f"{row.name:36s} loader {rates['loader']:7d}/s {summary['bytes_per_second']['loader'] / 1e9:5.2f} GB/s   "
             f"webdataset {rates['webdataset']:6d}/s   ratio {summary['loader_over_webdataset']:6.2f}   "
             f"of cat {summary['loader_over_cat']:.2f}   by CPU time: {summary['loader_over_webdataset_cpu']:6.2f} "
             f"and {summary['loader_over_cat_cpu']:.2f}"

@@ -1,4 +1,4 @@
-"""benchmarks/loader.py on sets small enough for a test."""
+"""benchmarks/data.py on sets small enough for a test."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.data.benchmarks import load_benchmark
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load_benchmark("loader", monkeypatch)
+    module = load_benchmark("data", monkeypatch)
     small = {"NUM_PATCHES": 4, "WIDTH": 16, "BATCH": 6, "CODECS": ("int8", "pca8-int8"), "IMAGENET_SHARDS": 40}
-    for name, value in {**small, "SHARD_SAMPLES": 20, "GLOBAL_BATCH": 16}.items():
+    for name, value in {**small, "SHARD_SAMPLES": 20, "GLOBAL_BATCH": 16, "MANY_TOKENS": 2, "MANY_FEATURES": 1}.items():
         monkeypatch.setattr(module, name, value)
     return module
 
@@ -29,6 +29,8 @@ def test_every_way_is_measured(benchmark: ModuleType, tmp_path: Path, capsys: py
         "tokens",
         "tokens + features int8",
         "tokens + features pca8-int8",
+        "tokens, 40 shards",
+        "tokens + features int8, 40 shards",
         "images, JPEG 500 x 375 to 256",
     ]
     assert {"cat", "webdataset", "loader"} <= result["rows"][0]["samples_per_second"].keys()
