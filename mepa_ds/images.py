@@ -9,9 +9,12 @@ import numpy as np
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mepa_ds.files import atomic_path
+
+_MADE_BY = "mepa_ds"
 
 
 def to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
@@ -19,15 +22,25 @@ def to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
     return images_B3HW.mul(255).add(0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_png(pixels_HW3: NDArray[np.uint8], path: Path) -> None:
+def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = None) -> None:
+    """`made_by` is kept in the file: see `made_by_of`."""
+    information = PngInfo()
+    if made_by is not None:
+        information.add_text(_MADE_BY, made_by)
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels_HW3).save(temporary, format="PNG")
+        Image.fromarray(pixels_HW3).save(temporary, format="PNG", pnginfo=information)
 
 
-def save_images(images_B3HW: Tensor, directory: Path, names: Sequence[str]) -> None:
-    """One PNG for each image: `<directory>/<name>.png`."""
-    for pixels, name in zip(to_uint8(images_B3HW), names, strict=True):
-        save_png(pixels, directory / f"{name}.png")
+def made_by_of(path: Path) -> str | None:
+    """What `save_png` noted in a file; None for a PNG that says nothing."""
+    with Image.open(path) as image:
+        return image.info.get(_MADE_BY)
+
+
+def save_images(images_B3HW: Tensor, paths: Sequence[Path], made_by: str | None = None) -> None:
+    """One PNG for each image."""
+    for pixels, path in zip(to_uint8(images_B3HW), paths, strict=True):
+        save_png(pixels, path, made_by)
 
 
 def save_grid(images_B3HW: Tensor, path: Path, columns: int, gap: int = 2, min_side: int = 64) -> None:

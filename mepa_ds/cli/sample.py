@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,9 @@ import tyro
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
+from mepa_ds.files import naming_full_disks
+
+_DECIDES = ("per_class", "cfg", "top_k", "top_p", "seed", "smooth", "rng", "precision")
 
 
 @dataclass
@@ -23,7 +28,7 @@ class SampleOptions:
     tokenizer: Path
     """The model's tokenizer: its directory, or VAR's vae_ch160v4096z32.pth."""
     out: Path
-    """PNG file of the grid; a directory gets one PNG for each image instead."""
+    """PNG file of the grid; a directory gets one PNG for each image instead, and a start after a kill goes on there."""
     scales: tuple[int, ...] | None = None
     """Schedule of VAR weights, where it is neither VAR's for 256 pixels nor for 512."""
     classes: str = "all"
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
     for name, value in (("per-class", options.per_class), ("batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
-    from mepa_ds.images import save_grid, save_images
+    from mepa_ds.images import save_grid
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
@@ -63,40 +68,89 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer.open(options.tokenizer, model.config.scales).to(device)
     classes = parse_classes(options.classes, model.config.num_classes)
     labels = [label for label in classes for _ in range(options.per_class)]
+    draw = _sampler(model, tokenizer, labels, options)
     started = time.perf_counter()
-    images = generate(model, tokenizer, labels, options)
-    seconds = time.perf_counter() - started
     if options.out.suffix.lower() == ".png":
-        save_grid(images, options.out, columns=options.per_class)
+        with _progress(len(labels)) as bar:
+            images = [draw(part, bar) for part in _batches(len(labels), options)]
+        save_grid(torch.cat(images), options.out, columns=options.per_class)
+        drawn = len(labels)
     else:
-        save_images(images, options.out, [f"class{label:04d}_{i:05d}" for i, label in enumerate(labels)])
-    print(f"{len(images)} images in {seconds:.1f} s ({len(images) / seconds:.1f} images/s): {options.out}")
+        drawn = _fill_directory(labels, options, draw)
+    seconds = time.perf_counter() - started
+    print(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
 
 
-def generate(model, tokenizer, labels: list[int], options: SampleOptions) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    """(B, 3, H, W) in [0, 1] on the CPU, with a progress bar."""
+def _progress(count: int) -> tqdm:
+    return tqdm(total=count, desc="sampling", unit="image", disable=None)
+
+
+def _batches(count: int, options: SampleOptions) -> list[range]:
+    step = count if options.rng == "var" else options.batch_size
+    return [range(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Callable[[range, tqdm], torch.Tensor]:  # type: ignore[no-untyped-def]
+    """Draws the images of a range: (B, 3, H, W) in [0, 1] on the CPU."""
     from mepa_ds.loops.sampling import sample
 
-    step = len(labels) if options.rng == "var" else options.batch_size
-    parts = []
-    with tqdm(total=len(labels), desc="sampling", unit="image", disable=None) as bar:
-        for start in range(0, len(labels), step):
-            part = labels[start : start + step]
-            images = sample(
-                model,
-                tokenizer,
-                part,
-                cfg=options.cfg,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                seed=options.seed,
-                first_index=start,
-                smooth=options.smooth,
-                rng=options.rng,
-            )
-            parts.append(images.cpu())
-            bar.update(len(part))
-    return torch.cat(parts)
+    def draw(part: range, bar: tqdm) -> torch.Tensor:
+        images = sample(
+            model,
+            tokenizer,
+            labels[part.start : part.stop],
+            cfg=options.cfg,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            first_index=part.start,
+            smooth=options.smooth,
+            rng=options.rng,
+        )
+        bar.update(len(part))
+        return images.cpu()
+
+    return draw
+
+
+def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[range, tqdm], torch.Tensor]) -> int:
+    """One PNG for each image, batch by batch: 50 000 would not fit into memory. Returns how many were drawn.
+
+    Batches that an earlier start has finished are left as they are.
+
+    Raises:
+        UserError: an image was made with other options.
+    """
+    from mepa_ds.images import made_by_of, save_images
+
+    made_by, drawn = _made_by(options), 0
+    paths = [options.out / f"class{label:04d}_{number:05d}.png" for number, label in enumerate(labels)]
+    with _progress(len(labels)) as bar:
+        for part in _batches(len(labels), options):
+            mine = paths[part.start : part.stop]
+            there = [path for path in mine if path.exists()]
+            for path in there[:1]:
+                if made_by_of(path) != made_by:
+                    raise UserError(f"{path}: made by other weights or options; remove it, or choose another --out")
+            if len(there) == len(mine):
+                bar.update(len(mine))
+                continue
+            with naming_full_disks(options.out):
+                save_images(draw(part, bar), mine, made_by)
+            drawn += len(mine)
+    return drawn
+
+
+def _made_by(options: SampleOptions) -> str:
+    """What an image is a function of. Weights that were replaced since are told by their time."""
+    weights = options.weights / "config.json" if options.weights.is_dir() else options.weights
+    facts = {
+        "weights": f"{options.weights.resolve()} of {weights.stat().st_mtime:.0f}",
+        "tokenizer": str(options.tokenizer.resolve()),
+        "classes": options.classes,
+        **{name: getattr(options, name) for name in _DECIDES},
+    }
+    return json.dumps(facts)
 
 
 def parse_classes(text: str, num_classes: int) -> list[int]:

@@ -49,6 +49,24 @@ def test_a_directory_gets_one_image_each(folder: Path, tmp_path: Path, rng: Rng)
     assert np.array_equal(found, expected)
 
 
+def test_a_directory_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Batches that are whole stay; the result is that of a start that was not interrupted."""
+    options = ["--classes", "1,4,6", "--per-class", "2", "--batch-size", "2", *SCALES]
+    run(folder, tmp_path / "whole", *options)
+    run(folder, tmp_path / "torn", *options)
+    (tmp_path / "torn/class0004_00003.png").unlink()
+    kept = (tmp_path / "torn/class0001_00000.png").stat().st_mtime_ns
+    capsys.readouterr()
+    run(folder, tmp_path / "torn", *options)
+    assert capsys.readouterr().out.startswith("2 images in ")
+    assert (tmp_path / "torn/class0001_00000.png").stat().st_mtime_ns == kept
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "torn" / path.name).read_bytes() == path.read_bytes()
+    for other in (["--seed", "1"], ["--cfg", "2"]):
+        with pytest.raises(UserError, match=r"class0001_00000\.png: made by other weights or options"):
+            run(folder, tmp_path / "torn", *options, *other)
+
+
 def test_files_and_directories_make_the_same_grid(folder: Path, tmp_path: Path) -> None:
     options = ["--classes", "1,4", "--per-class", "3"]
     run(folder, tmp_path / "var.png", *options, *SCALES)
