@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,26 @@ def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: list[float]
     quickstart_module.main([])
     assert Path("c").read_text() == "2!"
     assert small[1] > small[0] + 0.3  # of both starts
+
+
+def test_a_changed_recipe_is_not_skipped(
+    small: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stage starts anew, without what it had made, and all later ones too."""
+    Path("b.yaml").write_text("1")
+    code = "from pathlib import Path; import sys; assert not Path('b').exists(); "
+    code += "Path('b').write_text(Path('a').read_text() + Path(sys.argv[1]).read_text())"
+    first, second, third = quickstart_module.STAGES
+    second = replace(second, commands=(f"-c {shlex.quote(code)} b.yaml",))
+    monkeypatch.setattr(quickstart_module, "STAGES", (first, second, third))
+    quickstart_module.main([])
+    Path("b.yaml").write_text("2")
+    capsys.readouterr()
+    quickstart_module.main([])
+    out = capsys.readouterr().out
+    assert "[2/4] b: its recipe has changed, it starts anew" in out
+    assert out.count("finished before, skipped") == 1
+    assert Path("c").read_text() == "12!"
 
 
 def test_a_finished_quickstart_stays_as_it_is(small: list[float], capsys: pytest.CaptureFixture[str]) -> None:

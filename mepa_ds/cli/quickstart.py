@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -45,6 +46,8 @@ class Spent:
     peak_memory_bytes: int = 0
     """Of the process that needed most."""
     done: bool = False
+    work: str = ""
+    """Hash of its commands and recipes at its last start."""
 
 
 PRECOMPUTE = "data_tools/precompute.py"
@@ -108,12 +111,21 @@ def main(argv: list[str]) -> None:
     spent = _read_spent()
     for number, stage in enumerate(STAGES, start=1):
         place = f"[{number}/{len(STAGES) + 1}]"
+        if spent[stage.name].work not in ("", _work(stage)):
+            print(f"{place} {stage.name}: its recipe has changed, it starts anew", flush=True)
+            _forget([stage], spent)
         if spent[stage.name].done and all(path.exists() for path in stage.results):
             print(f"{place} {stage.name}: finished before, skipped", flush=True)
         else:
             _forget(STAGES[number:], spent)
             _run(stage, place, spent)
     _report(f"[{len(STAGES) + 1}/{len(STAGES) + 1}]", spent)
+
+
+def _work(stage: Stage) -> str:
+    recipes = [Path(word) for command in stage.commands for word in shlex.split(command) if word.endswith(".yaml")]
+    text = "\n".join([*stage.commands, *(path.read_text() for path in recipes)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_spent() -> dict[str, Spent]:
@@ -142,6 +154,7 @@ def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
     mine = spent[stage.name]
     if mine.done:  # its results were removed since
         mine = spent[stage.name] = Spent()
+    mine.work = _work(stage)
     before, started = mine.seconds, time.perf_counter()
     for command in stage.commands:
         print(f"      $ python {command}", flush=True)
