@@ -61,6 +61,16 @@ def test_a_page_in_place_of_an_index_is_named(tmp_path: Path) -> None:
         Remote(f"pipe:cat {tmp_path}/{{}}", tmp_path / "near")()
 
 
+def test_class_names_that_cannot_be_read(tmp_path: Path) -> None:
+    make_set(tmp_path, "images", SIZES)
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(UserError, match=r"--classes: .*names\.txt: cannot be read: No such file"):
+        Scan(str(tmp_path), classes=tmp_path / "names.txt", workers=0)()
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"--classes: .*names\.txt: is no UTF-8 text"):
+        Scan(str(tmp_path), classes=tmp_path / "names.txt", workers=0)()
+
+
 def test_scanning_some_of_a_directory(tmp_path: Path) -> None:
     ours = make_set(tmp_path, "images", SIZES)
     (tmp_path / INDEX_NAME).unlink()
