@@ -8,8 +8,10 @@ Shapes: T tokens, C width, R routed rows.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.models.moe import dispatch
 from mepa_ds.models.moe.dispatch import Alongside, Sorted
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
@@ -34,19 +37,24 @@ class Traced:
 
     kept: int
     """Activations that the forward pass keeps for the backward pass."""
-    peak: int
-    """The most at any moment of both passes, intermediate results included."""
+    intermediate: int
+    """What there is beside them at the peak of both passes, but for the next one."""
+    exchanged: int
+    """Tokens that have come from other ranks, and gradients for them: buffers of all-to-alls that live at the peak."""
     num_elements: dict[str, int]
     """Elements of the parameters that this rank holds: routed experts, the transformer's others, the projector's."""
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Sums the storages that operations have made and that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.exchanged = self.exchanged_at_peak = 0
+        """The part of `now` and of `peak` that was made within `exchanging`."""
         self._known: set[int] = set()
+        self._exchanging = False
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -55,8 +63,20 @@ class _LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._add(leaf.untyped_storage())
-        self.peak = max(self.peak, self.now)
+        self.grow(0)
         return result
+
+    def grow(self, size: int) -> None:
+        """Bytes that are there from now on, whatever holds them."""
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.exchanged_at_peak = self.now, self.exchanged
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        self._exchanging = True
+        yield
+        self._exchanging = False
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
         """Storages that were there before."""
@@ -67,23 +87,29 @@ class _LiveBytes(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.now += size
-            weakref.finalize(storage, self._remove, key, size)
+            exchanged = size if self._exchanging else 0
+            self.exchanged += exchanged
+            weakref.finalize(storage, self._remove, key, size, exchanged)
 
-    def _remove(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int, exchanged: int) -> None:
         self._known.discard(key)
         self.now -= size
+        self.exchanged -= exchanged
 
 
 class _Exchange(torch.autograd.Function):
     """An all-to-all as far as memory goes: a new tensor of the same size, there and back."""
 
     @staticmethod
-    def forward(ctx: Any, x_RC: Tensor) -> Tensor:
-        return torch.empty_like(x_RC)
+    def forward(ctx: Any, x_RC: Tensor, live: LiveBytes) -> Tensor:
+        ctx.live = live
+        with live.exchanging():
+            return torch.empty_like(x_RC)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.empty_like(gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with ctx.live.exchanging():
+            return torch.empty_like(gradient), None
 
 
 class _EvenCounts:
@@ -99,8 +125,8 @@ class _EvenCounts:
 class _EvenDispatcher:
     """Gives every expert the same number of rows: without data nobody knows who chose what."""
 
-    def __init__(self, num_experts: int, ep_size: int):
-        self._num_experts, self._ep_size = num_experts, ep_size
+    def __init__(self, num_experts: int, ep_size: int, live: LiveBytes):
+        self._num_experts, self._ep_size, self._live = num_experts, ep_size, live
 
     def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
         by_expert = Sorted(x_TC, routing, self._num_experts)
@@ -108,10 +134,10 @@ class _EvenDispatcher:
         x_RC = by_expert.rows()
         order_R = torch.empty(len(x_RC), dtype=torch.int64)
         if self._ep_size > 1:
-            x_RC = _Exchange.apply(x_RC).index_select(0, order_R)
+            x_RC = _Exchange.apply(x_RC, self._live).index_select(0, order_R)
         y_RC = experts(x_RC, _EvenCounts(len(x_RC), experts.num_experts))  # type: ignore[arg-type]
         if self._ep_size > 1:
-            y_RC = _Exchange.apply(y_RC.index_select(0, order_R))
+            y_RC = _Exchange.apply(y_RC.index_select(0, order_R), self._live)
         y_TC = by_expert.combine(y_RC)
         return y_TC if beside_TC is None else y_TC + beside_TC
 
@@ -129,35 +155,47 @@ def trace_micro_batch(
     engine's buffers; it returns the bytes that these have grown by.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.parallel.precision]
-    live = _LiveBytes()
-    with FakeTensorMode():
-        objective = _build(config, teacher_width)
-        _give_memory(objective, dtype)
+    live = LiveBytes()
+    with FakeTensorMode(), _tokens_at_once():
+        objective = _build(config, teacher_width, live)
+        give_memory(objective, dtype)
         live.ignore(parameter.detach() for parameter in objective.parameters())
         for parameter in objective.parameters():
             parameter.register_post_accumulate_grad_hook(_handing_over(live, on_gradient))
         inputs = _inputs(config, batch, teacher_width, teacher_patches)
         with live:
             losses: Losses = objective(inputs)
-            kept = live.now
+            kept = live.now - live.exchanged
             losses.total.backward()
     counts = {"routed experts": 0, "transformer": 0, "projector": 0}
     for name, parameter in objective.named_parameters():
         part = "routed experts" if ".experts." in name else name.split(".")[0]
         counts[part] += parameter.numel()
-    return Traced(kept, live.peak, counts)
+    others = live.peak - live.exchanged_at_peak
+    kept = min(kept, others)  # some is freed where a large part is exchanged
+    return Traced(kept, others - kept, live.exchanged_at_peak, counts)
 
 
-def _handing_over(live: _LiveBytes, on_gradient: Callable[[int], int]) -> Callable[[Tensor], None]:
+@contextmanager
+def _tokens_at_once() -> Iterator[None]:
+    """As on a GPU. The small blocks of a CPU would be minutes of fake operations, for a little less memory."""
+    size = dispatch._CACHED_ELEMENTS
+    dispatch._CACHED_ELEMENTS = sys.maxsize
+    try:
+        yield
+    finally:
+        dispatch._CACHED_ELEMENTS = size
+
+
+def _handing_over(live: LiveBytes, on_gradient: Callable[[int], int]) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        live.now += on_gradient(parameter.numel())
-        live.peak = max(live.peak, live.now)
+        live.grow(on_gradient(parameter.numel()))
         parameter.grad = None
 
     return hook
 
 
-def _build(config: PretrainConfig, teacher_width: int | None) -> PretrainingObjective:
+def _build(config: PretrainConfig, teacher_width: int | None, live: LiveBytes) -> PretrainingObjective:
     """The rank's share of the objective, dropless and with even loads."""
     model = config.model
     if model.moe is not None:
@@ -172,13 +210,13 @@ def _build(config: PretrainConfig, teacher_width: int | None) -> PretrainingObje
             if isinstance(layer, MoEFeedForward):
                 width, hidden = layer.experts.fc2_weight.shape[1:]
                 layer.experts = Experts(layer.num_experts // config.parallel.ep_size, width, hidden)
-                layer.dispatcher = _EvenDispatcher(layer.num_experts, config.parallel.ep_size)
+                layer.dispatcher = _EvenDispatcher(layer.num_experts, config.parallel.ep_size, live)
     transformer.check_labels = lambda labels_B: None  # type: ignore[method-assign]  # there are no values to check
     transformer.recompute = config.parallel.activation_checkpointing
     return objective
 
 
-def _give_memory(model: nn.Module, dtype: torch.dtype) -> None:
+def give_memory(model: nn.Module, dtype: torch.dtype) -> None:
     """From the meta device to the current one (both fake, which is why Module.to_empty does not work)."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -18,16 +17,18 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.loops import flops
+from mepa_ds.loops.frozen_networks import FrozenNetworks, plan_networks
 from mepa_ds.loops.memory_trace import Traced, trace_micro_batch
 from mepa_ds.memory import resident_bytes
 from mepa_ds.models.summary import ParameterCounts, count_parameters
 
-# Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
-_ASSUMED_WIDTH, _ASSUMED_PATCHES = 768, 256
 _FP32 = 4
 # Of what is allocated at the peak. Runs of 15 million parameters under glibc: 0.76 to 0.88.
 _KEPT_BY_C_LIBRARY = 0.8
 _KEPT_NAME = "freed, but kept by the C library"
+_EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
+# Parts that grow with the images of a micro-batch.
+_WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_NAME)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Plan:
     """Memory at the peak of the backward pass, by part."""
     optimizer: dict[str, float]
     """Memory at the peak of the optimizer step, by part."""
+    encoding: dict[str, float]
+    """Memory while a micro-batch of images is encoded (data.images), by part."""
     host: dict[str, float]
     """Host memory beside a GPU."""
     exchanged: dict[str, float]
@@ -67,12 +70,16 @@ class Plan:
     @property
     def peak(self) -> float:
         """Bytes that a rank needs on its device (on a CPU: all it needs)."""
-        return max(sum(self.backward.values()), sum(self.optimizer.values()))
+        return max(sum(parts.values()) for parts in self._moments)
 
     @property
     def allocated(self) -> float:
         """The same without what the C library keeps of freed memory."""
-        return max(sum(parts.values()) - parts.get(_KEPT_NAME, 0.0) for parts in (self.backward, self.optimizer))
+        return max(sum(parts.values()) - parts.get(_KEPT_NAME, 0.0) for parts in self._moments)
+
+    @property
+    def _moments(self) -> tuple[dict[str, float], ...]:
+        return self.backward, self.optimizer, self.encoding
 
     @property
     def problems(self) -> list[str]:
@@ -80,17 +87,17 @@ class Plan:
         limit = self.machine.memory
         if limit is None or self.peak <= limit:
             return []
-        kept = self.backward["activations"] + self.backward["intermediate results"]
-        rest = sum(self.backward.values()) - kept
+        per_batch = [sum(parts.get(name, 0.0) for name in _WITH_BATCH) for parts in (self.backward, self.encoding)]
+        fixed = [sum(self.backward.values()) - per_batch[0], sum(self.encoding.values()) - per_batch[1]]
         line = f"a rank needs {self.peak / 1e9:.1f} GB, but has {limit / 1e9:.1f} GB"
-        if max(rest, sum(self.optimizer.values())) > limit:
+        if max(*fixed, sum(self.optimizer.values())) >= limit:
             return [
                 f"{line}: more than activations is too much; use more ranks, a larger parallel.ep_size or less model"
             ]
-        least = math.ceil(kept / (limit - rest))
+        least = max(math.ceil(grows / (limit - stays)) for grows, stays in zip(per_batch, fixed, strict=True))
         factors = [factor for factor in range(least, self.micro_batch + 1) if self.micro_batch % factor == 0]
         remedies = [f"train.accumulation={self.config.train.accumulation * factor}" for factor in factors[:1]]
-        if self.config.parallel.activation_checkpointing == "none":
+        if self.config.parallel.activation_checkpointing == "none" and sum(self.encoding.values()) <= limit:
             remedies.append("parallel.activation_checkpointing=blocks")
         return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
 
@@ -102,16 +109,16 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
     """
     config.check_world(machine.world_size)
     knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)
-    assumed: list[str] = []
-    tokens, features = _read_index(config.data.tokens or config.data.images), _read_index(config.data.features)
-    width, patches = _teacher_of(config, features, assumed)
-    if num_samples is None and tokens is not None:
-        num_samples = tokens.num_samples
+    samples = config.data.tokens or config.data.images
+    if num_samples is None and samples is not None and (samples / INDEX_NAME).exists():
+        num_samples = ShardIndex.read(samples).num_samples
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
+    networks = plan_networks(config, micro_batch)
+    width = networks.teacher_width
     engine = _EngineMemory(config, machine, knobs)
-    traced = trace_micro_batch(config, micro_batch, width, patches, engine.on_gradient)
+    traced = trace_micro_batch(config, micro_batch, width, networks.teacher_patches, engine.on_gradient)
     held = traced.num_elements
-    backward, optimizer, host = engine.parts(traced)
+    backward, optimizer, encoding, host = engine.parts(traced, networks)
     counts = count_parameters(config.model)
     all_elements = counts.total + held["projector"]
     known = config.train.steps is not None or config.train.samples is not None or num_samples is not None
@@ -124,30 +131,14 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         step_flops=flops.step_flops(config, width),
         backward=backward,
         optimizer=optimizer,
+        encoding=encoding,
         host=host,
         exchanged=engine.exchanged(traced, micro_batch),
         checkpoint=all_elements * _FP32 * (4 if config.optim.ema else 3),
         num_steps=config.train.num_steps(num_samples or 0) if known else None,
         num_samples=num_samples,
-        assumed=assumed,
+        assumed=networks.assumed,
     )
-
-
-def _read_index(directory: Path | None) -> ShardIndex | None:
-    return ShardIndex.read(directory) if directory is not None and (directory / INDEX_NAME).exists() else None
-
-
-def _teacher_of(config: PretrainConfig, features: ShardIndex | None, assumed: list[str]) -> tuple[int | None, int]:
-    """Width and patches of the teacher's maps; None without semantic guidance."""
-    if config.objective.alignment is None:
-        return None, 0
-    settings = features.made_by.settings if features is not None else {}
-    if "width" in settings and "grid_side" in settings:
-        return int(settings["width"]), int(settings["grid_side"]) ** 2
-    assumed.append(
-        f"teacher features of {_ASSUMED_PATCHES} patches, {_ASSUMED_WIDTH} wide (no data.features to read it from)"
-    )
-    return _ASSUMED_WIDTH, _ASSUMED_PATCHES
 
 
 class _EngineMemory:
@@ -173,17 +164,17 @@ class _EngineMemory:
         world_size, ep_size = self._machine.world_size, self._config.parallel.ep_size
         return held["routed experts"] / (world_size / ep_size), (held["transformer"] + held["projector"]) / world_size
 
-    def parts(self, traced: Traced) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-        """Memory by part at the peak of the backward pass, at that of the optimizer step, and on the host of a GPU."""
+    def parts(self, traced: Traced, networks: FrozenNetworks) -> tuple[dict[str, float], ...]:
+        """Memory by part at the peak of the backward pass, at that of the optimizer step, while images are encoded, and
+        on the host of a GPU.
+        """
         held = sum(traced.num_elements.values())
         experts, others = self._partitions(traced.num_elements)
         partition = experts + others
         # With ep_size 1 the experts' matrices are in one parameter group with all others.
         largest = partition if self._config.parallel.ep_size == 1 else max(experts, others)
         average = _FP32 * partition if self._config.optim.ema else 0.0
-        weights = self._config.tokenizer.glob("*.safetensors") if self._config.log.sample_every is not None else ()
-        state = {
-            "tokenizer of sample grids": float(sum(path.stat().st_size for path in weights)),
+        state = networks.weights | {
             "weights": float(self._low * held),
             "masters and Adam moments": 3 * _FP32 * partition,
             "average of the weights": average,
@@ -196,17 +187,22 @@ class _EngineMemory:
         backward = state | {
             "gradients": waiting + bucket,
             "activations": float(traced.kept),
-            "intermediate results": float(traced.peak - traced.kept),
+            "intermediate results": float(traced.intermediate),
+            _EXCHANGED_NAME: float(traced.exchanged),
         }
         temporaries = (1 if self._machine.is_gpu else 2) * _FP32 * largest
         optimizer = state | {
             "gradients": self._low * partition + _FP32 * largest,
             "intermediate results": temporaries,
         }
+        encoding = {}
+        if networks.working is not None:
+            encoding = state | {"gradients": bucket, _WORKING_NAME: networks.working}
         if not self._machine.is_gpu:
-            for parts in (backward, optimizer):
-                parts[_KEPT_NAME] = _KEPT_BY_C_LIBRARY * (sum(parts.values()) - self._machine.process)
-        return backward, optimizer, host if self._machine.is_gpu else {}
+            for parts in (backward, optimizer, encoding):
+                if parts:
+                    parts[_KEPT_NAME] = _KEPT_BY_C_LIBRARY * (sum(parts.values()) - self._machine.process)
+        return backward, optimizer, encoding, host if self._machine.is_gpu else {}
 
     def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:
         """Bytes that each rank sends in a step, with ring algorithms."""
@@ -255,6 +251,8 @@ def format_plan(plan: Plan) -> str:
         *_table("memory of a rank at the peak of the backward pass", plan.backward),
         *_table("memory of a rank at the peak of the optimizer step", plan.optimizer),
     ]
+    if plan.encoding:
+        lines += _table("memory of a rank while images are encoded", plan.encoding)
     if plan.host:
         lines += _table("host memory beside a GPU", plan.host)
     lines += _table("sent by a rank in a step", plan.exchanged)
