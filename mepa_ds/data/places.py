@@ -1,6 +1,6 @@
 """Where the samples of a set lie: the tables of its shards as arrays over all samples, to be asked a batch at a time.
 
-Legend: N samples of the set, B of a batch, M member extensions.
+Legend: N samples of the set, n of a shard, B of a batch, M member extensions.
 """
 
 from __future__ import annotations
@@ -102,12 +102,15 @@ class Places:
     def add(self, shard: int, table: SampleTable) -> None:
         """Takes a shard's table over."""
         rows = slice(*self._starts[shard : shard + 2])
-        self._places_NM2[rows] = (0, -1)
+        # Made aside and put in at once: another thread may have read this table too, and be using its places already.
+        places_nM2 = np.empty((len(table), len(self.extensions), 2), np.int64)
+        places_nM2[:] = (0, -1)
         for column, extension in enumerate(self.extensions):
             if extension in table.extensions:
                 theirs = table.extensions.index(extension)
-                self._places_NM2[rows, column, 0] = table.offsets_NM[:, theirs]
-                self._places_NM2[rows, column, 1] = table.sizes_NM[:, theirs]
+                places_nM2[:, column, 0] = table.offsets_NM[:, theirs]
+                places_nM2[:, column, 1] = table.sizes_NM[:, theirs]
+        self._places_NM2[rows] = places_nM2
         self._labels_N[rows] = -1 if table.labels_N is None else table.labels_N
         self._keys[shard] = table.keys_N
         self._is_read[shard] = True

@@ -6,7 +6,9 @@ import io
 import json
 import pickle
 import re
+import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 from data_tools.merge_index import Scan
-from mepa_ds.data.index import INDEX_NAME, MadeBy, read_description, table_path
+from mepa_ds.data.index import INDEX_NAME, MadeBy, read_description, read_table, table_path
 from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
@@ -60,6 +62,30 @@ def test_one_view_of_several(tmp_path: Path) -> None:
 def test_pickles_and_forgets_its_files(tokens: ShardSet) -> None:
     tokens.read(0)
     assert pickle.loads(pickle.dumps(tokens)).read(5) == tokens.read(5)
+
+
+def test_threads_that_meet_at_a_shards_table_see_all_of_it(tokens: ShardSet) -> None:
+    """Both find the table missing; the slower one takes it over while the faster one reads by it."""
+    places, samples_B = tokens._places, np.arange(len(tokens))
+    _, _, expected_BM = places.members(samples_B)
+    table = read_table(tokens.shard_paths[0])
+    ended = threading.Event()
+
+    def take_over() -> None:
+        while not ended.is_set():
+            places.add(0, table)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=take_over)
+    thread.start()
+    try:
+        for _ in range(3000):
+            np.testing.assert_array_equal(places.members(samples_B)[2], expected_BM)
+    finally:
+        ended.set()
+        thread.join()
+        sys.setswitchinterval(before)
 
 
 def test_a_set_without_stored_offsets_is_read_alike(tmp_path: Path) -> None:
