@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from mepa_ds.loops.recorder import write_status
 ResultT = TypeVar("ResultT")
 # A rank that loses its peers learns of it before the peer's report is on disk.
 _PATIENCE_SECONDS = 3.0
+# How often a rank looks whether it is asked for, and how long answers are waited for.
+_LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 _LOST_PEER = ("connection", "gloo", "nccl", "peer", "process group", "socket", "timed out", "aborted")
 _NAMED = 8
 
@@ -29,12 +32,15 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     """Runs `body`; a crash is written to `output_dir/errors/rank_<rank>.json`, and ends the process with status 1.
 
     One rank prints its traceback: the one that crashed first or, when a rank is gone without a word (killed by the
-    system, a lost node), the first of those that miss it, which says whose report is not there. Others print a line.
+    system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
     """
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
     if launch.is_main:  # before it meets the others, so before any of them can claim it
         with suppress(OSError):
             _claim_path(directory).unlink()
+    if launch.world_size > 1:
+        arguments = (directory, launch.rank, started)
+        threading.Thread(target=_answer, args=arguments, name="roll call", daemon=True).start()
     try:
         return body()
     except UserError as error:
@@ -63,9 +69,8 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
         if not _claim(directory):
             log.note(f"rank {rank}: lost a peer: {message.splitlines()[0]}")
             return
-        silent = sorted(set(range(launch.world_size)) - {report["rank"] for report in _reports(directory, started)})
-        heading = f"error: {_silent(silent)}; rank {rank} has lost its peers:"
-        message = _silent(silent)
+        message = _silent(_call(directory, started, launch.world_size))
+        heading = f"error: {message}; rank {rank} has lost its peers:"
     with suppress(OSError):
         write_status(output_dir, "failed", error=message, rank=rank)
     log.note(f"{heading}\n{traceback.format_exc()}")
@@ -76,13 +81,34 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
 
 def _silent(ranks: list[int]) -> str:
     if not ranks:
-        return "connections between the ranks broke, though all have left a report in errors/"
+        return "connections between the ranks broke, though all of them are there"
     named = ", ".join(str(rank) for rank in ranks[:_NAMED])
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
     return (
-        f"no report from rank{'s' if len(ranks) > 1 else ''} {named}{more}: killed from outside (the system's "
-        "out-of-memory killer, a lost node), or stuck"
+        f"no answer from rank{'s' if len(ranks) > 1 else ''} {named}{more}: killed from outside (the system's "
+        "out-of-memory killer, a lost node), or stopped"
     )
+
+
+def _call(directory: Path, since: float, world_size: int) -> list[int]:
+    """Ranks that neither fail nor answer: some that live may be waiting for one that has failed."""
+    silent, end = set(range(world_size)), time.monotonic() + _ANSWER_SECONDS
+    while silent and time.monotonic() < end:
+        time.sleep(0.2)
+        silent = set(range(world_size)) - {report["rank"] for report in _reports(directory, since)}
+    return sorted(silent)
+
+
+def _answer(directory: Path, rank: int, started: float) -> None:
+    """A rank's thread: when another one has lost its peers, leaves word that this one is there."""
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        with suppress(OSError, ValueError):  # not there, or still empty
+            if float(_claim_path(directory).read_text()) < started:  # of an earlier start
+                continue
+            answer = {"rank": rank, "time": time.time(), "error": "none: waits for others", "lost_peer": True}
+            write_json(directory / f"alive_{rank:05d}.json", answer)
+            return
 
 
 def _is_lost_peer(error: Exception) -> bool:
@@ -91,9 +117,9 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
-    """Those of this start of the run, earliest first."""
+    """Those of this start of the run, answers too, earliest first."""
     reports = []
-    for path in directory.glob("rank_*.json"):
+    for path in directory.glob("*.json"):
         with suppress(OSError, ValueError):
             report = json.loads(path.read_text())
             if report["time"] >= since:
@@ -120,7 +146,8 @@ def _claim(directory: Path) -> bool:
     """Whether this rank is the one to speak for all that have lost a peer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _claim_path(directory).touch(exist_ok=False)
+        with open(_claim_path(directory), "x") as file:
+            file.write(str(time.time()))
     except FileExistsError:
         return False
     except OSError:  # a full disk: better twice than never

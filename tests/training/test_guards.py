@@ -445,7 +445,10 @@ def test_a_crash_is_told_once_with_its_cause_first(folder: Path) -> None:
 
 
 def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> None:
-    """kill -9 leaves no report: of the two others one prints its traceback, under a line that says who is missing."""
+    """kill -9 leaves no report: of the two others one prints its traceback, under a line that says who is missing.
+
+    The last one may learn of it only when the first one has ended.
+    """
     settings = ["train.steps=100000", "train.global_batch=9", "log.checkpoint_every=100000"]
     with Ranks(arguments(folder, "killed", *settings), 3, folder / "killed.log") as ranks:
         wait_for_step(ranks, folder / "killed", 3)
@@ -455,7 +458,7 @@ def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> Non
     assert log.count("Traceback (most recent call last)") == 1, log
     cause = cause_of(log)
     assert cause is not None
-    assert cause.startswith("no report from rank 1: killed from outside"), log
+    assert cause.startswith("no answer from rank 1: killed from outside"), log
     assert "lost a peer: RuntimeError" in log
     reports = [json.loads((folder / f"killed/errors/rank_{rank:05d}.json").read_text()) for rank in (0, 2)]
     assert all("Traceback" in report["traceback"] for report in reports)
