@@ -5,7 +5,6 @@ Shapes: B images of a micro-batch, H side of an image.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.loops.memory_trace import LiveBytes, give_memory
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.teachers.registry import TEACHERS, build_teacher
+from mepa_ds.teachers.registry import TIMM_NAMES, build_teacher
 from mepa_ds.teachers.timm_vit import DEFAULT_GRID_SIDE, TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
@@ -91,10 +90,8 @@ def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
         return patch_pca.PatchPca(patch_pca.PatchPcaConfig())
     import timm
 
-    model_name = teacher.name
-    if model_name in TEACHERS:  # a registered loader of a ViT has its name in timm
-        model_name = inspect.getclosurevars(TEACHERS[model_name]).nonlocals["model_name"]
-    elif not timm.is_model(model_name):
+    model_name = TIMM_NAMES.get(teacher.name, teacher.name)
+    if not timm.is_model(model_name):
         return build_teacher(teacher.name, teacher.weights)  # says what there is instead
     with torch.device("meta"):
         model = timm.create_model(model_name, num_classes=0, dynamic_img_size=True)

@@ -1,4 +1,6 @@
-"""Teachers by name. A new one is a file with a `Teacher` and a line in TEACHERS; then the precompute runs again."""
+"""Teachers by name. A new one is a file with a `Teacher` and a line in TEACHERS, or for a ViT of timm's a line in
+TIMM_NAMES; then the precompute runs again.
+"""
 
 from __future__ import annotations
 
@@ -29,22 +31,27 @@ def _timm(model_name: str) -> Loader:
     return lambda name, weights, grid_side: TimmVit.load(name, model_name, weights, grid_side)
 
 
+TIMM_NAMES = {
+    "dinov2-s": "vit_small_patch14_dinov2",
+    "dinov2-b": "vit_base_patch14_dinov2",
+    "dinov2-l": "vit_large_patch14_dinov2",
+    "dinov2-g": "vit_giant_patch14_dinov2",
+    "dinov2-s-reg": "vit_small_patch14_reg4_dinov2",
+    "dinov2-b-reg": "vit_base_patch14_reg4_dinov2",
+    "dinov2-l-reg": "vit_large_patch14_reg4_dinov2",
+    "dinov2-g-reg": "vit_giant_patch14_reg4_dinov2",
+    "dinov3-s": "vit_small_patch16_dinov3",
+    "dinov3-s-plus": "vit_small_plus_patch16_dinov3",
+    "dinov3-b": "vit_base_patch16_dinov3",
+    "dinov3-l": "vit_large_patch16_dinov3",
+    "dinov3-h-plus": "vit_huge_plus_patch16_dinov3",
+    "dinov3-7b": "vit_7b_patch16_dinov3",
+}
+"""ViTs that have a name of their own here, and that in timm."""
+
 TEACHERS: dict[str, Loader] = {
     patch_pca.KIND: _patch_pca,
-    "dinov2-s": _timm("vit_small_patch14_dinov2"),
-    "dinov2-b": _timm("vit_base_patch14_dinov2"),
-    "dinov2-l": _timm("vit_large_patch14_dinov2"),
-    "dinov2-g": _timm("vit_giant_patch14_dinov2"),
-    "dinov2-s-reg": _timm("vit_small_patch14_reg4_dinov2"),
-    "dinov2-b-reg": _timm("vit_base_patch14_reg4_dinov2"),
-    "dinov2-l-reg": _timm("vit_large_patch14_reg4_dinov2"),
-    "dinov2-g-reg": _timm("vit_giant_patch14_reg4_dinov2"),
-    "dinov3-s": _timm("vit_small_patch16_dinov3"),
-    "dinov3-s-plus": _timm("vit_small_plus_patch16_dinov3"),
-    "dinov3-b": _timm("vit_base_patch16_dinov3"),
-    "dinov3-l": _timm("vit_large_patch16_dinov3"),
-    "dinov3-h-plus": _timm("vit_huge_plus_patch16_dinov3"),
-    "dinov3-7b": _timm("vit_7b_patch16_dinov3"),
+    **{name: _timm(model_name) for name, model_name in TIMM_NAMES.items()},
 }
 """Beside these, every plain ViT goes by its own name in timm, with or without a tag."""
 
