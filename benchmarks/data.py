@@ -3,11 +3,14 @@
     python benchmarks/data.py [--json FILE] [--samples 3000]
 
 Makes shards in a temporary directory (tokens as VAR's, features of 256 x 768 by codec, JPEG images of 500 x 375),
-reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, the loader
-with one worker. The best of the rounds counts, for each alike. A batch of ours is ready for the model: joined,
-checked, in tensors. Dequantising is outside the timing, of webdataset's as of ours: features travel as they are stored
-and become fp32 on the device; how fast a CPU thread does that is a line of its own. JPEG is decoded and cropped inside
-the timing, in this process ("loader") and in 1 and 2 processes of the loader.
+reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, and the
+loader in this process, as webdataset is. The best of the rounds counts, for each alike. A batch of ours is ready for
+the model: joined, checked, in tensors. Dequantising is outside the timing, of webdataset's as of ours: features travel
+as they are stored and become fp32 on the device; how fast a CPU thread does that is a line of its own. JPEG is decoded
+and cropped inside the timing, also in 1 and 2 processes of the loader.
+
+Samples/s with one thread that reads ahead are measured too. It serves to read beside a GPU's work; with nothing else to
+do, the interpreter's lock that changes hands makes it slower than this process alone.
 
 Two rows have as many shards as ImageNet, so that a uniform order meets another file with each sample. Such short shards
 cost plain webdataset more than the loader: compare these rows with the loader's others, and with `cat`.
@@ -210,7 +213,10 @@ def measure(name: str, directories: list[Path], ways: dict[str, Callable[[], Non
 
 def measure_precomputed(name: str, tokens: Path, features: Path | None, samples: int, rounds: int) -> Row:
     directories = [tokens] if features is None else [tokens, features]
-    loader = training_batches(tokens, features, global_batch=BATCH, seed=0, num_workers=1)
+    own, ahead = (
+        LoaderRun(training_batches(tokens, features, global_batch=BATCH, seed=0, num_workers=workers), samples)
+        for workers in (0, 1)
+    )
 
     def webdataset() -> None:
         drain(zip(*(plain(directory) for directory in directories), strict=True))
@@ -218,7 +224,8 @@ def measure_precomputed(name: str, tokens: Path, features: Path | None, samples:
     ways: dict[str, Callable[[], None]] = {
         "cat": lambda: cat(directories),
         "webdataset": webdataset,
-        "loader": LoaderRun(loader, samples),
+        "loader": own,
+        "loader, a thread ahead": ahead,
     }
     return measure(name, directories, ways, samples, rounds)
 
