@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
 from mepa_ds.image_files import ImageFiles
+from mepa_ds.precision import full_fp32
 from mepa_ds.weights import read_state_dict
 
 Order = Literal["shuffled", "file"]
@@ -87,7 +88,7 @@ class Inception:
     @torch.inference_mode()
     def __call__(self, pixels_BHW3: NDArray[np.uint8]) -> Features:
         pixels_B3HW = torch.tensor(pixels_BHW3).to(self._device).permute(0, 3, 1, 2)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):  # TF32 moves FID
+        with full_fp32():  # TF32 moves FID
             pool_BP, logits_BK = self._network(pixels_B3HW)
         assert self._spatial_BCHW is not None
         spatial_BS = self._spatial_BCHW.permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
+from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer import var_keys
-from mepa_ds.tokenizer.precision import full_fp32
 from mepa_ds.weights import load_strict, read_pretrained, read_state_dict
 
 KIND = "tokenizer"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import identity_of_weights
+from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer import var_keys
 from mepa_ds.tokenizer.layers import Decoder, Encoder
-from mepa_ds.tokenizer.precision import full_fp32
 from mepa_ds.tokenizer.quantizer import KIND, MultiScaleQuantizer
 from mepa_ds.weights import load_strict, read_pretrained, read_state_dict, save_pretrained
 

@@ -12,7 +12,7 @@ import torch
 def full_fp32() -> Iterator[None]:
     """fp32 convolutions and matrix products inside are not TF32; what the user has set comes back afterwards.
 
-    cuDNN's convolutions are TF32 by default, and a rounded distance is another token. Costs some microseconds.
+    cuDNN's convolutions are TF32 by default: a rounded distance is another token, and FID moves. Costs microseconds.
     """
     convolution = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     matmul = torch.backends.cuda.matmul
