@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Threads that wait by spinning slow a busy machine down several times.
 export OMP_WAIT_POLICY ?= PASSIVE
 STAMP := .venv/.installed
+# of the tests: each takes about 1 GB
+PROCESSES ?= 2
 
 .PHONY: setup quickstart test lint types clean-quickstart
 
@@ -22,7 +24,7 @@ quickstart: setup
 	$(BIN)/mepa quickstart
 
 test: setup lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Starts one rank, or one node's torchrun, inside a SLURM step: `launch.py rank|torchrun STATE COMMAND...`.
 
 rank       sets RANK and its like from srun's variables (torchrun has set them already), runs COMMAND, passes signals on
-           to it, and writes its exit status to STATE/exit-<job>/<rank>: launchers report some other number. When
-           STATE/owner names another start of the run, COMMAND is killed: SLURM has given the run to other nodes.
+           to it, and writes its exit status to STATE/exit-<job>/<rank>: launchers report some other number. COMMAND
+           that SIGUSR1 ends had not come to its first line: that counts as "start me again". When STATE/owner names
+           another start of the run, COMMAND is killed: SLURM has given the run to other nodes.
 torchrun   runs `launch.py rank` on all local ranks under torchrun. torchrun would die of SIGUSR1 and kill its ranks
            half a minute after SIGTERM, so it is kept from both; the ranks get SIGUSR1 from here.
 
@@ -20,6 +21,7 @@ from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 OWNER_CHECK_SECONDS = 10.0
+REQUEUE_CODE = 75  # as in lib.sh: "not done yet, start me again"
 RETRY_SECONDS = 0.2  # far below the second within which a rank takes two signals for one request
 
 
@@ -30,9 +32,20 @@ def rank(state: Path, command: list[str]) -> int:
         env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
         env["LOCAL_WORLD_SIZE"] = env["RANKS_PER_NODE"]
     me = f"{env['SLURM_JOB_ID']} {env.get('SLURM_RESTART_COUNT', '0')}"
-    child = subprocess.Popen(command)
+    child: subprocess.Popen[bytes] | None = None
+    early: list[int] = []
+
+    def pass_on(received: int, _: object) -> None:
+        if child is None:
+            early.append(received)
+        else:
+            child.send_signal(received)
+
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _: child.send_signal(received))
+        signal.signal(number, pass_on)
+    child = subprocess.Popen(command)
+    for number in early:
+        child.send_signal(number)
     if "MEPA_PIDS" in env:
         (Path(env["MEPA_PIDS"]) / str(os.getpid())).touch()
     while True:
@@ -44,6 +57,8 @@ def rank(state: Path, command: list[str]) -> int:
             if owner and owner != me:
                 print(f"rank {env['RANK']}: the run now belongs to job and restart {owner}: killed", flush=True)
                 child.kill()
+    if code == -signal.SIGUSR1:
+        code = REQUEUE_CODE
     code = code if code >= 0 else 128 - code
     if _read(state / "owner") == me:
         (state / f"exit-{env['SLURM_JOB_ID']}" / env["RANK"]).write_text(f"{code}\n")

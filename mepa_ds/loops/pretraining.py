@@ -34,7 +34,7 @@ from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.start_record import record_start
 from mepa_ds.loops.step_records import StepRecords
-from mepa_ds.loops.stopping import Agreement, StopRequests, deadline
+from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, undisturbed
 from mepa_ds.loops.training_data import Loader, data_identity, open_checked
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
@@ -54,7 +54,8 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     requests.stop_at(deadline(config.guards.time_limit, config.guards.stop_before_end, os.environ))
 
     def run_to_the_end() -> bool:
-        device = distributed.start(launch)
+        with undisturbed():
+            device = distributed.start(launch)
         sets = open_checked(config)
         prepare_output(config)
         run = PretrainRun(config, sets, device, requests)

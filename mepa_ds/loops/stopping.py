@@ -11,7 +11,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,20 @@ class StopRequests:
 
 def _noted(number: int, frame: object) -> None:
     """The listener does the work; without a Python handler the signal would end the process."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals do not interrupt this thread's system calls meanwhile; StopRequests' own thread notes them as ever.
+
+    A signal cuts short PyTorch's pause between two attempts to reach rank 0's store: it prints a stack, and the next
+    attempt is some 10 s away, which an allocation that ends may not have.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def deadline(

@@ -26,7 +26,7 @@ from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_text
 from mepa_ds.loops.recorder import RunStatus, write_status
-from mepa_ds.loops.stopping import Agreement, StopRequests
+from mepa_ds.loops.stopping import Agreement, StopRequests, undisturbed
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
 from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
@@ -55,7 +55,8 @@ def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> 
     """
     launch = distributed.read_launch()
     config.check_world(launch.world_size)
-    device = distributed.start(launch)
+    with undisturbed():
+        device = distributed.start(launch)
     start = _agree_on_start(config, device)
     trainer = start.trainer
     if trainer.step_index >= trainer.num_steps:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,7 @@ MEMBER = {
     "SLURM_NTASKS_PER_NODE": "1",
 }
 _PRECOMPUTE = """import sys
+import time
 from pathlib import Path
 if sys.argv[1] == "tokens":
     for number in (0, 1):
@@ -320,3 +323,26 @@ def test_samples_of_weights_that_are_not_there(job: Path) -> None:
     assert end.returncode == 2
     assert (end.stdout + end.stderr).splitlines()[-1].startswith(f"error: {cause}")
     assert (job / "array/part-1/result").read_text().startswith(f"failed: {cause}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
+    job: Path, number: signal.Signals, code: int
+) -> None:
+    begun = job / "begun"
+    command = [
+        sys.executable,
+        ROOT / "slurm/launch.py",
+        "rank",
+        job / "state",
+        "bash",
+        "-c",
+        f"touch {begun}; sleep 60",
+    ]
+    env = {**os.environ, "RANK": "3", "SLURM_JOB_ID": "7"}
+    with subprocess.Popen(command, env=env) as launcher:
+        while not begun.exists():
+            time.sleep(0.02)
+        launcher.send_signal(number)
+        assert launcher.wait(timeout=10) == code
+    assert (job / "state/exit-7/3").read_text() == f"{code}\n"

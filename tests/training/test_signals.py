@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mepa_ds import distributed
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, deadline
 from mepa_ds.metrics import read_metrics
@@ -49,6 +50,24 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
     assert f"at step {stopped_at[0]} of {STEPS}" in log
     assert losses(output) == losses(folder / "whole")
     assert json.loads((output / "status.json").read_text())["state"] == "finished"
+
+
+def rank_0_is_late() -> None:
+    """Runs in each rank's process before the run: rank 1 waits for rank 0, which has not come to its first line."""
+    if distributed.read_launch().is_main:
+        time.sleep(4)
+
+
+def test_a_signal_while_ranks_are_still_meeting(folder: Path) -> None:
+    output = folder / "meeting"
+    arguments = [str(folder / "recipe.yaml"), f"output_dir={output}"]
+    with Ranks(arguments, 2, folder / "meeting.log", rank_0_is_late) as ranks:
+        time.sleep(2)
+        ranks.signal(signal.SIGUSR1, 1)
+        assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+    status = json.loads((output / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("requeue", last_step(output))
+    assert "Interrupted system call" not in ranks.log.read_text()
 
 
 def test_a_second_signal_exits_at_once(folder: Path) -> None:
