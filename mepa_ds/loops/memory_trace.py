@@ -8,7 +8,6 @@ Shapes: T tokens, C width, R routed rows.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.models.moe import dispatch
 from mepa_ds.models.moe.dispatch import Alongside, Sorted
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
@@ -156,7 +154,7 @@ def trace_micro_batch(
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.parallel.precision]
     live = LiveBytes()
-    with FakeTensorMode(), _tokens_at_once():
+    with FakeTensorMode():
         objective = _build(config, teacher_width, live)
         give_memory(objective, dtype)
         live.ignore(parameter.detach() for parameter in objective.parameters())
@@ -174,17 +172,6 @@ def trace_micro_batch(
     others = live.peak - live.exchanged_at_peak
     kept = min(kept, others)  # some is freed where a large part is exchanged
     return Traced(kept, others - kept, live.exchanged_at_peak, counts)
-
-
-@contextmanager
-def _tokens_at_once() -> Iterator[None]:
-    """As on a GPU. The small blocks of a CPU would be minutes of fake operations, for a little less memory."""
-    size = dispatch._CACHED_ELEMENTS
-    dispatch._CACHED_ELEMENTS = sys.maxsize
-    try:
-        yield
-    finally:
-        dispatch._CACHED_ELEMENTS = size
 
 
 def _handing_over(live: LiveBytes, on_gradient: Callable[[int], int]) -> Callable[[Tensor], None]:

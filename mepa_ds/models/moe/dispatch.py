@@ -5,17 +5,17 @@ Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 
 Alongside = Callable[[Tensor], Tensor]
-_CACHED_ELEMENTS = 1 << 17
 
 
 class Dispatcher(Protocol):
@@ -87,46 +87,37 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RC: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (place_TK,) = ctx.saved_tensors
-        grad_TC = grad_RC.new_empty(len(place_TK), grad_RC.shape[1])
-        for block in _blocks(grad_TC):
-            torch.index_select(grad_RC, 0, place_TK[block, 0], out=grad_TC[block])
-            for k in range(1, place_TK.shape[1]):
-                grad_TC[block] += grad_RC.index_select(0, place_TK[block, k])
-        return grad_TC, None, None
+        return _weighted_sums(grad_RC, place_TK), None, None
 
 
 class _Combine(torch.autograd.Function):
-    """out_t = sum_k weight_tk y_(place_tk), products and sums in fp32 both ways, whatever the type of y.
-
-    One choice (on a CPU, one block of tokens) at a time, so no fp32 copy of all rows is made.
-    """
+    """out_t = sum_k weight_tk y_(place_tk), products and sums in fp32 both ways, whatever the type of y."""
 
     @staticmethod
     def forward(ctx: Any, y_RC: Tensor, weight_TK: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(y_RC, weight_TK, order_R, place_TK)
-        out_TC = y_RC.index_select(0, place_TK[:, 0]).float().mul_(weight_TK[:, 0, None])
-        for k in range(1, place_TK.shape[1]):
-            out_TC.addcmul_(y_RC.index_select(0, place_TK[:, k]).float(), weight_TK[:, k, None])
-        return out_TC
+        return _weighted_sums(y_RC.float(), place_TK, weight_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         y_RC, weight_TK, order_R, place_TK = ctx.saved_tensors
-        grad_weight_TK = torch.empty_like(weight_TK)
-        grad_TKC = y_RC.new_empty(*place_TK.shape, y_RC.shape[1])
-        for block in _blocks(grad_TC):
-            for k in range(place_TK.shape[1]):
-                y_TC = y_RC.index_select(0, place_TK[block, k]).float()
-                grad_weight_TK[block, k] = y_TC.mul_(grad_TC[block]).sum(-1)
-                grad_TKC[block, k] = torch.mul(grad_TC[block], weight_TK[block, k, None], out=y_TC)
-        return grad_TKC.view_as(y_RC).index_select(0, order_R), grad_weight_TK, None, None
+        num_choices, first_T = place_TK.shape[1], torch.arange(len(place_TK), device=place_TK.device)
+        grad_TC = grad_TC.contiguous()
+        # <grad_t, y_(place_tk)>: the operator that PyTorch's own gradient of an embedding bag's weights calls.
+        grad_weight_R = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_TC, y_RC.float(), place_TK.flatten(), first_T * num_choices, first_T.repeat_interleave(num_choices), 0
+        )
+        token_R1 = order_R.div(num_choices, rounding_mode="floor")[:, None]
+        grad_RC = _weighted_sums(grad_TC, token_R1, weight_TK.flatten()[order_R, None])
+        return grad_RC.to(y_RC.dtype), grad_weight_R.view_as(weight_TK), None, None
 
 
-def _blocks(x_TC: Tensor) -> Iterator[slice]:
-    """Of tokens: on a CPU as many as its cache holds with what is made of them (a third of the time); all on a GPU."""
-    num_tokens, width = x_TC.shape
-    size = max(1, _CACHED_ELEMENTS // width) if x_TC.device.type == "cpu" else max(1, num_tokens)
-    return (slice(start, start + size) for start in range(0, num_tokens, size))
+def _weighted_sums(rows: Tensor, index_NK: Tensor, weight_NK: Tensor | None = None) -> Tensor:
+    """(N, C): sum_k weight_nk rows[index_nk], weights 1 if there are none.
+
+    PyTorch's embedding bag is one pass through memory, in which each row is read where it lies and sums are fp32.
+    """
+    return F.embedding_bag(index_NK, rows.contiguous(), mode="sum", per_sample_weights=weight_NK)
 
 
 class LocalDispatcher:
