@@ -97,10 +97,13 @@ def expert_loop(
     Rows are padded as `_padded_slices` says, so the first two have some rows more than x.
     """
     before_RF, hidden_RF, y_RC = _empty_outputs(x_RC, w1_EFC, len(counts))
+    # One call for all experts' views: with many experts, an indexing each costs as much as it gives.
+    w1, b1, w2, b2 = w1_EFC.mT.unbind(), b1_EF.unbind(), w2_ECF.mT.unbind(), b2_EC.unbind()
     for e, _, padded in _padded_slices(counts, _row_multiple(x_RC, len(counts))):
-        torch.addmm(b1_EF[e], _rows(x_RC, padded), w1_EFC[e].T, out=before_RF[padded])
-        torch.ops.aten.gelu.out(before_RF[padded], approximate="tanh", out=hidden_RF[padded])
-        torch.addmm(b2_EC[e], hidden_RF[padded], w2_ECF[e].T, out=y_RC[padded])
+        before, hidden = before_RF[padded], hidden_RF[padded]
+        torch.addmm(b1[e], _rows(x_RC, padded), w1[e], out=before)
+        torch.ops.aten.gelu.out(before, approximate="tanh", out=hidden)
+        torch.addmm(b2[e], hidden, w2[e], out=y_RC[padded])
     return before_RF, hidden_RF, y_RC[: len(x_RC)]
 
 
@@ -147,21 +150,23 @@ class _ExpertLoop(torch.autograd.Function):
         gx_RC = x_RC.new_empty(len(before_RF), x_RC.shape[1])
         gw1_EFC, gw2_ECF = torch.empty_like(w1_EFC), torch.empty_like(w2_ECF)
         gb1_EF, gb2_EC = w1_EFC.new_empty(w1_EFC.shape[:2]), w2_ECF.new_empty(w2_ECF.shape[:2])
+        w1, gw1, gb1 = w1_EFC.unbind(), gw1_EFC.unbind(), gb1_EF.unbind()
+        w2, gw2, gb2 = w2_ECF.unbind(), gw2_ECF.unbind(), gb2_EC.unbind()
         multiple = _row_multiple(x_RC, len(ctx.counts))
         scratch_RF = before_RF.new_empty(_rounded(max(ctx.counts, default=0), multiple), before_RF.shape[1])
         for e, rows, padded in _padded_slices(ctx.counts, multiple):  # an expert without rows gets zeros
             # Zeros in gy keep the padding's rows out of all sums over rows.
             gy = _padded_with_zeros(gy_RC[rows], padded.stop - padded.start)
-            torch.mm(gy.T, hidden_RF[padded], out=gw2_ECF[e])
-            torch.sum(gy, 0, out=gb2_EC[e])
+            torch.mm(gy.t(), hidden_RF[padded], out=gw2[e])
+            torch.sum(gy, 0, out=gb2[e])
             g_before = scratch_RF[: len(gy)]
-            torch.mm(gy, w2_ECF[e], out=g_before)
+            torch.mm(gy, w2[e], out=g_before)
             torch.ops.aten.gelu_backward.grad_input(
                 g_before, before_RF[padded], approximate="tanh", grad_input=g_before
             )
-            torch.mm(g_before.T, _rows(x_RC, padded), out=gw1_EFC[e])
-            torch.sum(g_before, 0, out=gb1_EF[e])
-            torch.mm(g_before, w1_EFC[e], out=gx_RC[padded])
+            torch.mm(g_before.t(), _rows(x_RC, padded), out=gw1[e])
+            torch.sum(g_before, 0, out=gb1[e])
+            torch.mm(g_before, w1[e], out=gx_RC[padded])
         return gx_RC[: len(x_RC)], gw1_EFC, gb1_EF, gw2_ECF, gb2_EC, None
 
 
