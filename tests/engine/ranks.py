@@ -1,4 +1,4 @@
-"""Runs a function on gloo ranks in fresh processes."""
+"""Runs a function on gloo ranks, each a process of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from tests.forked import CONTEXT
 
 
 def _worker(rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -29,7 +31,11 @@ def run_on_ranks(world_size: int, function: Callable[..., None], *arguments: Any
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         context = mp.start_processes(
-            _worker, (world_size, store, function, arguments), nprocs=world_size, join=False, start_method="spawn"
+            _worker,
+            (world_size, store, function, arguments),
+            nprocs=world_size,
+            join=False,
+            start_method=CONTEXT.get_start_method(),
         )
         assert context is not None
         deadline = time.monotonic() + timeout

@@ -17,7 +17,8 @@ from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
 from mepa_ds.models.var_checkpoint import name_in_var
-from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, launch, make_run
+from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run
+from tests.training.ranks import Ranks
 
 
 def dense_model() -> NextScaleTransformer:
@@ -44,12 +45,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def first_ce(folder: Path, name: str, weights: str, *overrides: str, ranks: int = 1) -> float:
-    output = folder / name
-    arguments = [f"output_dir={output}", f"init_weights={folder / weights}", *overrides]
-    result = launch([str(folder / "recipe.yaml"), *arguments], ranks)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return next(record["ce"] for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train")
+def start(folder: Path, name: str, *settings: str, ranks: int = 1) -> tuple[list[int | None], str]:
+    """Every rank's exit status, and what was printed."""
+    log = folder / f"{name}.log"
+    with Ranks([str(folder / "recipe.yaml"), f"output_dir={folder / name}", *settings], ranks, log) as started:
+        return started.wait(), log.read_text()
+
+
+def first_ce(folder: Path, name: str, weights: str, *settings: str, ranks: int = 1) -> float:
+    codes, said = start(folder, name, f"init_weights={folder / weights}", *settings, ranks=ranks)
+    assert codes == [0] * ranks, said
+    records = read_metrics(folder / name / "metrics.jsonl")
+    return next(record["ce"] for record in records if record["event"] == "train")
 
 
 def test_an_upcycled_run_starts_where_the_dense_model_is(folder: Path) -> None:
@@ -64,9 +71,9 @@ def test_a_run_starts_from_a_file_of_vars_transformer(folder: Path) -> None:
     torch.save({name_in_var(name): tensor for name, tensor in state.items()}, folder / "var.pth")
     ours, theirs = (first_ce(folder, f"of_{name}", name, "model.moe=null") for name in ("dense", "var.pth"))
     assert theirs == ours
-    result = launch([str(folder / "recipe.yaml"), f"output_dir={folder / 'x'}", f"init_weights={folder / 'var.pth'}"])
-    assert result.returncode == 2
-    assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: blocks\.0\.ffn\.fc1", result.stderr)
+    codes, said = start(folder, "x", f"init_weights={folder / 'var.pth'}")
+    assert codes == [2]
+    assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: blocks\.0\.ffn\.fc1", said)
 
 
 def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
@@ -84,11 +91,10 @@ def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
-    arguments = [f"output_dir={folder / 'refused'}", f"init_weights={folder / 'dense'}"]
-    result = launch([str(folder / "recipe.yaml"), *arguments])
-    assert result.returncode == 2
-    assert "init_weights" in result.stderr
-    assert "blocks.0.ffn.fc1.weight: not in the model" in result.stderr
+    codes, said = start(folder, "refused", f"init_weights={folder / 'dense'}")
+    assert codes == [2]
+    assert "init_weights" in said
+    assert "blocks.0.ffn.fc1.weight: not in the model" in said
 
 
 @pytest.mark.parametrize("moe", [{"renormalize": True}, {"top_k": 3}, {"router": "token"}])
@@ -129,9 +135,9 @@ def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder
     with torch.no_grad():
         model.blocks[1].ffn.router.gate.weight[0, 0] = float("nan")
     model.save_pretrained(folder / "broken")
-    arguments = [f"output_dir={folder / 'nan'}", f"init_weights={folder / 'broken'}", "parallel.ep_size=2"]
-    arguments += ["train.steps=9", "guards.max_bad_steps=3"]
-    result = launch([str(folder / "recipe.yaml"), *arguments], ranks=2)
-    assert result.returncode != 0
-    assert "router logits of blocks [1]: not finite, the step was skipped" in result.stdout + result.stderr
-    assert result.stderr.count("steps in a row were skipped (router logits of blocks [1]: not finite)") >= 1
+    settings = ["parallel.ep_size=2", "train.steps=9", "guards.max_bad_steps=3"]
+    codes, said = start(folder, "nan", f"init_weights={folder / 'broken'}", *settings, ranks=2)
+    assert 0 not in codes
+    assert None not in codes
+    assert "router logits of blocks [1]: not finite, the step was skipped" in said
+    assert "steps in a row were skipped (router logits of blocks [1]: not finite)" in said

@@ -1,12 +1,7 @@
-"""pretrain.py on ranks that a test starts, signals and kills one by one, without a launcher in between.
-
-Each rank is a process of its own, forked from a server that has imported everything: 6 s of imports once, not once a
-rank.
-"""
+"""pretrain.py on ranks that a test starts, signals and kills one by one, without a launcher in between."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,13 +11,8 @@ from pathlib import Path
 from types import TracebackType
 
 from mepa_ds.metrics import read_metrics
+from tests.forked import CONTEXT
 from tests.tiny_run import free_port
-
-os.environ["OMP_NUM_THREADS"] = "1"  # the server and all ranks inherit it
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-_CONTEXT = multiprocessing.get_context("forkserver")
-_LATE_IMPORTS = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.checkpoint"]
-_CONTEXT.set_forkserver_preload(["mepa_ds.loops.pretraining", "mepa_ds.cli.pretrain", __name__, *_LATE_IMPORTS])
 
 
 def _run(arguments: list[str], environment: dict[str, str], log: Path, prepare: Callable[[], None] | None) -> None:
@@ -51,7 +41,7 @@ class Ranks:
         self.processes = []
         for rank in range(count):
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _CONTEXT.Process(target=_run, args=(list(arguments), own, log, prepare), daemon=True)
+            process = CONTEXT.Process(target=_run, args=(list(arguments), own, log, prepare), daemon=True)
             process.start()
             self.processes.append(process)
 
