@@ -21,6 +21,7 @@ from mepa_ds.memory import peak_resident_bytes
 from mepa_ds.metrics import MetricsWriter, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
+_PROBE_BYTES = 1 << 16  # an empty file has a place on a full disk too
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
@@ -34,11 +35,14 @@ def check_output(config: PretrainConfig) -> None:
     probe = config.output_dir / f".probe.{os.getpid()}"
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"output_dir: {config.output_dir}: cannot write there: {error.strerror or error}; choose another one"
+            f"output_dir: {config.output_dir}: cannot write there: {error.strerror or error}; "
+            "make room, or choose another one"
         ) from error
     if config.log.tensorboard:
         try:

@@ -22,7 +22,9 @@ from torch.distributed.checkpoint import filesystem
 
 from mepa_ds import distributed
 from mepa_ds.cli import checkpoint as cli
+from mepa_ds.config.base import load_config
 from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine import checkpoint_files, fragment_store
 from mepa_ds.engine.background_writer import BackgroundWriter
@@ -40,6 +42,7 @@ from mepa_ds.engine.checkpoint_files import (
 )
 from mepa_ds.engine.fragment_store import Fragment, load_fragments, read_tensors
 from mepa_ds.errors import UserError
+from mepa_ds.loops.output import prepare_output
 from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
@@ -441,6 +444,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_training(folder: Pat
     blocked.write_text("")
     message = refused(folder, "a_file/run")
     assert f"output_dir: {blocked}/run: cannot write there: Not a directory" in message
+
+
+def test_a_disk_that_is_full_is_found_before_training(folder: Path) -> None:
+    config = load_config(PretrainConfig, folder / "recipe.yaml", [f"output_dir={folder / 'full_before'}"])
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
+    try:
+        with pytest.raises(UserError, match=r"full_before: cannot write there: .*; make room, or choose another one"):
+            prepare_output(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert not list((folder / "full_before").iterdir())
 
 
 def test_old_checkpoints_go_and_milestones_stay(tmp_path: Path) -> None:
