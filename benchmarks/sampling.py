@@ -102,7 +102,9 @@ def plain(model: NextScaleTransformer, quantizer: Recorder, labels_B: Tensor, cf
             out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), scale=1.0)
             x = x + attention.proj(out.transpose(1, 2).reshape(2 * B, -1, C)).mul(gamma1)
             h = F.layer_norm(x, (C,), eps=1e-6).mul(scale2.add(1)).add(shift2)
-            x = x + block.ffn(h).mul(gamma2)
+            fc1, fc2 = block.ffn.fc1, block.ffn.fc2
+            hidden = F.gelu(F.linear(h, fc1.weight, fc1.bias), approximate="tanh")
+            x = x + F.linear(hidden, fc2.weight, fc2.bias).mul(gamma2)
         final_scale, final_shift = model.head_adaln(F.silu(condition)).view(-1, 1, 2, C).unbind(2)
         logits = model.head(F.layer_norm(x.float(), (C,), eps=1e-6).mul(final_scale.add(1)).add(final_shift)).float()
         t = cfg * scale / (model.schedule.num_scales - 1)

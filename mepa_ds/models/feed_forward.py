@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,4 +18,26 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if _has_fused_kernel(x):
+            weights = self.fc1.weight, self.fc1.bias
+            return self.fc2(torch.ops.mkldnn._linear_pointwise(x, *weights, "gelu", [], "tanh"))
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def _has_fused_kernel(x: Tensor) -> bool:
+    """Whether oneDNN computes a linear layer and its GELU in one kernel here: on a CPU, without gradients.
+
+    It is the operator that Inductor puts there. PyTorch's own tanh GELU takes four times as long as the exact one.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() == 0 or x.dtype not in _fused_types():
+        return False
+    elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return bool(torch.backends.mkldnn.enabled) and not elsewhere
+
+
+@cache
+def _fused_types() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return ()
+    low = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+    return torch.float32, *low

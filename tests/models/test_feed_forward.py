@@ -1,0 +1,36 @@
+"""The kernel that computes a linear layer with its GELU, against the two operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mepa_ds.models import feed_forward
+from mepa_ds.models.feed_forward import FeedForward
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (1, 64), (0, 64)])
+def test_without_gradients_the_result_is_the_same(
+    dtype: torch.dtype, tolerance: float, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer, x = FeedForward(64, 256).to(dtype), torch.randn(shape).to(dtype)
+    expected = layer(x)
+    assert expected.requires_grad
+    calls: list[Tensor] = []
+    original = feed_forward._has_fused_kernel
+
+    def has_fused_kernel(x: Tensor) -> bool:
+        if original(x):
+            calls.append(x)
+        return original(x)
+
+    monkeypatch.setattr(feed_forward, "_has_fused_kernel", has_fused_kernel)
+    with torch.no_grad():
+        found = layer(x)
+        assert len(calls) == (dtype in feed_forward._fused_types() and len(x) > 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16  # autocast knows nothing of the kernel
+    torch.testing.assert_close(found, expected.detach(), atol=tolerance, rtol=tolerance)
