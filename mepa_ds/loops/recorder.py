@@ -21,7 +21,7 @@ from mepa_ds.memory import peak_resident_bytes
 from mepa_ds.metrics import MetricsWriter, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
-_PROBE_BYTES = 1 << 16  # an empty file has a place on a full disk too
+_PROBE_BYTES = 4096  # an empty file has a place on a full disk too
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
