@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Threads that wait by spinning slow a busy machine down several times.
 export OMP_WAIT_POLICY ?= PASSIVE
 STAMP := .venv/.installed
-# of the tests: each takes about 1 GB
+# that run tests side by side
 PROCESSES ?= 2
 
 .PHONY: setup quickstart test lint types clean-quickstart

@@ -2,8 +2,9 @@
 
 rank       sets RANK and its like from srun's variables (torchrun has set them already), runs COMMAND, passes signals on
            to it, and writes its exit status to STATE/exit-<job>/<rank>: launchers report some other number. COMMAND
-           that SIGUSR1 ends had not come to its first line: that counts as "start me again". When STATE/owner names
-           another start of the run, COMMAND is killed: SLURM has given the run to other nodes.
+           that SIGUSR1 ends has no handler for it: a run before its first line, or a tool that resumes by itself. That
+           counts as "start me again". When STATE/owner names another start of the run, COMMAND is killed: SLURM has
+           given the run to other nodes.
 torchrun   runs `launch.py rank` on all local ranks under torchrun. torchrun would die of SIGUSR1 and kill its ranks
            half a minute after SIGTERM, so it is kept from both; the ranks get SIGUSR1 from here.
 

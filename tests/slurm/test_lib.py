@@ -279,7 +279,6 @@ MEMBER = {
     "SLURM_NTASKS_PER_NODE": "1",
 }
 _PRECOMPUTE = """import sys
-import time
 from pathlib import Path
 if sys.argv[1] == "tokens":
     for number in (0, 1):
@@ -330,15 +329,8 @@ def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
     job: Path, number: signal.Signals, code: int
 ) -> None:
     begun = job / "begun"
-    command = [
-        sys.executable,
-        ROOT / "slurm/launch.py",
-        "rank",
-        job / "state",
-        "bash",
-        "-c",
-        f"touch {begun}; sleep 60",
-    ]
+    starting = ["bash", "-c", f"touch {begun}; sleep 60"]
+    command = [sys.executable, ROOT / "slurm/launch.py", "rank", job / "state", *starting]
     env = {**os.environ, "RANK": "3", "SLURM_JOB_ID": "7"}
     with subprocess.Popen(command, env=env) as launcher:
         while not begun.exists():
