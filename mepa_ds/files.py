@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mepa_ds.errors import UserError
 
+_PROBE_BYTES = 4096  # an empty file has a place on a full disk too
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -33,6 +35,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(directory: Path, option: str) -> None:
+    """Makes the directory. Raises UserError, naming the option that gave it, when nothing can be written there."""
+    probe = directory / f".probe.{os.uname().nodename}.{os.getpid()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(bytes(_PROBE_BYTES))
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{option}: {directory}: cannot write there: {error.strerror or error}; make room, or choose another one"
+        ) from error
 
 
 @contextmanager
@@ -65,6 +82,17 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_torch(path: Path, data: Any) -> None:
+    """`torch.save`, atomically. A full disk is an OSError, as it is of all else that writes."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(data, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def sha256_of_file(path: Path, on_chunk: Callable[[int], object] | None = None) -> str:

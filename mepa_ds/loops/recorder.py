@@ -16,12 +16,11 @@ from tqdm import tqdm
 from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json, write_text
+from mepa_ds.files import check_writable, write_json, write_text
 from mepa_ds.memory import peak_resident_bytes
 from mepa_ds.metrics import MetricsWriter, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
-_PROBE_BYTES = 4096  # an empty file has a place on a full disk too
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
@@ -32,18 +31,7 @@ def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
 
 def check_output(config: PretrainConfig) -> None:
     """Raises UserError when the run could not write its results."""
-    probe = config.output_dir / f".probe.{os.getpid()}"
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(bytes(_PROBE_BYTES))
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output_dir: {config.output_dir}: cannot write there: {error.strerror or error}; "
-            "make room, or choose another one"
-        ) from error
+    check_writable(config.output_dir, "output_dir")
     if config.log.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401

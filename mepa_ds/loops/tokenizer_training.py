@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from mepa_ds import distributed
@@ -24,7 +23,7 @@ from mepa_ds.data.in_step import in_step
 from mepa_ds.data.index import images_identity
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, write_text
+from mepa_ds.files import check_writable, write_text, write_torch
 from mepa_ds.loops.recorder import RunStatus, write_status
 from mepa_ds.loops.stopping import Agreement, StopRequests, undisturbed
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
@@ -193,12 +192,18 @@ class _Loop:
     def _save(self, unevaluated: bool) -> None:
         self.trainer.check_finite()
         state = {**self.trainer.state_dict(), "num_replaced": self._all_replaced(), "unevaluated": unevaluated}
+        error: UserError | None = None
         if distributed.is_main():
             state |= {"config": self.config.model_dump_json(), "images": self.images}
-            with atomic_path(self.config.output_dir / CHECKPOINT_NAME) as temporary:
-                torch.save(state, temporary)
-        if dist.is_initialized():
-            dist.barrier()
+            path = self.config.output_dir / CHECKPOINT_NAME
+            try:
+                write_torch(path, state)
+            except OSError as failure:
+                error = UserError(
+                    f"{path}: could not be written ({failure.strerror or failure}); make room and start again: "
+                    "what was there before is kept"
+                )
+        distributed.agree(error)
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
         if self.writer is None:
@@ -213,6 +218,8 @@ def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _S
     error: UserError | None = None
     try:
         start = _start(config, device)
+        if distributed.is_main():
+            check_writable(config.output_dir, "output_dir")
     except UserError as found:
         error = found
     distributed.agree(error)

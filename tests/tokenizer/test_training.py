@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
-from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
-from mepa_ds.tokenizer.layers import Decoder
 from tests.tiny_run import ROOT, free_port, launch
 from tests.tokenizer import training_run as tiny
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_left() -> Iterator[None]:
-    yield
-    distributed.stop()
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    tiny.make_data(tmp_path)
-    return tmp_path
 
 
 def records(run: Path, event: str) -> list[dict[str, Any]]:
@@ -47,21 +31,6 @@ def records(run: Path, event: str) -> list[dict[str, Any]]:
         for number, share in enumerate(record.pop("codebook_use_by_scale")):
             record[f"codebook_use_of_scale_{number}"] = share
     return found
-
-
-def train_and_kill(folder: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
-    """Stops before step 5 of a run whose last checkpoint is of step 3."""
-    step = TokenizerTrainer.step
-
-    def killed_at_five(self: TokenizerTrainer, batches: Any) -> None:
-        if self.step_index == 5:
-            raise KeyboardInterrupt
-        step(self, batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TokenizerTrainer, "step", killed_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            tiny.train(folder, *settings)
 
 
 def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
@@ -101,7 +70,7 @@ def test_resume_equals_an_uninterrupted_run(
 ) -> None:
     settings = [f"loss.adversarial={adversarial}", "train.steps=8"]
     tiny.train(folder, *settings, f"output_dir={folder / 'whole'}")
-    train_and_kill(folder, monkeypatch, *settings)
+    tiny.train_and_kill(folder, monkeypatch, *settings)
     with pytest.raises(UserError, match=r"no config\.json"):
         Tokenizer.load(folder / "run")
     tiny.train(folder, *settings)
@@ -117,7 +86,7 @@ def test_a_record_is_of_all_its_steps_after_a_resume(folder: Path, monkeypatch: 
     tiny.make_images(folder / "torn", broken=5)
     settings = ["log.every=4", "train.steps=8", f"data.images={folder / 'torn'}", "data.on_damaged=skip"]
     tiny.train(folder, *settings, f"output_dir={folder / 'whole'}")
-    train_and_kill(folder, monkeypatch, *settings)
+    tiny.train_and_kill(folder, monkeypatch, *settings)
     tiny.train(folder, *settings)
     assert_same_run(folder / "run", folder / "whole", tolerance=0)
     first, last = records(folder / "whole", "train")
@@ -138,7 +107,7 @@ def test_two_ranks_equal_one(folder: Path) -> None:
 def test_a_run_of_one_rank_resumes_on_two(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
     tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
-    train_and_kill(folder, monkeypatch, *settings)
+    tiny.train_and_kill(folder, monkeypatch, *settings)
     result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=tiny.write_script(folder))
     assert result.returncode == 0, result.stderr
     assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
@@ -227,91 +196,3 @@ def test_a_damaged_image_ends_all_ranks(folder: Path) -> None:
     assert result.returncode != 0
     assert result.stderr.count("sample '000005': not a readable image") == 1
     assert json.loads((folder / "run" / "status.json").read_text())["state"] == "failed"
-
-
-def test_the_number_of_ranks_must_divide_the_batch(folder: Path) -> None:
-    config = tiny.config(folder, "train.accumulation=2")
-    config.check_world(4)
-    with pytest.raises(UserError, match=r"train\.global_batch \(8\) must be a multiple of 3 ranks x .* \(2\) = 6"):
-        config.check_world(3)
-
-
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("override", "message"),
-        [
-            ("loss.comitment=1.0", r"loss\.comitment: unknown key; did you mean 'commitment'"),
-            ("tokenizer.channels=48", "channels must be a multiple of 32"),
-            ("tokenizer.scales=[1, 2, 2]", "sides must grow"),
-            ("train.global_batch=10", "must be a multiple of 1 ranks x train.accumulation"),
-            ("data.images=nowhere", r"data\.images: nowhere: no such directory"),
-            ("data.heldout_images=nowhere", r"data\.heldout_images: nowhere: no such directory"),
-            ("loss.adversarial={}", "needs images of at least 24 pixels, but the tokenizer makes 8; use fewer layers"),
-            ("loss.adversarial.channels=48", "channels must be a multiple of 32"),
-            ("codebook.usage_decay=1.0", r"codebook\.usage_decay: .*less than 1"),
-            ("data.on_damaged=ignore", r"data\.on_damaged: .*'stop' or 'skip'"),
-            ("codebook.dropout_from=3", r"dropout_from \(3\) must be below the number of scales \(3\)"),
-            ("start_from=nowhere.pth", r"nowhere\.pth: cannot read the weights"),
-            ("loss.perceptual={backbone_weights: nowhere.pth}", r"nowhere\.pth: cannot read the weights|pip install"),
-        ],
-    )
-    def test_recipe(self, folder: Path, override: str, message: str) -> None:
-        extra = ["train.accumulation=4"] if "global_batch" in override else []
-        with pytest.raises(UserError, match=message):
-            tiny.train(folder, override, *extra)
-        assert not (folder / "run").exists()
-
-    def test_another_recipe_in_the_same_directory(self, folder: Path) -> None:
-        tiny.train(folder)
-        with pytest.raises(UserError, match=r"made by another recipe: codebook, train\.global_batch changed"):
-            tiny.train(folder, "codebook.dropout=0.0", "train.global_batch=4")
-
-    def test_other_images_in_the_same_directory(self, folder: Path) -> None:
-        tiny.train(folder)
-        tiny.make_images(folder / "others", count=25)
-        with pytest.raises(UserError, match=r"checkpoint\.pt was made from other images .*data\.images: .*others"):
-            tiny.train(folder, f"data.images={folder / 'others'}", "train.steps=8")
-        (folder / "images").rename(folder / "moved")  # where they lie does not matter
-        tiny.train(folder, f"data.images={folder / 'moved'}", "train.steps=8")
-
-    def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        train_and_kill(folder, monkeypatch)
-        before = (folder / "run" / "checkpoint.pt").read_bytes()
-        healthy = Decoder.forward
-        monkeypatch.setattr(Decoder, "forward", lambda self, f_hat: healthy(self, f_hat) * float("nan"))
-        with pytest.raises(UserError, match="infinite or NaN before step 4; lower optim"):
-            tiny.train(folder)
-        assert (folder / "run" / "checkpoint.pt").read_bytes() == before
-
-    def test_a_damaged_checkpoint(self, folder: Path) -> None:
-        tiny.train(folder)
-        path = folder / "run" / "checkpoint.pt"
-        path.write_bytes(path.read_bytes()[:1000])
-        with pytest.raises(UserError, match=r"checkpoint\.pt: damaged, or not a file of torch\.save .*Remove it"):
-            tiny.train(folder)
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ({"weights": torch.zeros(2)}, "no step, position, tokenizer, .* in it"),
-            ([1, 2], "a list"),
-        ],
-    )
-    def test_a_foreign_checkpoint(self, folder: Path, content: object, message: str) -> None:
-        (folder / "run").mkdir()
-        torch.save(content, folder / "run" / "checkpoint.pt")
-        with pytest.raises(UserError, match=rf"checkpoint\.pt: not a checkpoint .*\({message}\); remove it"):
-            tiny.train(folder)
-
-    def test_exit_status_and_help(self, folder: Path) -> None:
-        script, path = tiny.write_script(folder), tiny.write_recipe(folder, "train.global_batch=9")
-        result = launch([str(path)], ranks=2, script=script)
-        assert result.returncode != 0
-        assert result.stderr.count("error: train.global_batch (9) must be a multiple of 2 ranks") == 1
-        assert "mepa_ds/loops" not in result.stderr  # torchrun shows a traceback, but not ours
-        text = launch(["--help"], script=script).stdout
-        assert "codebook.revive_every" in text
-        assert "loss.perceptual.backbone_weights" in text
-        assert "optim.lr=" not in text

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.index import MadeBy
+from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.loops.tokenizer_training import train_tokenizer
 from tests.tiny_run import write_set
 
@@ -79,6 +81,21 @@ def config(folder: Path, *overrides: str) -> TokenizerTrainingConfig:
 def train(folder: Path, *overrides: str) -> None:
     """In this process, to the end."""
     assert train_tokenizer(config(folder, *overrides), Never())  # type: ignore[arg-type]
+
+
+def train_and_kill(folder: Path, monkeypatch: pytest.MonkeyPatch, *settings: str) -> None:
+    """Stops before step 5 of a run whose last checkpoint is of step 3."""
+    step = TokenizerTrainer.step
+
+    def killed_at_five(self: TokenizerTrainer, batches: Any) -> None:
+        if self.step_index == 5:
+            raise KeyboardInterrupt
+        step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "step", killed_at_five)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, *settings)
 
 
 def write_recipe(folder: Path, *overrides: str) -> Path:
