@@ -31,18 +31,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.moe_layers import TOP_K, Layer, OneImplementation, Parameters, dense, mask_loop, ours, stock_deepspeed
 from mepa_ds.memory import keep_freed_memory
-from mepa_ds.models.moe.dispatch import Dispatcher, LocalDispatcher
-from mepa_ds.models.moe.experts import Experts, grouped_experts, has_grouped_kernel, looped_experts
-from mepa_ds.models.moe.routing import Routing
+from mepa_ds.models.moe.dispatch import LocalDispatcher
+from mepa_ds.models.moe.experts import has_grouped_kernel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOP_K = 2
 _WARM_UP = 2
 
 
@@ -68,17 +66,6 @@ class Options:
     contenders: tuple[str, ...] = ("ours", "ours loop", "ours grouped", "mask loop", "deepspeed", "dense")
 
 
-class Parameters(nn.Module):
-    """The weights all contenders share."""
-
-    def __init__(self, C: int, hidden: int, E: int, dtype: torch.dtype, device: str):
-        super().__init__()
-        torch.manual_seed(0)
-        self.experts = Experts(E, C, hidden).to(device, dtype)
-        for parameter in self.experts.parameters():
-            nn.init.normal_(parameter, std=0.02)
-
-
 def skewed_logits(T: int, E: int, imbalance: float, seed: int = 0) -> Tensor:
     """(T, E) logits whose fullest expert has `imbalance` times the mean load; found by bisection on its bonus."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,95 +80,10 @@ def skewed_logits(T: int, E: int, imbalance: float, seed: int = 0) -> Tensor:
     return logits_TE
 
 
-def route(logits_TE: Tensor) -> Routing:
-    probs_TE = logits_TE.float().softmax(-1)
-    weight_TK, index_TK = probs_TE.topk(TOP_K, dim=-1)
-    return Routing(logits_TE, probs_TE, index_TK, weight_TK)
-
-
 def imbalance_of(logits_TE: Tensor) -> float:
     """Load of the fullest expert over the mean."""
     load_E = logits_TE.topk(TOP_K).indices.flatten().bincount(minlength=logits_TE.shape[1])
     return (load_E.max() / load_E.float().mean()).item()
-
-
-def ours(parameters: Parameters, dispatcher: Dispatcher, experts: Any = None) -> Callable[[Tensor, Tensor], Tensor]:
-    experts = experts or parameters.experts
-    return lambda x_TC, logits_TE: dispatcher(x_TC, route(logits_TE), experts, None).to(x_TC.dtype)
-
-
-class OneImplementation:
-    """The experts of `Parameters`, always by grouped GEMMs or always by the loop."""
-
-    def __init__(self, experts: Experts, grouped: bool):
-        self.num_experts, self._experts, self._grouped = experts.num_experts, experts, grouped
-
-    def __call__(self, x_RC: Tensor, counts_E: Tensor, counts: list[int] | None = None) -> Tensor:
-        tensors = [x_RC, *self._experts.parameters()]
-        return grouped_experts(tensors, counts_E) if self._grouped else looped_experts(tensors, counts_E.tolist())
-
-
-def mask_loop(parameters: Parameters) -> Callable[[Tensor, Tensor], Tensor]:
-    def run(x_TC: Tensor, logits_TE: Tensor) -> Tensor:
-        routing, experts = route(logits_TE), parameters.experts
-        flat_x = x_TC.repeat_interleave(TOP_K, dim=0)
-        flat_index = routing.expert_index_TK.flatten()
-        y = torch.empty_like(flat_x)
-        for e in range(experts.num_experts):
-            mask = flat_index == e
-            hidden = F.gelu(F.linear(flat_x[mask], experts.fc1_weight[e], experts.fc1_bias[e]), approximate="tanh")
-            y[mask] = F.linear(hidden, experts.fc2_weight[e], experts.fc2_bias[e])
-        weighted = y.view(*routing.weight_TK.shape, -1) * routing.weight_TK[..., None].to(y.dtype)
-        return weighted.sum(1)
-
-    return run
-
-
-def dense(C: int, hidden: int, dtype: torch.dtype, device: str) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    module = nn.Sequential(nn.Linear(C, TOP_K * hidden), nn.GELU("tanh"), nn.Linear(TOP_K * hidden, C)).to(
-        device, dtype
-    )
-    return module, lambda x_TC, _: module(x_TC)
-
-
-class _DeepSpeedExpert(nn.Module):
-    def __init__(self, C: int, hidden: int):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(C, hidden), nn.Linear(hidden, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def stock_deepspeed(
-    C: int, hidden: int, E: int, dtype: torch.dtype, device: str
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]] | None:
-    """DeepSpeed's own layer with drop_tokens off; its gate is replaced by the given logits."""
-    try:
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        from deepspeed.moe.layer import MoE
-        from deepspeed.moe.sharded_moe import top2gating
-    except ImportError:
-        return None
-    deepspeed.init_distributed(dist_init_required=False, verbose=False)
-    layer = MoE(
-        C, _DeepSpeedExpert(C, hidden), num_experts=E, k=TOP_K, drop_tokens=False, top2_2nd_expert_sampling=False
-    )
-    layer.set_deepspeed_parallelism()
-    layer = layer.to(device, dtype)
-    gate = layer.deepspeed_moe.gate
-
-    def run(x_TC: Tensor, logits_TE: Tensor) -> Tensor:
-        def forward(x: Tensor, used: Any = None, sparse_routes: bool = False, use_tutel: bool = False) -> Any:
-            """The stock gate's, but for its own matrix product; dropless, no noise on the second expert."""
-            return top2gating(logits_TE, 1.0, gate.min_capacity, False, None, False, sparse_routes)
-
-        gate.forward = forward
-        return layer(x_TC)[0]
-
-    return layer, run
 
 
 def peak_memory(step: Callable[[], None], device: str) -> float:
@@ -206,7 +108,7 @@ def peak_memory(step: Callable[[], None], device: str) -> float:
 
 
 def measure(
-    runs: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    runs: dict[str, Layer],
     modules: dict[str, nn.Module],
     x_TC: Tensor,
     rounds: Sequence[Tensor],
@@ -245,7 +147,7 @@ def one_case(options: Options, shape: str, dtype_name: str, imbalance: float, de
     C, hidden, E = map(int, shape.split("x"))
     dtype = DTYPES[dtype_name]
     shared = Parameters(C, hidden, E, dtype, device)
-    runs: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
+    runs: dict[str, Layer] = {}
     modules: dict[str, nn.Module] = {}
     torch.manual_seed(1)
     x_TC = torch.randn(options.tokens, C, device=device).to(dtype)

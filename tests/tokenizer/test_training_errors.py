@@ -65,7 +65,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(folder: Path, m
     tiny.train_and_kill(folder, monkeypatch)
     before = (folder / "run" / "checkpoint.pt").read_bytes()
     healthy = Decoder.forward
-    monkeypatch.setattr(Decoder, "forward", lambda self, f_hat: healthy(f_hat) * float("nan"))
+    monkeypatch.setattr(Decoder, "forward", lambda self, f_hat: healthy(self, f_hat) * float("nan"))
     with pytest.raises(UserError, match="infinite or NaN before step 4; lower optim"):
         tiny.train(folder)
     assert (folder / "run" / "checkpoint.pt").read_bytes() == before
