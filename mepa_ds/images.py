@@ -1,4 +1,4 @@
-"""Image tensors to PNG files."""
+"""Image tensors: what they may be, and to PNG files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path
 
 _MADE_BY = "mepa_ds"
+
+
+def check_floats(images_B3HW: Tensor) -> None:
+    """Raises UserError for pixels that cannot be in [-1, 1]: integers."""
+    if not images_B3HW.is_floating_point():
+        kind = str(images_B3HW.dtype).removeprefix("torch.")
+        raise UserError(f"images: expected floats in [-1, 1], got {kind}; for 0..255 give images.float() / 127.5 - 1")
 
 
 def to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:

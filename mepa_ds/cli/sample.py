@@ -44,7 +44,7 @@ class SampleOptions:
     seed: int = 0
     """Image i is a function of the seed and i, whatever the batch size."""
     batch_size: int = 50
-    """Images at a time."""
+    """Images at a time. In fp32 the keys and values of 50 images take 9 GB (VAR-d16) to 31 GB (VAR-d30)."""
     smooth: bool = False
     """Mix codes instead of drawing one: prettier, but never for evaluation."""
     rng: Literal["image", "var"] = "image"
@@ -95,18 +95,23 @@ def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Cal
     from mepa_ds.loops.sampling import sample
 
     def draw(part: range, bar: tqdm) -> torch.Tensor:
-        images = sample(
-            model,
-            tokenizer,
-            labels[part.start : part.stop],
-            cfg=options.cfg,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            first_index=part.start,
-            smooth=options.smooth,
-            rng=options.rng,
-        )
+        try:
+            images = sample(
+                model,
+                tokenizer,
+                labels[part.start : part.stop],
+                cfg=options.cfg,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                seed=options.seed,
+                first_index=part.start,
+                smooth=options.smooth,
+                rng=options.rng,
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of GPU memory with {len(part)} images at once; use a smaller --batch-size, or --precision bf16"
+            ) from error
         bar.update(len(part))
         return images.cpu()
 
@@ -125,6 +130,7 @@ def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[r
 
     made_by, drawn = _made_by(options), 0
     paths = [options.out / f"class{label:04d}_{number:05d}.png" for number, label in enumerate(labels)]
+    _check_others(options.out, paths, made_by)
     with _progress(len(labels)) as bar:
         for part in _batches(len(labels), options):
             mine = paths[part.start : part.stop]
@@ -139,6 +145,36 @@ def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[r
                 save_images(draw(part, bar), mine, made_by)
             drawn += len(mine)
     return drawn
+
+
+def _check_others(directory: Path, paths: list[Path], made_by: str) -> None:
+    """Other jobs draw other classes into the same directory, with seeds of their own; all else must be the same.
+
+    One image a class is opened.
+
+    Raises:
+        UserError: an image that this start would leave there, and that is none of such a job's.
+    """
+    from mepa_ds.images import made_by_of
+
+    mine, my_classes = {path.name for path in paths}, {_class_of(path) for path in paths}
+    others = {_class_of(path): path for path in sorted(directory.glob("*.png")) if path.name not in mine}
+    for name, path in others.items():
+        if name in my_classes or _shared_facts(made_by_of(path)) != _shared_facts(made_by):
+            raise UserError(
+                f"{path}: of another start with other weights or options, and scores take all that is in a directory; "
+                "remove it, or choose another --out"
+            )
+
+
+def _class_of(path: Path) -> str:
+    return path.name.partition("_")[0]
+
+
+def _shared_facts(made_by: str | None) -> dict[str, object] | None:
+    """What jobs that share a directory have in common."""
+    facts = json.loads(made_by) if made_by else None
+    return facts and {name: value for name, value in facts.items() if name not in ("classes", "seed")}
 
 
 def _made_by(options: SampleOptions) -> str:

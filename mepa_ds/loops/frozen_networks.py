@@ -20,7 +20,7 @@ from mepa_ds.loops.memory_trace import LiveBytes, give_memory
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.registry import TIMM_NAMES, build_teacher
-from mepa_ds.teachers.timm_vit import DEFAULT_GRID_SIDE, TimmVit
+from mepa_ds.teachers.timm_vit import TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 # Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
@@ -93,9 +93,7 @@ def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
     model_name = TIMM_NAMES.get(teacher.name, teacher.name)
     if not timm.is_model(model_name):
         return build_teacher(teacher.name, teacher.weights)  # says what there is instead
-    with torch.device("meta"):
-        model = timm.create_model(model_name, num_classes=0, dynamic_img_size=True)
-        return TimmVit(teacher.name, model, DEFAULT_GRID_SIDE)
+    return TimmVit.outline(teacher.name, model_name)
 
 
 def _tokenizer(config: PretrainConfig, assumed: list[str]) -> Tokenizer:

@@ -120,6 +120,7 @@ def _sample_batch(
             next_BlZ = quantizer.next_input(f_hat, scale)
             x_BlC = model.next_input(torch.cat([next_BlZ, next_BlZ]) if guided else next_BlZ, scale + 1)
     _check_finite(total)  # once a batch: on a GPU it waits for all that was queued
+    del caches  # decoding takes as much memory again
     return tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1)
 
 

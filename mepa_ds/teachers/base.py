@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mepa_ds.files import identity_of_weights
+from mepa_ds.images import check_floats
 
 Grid = tuple[int, int]
 
@@ -46,7 +47,12 @@ class Teacher(nn.Module, ABC):
         return self.features(images_B3HW, grid)[0]
 
     def features(self, images_B3HW: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor | None]:
-        """(patch features (B, N, C), CLS token (B, C) or None where the teacher has none), float32."""
+        """(patch features (B, N, C), CLS token (B, C) or None where the teacher has none), float32.
+
+        Raises:
+            UserError: images that are not floats.
+        """
+        check_floats(images_B3HW)
         rows, columns = grid or (self.grid_side, self.grid_side)
         size = (rows * self.pixels_per_cell, columns * self.pixels_per_cell)
         with torch.no_grad():

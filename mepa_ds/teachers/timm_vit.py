@@ -56,6 +56,12 @@ class TimmVit(Teacher):
             _load_local(model, model_name, Path(weights))
         return cls(name, model, grid_side or DEFAULT_GRID_SIDE).freeze()
 
+    @classmethod
+    def outline(cls, name: str, model_name: str) -> TimmVit:
+        """Without weights, on the meta device. Raises UserError for a model that is no plain ViT."""
+        with torch.device("meta"):
+            return cls(name, _create(model_name, pretrained=False), DEFAULT_GRID_SIDE)
+
     @property
     def has_cls(self) -> bool:
         return getattr(self.model, "cls_token", None) is not None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import identity_of_weights
+from mepa_ds.images import check_floats
 from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer import var_keys
@@ -95,11 +96,7 @@ class Tokenizer(nn.Module):
         side = self.config.image_side
         if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3:
             raise UserError(f"images have shape {tuple(images_B3HW.shape)}, expected (batch, 3, {side}, {side})")
-        if not images_B3HW.is_floating_point():
-            kind = str(images_B3HW.dtype).removeprefix("torch.")
-            raise UserError(
-                f"images: expected floats in [-1, 1], got {kind}; for 0..255 give images.float() / 127.5 - 1"
-            )
+        check_floats(images_B3HW)
         if tuple(images_B3HW.shape[2:]) != (side, side):
             height, width = images_B3HW.shape[-2:]
             down = self.config.downsampling
@@ -112,8 +109,11 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Images (B, 3, H, H) in [-1, 1] to tokens (B, L) int64, scale after scale, each map row by row."""
-        with full_fp32():
+        """Images (B, 3, H, H) in [-1, 1] to tokens (B, L) int64, scale after scale, each map row by row.
+
+        In the type of the weights, whatever autocast the caller has on: others read these tokens.
+        """
+        with torch.autocast(images_B3HW.device.type, enabled=False), full_fp32():
             return self.quantizer.tokens_of(self.latent(images_B3HW))
 
     @torch.no_grad()

@@ -67,6 +67,35 @@ def test_a_directory_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: 
             run(folder, tmp_path / "torn", *options, *other)
 
 
+def test_a_directory_is_of_one_kind(folder: Path, tmp_path: Path) -> None:
+    """Jobs that draw other classes with other seeds share it; nothing else may lie there, under whatever name."""
+    out = tmp_path / "images"
+    run(folder, out, "--classes", "1,4", "--per-class", "2", *SCALES)
+    run(folder, out, "--classes", "2,5", "--per-class", "2", "--seed", "1", *SCALES)
+    names = {path.name for path in out.iterdir()}
+    assert len(names) == 8
+    for options, culprit in [
+        (["--classes", "3", "--per-class", "2", "--cfg", "4"], "class0001"),
+        (["--classes", "3", "--per-class", "1"], "class0001"),
+        (["--classes", "0,1", "--per-class", "2"], "class0001"),  # 1 would have numbers 2 and 3 as well
+    ]:
+        with pytest.raises(UserError, match=rf"{culprit}_\d+\.png: of another start with other weights or options"):
+            run(folder, out, *options, *SCALES)
+    assert {path.name for path in out.iterdir()} == names
+    Image.new("RGB", (8, 8)).save(out / "picture.png")
+    with pytest.raises(UserError, match=r"picture\.png: of another start"):
+        run(folder, out, "--classes", "3", "--per-class", "2", *SCALES)
+
+
+def test_too_large_a_batch_is_a_message(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("mepa_ds.loops.sampling.sample", full)
+    with pytest.raises(UserError, match="out of GPU memory with 6 images at once; use a smaller --batch-size"):
+        run(folder, tmp_path / "x.png", "--classes", "1,4", "--per-class", "3", *SCALES)
+
+
 def test_files_and_directories_make_the_same_grid(folder: Path, tmp_path: Path) -> None:
     options = ["--classes", "1,4", "--per-class", "3"]
     run(folder, tmp_path / "var.png", *options, *SCALES)

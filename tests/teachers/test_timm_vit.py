@@ -114,6 +114,12 @@ def test_frozen_and_usable_in_a_loss() -> None:
     assert student.grad is not None
 
 
+def test_integers_are_refused() -> None:
+    pixels = torch.zeros(1, 3, 256, 256, dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"expected floats in \[-1, 1\], got uint8; for 0\.\.255 give"):
+        tiny("vit_small_patch16_dinov3").patch_features(pixels)
+
+
 @pytest.fixture(scope="module")
 def dinov2() -> Any:
     torch.manual_seed(0)

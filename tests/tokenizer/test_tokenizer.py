@@ -208,6 +208,15 @@ def test_what_decides_tokens_and_inputs_is_not_tf32() -> None:
     assert seen == [users] * (2 + 3)
 
 
+def test_tokens_do_not_depend_on_the_callers_autocast() -> None:
+    tokenizer, images = make_tokenizer(), torch.rand(16, 3, 8, 8) * 2 - 1
+    with torch.autocast("cpu", torch.bfloat16):
+        in_autocast = tokenizer.encode(images)
+        latent = tokenizer.latent(images)
+    assert latent.dtype == torch.bfloat16  # training's own latent is autocast
+    assert torch.equal(in_autocast, tokenizer.encode(images))
+
+
 @pytest.mark.parametrize(
     ("tokens_BL", "message"),
     [

@@ -242,6 +242,8 @@ def test_every_teacher_of_the_registry_has_a_plan() -> None:
         assert plan.teacher_width >= 64
     with pytest.raises(UserError, match="teacher 'dinov9' is unknown"):
         plan_networks(online_config("dinov9", "hub"), batch=1)
+    with pytest.raises(UserError, match="timm's beit_base_patch16_224 is not a plain ViT"):
+        plan_networks(online_config("beit_base_patch16_224", "hub"), batch=1)
 
 
 def online_config(name: str, weights: str) -> PretrainConfig:
