@@ -66,6 +66,5 @@ class ScaleSchedule:
 
     def scale_index_L(self, device: torch.device | str | None = None) -> Tensor:
         """(L,) int64: the 0-based scale of every position."""
-        lengths = torch.tensor(self.lengths, device=device)
-        scales = torch.arange(self.num_scales, device=device)
-        return torch.repeat_interleave(scales, lengths, output_size=self.num_tokens)  # known, so no host sync
+        # Made on the device: a copy from the host would wait for all that is queued there.
+        return torch.cat([torch.full((length,), scale, device=device) for scale, length in enumerate(self.lengths)])

@@ -49,8 +49,9 @@ def read_knobs(path: Path) -> dict[str, Any]:
             f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "
             "checkpoints read ZeRO's partitions"
         )
-    if zero.get("reduce_scatter") is False:
-        raise UserError(f"parallel.deepspeed: {path}: reduce_scatter: false does not work with experts; delete it here")
+    for key in ("reduce_scatter", "contiguous_gradients"):  # without the latter stage 1 averages different experts
+        if zero.get(key) is False:
+            raise UserError(f"parallel.deepspeed: {path}: {key}: false does not work with experts; delete it here")
     return knobs
 
 
@@ -71,4 +72,11 @@ def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
     }
     if config.parallel.precision != "fp32":
         derived[config.parallel.precision] = {"enabled": True}
-    return read_knobs(config.parallel.deepspeed) | derived
+    knobs = read_knobs(config.parallel.deepspeed)
+    accumulates_in = (knobs.get("data_types") or {}).get("grad_accum_dtype")
+    if config.parallel.precision == "bf16" and accumulates_in == "fp32" and zero_stage(config.parallel.deepspeed) == 1:
+        raise UserError(
+            f"parallel.deepspeed: {config.parallel.deepspeed}: grad_accum_dtype fp32 needs ZeRO stage 2 in bf16: with "
+            "stage 1 DeepSpeed takes an optimizer that checkpoints cannot read; set zero_optimization.stage to 2"
+        )
+    return knobs | derived

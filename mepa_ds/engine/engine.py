@@ -149,6 +149,7 @@ class PretrainEngine:
             clock.lap("forward")
             forward_waiting = self._waited() - backward_waiting
             self._engine.backward(result.total)
+            result = result.detached()
             clock.lap("backward")
             backward_waiting = self._waited() - forward_waiting
             self._engine.step()

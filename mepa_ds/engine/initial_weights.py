@@ -10,7 +10,9 @@ from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine.fragments import parameter_layout
 from mepa_ds.errors import UserError
+from mepa_ds.models.moe.routing import Router
 from mepa_ds.models.transformer import KIND, NextScaleTransformer
+from mepa_ds.models.upcycling import NO_BIAS_AFTER_UPCYCLING, is_fresh_from_upcycling
 from mepa_ds.models.var_checkpoint import convert_var
 from mepa_ds.weights import read_pretrained
 
@@ -66,6 +68,9 @@ def _fill(transformer: NextScaleTransformer, path: Path) -> None:
         offset = layout[name][1]
         own = state[name].reshape(-1)[offset : offset + parameter.numel()]
         parameter.copy_(own.view(parameter.shape))
+    for module in transformer.modules():
+        if isinstance(module, Router) and module.bias_rate and is_fresh_from_upcycling(module):
+            raise UserError(f"init_weights: {path}: model.moe.bias_rate {module.bias_rate}: {NO_BIAS_AFTER_UPCYCLING}")
     for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, where both models have them
         if name in state:
             buffer.copy_(state[name])

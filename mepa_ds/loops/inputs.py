@@ -5,6 +5,8 @@ Shapes: B batch, L positions, D blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,8 +49,7 @@ class InputMaker:
 
     def _drop_labels(self, labels_B: Tensor, positions_B: NDArray[np.int64]) -> Tensor:
         dropped_B = uniforms(self._seed, "class_dropout", positions_B, 1)[:, 0] < self._config.class_dropout
-        dropped = torch.from_numpy(dropped_B).to(labels_B.device)
-        return labels_B.masked_fill(dropped, self._config.num_classes)
+        return labels_B.masked_fill(_on_device(dropped_B, self._device), self._config.num_classes)
 
     def _stochastic_depth(self, positions_B: NDArray[np.int64]) -> Tensor | None:
         """(D, 2, B) factors 0 or 1 / keep; the rate grows linearly from 0 at the first block (VAR)."""
@@ -58,4 +59,10 @@ class InputMaker:
         drawn = uniforms(self._seed, "drop_path", positions_B, 2 * self._config.depth)
         drawn_D2B = drawn.T.reshape(self._config.depth, 2, len(positions_B))
         keep_D11 = 1 - rates_D[:, None, None]
-        return torch.from_numpy((drawn_D2B < keep_D11) / keep_D11).float().to(self._device)
+        return _on_device(((drawn_D2B < keep_D11) / keep_D11).astype(np.float32), self._device)
+
+
+def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """From pinned memory to a GPU: from other memory the copy would wait for all that is queued there."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

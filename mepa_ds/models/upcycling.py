@@ -12,12 +12,16 @@ from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.layer import MoEFeedForward
-from mepa_ds.models.moe.routing import ScaleRouter, ScaleTokenRouter, TokenRouter
+from mepa_ds.models.moe.routing import Router, ScaleRouter, ScaleTokenRouter, TokenRouter
 from mepa_ds.models.transformer import Block, NextScaleTransformer
 
 # So small that all experts have the same probability to fp32 rounding; which of them are the top K is left to the
 # (random) direction of each token, since the choice is by logits.
 _ROUTER_SCALE = 1e-6
+NO_BIAS_AFTER_UPCYCLING = (
+    "a router fresh from upcycling has probabilities that differ by far less than one step of loss-free balancing, and "
+    "all tokens would go to the same experts; set it to 0 (objective.balance_weight balances)"
+)
 
 
 @torch.no_grad()
@@ -31,14 +35,19 @@ def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextS
     the others, going on (cyclically) where set g - 1 ended; a unit that a set holds m times counts 1/m. Router rows are
     the same within a set, so that top-K takes a whole one. Where a set and the shared expert cover the dense FFN
     (n H >= F, K divides E), the output equals the dense model's to rounding; where they do not, the units left out are
-    missing. It holds at the start: a router that has learned mixes sets. `bias_rate` > 0 chooses by probabilities,
-    which are all equal, and so mixes them from the start.
+    missing. It holds at the start: a router that has learned mixes sets.
 
-    Raises UserError for a model that has experts already, or experts wider than the dense FFN.
+    Raises UserError for a model that has experts already, experts wider than the dense FFN, loss-free balancing (the
+    new router's probabilities differ by far less than one step of its bias, which alone would choose, and the same
+    experts for all tokens), and expert choice (a token may have any number of experts).
     """
     config = dense.config
     if config.moe is not None:
         raise UserError("upcycling starts from a dense model; this one has experts already")
+    if moe.router == "expert_choice":
+        raise UserError("model.moe.router: expert_choice gives tokens any number of experts; upcycle with another one")
+    if moe.bias_rate:
+        raise UserError(f"model.moe.bias_rate: {NO_BIAS_AFTER_UPCYCLING}")
     values = config.model_dump(mode="json") | {"moe": moe.model_dump(mode="json")}
     target_config = validate(ModelConfig, values, "upcycling")
     if target_config.expert_hidden > config.dense_hidden:
@@ -60,6 +69,11 @@ def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextS
             assert isinstance(old.ffn, FeedForward)
             _fill(new.ffn, old.ffn, moe, target_config.expert_hidden)
     return target.eval()
+
+
+def is_fresh_from_upcycling(router: Router) -> bool:
+    """Whether no training has made the router's logits tell experts apart: drawn weights are of the order of 0.01."""
+    return all(parameter.abs().max() < 1e3 * _ROUTER_SCALE for parameter in router.parameters())
 
 
 def _fill(layer: MoEFeedForward, dense: FeedForward, moe: MoEConfig, hidden: int) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,11 @@ class Losses:
     routing: dict[int, RoutingStatistics]
     counts_NE: Tensor | None = None
     """Routed pairs of this micro-batch, MoE layer by expert, over all ranks."""
+
+    def detached(self) -> Losses:
+        """Without the graph. A backward pass frees what it goes through: a loss of weight 0 would keep its part."""
+        routing = {block: statistics.detached() for block, statistics in self.routing.items()}
+        return replace(self, total=self.total.detach(), routing=routing)
 
 
 def sum_scales(

@@ -232,6 +232,9 @@ def run_engines(folder: str, layouts: list[int]) -> None:
             original, engine._engine.step = engine._engine.step, capture
             report = engine.step(micro, lr=0.01)
             engine._engine.step = original
+            for losses in report.losses:  # no graph outlives its backward pass, nor what it saved
+                kept = [losses.total, *(value for part in losses.routing.values() for value in vars(part).values())]
+                assert not any(tensor.requires_grad for tensor in kept)
             terms, _, routing = reduce_losses(report.losses)
             if variant in PER_RANK:
                 del terms["balance"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -9,19 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
-from mepa_ds.engine.deepspeed_config import read_knobs
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine.deepspeed_config import build, read_knobs
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.errors import UserError
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
 from mepa_ds.models.var_checkpoint import name_in_var
-from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run
+from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run, recipe_values
 from tests.training.ranks import Ranks
 
 
-def dense_model() -> NextScaleTransformer:
+def dense_model(**changes: object) -> NextScaleTransformer:
     return NextScaleTransformer.from_preset(
         "var-d2",
         width=32,
@@ -32,6 +35,7 @@ def dense_model() -> NextScaleTransformer:
         code_width=CODE_WIDTH,
         ffn_ratio=2.0,
         head_init=5.0,
+        **changes,
     )
 
 
@@ -90,6 +94,19 @@ def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
         assert block.ffn.router.bias_steps_E.tolist() == [3, -1, 0, -2]
 
 
+def test_loss_free_balancing_does_not_start_from_a_router_that_cannot_tell_experts_apart(tmp_path: Path) -> None:
+    moe = {"num_experts": 4, "expert_ratio": 2.0}
+    model = upcycle(dense_model(), MoEConfig(**moe))
+    model.save_pretrained(tmp_path / "upcycled")
+    run = dense_model(moe=moe | {"bias_rate": 0.01})
+    with pytest.raises(UserError, match=r"init_weights: .*upcycled: model\.moe\.bias_rate 0\.01: a router fresh from"):
+        load_initial_weights(run, tmp_path / "upcycled")
+    for block in model.blocks:
+        block.ffn.router.gate.weight.data.normal_(std=0.01)  # as training does
+    model.save_pretrained(tmp_path / "trained")
+    load_initial_weights(run, tmp_path / "trained")
+
+
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
     codes, said = start(folder, "refused", f"init_weights={folder / 'dense'}")
     assert codes == [2]
@@ -119,6 +136,7 @@ def test_weights_that_would_compute_something_else_are_refused(tmp_path: Path, m
         ('{"zero_optimization": 2}', "expected an object such as"),
         ("[2]", "expected an object such as"),
         ('{"zero_optimization": {"stage": 2, "reduce_scatter": false}}', "reduce_scatter: false does not work"),
+        ('{"zero_optimization": {"stage": 1, "contiguous_gradients": false}}', "contiguous_gradients: false does not"),
         ('{"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": true}}', "'torch_autocast' belongs into"),
         ('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}', "round_robin_gradients and"),
     ],
@@ -127,6 +145,18 @@ def test_engine_knobs_that_cannot_work_are_refused(tmp_path: Path, text: str, me
     (tmp_path / "knobs.json").write_text(text)
     with pytest.raises(UserError, match=message):
         read_knobs(tmp_path / "knobs.json")
+
+
+def test_accumulation_in_fp32_needs_stage_2(tmp_path: Path) -> None:
+    knobs = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    parallel = {"deepspeed": str(tmp_path / "knobs.json"), "precision": "bf16"}
+    config = validate(PretrainConfig, recipe_values(tmp_path) | {"parallel": parallel}, "test")
+    (tmp_path / "knobs.json").write_text(json.dumps(knobs))
+    with pytest.raises(UserError, match=r"knobs\.json: grad_accum_dtype fp32 needs ZeRO stage 2 in bf16"):
+        build(config, 1)
+    knobs["zero_optimization"]["stage"] = 2
+    (tmp_path / "knobs.json").write_text(json.dumps(knobs))
+    assert build(config, 1)["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.moe.dispatch import Sorted
-from mepa_ds.models.moe.experts import grouped_experts, looped_experts
+from mepa_ds.models.moe.experts import NoRowsNoGradient, grouped_experts, looped_experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -154,6 +154,15 @@ def test_experts_equal_one_expert_after_the_other(implementation: str, counts: l
     wanted = torch.autograd.grad(expected_RC, tensors, gradient_RC, allow_unused=True)
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_what_grouped_products_leave_for_experts_without_rows_is_no_gradient() -> None:
+    weight = torch.randn(3, 4, 2, requires_grad=True)
+    garbage = torch.randn(3, 4, 2)
+    garbage[1] = float("nan")
+    NoRowsNoGradient.apply(weight, torch.tensor([5, 0, 1])).backward(garbage)
+    assert torch.equal(weight.grad[[0, 2]], garbage[[0, 2]])
+    assert not weight.grad[1].any()
 
 
 @settings(max_examples=20, deadline=None)

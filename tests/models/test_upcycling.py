@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,18 @@ def test_experts_wider_than_the_ffn_are_refused() -> None:
         upcycle(dense_model(), MoEConfig(expert_ratio=8.0))
     with pytest.raises(UserError, match="experts already"):
         upcycle(upcycle(dense_model(), MoEConfig()), MoEConfig())
+
+
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"router": "expert_choice"}, "router: expert_choice gives tokens any number of experts"),
+        ({"bias_rate": 0.001}, "bias_rate: a router fresh from upcycling .* all tokens would go to the same experts"),
+    ],
+)
+def test_what_would_not_equal_the_dense_model_is_refused(moe: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        upcycle(dense_model(), MoEConfig(**moe))
 
 
 def test_renormalising_one_choice_is_refused() -> None:

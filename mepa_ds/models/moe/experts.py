@@ -55,6 +55,8 @@ def has_grouped_kernel(tensors: Sequence[Tensor]) -> bool:
 def grouped_experts(tensors: Sequence[Tensor], counts_E: Tensor) -> Tensor:
     """Grouped GEMMs over all experts. Takes rows, weights and biases; free of host syncs where the kernel is native."""
     x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
+    if x_RC.is_cuda and torch.cuda.get_device_capability(x_RC.device)[0] == 10:
+        w1_EFC, w2_ECF = NoRowsNoGradient.apply(w1_EFC, counts_E), NoRowsNoGradient.apply(w2_ECF, counts_E)
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     numbers_E = torch.arange(len(counts_E), device=x_RC.device)
     expert_R = torch.repeat_interleave(numbers_E, counts_E, output_size=x_RC.shape[0])
@@ -66,6 +68,23 @@ def grouped_experts(tensors: Sequence[Tensor], counts_E: Tensor) -> Tensor:
 def looped_experts(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
     """A GEMM pair for each expert: fastest on a CPU, and wherever grouped GEMMs are not native."""
     return _ExpertLoop.apply(*tensors, counts)
+
+
+class NoRowsNoGradient(torch.autograd.Function):
+    """The weights as they are; the gradient of an expert without rows is 0.
+
+    On Blackwell grouped_mm may leave there what its accumulator held: pytorch/pytorch#172439.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_EFC: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(counts_E)
+        return weight_EFC.view_as(weight_EFC)
+
+    @staticmethod
+    def backward(ctx: Any, grad_EFC: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (counts_E,) = ctx.saved_tensors
+        return grad_EFC.masked_fill((counts_E == 0)[:, None, None], 0), None
 
 
 class _AddBias(torch.autograd.Function):

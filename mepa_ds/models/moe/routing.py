@@ -7,7 +7,7 @@ All routing is fp32, whatever the model's type (D6).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -191,6 +191,10 @@ class RoutingStatistics:
     """Chosen pairs that a capacity limit dropped."""
     tokens_S: Tensor
     """Tokens."""
+
+    def detached(self) -> RoutingStatistics:
+        """Without the graph."""
+        return RoutingStatistics(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
     @classmethod
     def of(cls, routing: Routing, scale_index_T: Tensor, num_scales: int) -> RoutingStatistics:
