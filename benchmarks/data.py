@@ -60,7 +60,9 @@ class Options:
     samples: int = 3000
     """Samples of the token and feature sets."""
     images: int = 600
+    """JPEGs."""
     rounds: int = 8
+    """The best of so many counts."""
     directory: Path | None = None
     """Where to put the shards, or where they are from a run with the same numbers; by default a temporary directory."""
     json: Path | None = None

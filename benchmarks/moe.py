@@ -55,6 +55,7 @@ class Options:
     imbalances: tuple[float, ...] = (1.0, 2.0, 4.0)
     """Load of the fullest expert over the mean."""
     dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Of weights and activations."""
     repeats: int = 9
     """Timed rounds; each round runs every contender once, in turn."""
     threads: int = 2
@@ -62,8 +63,11 @@ class Options:
     ep: bool = True
     """Also the expert-parallel layer on two ranks (two CPU processes)."""
     deepspeed: bool = True
+    """Stock DeepSpeed's layer among the contenders."""
     json: Path | None = None
+    """File for the figures."""
     contenders: tuple[str, ...] = ("ours", "ours loop", "ours grouped", "mask loop", "deepspeed", "dense")
+    """What is measured, beside ep2."""
 
 
 def skewed_logits(T: int, E: int, imbalance: float, seed: int = 0) -> Tensor:

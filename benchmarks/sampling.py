@@ -42,11 +42,15 @@ class Options:
     depth: int = 16
     """Depth of the VAR model."""
     images: int = 8
+    """In a batch."""
     repeats: int = 2
     """Timed rounds; every contender runs once a round."""
     threads: int = 2
+    """CPU threads."""
     cfg: float = 1.5
+    """Guidance; 0 runs half as many rows."""
     json: Path | None = None
+    """File for the figures."""
 
 
 class Recorder(MultiScaleQuantizer):

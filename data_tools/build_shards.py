@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -244,14 +244,22 @@ _READERS = Union[tuple(Annotated[reader, tyro.conf.subcommand(name)] for name, r
 
 
 @dataclass(frozen=True)
-class _Command:
+class Command:
+    """What the command line says."""
+
     reader: _READERS  # type: ignore[valid-type]
+    """Where the images come from."""
     options: BuildOptions
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> Command:
+    """None: the process's own words. Ends the process, with a message, for words that mean nothing."""
     markers = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    command = tyro.cli(_Command, prog="build_shards.py", description=__doc__, config=markers)
+    return tyro.cli(Command, prog="build_shards.py", args=argv, description=__doc__, config=markers)
+
+
+def main() -> None:
+    command = parse()
     reader, options = command.reader, command.options
     index = build(reader, options)
     if index is None:

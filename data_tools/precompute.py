@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -285,13 +285,18 @@ def _whole_image(image: Image.Image, key: str) -> tuple[Pixels, Boxes | None]:
     return np.asarray(image)[None], None
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> Tokens | Features | FitTeacher:
+    """None: the process's own words. Ends the process, with a message, for words that mean nothing."""
     commands = (
         Annotated[Tokens, tyro.conf.subcommand("tokens")]
         | Annotated[Features, tyro.conf.subcommand("features")]
         | Annotated[FitTeacher, tyro.conf.subcommand("fit-teacher")]
     )
-    command = tyro.cli(commands, prog="precompute.py", description=__doc__)
+    return tyro.cli(commands, prog="precompute.py", args=argv, description=__doc__)  # type: ignore[call-overload, no-any-return]
+
+
+def main() -> None:
+    command = parse()
     try:
         command()
     except UserError as error:

@@ -48,6 +48,7 @@ class Options:
     side: int = 128
     """Pixels of a tile."""
     out: Path = Path("shards.png")
+    """PNG file."""
 
 
 def contact_sheet(options: Options) -> Pixels:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -243,7 +244,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # the system's error is in its text only
+            if (code := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         temporary.chmod(mode)
 
 
@@ -278,7 +284,8 @@ def read_pretrained(
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG_NAME).exists():
         raise UserError(
-            f"{directory}: no {CONFIG_NAME} here; expected a directory that save_pretrained wrote to the end"
+            f"{directory}: no {CONFIG_NAME} here; expected a directory that save_pretrained wrote to the end, such as "
+            "`best` or `last` of a run; `mepa export` makes one of a checkpoint"
         )
     return _read_json(directory / CONFIG_NAME)
 

@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.recipe_value import recipe_paths
 
 MEETING_SECONDS = 120.0
 LEAVING_SECONDS = 10.0
 MEGABYTES = 16
 REPEATS = 3
-DATA_KEYS = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
 
 
 class LoneTroubleError(Exception):
@@ -67,10 +66,9 @@ def local_trouble(state: Path, recipe: Sequence[str]) -> str | None:
         if free < least:
             return f"{folder}: {free:.1f} GB free, at least {least:g} wanted (MEPA_MIN_DISK_GB)"
     if recipe:
-        for key in DATA_KEYS:
-            value = recipe_value(key, Path(recipe[0]), recipe[1:])
-            if value is not None and not isinstance(value, dict) and not Path(value).exists():
-                return f"{key}: {value} is not visible; put it where all nodes see it, or mount it there"
+        for key, path in recipe_paths(Path(recipe[0]), recipe[1:]):
+            if not path.exists():
+                return f"{key}: {path} is not visible; put it where all nodes see it, or mount it there"
     return None
 
 

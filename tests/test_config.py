@@ -80,6 +80,15 @@ def test_yaml_errors_name_the_file(tmp_path: Path) -> None:
     path.write_text("- 1")
     with pytest.raises(UserError, match="expected a mapping"):
         read_yaml(path)
+    path.write_bytes("# Gr\xf6\xdfe\nseed: 1".encode("latin-1"))
+    with pytest.raises(UserError, match=r"recipe\.yaml: cannot read the recipe: it is no UTF-8 text"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["train: {steps: 1}\ndata: {}\ntrain: {epochs: 2}", "train:\n  steps: 1\n  steps: 2"])
+def test_a_key_that_is_given_twice_is_no_yaml(text: str) -> None:
+    with pytest.raises(UserError, match=r"recipe: not valid YAML: '(train|steps)' is given twice\s+in .*, line 3"):
+        parse_yaml(text, "recipe")
 
 
 def test_the_resolved_config_is_a_recipe_again(tmp_path: Path) -> None:

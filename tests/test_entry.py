@@ -69,6 +69,21 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(words: str, unbuff
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("OSError(28, 'No space left on device', 'out/x.png')", "out/x.png: No space left on device; free some space"),
+        ("PermissionError(13, 'Permission denied', 'out')", "out: Permission denied; give another path"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_a_message(error: str, says: str) -> None:
+    program = f"from mepa_ds.cli import entry\ndef main(): raise {error}\nentry.run(main)"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {says}")
+
+
 def test_a_connection_of_the_network_that_breaks_is_no_reader_that_has_gone() -> None:
     program = """
 from mepa_ds.cli import entry

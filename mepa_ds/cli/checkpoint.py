@@ -83,6 +83,8 @@ def _list(run: Path) -> None:
 def _verify(paths: tuple[Path, ...]) -> int:
     from mepa_ds.engine.checkpoint_files import find_damage
 
+    if not paths:
+        raise UserError("give at least one checkpoint, or the output_dir of a run")
     damaged = 0
     for checkpoint in [found for path in paths for found in _found(path)]:
         damage = find_damage(checkpoint)

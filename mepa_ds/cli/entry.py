@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import faulthandler
 import os
 import select
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -17,6 +19,12 @@ from mepa_ds import distributed, log
 from mepa_ds.errors import UserError
 
 _LEAVE_SECONDS = 30.0
+_MAKE_ROOM = "free some space there and run again"
+_ELSEWHERE = "give another path, or yourself the right to write there"
+_OF_THE_SYSTEM = {errno.ENOSPC: _MAKE_ROOM, errno.EDQUOT: _MAKE_ROOM} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), _ELSEWHERE
+)
+"""Errors that a place has, not this program: what to do about them."""
 
 
 def run(main: Callable[[], object]) -> None:
@@ -43,14 +51,23 @@ def _run(main: Callable[[], object]) -> None:
         _leave_together(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise
     except UserError as error:
-        # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
-        # Afterwards one may stand alone with its error.
-        met, launch = dist.is_initialized(), distributed.read_launch()
-        if launch.is_main or (not error.agreed if met else launch.local_rank == 0):
-            log.note(f"error: {error}")
-        sys.exit(2)
+        _end(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _end(UserError(f"{where}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(error: UserError) -> NoReturn:
+    # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
+    # Afterwards one may stand alone with its error.
+    met, launch = dist.is_initialized(), distributed.read_launch()
+    if launch.is_main or (not error.agreed if met else launch.local_rank == 0):
+        log.note(f"error: {error}")
+    sys.exit(2)
 
 
 def _reader_has_gone() -> bool:

@@ -17,7 +17,9 @@ def read_recipe(argv: list[str], prog: str, description: str, config_type: type[
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.steps=100 optim.base_lr=3e-4")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as train.steps=100 optim.base_lr=3e-4"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the `deepspeed` launcher adds it
     arguments = parser.parse_args(argv)
     return load_config(config_type, arguments.recipe, arguments.overrides)

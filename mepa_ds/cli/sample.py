@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import naming_full_disks
+from mepa_ds.files import check_writable, naming_full_disks
 
 _DECIDES = ("per_class", "cfg", "top_k", "top_p", "seed", "smooth", "rng", "precision")
 
@@ -53,11 +53,17 @@ class SampleOptions:
     """Type of the model's weights and activations."""
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> SampleOptions:
+    """Ends the process, with a message, for words that mean nothing; raises UserError for values out of range."""
     options = tyro.cli(SampleOptions, prog="mepa sample", args=argv)
     for name, value in (("per-class", options.per_class), ("batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
     from mepa_ds.images import save_grid
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -69,8 +75,10 @@ def main(argv: list[str]) -> None:
     classes = parse_classes(options.classes, model.config.num_classes)
     labels = [label for label in classes for _ in range(options.per_class)]
     draw = _sampler(model, tokenizer, labels, options)
+    is_grid = options.out.suffix.lower() == ".png"
+    check_writable(options.out.parent if is_grid else options.out, "--out")
     started = time.perf_counter()
-    if options.out.suffix.lower() == ".png":
+    if is_grid:
         with _progress(len(labels)) as bar:
             images = [draw(part, bar) for part in _batches(len(labels), options)]
         save_grid(torch.cat(images), options.out, columns=options.per_class)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from pathlib import Path
 
-from mepa_ds.slurm.pipeline import run_pipeline
+from mepa_ds.errors import UserError
+from mepa_ds.slurm.pipeline import Tool, run_pipeline
 from mepa_ds.slurm.profile import ROOT, read_profile
 from mepa_ds.slurm.status import format_status, status
 from mepa_ds.slurm.submit import JOBS, Request, submit_recipe
@@ -29,7 +31,10 @@ def main(argv: list[str]) -> None:
     show.add_argument("--json", action="store_true", help="for programs")
     # argparse takes no positional words after options.
     cut = argv.index("--") if "--" in argv else len(argv)
-    arguments = parser.parse_args(argv[:cut])
+    arguments, rest = parser.parse_known_args(argv[:cut])
+    if rest:
+        hint = "; put key=value words at the end, after --" if any("=" in word for word in rest) else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     # Paths on the command line are the caller's; those in recipes and pipelines are the clone's, where jobs start.
     for name in ("recipe", "file", "run"):
         if name in arguments:
@@ -41,7 +46,7 @@ def main(argv: list[str]) -> None:
         report = status(arguments.run)
         print(json.dumps(report) if arguments.json else format_status(report))
     elif arguments.command == "pipeline":
-        run_pipeline(arguments.file, profile, dry_run=arguments.dry_run)
+        run_pipeline(arguments.file, profile, arguments.dry_run, check_words)
     else:
         request = Request(
             recipe=arguments.recipe,
@@ -58,6 +63,22 @@ def main(argv: list[str]) -> None:
         submit_recipe(request, profile)
 
 
+def check_words(tool: Tool, words: list[str]) -> None:
+    """Parses a command of a pipeline as the tool itself will.
+
+    Raises:
+        UserError: the tool does not take it. What it says has been printed.
+    """
+    from data_tools import build_shards, precompute
+    from mepa_ds.cli import sample
+
+    parsers = {"build_shards": build_shards.parse, "precompute": precompute.parse, "sample": sample.parse}
+    try:
+        parsers[tool](words)
+    except SystemExit:
+        raise UserError(f"{shlex.join(words)}: these are no words of {tool}, which says why above") from None
+
+
 def _common_options(parser: argparse.ArgumentParser) -> None:
     cluster = os.environ.get("MEPA_CLUSTER")
     parser.add_argument("--cluster", default=cluster, help="profile in slurm/clusters/, or a file NAME.env")
@@ -70,10 +91,12 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=Path, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="after --, such as train.steps=100")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="after --, such as train.steps=100"
+    )
     _common_options(parser)
     parser.add_argument("--job", choices=sorted(JOBS), default="pretrain", help="what the recipe is for")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--nodes", type=int, default=1, help="each with the profile's GPUs [default: 1]")
     parser.add_argument("--gpus", type=int, help="a node [default: the profile's]")
     parser.add_argument("--time", help="limit, such as 12:00:00 [default: the profile's]; a run goes on after it")
     parser.add_argument("--after", action="append", metavar="JOB", help="start when this job has succeeded")

@@ -32,7 +32,18 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means."""
+    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means. A key that is
+    given twice is an error: PyYAML takes the last one, and with it drops a whole section without a word.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml12Loader.add_implicit_resolver(
@@ -45,6 +56,16 @@ for _resolvers in _Yaml12Loader.yaml_implicit_resolvers.values():
     _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
 
 
+def read_text(path: Path, what: str) -> str:
+    """Raises UserError for a file that cannot be read, or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read {what}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot read {what}: it is no UTF-8 text ({error}); save it as UTF-8") from error
+
+
 def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader
@@ -54,11 +75,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe: {error.strerror or error}") from error
-    data = parse_yaml(text, str(path))
+    data = parse_yaml(read_text(path, "the recipe"), str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a mapping of sections, got {type(data).__name__}")
     return data

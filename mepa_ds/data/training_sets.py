@@ -95,13 +95,13 @@ class TrainingSets:
         return math.isqrt(shape[-2])
 
 
-def open_training_sets(tokens: Path, features: Path | None) -> TrainingSets:
-    """Opens and checks the sets; reads their indices only.
+def open_training_sets(tokens: Path, features: Path | None, key: str = "data.tokens") -> TrainingSets:
+    """Opens and checks the sets; reads their indices only. `key` is the setting that gave the tokens, for messages.
 
     Raises:
         UserError: a set is missing or of another kind, or the two do not hold the same samples in the same order.
     """
-    token_set = ShardSet(tokens, "data.tokens")
+    token_set = ShardSet(tokens, key)
     _check_kind(token_set, "tokens", TOKENS_EXT)
     for name in ("scales", "codebook_size"):
         _setting(token_set, name)

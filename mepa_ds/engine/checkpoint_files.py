@@ -21,7 +21,7 @@ import torch
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.engine.fragment_store import BUFFER, MASTER, read_tensors, stored_tensors
+from mepa_ds.engine.fragment_store import BUFFER, EMA, MASTER, read_tensors, stored_tensors
 from mepa_ds.errors import UserError
 from mepa_ds.files import fsync_directory, sha256_of_file, write_json
 from mepa_ds.models.transformer import KIND
@@ -191,9 +191,15 @@ def clean(directory: Path) -> None:
 
 def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
     """A checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
+    if not is_checkpoint_name(checkpoint.name) and not (checkpoint / MANIFEST_NAME).exists():
+        of_a_run = list_checkpoints(checkpoint / "checkpoints")
+        newest = f"; the newest of this run is {of_a_run[-1]}" if of_a_run else ""
+        raise UserError(f"{checkpoint}: no checkpoint (a directory <output_dir>/checkpoints/step_...){newest}")
     if (damage := find_damage(checkpoint)) is not None:
         raise UserError(f"{checkpoint}: damaged: {damage}; export an older checkpoint")
     state = read_state(checkpoint)
+    if kind == EMA and state.recipe["optim"].get("ema") is None:
+        raise UserError(f"{checkpoint}: has no average of the weights: the run was without optim.ema")
     config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
     convert_fragments(checkpoint, config, directory, kind, state.step)
 

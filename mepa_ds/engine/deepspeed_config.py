@@ -29,7 +29,7 @@ def read_knobs(path: Path) -> dict[str, Any]:
     try:
         knobs = json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"parallel.deepspeed: {path}: cannot read it: {error.strerror or error}") from error
+        raise UserError(f"parallel.deepspeed: {path.absolute()}: cannot read it: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"parallel.deepspeed: {path}: not valid JSON: {error}") from error
     if not isinstance(knobs, dict) or not isinstance(knobs.get("zero_optimization", {}), dict):

@@ -28,6 +28,20 @@ from mepa_ds.tokenizer.tokenizer import Tokenizer
 _CODEC = codec_named("fp16")
 
 
+def open_images(config: PretrainConfig) -> ShardSet:
+    """Raises UserError when the set is missing, of another kind, or has other classes than the model."""
+    assert config.data.images is not None
+    images, model = ShardSet(config.data.images, "data.images"), config.model
+    if images.index.kind != "images":
+        raise UserError(f"data.images: {images.directory}: holds {images.index.kind}; set data.tokens to it")
+    num_classes = len(images.index.classes)
+    if num_classes not in (0, model.num_classes):
+        raise UserError(
+            f"model.num_classes: {model.num_classes}, but data.images {images.directory} has {num_classes} classes"
+        )
+    return images
+
+
 @dataclass(frozen=True)
 class OnlineSets:
     """What stands in for `TrainingSets` when a recipe gives data.images: the images and the frozen networks."""
@@ -41,15 +55,7 @@ class OnlineSets:
     @classmethod
     def open(cls, config: PretrainConfig) -> OnlineSets:
         """Raises UserError when a set or checkpoint is missing or does not fit the model."""
-        assert config.data.images is not None
-        images, model = ShardSet(config.data.images, "data.images"), config.model
-        if images.index.kind != "images":
-            raise UserError(f"data.images: {images.directory}: holds {images.index.kind}; set data.tokens to it")
-        num_classes = len(images.index.classes)
-        if num_classes not in (0, model.num_classes):
-            raise UserError(
-                f"model.num_classes: {model.num_classes}, but data.images {images.directory} has {num_classes} classes"
-            )
+        images, model = open_images(config), config.model
         device = distributed.device_of(distributed.read_launch())
         tokenizer = Tokenizer.open(config.tokenizer, model.scales)
         if tokenizer.config.codebook_size != model.codebook_size:

@@ -49,11 +49,11 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
     Raises UserError, on every rank, before anything is trained, when the recipe does not fit data or ranks.
     """
     launch = distributed.read_launch()
-    config.check_world(launch.world_size)
-    deepspeed_config.read_knobs(config.parallel.deepspeed)
     requests.stop_at(deadline(config.guards.time_limit, config.guards.stop_before_end, os.environ))
 
     def run_to_the_end() -> bool:
+        config.check_world(launch.world_size)
+        deepspeed_config.read_knobs(config.parallel.deepspeed)
         with undisturbed():
             device = distributed.start(launch)
         sets = open_checked(config)

@@ -25,17 +25,25 @@ def open_checked(config: PretrainConfig) -> TrainingSets | OnlineSets:
     error: UserError | None = None
     sets: TrainingSets | OnlineSets | None = None
     try:
-        if config.data.tokens is None:
-            sets = OnlineSets.open(config)
-        else:
-            sets = open_training_sets(config.data.tokens, config.data.features)
-            check_sets(config, sets)
-        if config.data.heldout_tokens is not None:
-            check_sets(config, open_training_sets(config.data.heldout_tokens, None), "data.heldout_tokens")
+        sets = open_sets(config)
     except UserError as raised:
         error = raised
     distributed.agree(error)
     assert sets is not None
+    return sets
+
+
+def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
+    """One process's view. Raises UserError for sets that are missing, or do not fit the recipe or each other."""
+    sets: TrainingSets | OnlineSets
+    if config.data.tokens is None:
+        sets = OnlineSets.open(config)
+    else:
+        sets = open_training_sets(config.data.tokens, config.data.features)
+        check_sets(config, sets)
+    if config.data.heldout_tokens is not None:
+        key = "data.heldout_tokens"
+        check_sets(config, open_training_sets(config.data.heldout_tokens, None, key), key)
     return sets
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
+from mepa_ds.config.base import Section
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
+
+_DECIDES_TOKENS = {"scales", "codebook_size", "num_classes"}
 
 
 def check_partition(profile: Profile, partition: str) -> None:
@@ -67,6 +71,32 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
 def check_exists(name: str, path: Path) -> None:
     if not (ROOT / path).exists():
         raise UserError(f"{name}: {path}: no such file or directory; make it first, or name another")
+
+
+def check_data(config: Section, made_before: Container[str], looked_at: set[str]) -> None:
+    """What the job itself would say of its shard sets. Those that earlier jobs make (`made_before`) are not looked at.
+
+    Runs of a study share their data, and `looked_at`.
+
+    Raises:
+        UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
+    """
+    from mepa_ds.data.shard_set import ShardSet
+    from mepa_ds.loops.online import open_images
+    from mepa_ds.loops.training_data import open_sets
+
+    if isinstance(config, TokenizerTrainingConfig):
+        for key, path in (("data.images", config.data.images), ("data.heldout_images", config.data.heldout_images)):
+            if path is not None and key not in made_before:
+                ShardSet(path, key)
+    elif isinstance(config, PretrainConfig):
+        if config.data.images is not None and "data.images" not in made_before:
+            open_images(config)
+        keys = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens")
+        facts = config.model_dump_json(include={"tokenizer": True, "data": True, "model": _DECIDES_TOKENS})
+        if config.data.tokens is not None and facts not in looked_at and not any(key in made_before for key in keys):
+            open_sets(config)
+            looked_at.add(facts)
 
 
 def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:

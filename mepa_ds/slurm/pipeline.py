@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +33,7 @@ from mepa_ds.slurm.submit import (
     refuse_while_active,
 )
 
+Tool = Literal["build_shards", "precompute", "sample"]
 PositiveInt = Annotated[int, Field(gt=0)]
 _PATHS = ("--out", "--tar", "--root", "--labels", "--tokenizer", "--weights")
 _IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}
@@ -114,7 +115,11 @@ class Stage:
     jobs: tuple[tuple[Job, Job | None], ...]
 
 
-def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
+CheckWords = Callable[[Tool, list[str]], None]
+"""Raises UserError for words that a tool does not take."""
+
+
+def run_pipeline(path: Path, profile: Profile, dry_run: bool, check_words: CheckWords) -> list[str]:
     """Checks all stages, then submits what is not done; returns the numbers of the jobs.
 
     Raises:
@@ -130,6 +135,7 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
         print(f"{run}: all stages are done")
         return []
     check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
+    _check_words(config, check_words)
     _check_inputs(config, request, profile)
     for stage in stages:
         for job, check in stage.jobs:
@@ -137,6 +143,25 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool) -> list[str]:
                 if planned is not None:
                     test_only(sbatch_command(planned, profile))
     return _submit_all(stages, profile, record, dry_run)
+
+
+def _check_words(config: PipelineConfig, check: CheckWords) -> None:
+    """What comes last would otherwise be found wrong after days of training."""
+    arrays: tuple[tuple[Tool, ArrayConfig | None], ...] = (
+        ("build_shards", config.shards),
+        ("precompute", config.teacher),
+        ("precompute", config.precompute),
+    )
+    for tool, array in arrays:
+        for command in array.commands if array is not None else ():
+            check(tool, shlex.split(command))
+    samples = config.samples
+    if samples is None:
+        return
+    check("sample", ["--weights", "x", "--tokenizer", "x", "--out", "x", *shlex.split(samples.options)])
+    num_classes = load_config(PretrainConfig, config.pretrain.recipe, config.pretrain.overrides).model.num_classes
+    if samples.parts > num_classes:
+        raise UserError(f"samples.parts: {samples.parts} parts, but only {num_classes} classes to draw; use fewer")
 
 
 def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) -> None:

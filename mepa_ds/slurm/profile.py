@@ -9,6 +9,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from mepa_ds.config.base import read_text
 from mepa_ds.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def read_profile(name: str | None) -> Profile:
     if not path.is_file():
         raise UserError(f"--cluster {name}: no profile {path}; {remedy}")
     values = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_text(path, "the profile").splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         found = _ASSIGNMENT.fullmatch(line.strip())

@@ -6,12 +6,34 @@ Needs no torch, so that a batch script has its answer at once; the job itself va
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.errors import UserError
+
+PATH_KEYS = (
+    "tokenizer",
+    "data.tokens",
+    "data.features",
+    "data.heldout_tokens",
+    "data.images",
+    "data.heldout_images",
+    "data.teacher.weights",
+    "init_weights",
+    "start_from",
+    "loss.perceptual.backbone_weights",
+)
+"""Keys of recipes under which a run reads files."""
+
+
+def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
+    """(key, path) of all that a run reads; not weights that timm is to download."""
+    for key in PATH_KEYS:
+        value = recipe_value(key, recipe, overrides)
+        if isinstance(value, str) and (key, value) != ("data.teacher.weights", "hub"):
+            yield key, Path(value)
 
 
 def recipe_value(key: str, recipe: Path, overrides: Sequence[str] = ()) -> Any:

@@ -14,11 +14,11 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
-from mepa_ds.slurm.checks import check_exists, check_nodes, check_partition, check_paths, check_plan
+from mepa_ds.slurm.checks import check_data, check_exists, check_nodes, check_partition, check_paths, check_plan
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
-from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.recipe_value import PATH_KEYS, recipe_paths, recipe_value
 from mepa_ds.slurm.scheduler import is_active, slurm
 
 JOBS: dict[str, type[Section]] = {
@@ -26,14 +26,6 @@ JOBS: dict[str, type[Section]] = {
     "train-tokenizer": TokenizerTrainingConfig,
     "scaling-study": PretrainConfig,
 }
-DATA_KEYS = (
-    "tokenizer",
-    "data.tokens",
-    "data.features",
-    "data.heldout_tokens",
-    "data.images",
-    "data.heldout_images",
-)
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ def is_finished(request: Request) -> bool:
 
 
 def _but_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    data = {key: value for key, value in recipe.get("data", {}).items() if f"data.{key}" not in DATA_KEYS}
+    data = {key: value for key, value in recipe.get("data", {}).items() if f"data.{key}" not in PATH_KEYS}
     return recipe | {"data": data}
 
 
@@ -113,29 +105,26 @@ def output_dir(request: Request) -> Path:
     return ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
 
 
-def check_recipe(request: Request, profile: Profile, made_before: Container[str] = ()) -> None:
-    """Validates a recipe and its plan against the allocation.
+def check_recipe(
+    request: Request, profile: Profile, made_before: Container[str] = (), looked_at: set[str] | None = None
+) -> None:
+    """Validates a recipe, its data, and its plan against the allocation.
 
-    `made_before`: keys of what earlier jobs of a pipeline make, so that it need not be there yet.
+    `made_before`: keys of what earlier jobs of a pipeline make, so that it need not be there yet. `looked_at`: what
+    was found right of other recipes' data.
     """
     config = load_config(JOBS[request.job], request.recipe, request.overrides)
     world_size = request.nodes * profile.gpus_per_node
-    paths = list(_data_paths(request))
+    paths = list(recipe_paths(request.recipe, request.overrides))
     check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", output_dir(request)), *paths])
     for name, path in paths:
         if name not in made_before:
             check_exists(name, path)
     if isinstance(config, (PretrainConfig, TokenizerTrainingConfig)):
         config.check_world(world_size)
+    check_data(config, made_before, set() if looked_at is None else looked_at)
     if isinstance(config, PretrainConfig):
         print(check_plan(profile, request.recipe.resolve(), config, world_size))
-
-
-def _data_paths(request: Request) -> Iterator[tuple[str, Path]]:
-    for key in DATA_KEYS:
-        value = recipe_value(key, request.recipe, request.overrides)
-        if isinstance(value, str):
-            yield key, Path(value)
 
 
 def refuse_while_active(record: Path) -> None:
@@ -168,10 +157,11 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
     lines = manifest_lines(manifest)
     runs: list[Path] = []
     members: list[Request] = []
+    looked_at = set[str]()
     for number, (recipe, *overrides) in enumerate(lines, start=1):
         try:
             member = replace(request, job="pretrain", recipe=Path(recipe), overrides=tuple(overrides))
-            check_recipe(member, profile)
+            check_recipe(member, profile, looked_at=looked_at)
             run = output_dir(member).resolve()
             if run in runs:
                 raise UserError(f"output_dir: {run} is that of run {runs.index(run) + 1} too; give each its own")

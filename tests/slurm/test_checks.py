@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mepa_ds.cli.slurm import main
+from mepa_ds.cli.slurm import check_words, main
 from mepa_ds.config.base import apply_overrides, dump_yaml, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
@@ -62,8 +62,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def mepa(cluster: Path, *words: object) -> None:
-    main([words[0], *map(str, words[1:]), "--cluster", str(cluster / "fake.env")])  # type: ignore[list-item]
+def mepa(cluster: Path, command: str, *words: object) -> None:
+    main([command, "--cluster", str(cluster / "fake.env"), *map(str, words)])
 
 
 def refused(cluster: Path, *words: object) -> str:
@@ -263,6 +263,65 @@ def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
     assert "--root: /nowhere: no such file" in message(shards={"commands": ["imagefolder --root /nowhere --out x"]})
     best = message("data.heldout_tokens=null", samples={"weights": "best"})
     assert "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no" in best
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({"shards": {"commands": ["imagent --tar x --out y"]}}, "imagent --tar x --out y: these are no words of build"),
+        ({"shards": {"commands": ["imagefolder --root x --out y --imge-side 8"]}}, "no words of build_shards"),
+        ({"precompute": {"commands": ["tokens x --tokeniser y"]}}, "tokens x --tokeniser y: these are no words of pre"),
+        ({"teacher": {"commands": ["fit-teacher"]}}, "fit-teacher: these are no words of precompute"),
+        ({"samples": {"options": "--cfg 1.5 --nosuch 3"}}, "--cfg 1.5 --nosuch 3: these are no words of sample"),
+        ({"samples": {"parts": 99}}, "samples.parts: 99 parts, but only 3 classes to draw; use fewer"),
+    ],
+)
+def test_words_of_a_pipeline_are_those_of_its_tools(cluster: Path, stages: dict[str, object], message: str) -> None:
+    assert message in refused(cluster, "pipeline", pipeline(cluster, **stages))
+
+
+def test_the_commands_of_the_shipped_pipeline() -> None:
+    stages = yaml.safe_load((tiny_run.ROOT / "slurm/pipeline_imagenet256.yaml").read_text())
+    for tool, stage in (("build_shards", "shards"), ("precompute", "precompute")):
+        for command in stages[stage]["commands"]:
+            check_words(tool, command.split())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init_weights=/nope", "init_weights: /nope: no such file or directory"),
+        ("data.tokens={}/run", "data.tokens: {}/run: no index.json"),
+        ("data.tokens={}/train.features", "data.tokens: {}/train.features: holds features"),
+        ("data.features={}/train.tokens", "data.features: {}/train.tokens: holds tokens"),
+        ("data.heldout_tokens={}/train.features", "data.heldout_tokens: {}/train.features: holds features"),
+        ("model.codebook_size=99", "model.codebook_size: 99, but data.tokens {}/train.tokens has"),
+    ],
+)
+def test_what_the_job_would_say_of_its_data_is_said_at_once(cluster: Path, override: str, message: str) -> None:
+    (cluster / "run").mkdir()
+    said = refused(cluster, "submit", cluster / "recipe.yaml", "--", override.format(cluster))
+    assert message.format(cluster) in said
+
+
+def test_weights_that_a_recipe_reads_must_be_there(cluster: Path) -> None:
+    online = ["data.images=x", "data.tokens=null", "data.features=null", "data.teacher.name=patch-pca"]
+    tokenizer_run.make_data(cluster)
+    online[0] = f"data.images={cluster}/images"
+    said = refused(cluster, "submit", cluster / "recipe.yaml", "--", *online, "data.teacher.weights=/nope")
+    assert "data.teacher.weights: /nope: no such file" in said
+    recipe = tokenizer_run.write_recipe(cluster)
+    for override in ("start_from=/nope", "loss.perceptual.backbone_weights=/nope"):
+        said = refused(cluster, "submit", recipe, "--job", "train-tokenizer", "--", override)
+        assert f"{override.split('=')[0]}: /nope: no such file" in said
+
+
+def test_overrides_stand_at_the_end(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "optim.base_lr=2e-4")
+    assert "unrecognized arguments: optim.base_lr=2e-4; put key=value words at the end, after --" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_tokenizers_batch_must_fit_the_ranks(cluster: Path) -> None:

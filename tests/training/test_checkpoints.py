@@ -34,6 +34,7 @@ from mepa_ds.engine.checkpoint_files import (
     clean,
     complete,
     digest,
+    export_checkpoint,
     find_damage,
     list_checkpoints,
     prune,
@@ -116,6 +117,17 @@ def test_every_byte_of_every_file_counts(folder: Path, tmp_path: Path) -> None:
             shutil.copytree(source, tmp_path / "copy")
             spoil(tmp_path / "copy" / name)
             assert find_damage(tmp_path / "copy") is not None, name
+
+
+def test_what_is_no_checkpoint_is_not_called_damaged(folder: Path, tmp_path: Path) -> None:
+    newest = folder / "whole/checkpoints" / checkpoint_name(12)
+    with pytest.raises(UserError, match=rf"whole: no checkpoint .*; the newest of this run is {newest}$"):
+        export_checkpoint(folder / "whole", tmp_path / "exported")
+    with pytest.raises(UserError, match="no checkpoint"):
+        export_checkpoint(tmp_path / "nowhere", tmp_path / "exported")
+    with pytest.raises(UserError, match="give at least one checkpoint, or the output_dir of a run"):
+        cli.main(["verify"])
+    assert not (tmp_path / "exported").exists()
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(folder: Path) -> None:
