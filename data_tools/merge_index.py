@@ -25,8 +25,8 @@ from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.index import (
+    FOREIGN,
     INDEX_NAME,
-    MadeBy,
     Member,
     ShardEntry,
     ShardIndex,
@@ -121,7 +121,7 @@ class Scan:
             shards=tuple(found[name].entry for name in names),
             members=members,
             classes=classes,
-            made_by=_FOREIGN,
+            made_by=FOREIGN,
         )
         if is_remote(self.shards):
             self.cache.of(urls).write(out)
@@ -148,16 +148,13 @@ class Scan:
         return directory, tars
 
 
-_FOREIGN = MadeBy(name="webdataset")
-
-
 def _check_foreign(directory: Path) -> None:
     """Refuses to replace the index of a set that this project's tools made, or are making."""
     if (directory / PLAN_NAME).exists():
         raise UserError(
             f"{directory}: holds a set that is not finished; run what writes it again, or `merge_index.py merge`"
         )
-    if (directory / INDEX_NAME).exists() and (index := ShardIndex.read(directory)).made_by != _FOREIGN:
+    if (directory / INDEX_NAME).exists() and (index := ShardIndex.read(directory)).made_by != FOREIGN:
         raise UserError(
             f"{directory}: holds {index.kind} made by {index.made_by.name!r}, whose index a scan would lose; "
             "use the set as it is, or check it with verify_shards.py"

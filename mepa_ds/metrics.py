@@ -16,13 +16,18 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl`, line by line, so a killed run keeps what it logged.
 
     A resumed run passes the step it continues from: records of later steps, which the killed run wrote after its
-    last checkpoint, are dropped, so that every step stands in the file once. None keeps all.
+    last checkpoint, are dropped, so that every step stands in the file once. None keeps all. `anew`: an event of that
+    step which is to be written again.
 
     What cannot be written (a full disk) is kept and tried again with the next record.
     """
 
-    def __init__(self, path: Path, resume_step: int | None = 0):
-        kept = [r for r in read_metrics(path) if resume_step is None or r.get("step", 0) <= resume_step]
+    def __init__(self, path: Path, resume_step: int | None = 0, anew: str | None = None):
+        kept = [
+            r
+            for r in read_metrics(path)
+            if resume_step is None or (r.get("step", 0), r.get("event") == anew) <= (resume_step, False)
+        ]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run

@@ -128,6 +128,19 @@ def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: list[float]
     assert small[1] > small[0] + 0.3  # of both starts
 
 
+def test_a_stage_with_half_of_its_results_starts_anew(small: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that finds its own state finished may not make again what was deleted."""
+    first, second, third = quickstart_module.STAGES
+    files = (Path("b"), Path("state"))
+    code = "from pathlib import Path; Path('state').exists() or (Path('state').touch(), Path('b').write_text('b'))"
+    second = replace(second, commands=(f"-c {shlex.quote(code)}",), outputs=files, results=files)
+    monkeypatch.setattr(quickstart_module, "STAGES", (first, second, third))
+    quickstart_module.main([])
+    Path("b").unlink()
+    quickstart_module.main([])
+    assert Path("b").read_text() == "b"
+
+
 def test_a_changed_recipe_is_not_skipped(
     small: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

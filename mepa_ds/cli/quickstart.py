@@ -117,7 +117,8 @@ def main(argv: list[str]) -> None:
         if spent[stage.name].done and all(path.exists() for path in stage.results):
             print(f"{place} {stage.name}: finished before, skipped", flush=True)
         else:
-            _forget(STAGES[number:], spent)
+            was_done = spent[stage.name].done  # and its results were removed since
+            _forget(STAGES[number - 1 if was_done else number :], spent)
             _run(stage, place, spent)
     _report(f"[{len(STAGES) + 1}/{len(STAGES) + 1}]", spent)
 
@@ -152,8 +153,6 @@ def _forget(stages: Sequence[Stage], spent: dict[str, Spent]) -> None:
 def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
     print(f"{place} {stage.name}: {stage.meaning}", flush=True)
     mine = spent[stage.name]
-    if mine.done:  # its results were removed since
-        mine = spent[stage.name] = Spent()
     mine.work = _work(stage)
     before, started = mine.seconds, time.perf_counter()
     for command in stage.commands:

@@ -116,12 +116,18 @@ def keys_digest(table: SampleTable) -> str:
     return hashlib.sha256(b"".join(key + b"\n" for key in table.keys_N.tolist())).hexdigest()
 
 
-def images_identity(index: ShardIndex) -> str:
-    """Names the content of an image set by its keys and sizes; the same with or without checksums in the index.
+FOREIGN = MadeBy(name="webdataset")
+"""Of shards that others made, where they lie: their index has checksums only if `merge_index.py scan` wrote one."""
 
-    Sets that are derived from it store this as `made_by.settings["images"]`.
+
+def images_identity(index: ShardIndex) -> str:
+    """Names the content of an image set: checksums, or keys and sizes of shards that others made.
+
+    Sets that are derived from it store this as `made_by.settings["images"]`. Keys and sizes do not tell the sets of
+    build_shards.py apart: keys there are numbers, and other labels or another order may have the same sizes.
     """
-    lines = [f"{shard.name} {shard.bytes} {shard.keys_sha256}\n" for shard in index.shards]
+    foreign = index.made_by == FOREIGN
+    lines = [f"{shard.name} {shard.bytes} {shard.keys_sha256 if foreign else shard.sha256}\n" for shard in index.shards]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mepa_ds.data.index import INDEX_NAME, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, read_table
+from mepa_ds.data.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardIndex, keys_digest, read_table
 from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places
@@ -98,8 +98,7 @@ class ShardSet:
             for path, table in zip(paths, tables, strict=True)
         ]
         members = {extension: Member() for table in tables for extension in table.extensions}
-        made_by = MadeBy(name="webdataset")
-        return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=made_by), tables
+        return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=FOREIGN), tables
 
     def key(self, sample: int) -> str:
         return self.keys(np.array([sample]))[0].decode()

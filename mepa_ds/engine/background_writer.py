@@ -1,4 +1,4 @@
-"""Writes tensors to disk while training goes on.
+"""Writes tensors to disk while training goes on, and waits for ranks that read there.
 
 The state is copied aside (the only time training stands still), then a thread writes it: all ranks their own pieces,
 then the main rank commits, so that the result appears complete or not at all. A failed write (a full disk) is
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from mepa_ds.engine.checkpoint_files import digest
 from mepa_ds.engine.fragment_store import Fragment, save_fragments
 
 Digests = dict[str, dict[str, Any]]
+FactT = TypeVar("FactT")
 _PROGRESS_KEY, _TOLD_EVERY_SECONDS = "checkpoint progress", 0.5
 
 
@@ -134,6 +135,30 @@ class BackgroundWriter:
             elif (count := self._progress.count()) != seen:
                 seen = count
                 on_progress()
+
+    def gather(self, action: Callable[[], FactT], on_progress: Callable[[], None] = lambda: None) -> list[FactT]:
+        """What `action` returns on each rank; until all are done calls `on_progress` when any rank has done some of it.
+
+        `action` tells of that by `note_progress`, and runs in a thread. Collective.
+        """
+        self.wait(on_progress)
+        own: list[FactT] = []
+        errors: list[Exception] = []
+        gathered: list[Any] = [None] * distributed.world_size()
+
+        def job() -> None:
+            try:
+                own.append(action())
+                dist.all_gather_object(gathered, own[0], group=self._group)
+            except Exception as error:
+                errors.append(error)
+
+        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
+        self._thread.start()
+        self.wait(on_progress)
+        if errors:
+            raise errors[0]
+        return gathered
 
     def written(self) -> list[Written]:
         """Jobs that have ended since the last call."""

@@ -127,7 +127,10 @@ class Checkpoints:
         """
         damaged: dict[Path, str] = {}
         for path in reversed(agreed(files.list_checkpoints(self.directory))):
-            damage = _first(files.find_damage(path, distributed.rank(), distributed.world_size(), on_progress))
+            look = partial(
+                files.find_damage, path, distributed.rank(), distributed.world_size(), self._writer.note_progress
+            )
+            damage = next((found for found in self._writer.gather(look, on_progress) if found is not None), None)
             if damage is not None:
                 damaged[path] = f"{path} is damaged ({damage})"
                 continue
@@ -194,13 +197,6 @@ def agreed(mine: FactT) -> FactT:
     shared = [mine]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
-
-
-def _first(mine: str | None) -> str | None:
-    """The first rank's message that is one."""
-    gathered: list[str | None] = [None] * distributed.world_size()
-    dist.all_gather_object(gathered, mine)
-    return next((message for message in gathered if message is not None), None)
 
 
 def _versions() -> dict[str, str]:

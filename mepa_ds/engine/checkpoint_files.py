@@ -65,6 +65,8 @@ class RunState:
     """fp16's dynamic loss scale."""
     data: dict[str, str] = field(default_factory=dict)
     """Identities of what the order and content of the samples depend on, by key of the recipe."""
+    heldout: str = ""
+    """Identity of the held-out tokens: `best_heldout_ce` is of them."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
     versions: dict[str, str] = field(default_factory=dict)

@@ -72,9 +72,12 @@ def _compile_blocks(transformer: NextScaleTransformer) -> None:
 
 
 class PretrainEngine:
-    """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine)."""
+    """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine).
 
-    def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device):
+    resumes: a checkpoint will be loaded, so that `config.init_weights` need not be there any more.
+    """
+
+    def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device, resumes: bool = False):
         self.device = device
         deepspeed_logger.setLevel(logging.ERROR)
         # On a CPU the shared-memory op would be compiled at start (33 s), and crash without g++.
@@ -90,7 +93,7 @@ class PretrainEngine:
         objective.to_empty(device=device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed)
-        if config.init_weights is not None:
+        if config.init_weights is not None and not resumes:
             load_initial_weights(objective.transformer, config.init_weights)
         if config.parallel.compile:
             _compile_blocks(objective.transformer)

@@ -1,43 +1,118 @@
-"""The run's output_dir before anything is trained: writable, seen by all ranks, without a killed run's leftovers."""
+"""A run's output_dir before anything is trained: writable, this run's alone, and seen by all ranks."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
 import socket
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.checkpoint_files import clean
 from mepa_ds.errors import UserError
-from mepa_ds.loops.recorder import check_output
+from mepa_ds.files import check_writable
+from mepa_ds.loops.recorder import check_packages
 
+LOCK_NAME = ".lock"
 # A network file system shows another node's new file late (NFS: up to its attribute cache's age).
 _VISIBLE_SECONDS = 5.0
+# A file system keeps the lock of a node that is lost for some time (NFS: a lease of 90 s).
+_LOST_NODE_SECONDS = 180.0
 
 
-def prepare_output(config: PretrainConfig) -> None:
-    """Raises UserError, on every rank, when the main rank cannot write there or another does not see it. Collective."""
+@contextmanager
+def prepared_output(config: PretrainConfig) -> Iterator[None]:
+    """The run's, within the context, and without a killed run's leftovers. Collective.
+
+    Raises:
+        UserError: on every rank, when the main rank cannot write there, another does not see it, or another start is
+            at work there.
+    """
+
+    def prepare() -> None:
+        check_packages(config)
+        clean(config.output_dir)
+        clean(config.output_dir / "checkpoints")
+
+    with owned(config.output_dir, prepare):
+        yield
+
+
+@contextmanager
+def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """A run's output_dir, in which the main rank has done `prepare`. Two starts would delete each other's files.
+
+    The lock is the main rank's process's: it ends with it, however it ends. Collective.
+
+    Raises:
+        UserError: on every rank, when another start is at work there, or a rank does not see the directory.
+    """
     error: UserError | None = None
+    lock: IO[bytes] | None = None
+    is_new = not directory.exists()
     if distributed.is_main():
         try:
-            check_output(config)
-            clean(config.output_dir)
-            clean(config.output_dir / "checkpoints")
+            check_writable(directory, "output_dir")
+            lock = _lock(directory / LOCK_NAME)
+            prepare()
         except UserError as raised:
             error = raised
-    distributed.agree(error)
-    if distributed.world_size() > 1:
-        _check_shared(config)
+    try:
+        distributed.agree(error)
+        if distributed.world_size() > 1:
+            _check_shared(directory)
+        yield
+    finally:
+        if lock is not None:
+            if is_new and os.listdir(directory) == [LOCK_NAME]:  # nothing came of it
+                (directory / LOCK_NAME).unlink()
+                directory.rmdir()
+            lock.close()
 
 
-def _check_shared(config: PretrainConfig) -> None:
-    """Every rank writes its part of a checkpoint: all must see the same directory."""
+def _lock(path: Path) -> IO[bytes]:
+    """Holds the lock until it is closed. A job that SLURM has requeued waits for a lost node's to expire."""
+    patience = _LOST_NODE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
+    end, told = time.monotonic() + patience, False
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            owner = file.read().decode().strip() or "an unknown process"
+            if time.monotonic() >= end:
+                file.close()
+                raise UserError(
+                    f"output_dir: {path.parent}: another start is at work there ({owner}); wait for it, stop it, or "
+                    "choose another output_dir"
+                ) from error
+            if not told:
+                log.note(f"waiting for {owner} to leave {path.parent}")
+                told = True
+            time.sleep(1)
+        except OSError:  # a file system without locks
+            return file
+    with suppress(OSError):  # a full disk is told of elsewhere
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
+
+
+def _check_shared(directory: Path) -> None:
+    """Every rank writes its part of a checkpoint, or reads one: all must see the same directory."""
     name = [f".probe.{secrets.token_hex(4)}"]
     dist.broadcast_object_list(name, src=0)
-    probe = config.output_dir / name[0]
+    probe = directory / name[0]
     if distributed.is_main():
         probe.write_text("")
     dist.barrier()
@@ -47,7 +122,7 @@ def _check_shared(config: PretrainConfig) -> None:
     error: UserError | None = None
     if not probe.exists():
         error = UserError(
-            f"output_dir: {config.output_dir}: node {socket.gethostname()} does not see what rank 0 writes there; "
+            f"output_dir: {directory}: node {socket.gethostname()} does not see what rank 0 writes there; "
             "it must lie on a file system that all nodes share"
         )
     try:

@@ -16,8 +16,8 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.checkpoint import Loaded
-from mepa_ds.engine.checkpoint_files import RunState
+from mepa_ds.engine.checkpoint import Loaded, agreed
+from mepa_ds.engine.checkpoint_files import RunState, list_checkpoints
 from mepa_ds.engine.engine import PretrainEngine, StepReport
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
@@ -26,7 +26,7 @@ from mepa_ds.loops.failures import reporting
 from mepa_ds.loops.guards import BadSteps, Watchdog
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.online import OnlineSets
-from mepa_ds.loops.output import prepare_output
+from mepa_ds.loops.output import prepared_output
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import any_nonfinite
 from mepa_ds.loops.sample_grids import SampleGrids
@@ -35,7 +35,7 @@ from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.start_record import record_start
 from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, undisturbed
-from mepa_ds.loops.training_data import Loader, data_identity, open_checked
+from mepa_ds.loops.training_data import Loader, data_identity, heldout_identity, open_checked
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -57,15 +57,15 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
         with undisturbed():
             device = distributed.start(launch)
         sets = open_checked(config)
-        prepare_output(config)
-        run = PretrainRun(config, sets, device, requests)
-        run.resume()
-        try:
-            return run.train()
-        except UserError as error:
-            if error.agreed or launch.world_size == 1:  # all ranks come here, so what is being written can be finished
-                run.saver.settle(run.state)
-            raise
+        with prepared_output(config):
+            run = PretrainRun(config, sets, device, requests)
+            run.resume()
+            try:
+                return run.train()
+            except UserError as error:
+                if error.agreed or launch.world_size == 1:  # all ranks come here: what is being written can be finished
+                    run.saver.settle(run.state)
+                raise
 
     return reporting(config.output_dir, run_to_the_end)
 
@@ -85,13 +85,14 @@ class PretrainRun:
         self._sets = sets
         self.num_samples, self._teacher_width = sets.num_samples, sets.feature_width
         self._memory_before = peak_memory_bytes()
-        self.engine = PretrainEngine(config, sets.feature_width, device)
+        resumes = agreed(bool(list_checkpoints(config.output_dir / "checkpoints")))
+        self.engine = PretrainEngine(config, sets.feature_width, device, resumes)
         quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
         self.inputs = InputMaker(config.model, quantizer, config.seed, device)
         self.watchdog = Watchdog(config.guards.hang_timeout, config.output_dir)
         self.saver = RunSaver(config, self.engine, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
-        self.state = RunState(data=data_identity(config, sets), recipe=recipe)
+        self.state = RunState(data=data_identity(config, sets), heldout=heldout_identity(config), recipe=recipe)
         self.grids: SampleGrids | None = None
         if config.log.sample_every is not None:
             samples = config.output_dir / "samples"
@@ -104,8 +105,11 @@ class PretrainRun:
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
         loaded = self.saver.load_newest(self.state.data)
+        heldout_changed = loaded is not None and loaded.state.heldout not in ("", self.state.heldout)
         if loaded is not None:
             self._take_up(loaded.state)
+        if heldout_changed:
+            self.state.best_heldout_ce = float("inf")
         self.bad_steps.total = self.state.skipped_steps
         if not distributed.is_main():
             return
@@ -117,6 +121,9 @@ class PretrainRun:
         record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts)
         if loaded is not None:
             self._warn_of_damage(loaded)
+            if heldout_changed:
+                line = "data.heldout_tokens has changed: what scored best on the old ones is no longer compared with"
+                self.recorder.warn("heldout_changed", self.state.step, line)
             self.recorder.say(f"resumed from {loaded.path} at step {self.state.step} of {self.num_steps}")
 
     def _warn_of_damage(self, loaded: Loaded) -> None:
@@ -126,7 +133,7 @@ class PretrainRun:
 
     def _take_up(self, state: RunState) -> None:
         """A checkpoint's place in the run, under today's recipe (whose length and logging may have changed)."""
-        state.recipe = self.state.recipe
+        state.recipe, state.heldout = self.state.recipe, self.state.heldout
         self.state = state
 
     def train(self) -> bool:

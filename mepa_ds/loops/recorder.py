@@ -16,7 +16,7 @@ from tqdm import tqdm
 from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, write_json, write_text
+from mepa_ds.files import write_json, write_text
 from mepa_ds.memory import peak_resident_bytes
 from mepa_ds.metrics import MetricsWriter, read_metrics
 
@@ -29,9 +29,8 @@ def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
     write_json(output_dir / "status.json", {"state": state, **facts})
 
 
-def check_output(config: PretrainConfig) -> None:
-    """Raises UserError when the run could not write its results."""
-    check_writable(config.output_dir, "output_dir")
+def check_packages(config: PretrainConfig) -> None:
+    """Raises UserError when what the recipe wants recorded needs a package that is not there."""
     if config.log.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401

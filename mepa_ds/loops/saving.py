@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mepa_ds import distributed
-from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.pretrain import PretrainConfig, PretrainTrainConfig
 from mepa_ds.engine.background_writer import Written
 from mepa_ds.engine.checkpoint import Checkpoints, Loaded, agreed
 from mepa_ds.engine.checkpoint_files import WEIGHTS_FACTS_NAME, RunState, list_checkpoints, step_of, step_of_weights
@@ -19,7 +19,7 @@ class RunSaver:
     """Made on every rank; all but `last_step_saved` is collective."""
 
     def __init__(self, config: PretrainConfig, engine: PretrainEngine, on_progress: Callable[[], None]):
-        self._output, self._on_progress = config.output_dir, on_progress
+        self._output, self._train, self._on_progress = config.output_dir, config.train, on_progress
         log = config.log
         self._checkpoints = Checkpoints(engine, config.output_dir / "checkpoints", log.keep_checkpoints, log.keep_every)
         self._last = {"last": MASTER} | ({"last_ema": EMA} if config.optim.ema else {})
@@ -35,6 +35,8 @@ class RunSaver:
         number are to replace them, also when this start does not come to that.
         """
         loaded = self._checkpoints.load_newest(data, self._on_progress)
+        if loaded is not None:
+            _check_length(self._train, loaded)
         step = 0 if loaded is None else loaded.state.step
         for name in self._last if distributed.is_main() else ():
             if (step_of_weights(self._output / name) or 0) > step:
@@ -110,3 +112,14 @@ class RunSaver:
     def last_step_saved(self) -> int | None:
         """The newest checkpoint's."""
         return next((step_of(path) for path in list_checkpoints(self._checkpoints.directory)[-1:]), None)
+
+
+def _check_length(train: PretrainTrainConfig, loaded: Loaded) -> None:
+    """Raises UserError, on every rank, when the length of a half-finished run would be another one."""
+    theirs = loaded.state.recipe["train"]["global_batch"]
+    if train.steps is None and theirs != train.global_batch:
+        raise UserError(
+            f"train.global_batch: {theirs} in {loaded.path}, {train.global_batch} now: a length in epochs or samples "
+            "has another number of steps then, and some are done already; restore it, or give train.steps",
+            agreed=True,
+        )

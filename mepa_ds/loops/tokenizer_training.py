@@ -6,13 +6,13 @@ The output directory holds `config.json` and `model.safetensors` (Tokenizer.load
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from mepa_ds import distributed
@@ -23,9 +23,11 @@ from mepa_ds.data.in_step import in_step
 from mepa_ds.data.index import images_identity
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, write_text, write_torch
+from mepa_ds.files import write_text
+from mepa_ds.loops.output import owned
 from mepa_ds.loops.recorder import RunStatus, write_status
 from mepa_ds.loops.stopping import Agreement, StopRequests, undisturbed
+from mepa_ds.loops.tokenizer_checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
 from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
@@ -33,15 +35,7 @@ from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.metrics import MetricsWriter
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
-from mepa_ds.weights import load_strict, read_torch_file
-
-CHECKPOINT_NAME = "checkpoint.pt"
-_KEYS = (
-    "step", "position", "tokenizer", "optimizer", "usage", "adversary", "record", "num_replaced", "unevaluated",
-    "images", "config",
-)  # fmt: skip
-# A resumed run may change how it runs and how long, not what it computes.
-_FIXED = ("seed", "tokenizer", "loss", "codebook", "optim", "precision")
+from mepa_ds.weights import WEIGHTS_NAME, load_strict
 
 
 def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> bool:
@@ -56,9 +50,16 @@ def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> 
     config.check_world(launch.world_size)
     with undisturbed():
         device = distributed.start(launch)
+    with owned(config.output_dir):
+        return _train(config, device, requests)
+
+
+def _train(config: TokenizerTrainingConfig, device: torch.device, requests: StopRequests) -> bool:
     start = _agree_on_start(config, device)
     trainer = start.trainer
     if trainer.step_index >= trainer.num_steps:
+        if distributed.is_main() and not (config.output_dir / WEIGHTS_NAME).exists():
+            trainer.tokenizer.save_pretrained(config.output_dir)
         _say(f"tokenizer: {config.output_dir} is finished ({trainer.step_index} steps); nothing to do")
         return True
     if trainer.step_index:
@@ -89,8 +90,10 @@ class _Loop:
         # damaged images since the last record, on this rank
         self.num_replaced = start.num_replaced if distributed.is_main() else 0
         # rank 0 alone writes
-        path = config.output_dir / "metrics.jsonl"
-        self.writer = MetricsWriter(path, self.trainer.step_index) if distributed.is_main() else None
+        self.writer: MetricsWriter | None = None
+        if distributed.is_main():
+            anew = "heldout" if start.unevaluated else None
+            self.writer = MetricsWriter(config.output_dir / "metrics.jsonl", self.trainer.step_index, anew)
 
     def run(self, unevaluated: bool) -> bool:
         """Whether the run is finished. unevaluated: the step it begins at is to be evaluated first."""
@@ -194,15 +197,10 @@ class _Loop:
         state = {**self.trainer.state_dict(), "num_replaced": self._all_replaced(), "unevaluated": unevaluated}
         error: UserError | None = None
         if distributed.is_main():
-            state |= {"config": self.config.model_dump_json(), "images": self.images}
-            path = self.config.output_dir / CHECKPOINT_NAME
             try:
-                write_torch(path, state)
-            except OSError as failure:
-                error = UserError(
-                    f"{path}: could not be written ({failure.strerror or failure}); make room and start again: "
-                    "what was there before is kept"
-                )
+                write_checkpoint(self.config, state | {"images": self.images})
+            except UserError as failure:
+                error = failure
         distributed.agree(error)
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
@@ -218,12 +216,18 @@ def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _S
     error: UserError | None = None
     try:
         start = _start(config, device)
-        if distributed.is_main():
-            check_writable(config.output_dir, "output_dir")
     except UserError as found:
         error = found
     distributed.agree(error)
     assert start is not None
+    steps = [0] * distributed.world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(steps, start.trainer.step_index)
+    if len(set(steps)) > 1:  # a network file system shows another node's new file late
+        raise UserError(
+            f"output_dir: {config.output_dir}: ranks found checkpoints of steps {sorted(set(steps))}; start again",
+            agreed=True,
+        )
     return start
 
 
@@ -241,7 +245,7 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
             )
     torch.manual_seed(config.seed)
     tokenizer = Tokenizer(config.tokenizer)
-    checkpoint = _read_checkpoint(config, images)
+    checkpoint = read_checkpoint(config, images)
     if checkpoint is None and config.start_from is not None:
         _start_from(tokenizer, config.start_from)
     trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(len(shards)), device)
@@ -254,32 +258,6 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
     source = Tokenizer.open(path, tokenizer.config.scales)
     load_strict(tokenizer, source.state_dict(), f"start_from: {path}")
-
-
-def _read_checkpoint(config: TokenizerTrainingConfig, images: str) -> dict[str, Any] | None:
-    path = config.output_dir / CHECKPOINT_NAME
-    if not path.exists():
-        return None
-    checkpoint: dict[str, Any] = read_torch_file(path, "Remove it to start anew")
-    if not isinstance(checkpoint, dict) or (lost := [key for key in _KEYS if key not in checkpoint]):
-        found = f"no {', '.join(lost)} in it" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
-        raise UserError(f"{path}: not a checkpoint of this program ({found}); remove it to start anew")
-    old, new = json.loads(checkpoint["config"]), json.loads(config.model_dump_json())
-    changed = [key for key in _FIXED if old.get(key) != new[key]]
-    if old["train"]["global_batch"] != new["train"]["global_batch"]:
-        changed.append("train.global_batch")
-    if checkpoint["images"] != images:
-        raise UserError(
-            f"{path} was made from other images ({checkpoint['images']}) than those of data.images: "
-            f"{config.data.images} ({images}). Give those again to resume, or another output_dir (with start_from: "
-            f"{config.output_dir} to go on from a finished run's weights)"
-        )
-    if changed:
-        raise UserError(
-            f"{path} was made by another recipe: {', '.join(changed)} changed since (its recipe is in resolved.yaml). "
-            "Change it back to resume, or give another output_dir"
-        )
-    return checkpoint
 
 
 def _say(message: str) -> None:

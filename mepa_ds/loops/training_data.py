@@ -83,6 +83,12 @@ def data_identity(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> di
     return identity
 
 
+def heldout_identity(config: PretrainConfig) -> str:
+    """Of the set that held-out scores are of; empty without one."""
+    path = config.data.heldout_tokens
+    return "" if path is None else _set_identity(ShardSet(path, "data.heldout_tokens"))
+
+
 def _set_identity(shards: ShardSet) -> str:
     """Readable in a message, and different for different content."""
     index = shards.index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def picture(number: int, height: int = SIDE, width: int = SIDE) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)).resize((width, height))
 
 
-def write_images(directory: Path, height: int = SIDE, width: int = SIDE, damaged: int | None = None) -> Path:
+def write_images(
+    directory: Path, height: int = SIDE, width: int = SIDE, damaged: int | None = None, first_label: int = 0
+) -> Path:
     names = tuple(f"shard-{number:06d}.tar" for number in range(len(SHARD_SIZES)))
     plan = Plan(kind="images", shard_names=names, classes=("a", "b"), made_by=MadeBy(name="test"))
     writer, number = ShardWriter(directory, plan), 0
@@ -53,7 +56,7 @@ def write_images(directory: Path, height: int = SIDE, width: int = SIDE, damaged
             buffer = io.BytesIO()
             picture(number, height, width).save(buffer, "png")
             data = b"not an image" if number == damaged else buffer.getvalue()
-            samples.append((f"n{number:04d}", {"png": data, "cls": str(number % 2).encode()}))
+            samples.append((f"n{number:04d}", {"png": data, "cls": str((number + first_label) % 2).encode()}))
             number += 1
         writer.write_shard(name, samples)
     writer.finish()
@@ -325,6 +328,19 @@ def test_tokens_of_another_tokenizer_are_not_mixed_in(images: Path, tokenizer: P
     Tokenizer(Tokenizer.load(tokenizer).config).save_pretrained(other)
     with pytest.raises(UserError, match=r"made with other settings \(made_by\.identity"):
         Tokens(images, other, run=RUN)()
+
+
+def test_images_with_other_labels_are_other_images(images: Path, tokenizer: Path, teacher: Path) -> None:
+    """Their keys and sizes are the same, so that tokens with the old labels would be kept."""
+    Tokens(images, tokenizer, run=RUN)()
+    shutil.rmtree(images)
+    write_images(images, first_label=1)
+    with pytest.raises(UserError, match=r"made with other settings \(made_by\.settings\.images"):
+        Tokens(images, tokenizer, run=RUN)()
+    features = images.with_name("images.features-patch-pca")
+    Features(images, "patch-pca", str(teacher), run=RUN)()
+    with pytest.raises(UserError, match="are not made from the same images in the same order"):
+        open_training_sets(images.with_name(f"images.tokens-{tokenizer.name}"), features)
 
 
 def test_a_basis_of_another_teacher_is_refused(images: Path, teacher: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from PIL import Image
 
 from mepa_ds.errors import UserError
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
+from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
+from mepa_ds.loops.tokenizer_training import train_tokenizer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
 from tests.tiny_run import ROOT, free_port, launch
@@ -79,6 +81,33 @@ def test_resume_equals_an_uninterrupted_run(
 
     tiny.train(folder, *settings)
     assert "is finished (8 steps); nothing to do" in capsys.readouterr().out
+
+
+def test_weights_that_were_deleted_are_made_again(folder: Path) -> None:
+    tiny.train(folder)
+    weights = folder / "run/model.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    tiny.train(folder)
+    assert weights.read_bytes() == before
+
+
+def test_an_evaluation_that_is_done_again_stands_there_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked to stop at step 3, where an evaluation is due; the next start evaluates, and dies before it saves."""
+    asked = tiny.Never()
+    step = TokenizerTrainer.step
+
+    def stopped_at_three(self: TokenizerTrainer, batches: Any) -> None:
+        step(self, batches)
+        asked.reason = "SIGUSR1" if self.step_index == 3 else None  # type: ignore[assignment]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerTrainer, "step", stopped_at_three)
+        assert not train_tokenizer(tiny.config(folder), asked)  # type: ignore[arg-type]
+    tiny.train_and_kill(folder, monkeypatch)
+    assert [record["step"] for record in records(folder / "run", "heldout")] == [3]
+    tiny.train(folder)
+    assert [record["step"] for record in records(folder / "run", "heldout")] == [3, 6]
 
 
 def test_a_record_is_of_all_its_steps_after_a_resume(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,20 @@ def test_exit_status_and_help(folder: Path) -> None:
     assert "optim.lr=" not in text
 
 
+def test_ranks_that_do_not_share_an_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume would have rank 0 at the checkpoint's step and the others at the first."""
+    tiny.train_and_kill(folder, monkeypatch)
+    script = tiny.write_script(folder)
+    apart = f"import os; os.environ['RANK'] == '1' and (os.makedirs('{folder}/b'), os.chdir('{folder}/b'))\n"
+    script.write_text(apart + script.read_text())
+    monkeypatch.chdir(folder)
+    recipe = tiny.write_recipe(folder, "output_dir=run")
+    result = launch([str(recipe)], ranks=2, script=script)
+    assert result.returncode != 0
+    assert result.stderr.count("does not see what rank 0 writes there") == 1
+    assert not list(folder.glob("*/run/.probe*"))
+
+
 def test_an_output_that_cannot_be_written(folder: Path) -> None:
     (folder / "a_file").write_text("")
     with pytest.raises(UserError, match=r"output_dir: .*a_file/run: cannot write there: Not a directory; make room"):
@@ -123,4 +137,4 @@ def test_a_disk_that_fills_up_in_the_middle(folder: Path, monkeypatch: pytest.Mo
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert checkpoint.read_bytes() == before
-    assert not list((folder / "run").glob(".*"))
+    assert not list((folder / "run").glob("*.tmp"))

@@ -43,7 +43,7 @@ from mepa_ds.engine.checkpoint_files import (
 )
 from mepa_ds.engine.fragment_store import Fragment, load_fragments, read_tensors
 from mepa_ds.errors import UserError
-from mepa_ds.loops.output import prepare_output
+from mepa_ds.loops.output import prepared_output
 from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
@@ -463,8 +463,9 @@ def test_a_disk_that_is_full_is_found_before_training(folder: Path) -> None:
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
     try:
-        with pytest.raises(UserError, match=r"full_before: cannot write there: .*; make room, or choose another one"):
-            prepare_output(config)
+        message = r"full_before: cannot write there: .*; make room, or choose another one"
+        with pytest.raises(UserError, match=message), prepared_output(config):
+            pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert not list((folder / "full_before").iterdir())
