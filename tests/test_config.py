@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mepa_ds.config.base import apply_overrides, describe, dump_yaml, load_config, parse_yaml, read_yaml, validate
 from mepa_ds.config.model import ModelConfig
@@ -89,6 +90,15 @@ def test_yaml_errors_name_the_file(tmp_path: Path) -> None:
 def test_a_key_that_is_given_twice_is_no_yaml(text: str) -> None:
     with pytest.raises(UserError, match=r"recipe: not valid YAML: '(train|steps)' is given twice\s+in .*, line 3"):
         parse_yaml(text, "recipe")
+
+
+def test_merged_mappings_may_have_the_same_keys() -> None:
+    text = "a: &a {x: 1, y: 2}\nouter:\n  inner: &b\n    <<: *a\n    x: 3\nc:\n  <<: *b\n  z: 5\nd: {<<: *a, y: 0}"
+    data = parse_yaml(text, "test")
+    assert data == yaml.safe_load(text)
+    assert data["outer"]["inner"] == {"x": 3, "y": 2}
+    assert data["d"] == {"x": 1, "y": 0}
+    assert parse_yaml("", "test") is None
 
 
 def test_the_resolved_config_is_a_recipe_again(tmp_path: Path) -> None:

@@ -32,18 +32,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means. A key that is
-    given twice is an error: PyYAML takes the last one, and with it drops a whole section without a word.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means."""
 
 
 _Yaml12Loader.add_implicit_resolver(
@@ -67,10 +56,34 @@ def read_text(path: Path, what: str) -> str:
 
 
 def parse_yaml(text: str, where: str) -> Any:
+    """Raises UserError for what is no YAML, and for keys that are given twice: PyYAML takes the last one, and with it
+    drops a whole section without a word.
+    """
     try:
-        return yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader
+        loader = _Yaml12Loader(text)
+        node = loader.get_single_node()
+        _refuse_repeated_keys(node, set())
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {error}") from error
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, visited: set[int]) -> None:
+    """As they are written: merged mappings (<<) may have the same keys."""
+    if node is None or id(node) in visited:  # an anchor's node stands at its aliases too
+        return
+    visited.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_repeated_keys(item, visited)
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+            _refuse_repeated_keys(value, visited)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

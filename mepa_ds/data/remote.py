@@ -54,6 +54,11 @@ class RemoteShards(Section):
     window: int
     """Shards that samples are shuffled over."""
 
+    @property
+    def directory(self) -> str:
+        """`cache`, expanded as far as variables are set here."""
+        return os.path.expandvars(self.cache.replace("$TMPDIR", tempfile.gettempdir()))
+
     @classmethod
     def read(cls, directory: Path) -> RemoteShards | None:
         path = directory / REMOTE_NAME
@@ -215,7 +220,7 @@ class ShardCache:
 
 def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: str) -> Path:
     """Of this set's content alone: other sets, and older versions at the same URLs, have shards of the same names."""
-    text = os.path.expandvars(remote.cache.replace("$TMPDIR", tempfile.gettempdir()))
+    text = remote.directory
     if "$" in text:
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
     content = "\n".join([*remote.urls, *(entry.sha256 for entry in entries)])

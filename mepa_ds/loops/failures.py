@@ -18,6 +18,7 @@ from mepa_ds import distributed, log
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.loops.recorder import write_status
+from mepa_ds.loops.run_lock import is_held
 
 ResultT = TypeVar("ResultT")
 # A rank that loses its peers learns of it before the peer's report is on disk.
@@ -35,7 +36,7 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
     """
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
-    if launch.is_main:  # before it meets the others, so before any of them can claim it
+    if launch.is_main and not is_held(output_dir):  # before it meets the others, so before any of them can claim it
         with suppress(OSError):
             _claim_path(directory).unlink()
     if launch.world_size > 1:
@@ -44,7 +45,7 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     try:
         return body()
     except UserError as error:
-        if launch.is_main and output_dir.is_dir():
+        if launch.is_main and output_dir.is_dir() and not is_held(output_dir):  # then it is another start's to say
             with suppress(OSError):
                 write_status(output_dir, "failed", error=str(error))
         raise

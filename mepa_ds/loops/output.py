@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import socket
@@ -10,22 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
 
 import torch.distributed as dist
 
-from mepa_ds import distributed, log
+from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.checkpoint_files import clean
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable
 from mepa_ds.loops.recorder import check_packages
+from mepa_ds.loops.run_lock import LOCK_NAME, RunLock
 
-LOCK_NAME = ".lock"
 # A network file system shows another node's new file late (NFS: up to its attribute cache's age).
 _VISIBLE_SECONDS = 5.0
-# A file system keeps the lock of a node that is lost for some time (NFS: a lease of 90 s).
-_LOST_NODE_SECONDS = 180.0
 
 
 @contextmanager
@@ -50,18 +46,17 @@ def prepared_output(config: PretrainConfig) -> Iterator[None]:
 def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iterator[None]:
     """A run's output_dir, in which the main rank has done `prepare`. Two starts would delete each other's files.
 
-    The lock is the main rank's process's: it ends with it, however it ends. Collective.
+    Collective.
 
     Raises:
         UserError: on every rank, when another start is at work there, or a rank does not see the directory.
     """
     error: UserError | None = None
-    lock: IO[bytes] | None = None
-    is_new = not directory.exists()
+    lock, is_new = RunLock(directory), not directory.exists()
     if distributed.is_main():
         try:
             check_writable(directory, "output_dir")
-            lock = _lock(directory / LOCK_NAME)
+            lock.take()
             prepare()
         except UserError as raised:
             error = raised
@@ -71,41 +66,12 @@ def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iter
             _check_shared(directory)
         yield
     finally:
-        if lock is not None:
-            if is_new and os.listdir(directory) == [LOCK_NAME]:  # nothing came of it
-                (directory / LOCK_NAME).unlink()
-                directory.rmdir()
-            lock.close()
-
-
-def _lock(path: Path) -> IO[bytes]:
-    """Holds the lock until it is closed. A job that SLURM has requeued waits for a lost node's to expire."""
-    patience = _LOST_NODE_SECONDS if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else 0.0
-    end, told = time.monotonic() + patience, False
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError) as error:
-            file.seek(0)
-            owner = file.read().decode().strip() or "an unknown process"
-            if time.monotonic() >= end:
-                file.close()
-                raise UserError(
-                    f"output_dir: {path.parent}: another start is at work there ({owner}); wait for it, stop it, or "
-                    "choose another output_dir"
-                ) from error
-            if not told:
-                log.note(f"waiting for {owner} to leave {path.parent}")
-                told = True
-            time.sleep(1)
-        except OSError:  # a file system without locks
-            return file
-    with suppress(OSError):  # a full disk is told of elsewhere
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    return file
+        if distributed.is_main():
+            lock.release()
+            with suppress(OSError):
+                if is_new and os.listdir(directory) == [LOCK_NAME]:  # nothing came of it
+                    (directory / LOCK_NAME).unlink()
+                    directory.rmdir()
 
 
 def _check_shared(directory: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from mepa_ds.config.base import Section
@@ -73,28 +73,42 @@ def check_exists(name: str, path: Path) -> None:
         raise UserError(f"{name}: {path}: no such file or directory; make it first, or name another")
 
 
-def check_data(config: Section, made_before: Container[str], looked_at: set[str]) -> None:
-    """What the job itself would say of its shard sets. Those that earlier jobs make (`made_before`) are not looked at.
+def is_there(path: Path) -> bool:
+    """Whether a file, or a directory that no job is still filling."""
+    from mepa_ds.data.writer import PLAN_NAME
+
+    return (ROOT / path).exists() and not (ROOT / path / PLAN_NAME).exists()
+
+
+def check_data(config: Section, made_before: Set[str], looked_at: set[str]) -> None:
+    """What the job itself would say of its shard sets. Those that earlier jobs make (`made_before`) are not looked at,
+    nor those whose cache has a place on the nodes only.
 
     Runs of a study share their data, and `looked_at`.
 
     Raises:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
     """
+    from mepa_ds.data.remote import RemoteShards
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.loops.online import open_images
     from mepa_ds.loops.training_data import open_sets
 
+    def ready(*keys: str) -> bool:
+        paths = [getattr(config.data, key.removeprefix("data."), None) for key in keys if key.startswith("data.")]  # type: ignore[attr-defined]
+        remotes = [RemoteShards.read(path) for path in paths if path is not None]
+        return made_before.isdisjoint(keys) and not any(remote and "$" in remote.directory for remote in remotes)
+
     if isinstance(config, TokenizerTrainingConfig):
         for key, path in (("data.images", config.data.images), ("data.heldout_images", config.data.heldout_images)):
-            if path is not None and key not in made_before:
+            if path is not None and ready(key):
                 ShardSet(path, key)
     elif isinstance(config, PretrainConfig):
-        if config.data.images is not None and "data.images" not in made_before:
+        if config.data.images is not None and ready("data.images"):
             open_images(config)
         keys = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens")
         facts = config.model_dump_json(include={"tokenizer": True, "data": True, "model": _DECIDES_TOKENS})
-        if config.data.tokens is not None and facts not in looked_at and not any(key in made_before for key in keys):
+        if config.data.tokens is not None and facts not in looked_at and ready(*keys):
             open_sets(config)
             looked_at.add(facts)
 

@@ -22,7 +22,7 @@ from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
-from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.recipe_value import recipe_paths, recipe_value
 from mepa_ds.slurm.submit import (
     Request,
     cancelled_on_error,
@@ -170,15 +170,20 @@ def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) ->
     images = {"data.images", "data.heldout_images"} if config.shards else set()
     sets = images | ({"data.tokens", "data.heldout_tokens", "data.features"} if config.precompute else set())
     tokenizer = {"tokenizer"} if config.tokenizer else set()
-    check_recipe(request, profile, made_before=sets | tokenizer)
     if config.tokenizer is not None:
         training = _request(config.tokenizer, "train-tokenizer")
         check_recipe(training, profile, made_before=images)
         made.append(output_dir(training))
+
+    def is_made(path: Path) -> bool:
+        return any((ROOT / path).is_relative_to(place) for place in made)
+
+    others = {key for key, path in recipe_paths(request.recipe, request.overrides) if is_made(path)}
+    check_recipe(request, profile, made_before=sets | tokenizer | others)
     for array in _array_stages(config):
         for name, path in _paths(array):
             check_paths(profile, [(name, path)])
-            if name != "--out" and not any((ROOT / path).is_relative_to(place) for place in made):
+            if name != "--out" and not is_made(path):
                 check_exists(name, path)
     if config.samples is not None and config.samples.evaluate is not None:
         for name, path in config.samples.evaluate:

@@ -29,8 +29,12 @@ PATH_KEYS = (
 
 
 def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
-    """(key, path) of all that a run reads; not weights that timm is to download."""
+    """(key, path) of all that a run reads; not weights that timm is to download, nor what a resumed run began with."""
+    run = Path(str(recipe_value("output_dir", recipe, overrides)))
+    resumes = (run / "checkpoint.pt").exists() or any((run / "checkpoints").glob("step_*"))
     for key in PATH_KEYS:
+        if resumes and key in ("init_weights", "start_from"):
+            continue
         value = recipe_value(key, recipe, overrides)
         if isinstance(value, str) and (key, value) != ("data.teacher.weights", "hub"):
             yield key, Path(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,15 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
-from mepa_ds.slurm.checks import check_data, check_exists, check_nodes, check_partition, check_paths, check_plan
+from mepa_ds.slurm.checks import (
+    check_data,
+    check_exists,
+    check_nodes,
+    check_partition,
+    check_paths,
+    check_plan,
+    is_there,
+)
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -106,7 +114,7 @@ def output_dir(request: Request) -> Path:
 
 
 def check_recipe(
-    request: Request, profile: Profile, made_before: Container[str] = (), looked_at: set[str] | None = None
+    request: Request, profile: Profile, made_before: Set[str] = frozenset(), looked_at: set[str] | None = None
 ) -> None:
     """Validates a recipe, its data, and its plan against the allocation.
 
@@ -117,6 +125,9 @@ def check_recipe(
     world_size = request.nodes * profile.gpus_per_node
     paths = list(recipe_paths(request.recipe, request.overrides))
     check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", output_dir(request)), *paths])
+    if later := [name for name, path in paths if request.after and not is_there(path)]:
+        print(f"not there yet, left to job {', '.join(request.after)}: {', '.join(later)}")
+        made_before = made_before | set(later)
     for name, path in paths:
         if name not in made_before:
             check_exists(name, path)

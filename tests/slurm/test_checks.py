@@ -13,6 +13,7 @@ import yaml
 from mepa_ds.cli.slurm import check_words, main
 from mepa_ds.config.base import apply_overrides, dump_yaml, load_config
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.remote import RemoteShards
 from mepa_ds.errors import UserError
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_plan
@@ -302,6 +303,45 @@ def test_what_the_job_would_say_of_its_data_is_said_at_once(cluster: Path, overr
     (cluster / "run").mkdir()
     said = refused(cluster, "submit", cluster / "recipe.yaml", "--", override.format(cluster))
     assert message.format(cluster) in said
+
+
+def test_what_a_run_began_with_may_be_gone(cluster: Path) -> None:
+    """pretrain.py does without it once there is a checkpoint."""
+    (cluster / "run/checkpoints/step_00000004").mkdir(parents=True)
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "--", "init_weights=/gone")
+    tokenizer_run.make_data(cluster)
+    recipe = tokenizer_run.write_recipe(cluster)
+    (cluster / "run/checkpoint.pt").touch()
+    mepa(cluster, "submit", recipe, "--job", "train-tokenizer", "--dry-run", "--", "start_from=/gone")
+
+
+def test_what_another_job_makes_need_not_be_there(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cluster / "written.tokens").mkdir()
+    (cluster / "written.tokens/index.plan.json").touch()
+    words = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
+    mepa(cluster, *words, "init_weights=/later/last", f"data.tokens={cluster}/written.tokens")
+    assert "not there yet, left to job 4711: data.tokens, init_weights" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.tokens: .* holds features"):
+        mepa(cluster, *words, f"data.tokens={cluster}/train.features")
+
+
+def test_a_cache_on_the_nodes_is_not_looked_for(cluster: Path) -> None:
+    urls = tuple(map(str, sorted((cluster / "train.tokens").glob("*.tar"))))
+    remote = RemoteShards(urls=urls, cache="$OF_THE_JOB/shards", cache_gigabytes=1.0, window=1)
+    remote.write(cluster / "train.tokens")
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run")
+
+
+def test_a_pipeline_may_make_an_online_runs_teacher(cluster: Path) -> None:
+    tokenizer_run.make_data(cluster)
+    values = yaml.safe_load((cluster / "recipe.yaml").read_text())
+    online = [f"data.images={cluster}/images", "data.tokens=null", "data.features=null", "data.teacher.name=patch-pca"]
+    values = apply_overrides(values, [*online, f"data.teacher.weights={cluster}/teacher", "data.heldout_tokens=null"])
+    (cluster / "recipe.yaml").write_text(yaml.safe_dump(values))
+    teacher = {"commands": [f"fit-teacher patch-pca {cluster}/images --out {cluster}/teacher"]}
+    with pytest.raises(UserError, match=r"data\.teacher\.weights: .*teacher: no such file"):
+        mepa(cluster, "pipeline", pipeline(cluster), "--dry-run")
+    mepa(cluster, "pipeline", pipeline(cluster, teacher=teacher), "--dry-run")
 
 
 def test_weights_that_a_recipe_reads_must_be_there(cluster: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 
 from mepa_ds.engine import checkpoint_files
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
+from mepa_ds.loops import run_lock
 from mepa_ds.metrics import read_metrics
 from tests.tiny_run import make_run, make_sets
 from tests.training.ranks import Ranks, finish, last_step, wait_for_step
@@ -48,6 +50,7 @@ def test_two_starts_do_not_share_an_output(folder: Path) -> None:
         pid = first.processes[0].pid
         assert f"{folder}/shared: another start is at work there (process {pid} on " in message
         assert message.count("error: ") == 1
+        assert json.loads((folder / "shared/status.json").read_text())["state"] == "running"
         wait_for_step(first, folder / "shared", last_step(folder / "shared") + 4)
     # A start that was killed holds nothing.
     finish(arguments(folder, "shared", f"train.steps={last_step(folder / 'shared') + 2}"), 2, folder / "shared.log")
@@ -55,6 +58,11 @@ def test_two_starts_do_not_share_an_output(folder: Path) -> None:
 
 def requeued() -> None:
     os.environ["SLURM_RESTART_COUNT"] = "1"
+
+
+def requeued_and_impatient() -> None:
+    requeued()
+    run_lock._LOST_NODE_SECONDS = 1.5
 
 
 def test_a_requeued_job_waits_for_a_lost_node(folder: Path) -> None:
@@ -68,6 +76,26 @@ def test_a_requeued_job_waits_for_a_lost_node(folder: Path) -> None:
             assert again.running, second.read_text()
             first.kill()
             wait_for_step(again, folder / "lost", last_step(folder / "lost") + 4)
+
+
+def test_a_requeued_job_does_not_wait_for_ever(folder: Path) -> None:
+    """A file server may keep the lock of a node that does not come back."""
+    (folder / "kept").mkdir()
+    with open(folder / "kept" / run_lock.LOCK_NAME, "w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        assert "at work there (an unknown process)" in refused(folder, "kept")
+        log = folder / "kept.log"
+        with Ranks(arguments(folder, "kept"), 2, log, requeued_and_impatient) as ranks:
+            assert ranks.wait() == [0, 0], log.read_text()
+    assert "warning: an unknown process still holds" in log.read_text()
+
+
+def test_where_no_lock_can_be_had_nothing_is_locked(tmp_path: Path) -> None:
+    (tmp_path / run_lock.LOCK_NAME).mkdir()
+    lock = run_lock.RunLock(tmp_path)
+    lock.take()
+    assert not run_lock.is_held(tmp_path)
+    lock.release()
 
 
 def test_a_refused_start_leaves_no_directory(folder: Path) -> None:

@@ -1,0 +1,97 @@
+"""One start at a time in an output_dir: a lock of the main rank's process, which ends with it, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from mepa_ds import log
+from mepa_ds.errors import UserError
+
+LOCK_NAME = ".lock"
+# A file server keeps the lock of a node that is lost for some time (NFSv4: a lease of 90 s).
+_LOST_NODE_SECONDS = 180.0
+
+
+class RunLock:
+    """Held from `take` to `release`. Where locks cannot be had (some file systems) nothing is locked.
+
+    It is a POSIX record lock: forked workers, which may outlive a killed rank by seconds, do not inherit it.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+
+    def take(self) -> None:
+        """Raises UserError when another process holds it.
+
+        A job that SLURM has requeued waits for a lost node's lock to expire, and then goes on without it: SLURM runs no
+        job twice, and its scripts wait for the old start's ranks.
+        """
+        self._file = _open(self._directory / LOCK_NAME)
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        end, told = time.monotonic() + (_LOST_NODE_SECONDS if requeued else 0.0), False
+        while self._file is not None and not _try(self._file):
+            owner = _owner(self._file)
+            if time.monotonic() >= end:
+                self.release()
+                if requeued:
+                    log.note(f"warning: {owner} still holds {self._directory / LOCK_NAME}; going on without it")
+                    return
+                raise UserError(
+                    f"output_dir: {self._directory}: another start is at work there ({owner}); wait for it, stop it, "
+                    "or choose another output_dir"
+                )
+            if not told:
+                log.note(f"waiting for {owner} to leave {self._directory}")
+                told = True
+            time.sleep(1)
+        if self._file is not None:
+            with suppress(OSError):  # a full disk is told of elsewhere
+                self._file.truncate(0)
+                self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+
+def is_held(directory: Path) -> bool:
+    """Whether another process holds the lock. To be asked by a process that does not: it would lose its own."""
+    try:
+        file = open(directory / LOCK_NAME, "r+b", buffering=0)  # noqa: SIM115
+    except OSError:
+        return False
+    with file:
+        return not _try(file)
+
+
+def _open(path: Path) -> IO[bytes] | None:
+    with suppress(OSError):
+        return open(path, "a+b", buffering=0)
+    with suppress(OSError):  # another user's, in a directory that both may write to
+        path.unlink()
+        return open(path, "a+b", buffering=0)
+    return None
+
+
+def _try(file: IO[bytes]) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _owner(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace").strip() or "an unknown process"
