@@ -50,12 +50,16 @@ class Encoding:
     """Of resized images."""
     quality: int = 95
     """Of resized JPEG and WebP images (WebP 100 is lossless)."""
+    crop: Literal["centre", "none"] = "centre"
+    """none: keep the whole resized image, so that random crops reach what VAR's reach."""
 
     def apply(self, extension: str, data: bytes, where: str) -> tuple[str, bytes]:
         """(extension, bytes) to store. Raises DamagedError for what is no image."""
         image = decode_image(data, where)
         if self.image_side is not None:
-            image = crop_square(resize_shorter(image, self.image_side), self.image_side)
+            image = resize_shorter(image, self.image_side)
+            if self.crop == "centre":
+                image = crop_square(image, self.image_side)
             return self.format, _encode(image, self.format, self.quality)
         extension = "jpg" if extension == "jpeg" else extension
         if extension not in IMAGE_EXTENSIONS:  # BMP, TIFF...: not what WebDataset's users expect in shards
@@ -93,6 +97,8 @@ class BuildOptions:
         for name, value, smallest in numbers:
             if value is not None and value < smallest:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least {smallest}, got {value}")
+        if self.encoding.crop != "centre" and self.encoding.image_side is None:
+            raise UserError(f"--crop {self.encoding.crop}: original bytes are whole; leave it, or give --image-side")
         if self.encoding.quality > 100:
             raise UserError(f"--quality: expected 1 to 100, got {self.encoding.quality}")
         if not 0 <= self.part < self.num_parts:
@@ -176,6 +182,8 @@ def _option_settings(options: BuildOptions) -> dict[str, Any]:
     stored: dict[str, Any] = {"image_side": None}
     if encoding.image_side is not None:
         stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
+        if encoding.crop != "centre":
+            stored["crop"] = encoding.crop
     return {**stored, "shuffle_seed": options.shuffle_seed, "on_damaged": options.on_damaged}
 
 

@@ -48,7 +48,7 @@ _NPY_HEADER = 4096
 class CacheOptions:
     """How a remote set is kept at hand while it is used."""
 
-    cache: str = "$TMPDIR/mepa_ds-shards"
+    cache: str = "$TMPDIR/mepa_ds-shards-$UID"
     """Local directory for fetched shards, shared by the processes of a machine; variables are expanded there."""
     cache_gigabytes: float = 100.0
     """Of this set: shards that were used longest ago are removed when there is more."""
@@ -179,7 +179,9 @@ class _Scanned:
 def _scan_shard(out: Path, place: tuple[str, str]) -> _Scanned:
     url, name = place
     known = read_description(out / name) if not is_remote(url) else None
-    if known is not None and known[0].sha256:
+    # A tar that was written anew may have the size of the old one: tars are padded to 10 kB.
+    is_newer = known is not None and table_path(out / name).stat().st_mtime_ns >= (out / name).stat().st_mtime_ns
+    if known is not None and is_newer and known[0].sha256:
         return _Scanned(*known)
     if not is_remote(url):
         return _describe(out / name, out / name)

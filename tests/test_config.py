@@ -37,6 +37,8 @@ def config_with(*overrides: str) -> PretrainConfig:
         ("model.scales=[3,2,1]", r"sides must grow"),
         ("model.preset=vra-d16", r"no preset 'vra-d16'"),
         ("model.num_heads=5", r"width \(32\) must be divisible by num_heads \(5\)"),
+        ("optim.base_lr=.inf", r"optim\.base_lr: .*finite number"),
+        ("optim.betas=[0.9, 1.0]", r"optim\.betas\.1: .*less than 1"),
         ("parallel.precision=fp8", r"parallel\.precision: .*'bf16', 'fp16' or 'fp32'"),
     ],
 )

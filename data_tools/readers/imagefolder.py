@@ -23,8 +23,9 @@ class ImageFolder:
     def open(self, scratch: Path | None) -> ImageFolderSource:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
-        _, classes, left_out = next(os.walk(self.root, onerror=_unreadable))
-        classes.sort()
+        _, folders, left_out = next(os.walk(self.root, onerror=_unreadable))
+        classes = sorted(name for name in folders if not _is_hidden(name))
+        left_out += [f"{name}/" for name in folders if _is_hidden(name)]
         if not classes:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
         files, labels, empty = list[str](), list[int](), list[str]()
@@ -36,8 +37,8 @@ class ImageFolder:
                 empty.append(name)
         if left_out:
             print(
-                f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, or links to "
-                f"what is listed already ({few(left_out)})"
+                f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, hidden, or "
+                f"links to what is listed already ({few(left_out)})"
             )
         if empty:
             raise UserError(
@@ -52,7 +53,9 @@ def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
     found = list[str]()
     seen = {root.resolve(), *root.resolve().parents}
     for folder, folders, files in os.walk(root / name, onerror=_unreadable, followlinks=True):
-        folders.sort()  # of two links to one folder the same is taken on every file system
+        left_out += [f"{os.path.relpath(folder, root)}/{name}/" for name in folders if _is_hidden(name)]
+        # Of two links to one folder the same is taken on every file system.
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         relative, real = os.path.relpath(folder, root), Path(folder).resolve()
         if real in seen:
             left_out.append(f"{relative}/")
@@ -60,9 +63,15 @@ def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
             continue
         seen.add(real)
         for file in sorted(files):
-            images = found if file.rpartition(".")[2].lower() in EXTENSIONS else left_out
+            is_image = file.rpartition(".")[2].lower() in EXTENSIONS and not _is_hidden(file)
+            images = found if is_image else left_out
             images.append(f"{relative}/{file}")
     return found
+
+
+def _is_hidden(name: str) -> bool:
+    """Of an editor or a file manager: .ipynb_checkpoints, macOS's __MACOSX and ._1.jpg."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _unreadable(error: OSError) -> None:

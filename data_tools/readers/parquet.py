@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.index import MadeBy
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
+
+_OF_A_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class Parquet:
         files = sorted(self.root.glob(self.pattern))
         if not files:
             raise UserError(f"--root: {self.root}: no files {self.pattern} there")
+        splits = sorted({match[1] for path in files if (match := _OF_A_SPLIT.fullmatch(path.name))})
+        if len(splits) > 1:
+            raise UserError(
+                f"--root: {self.root}: holds files of several splits ({', '.join(splits)}); choose one, such as "
+                f"--pattern '{splits[-1]}-*.parquet'"
+            )
         return files
 
     def _copy(self, files: list[Path], tables: list[Any], scratch: Path, names: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ from data_tools.readers.imagefolder import EXTENSIONS
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
+from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
 from mepa_ds.data.tar import few, iterate_sample_members
@@ -30,10 +31,11 @@ class WebDataset:
     shards: str
     """A directory, a glob, or a brace pattern such as /data/train-{0000..0099}.tar or https://host/{00..63}.tar."""
     classes: Path | None = None
-    """Text file of class names, one a line in the order of the labels. By default classes are named by their number."""
+    """Text file of class names, one a line in the order of the labels. By default those of an index.json beside the
+    shards, or their numbers."""
 
     def open(self, scratch: Path | None) -> TarMembers:
-        names = None if self.classes is None else tuple(read_lines(self.classes, "--classes"))
+        names = self._names()
         paths = [self._local(url, scratch) for url in self._urls()]
         source, ignored = TarMembers("webdataset", (), paths=paths), list[str]()
         for number in tqdm(range(len(paths)), "listing"):
@@ -44,6 +46,14 @@ class WebDataset:
         if (copied_from := self.copied_from()) is not None:
             source.settings[COPIED_FROM] = copied_from
         return source
+
+    def _names(self) -> tuple[str, ...] | None:
+        if self.classes is not None:
+            return tuple(read_lines(self.classes, "--classes"))
+        directory = Path(self.shards)
+        if is_remote(self.shards) or not (directory / INDEX_NAME).exists():
+            return None
+        return ShardIndex.read(directory, "--shards").classes or None
 
     def copied_from(self) -> str | None:
         if not is_remote(self.shards):

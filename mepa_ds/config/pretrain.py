@@ -15,6 +15,7 @@ from mepa_ds.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OnlineTeacher(Section):
@@ -60,7 +61,7 @@ class OptimConfig(Section):
 
     base_lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate at a global batch of 256; it grows linearly with the batch."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's decay rates."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Adam's epsilon."""

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -65,7 +65,7 @@ class ImageBatch:
 
 
 def decode_image(data: bytes, where: str) -> Image.Image:
-    """The image as RGB. Greyscale, palette, CMYK and 16-bit images are converted; alpha is laid over white.
+    """The image as RGB, upright (EXIF). Greyscale, palette, CMYK and 16-bit are converted; alpha is laid over white.
 
     Raises:
         DamagedError: the bytes are no image, are cut short, or hold more pixels than Pillow takes for safe.
@@ -73,6 +73,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
+        ImageOps.exif_transpose(image, in_place=True)
     except Image.DecompressionBombError as error:
         raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:

@@ -24,9 +24,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.index import ShardEntry
@@ -38,6 +40,7 @@ from mepa_ds.files import atomic_path, naming_full_disks, write_json
 REMOTE_NAME = "remote.json"
 _ATTEMPTS = 3
 _RETRY_AFTER_SECONDS = 300.0
+_BEGAN = time.time()
 _FETCHERS = 2
 _CHUNK = 1 << 20
 
@@ -48,16 +51,17 @@ class RemoteShards(Section):
     urls: tuple[str, ...]
     """Where each shard of the index is, in the order of the index."""
     cache: str
-    """Directory for fetched tars; environment variables such as $TMPDIR are expanded where it is used."""
-    cache_gigabytes: float
+    """Directory for fetched tars; variables such as $TMPDIR and $UID are expanded where it is used."""
+    cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""
-    window: int
+    window: Annotated[int, Field(gt=0)]
     """Shards that samples are shuffled over."""
 
     @property
     def directory(self) -> str:
         """`cache`, expanded as far as variables are set here."""
-        return os.path.expandvars(self.cache.replace("$TMPDIR", tempfile.gettempdir()))
+        text = self.cache.replace("$TMPDIR", tempfile.gettempdir()).replace("$UID", str(os.getuid()))
+        return os.path.expandvars(text)
 
     @classmethod
     def read(cls, directory: Path) -> RemoteShards | None:
@@ -86,19 +90,27 @@ def open_url(url: str) -> Any:
 
     if url.startswith("s3://"):
         url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
+    elif url.startswith(("http://", "https://")):  # webdataset's own has curl try 30 times, for minutes
+        url = f"pipe:curl --connect-timeout 30 --retry 2 --retry-delay 2 -f -s -S -L {shlex.quote(url)}"
     return gopen(url, "rb")
 
 
 def fetch(url: str, path: Path, sha256: str = "") -> Path:
     """Copies what is at a URL to `path`, unless it is there; atomic, tried three times.
 
+    What another process has tried in vain since this one began is not tried again for some minutes: the ranks of a
+    machine would do so one after the other.
+
     Raises:
         DamagedError: it cannot be fetched, or is not what `sha256` says.
-        UserError: the disk is full.
+        UserError: the disk is full, or the directory of `path` another user's.
     """
+    failure = path.with_name(f".{path.name}.failed")
     with _lock(path):
         if path.exists():
             return path
+        if (known := _recent(failure)) is not None:
+            raise DamagedError(known)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of killed processes: we have the lock
             stale.unlink()
         for attempt in range(_ATTEMPTS):
@@ -114,7 +126,18 @@ def fetch(url: str, path: Path, sha256: str = "") -> Path:
                 raise
             except Exception as error:  # the openers raise whatever their transports do
                 reason = error
-    raise DamagedError(f"{url}: cannot be fetched: {reason}; check the address and the network, then try again")
+        message = f"{url}: cannot be fetched: {reason}; check the address and the network, then try again"
+        with suppress(OSError):
+            failure.write_text(message)
+    raise DamagedError(message)
+
+
+def _recent(failure: Path) -> str | None:
+    """What a failure's file says, if it is not of an earlier start, and not too old."""
+    with suppress(OSError):
+        if failure.stat().st_mtime >= max(_BEGAN, time.time() - _RETRY_AFTER_SECONDS):
+            return failure.read_text()
+    return None
 
 
 def _copy(url: str, path: Path) -> str:
@@ -128,8 +151,15 @@ def _copy(url: str, path: Path) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.lock"), "w") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115
+    except PermissionError as error:
+        raise UserError(
+            f"{path.parent}: cannot write there: {error.strerror}; give yourself the right, or another directory "
+            f"(cache in {REMOTE_NAME})"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

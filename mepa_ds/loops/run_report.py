@@ -26,18 +26,21 @@ def run_report(run_directory: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no training is recorded there; give the output_dir of a pretraining run")
     facts = {key: value for key, value in by_event["start"][-1].items() if key not in ("event", "step")}
     train = by_event["train"][-1]
+    # An earlier start may have had other ranks.
+    last_start = max(number for number, record in enumerate(records) if record["event"] == "start")
+    of_this_start = [record for record in records[last_start:] if record["event"] == "train"] or by_event["train"]
     report: dict[str, Any] = {
         **facts,
         "steps": train["step"],
         "epochs": train["epoch"],
         # The median: first steps and steps that share the machine with others do not count.
-        "samples_per_second": float(np.median([record["images_per_second"] for record in by_event["train"]])),
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in by_event["train"]),
+        "samples_per_second": float(np.median([record["images_per_second"] for record in of_this_start])),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in of_this_start),
         "train_ce": train["ce"],
         "train_ce_last_scale": train["ce_last"],
     }
-    if "heldout" in by_event:
-        best = min(by_event["heldout"], key=lambda record: record["ce"])
+    if found := [record for record in by_event.get("heldout", []) if record.get("best")]:
+        best = found[-1]  # of the weights in `best`: scores on other held-out tokens before do not count
         report |= {
             "heldout_ce": best["ce"],
             "heldout_ce_last_scale": best["ce_last"],

@@ -43,8 +43,27 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
         check_sets(config, sets)
     if config.data.heldout_tokens is not None:
         key = "data.heldout_tokens"
-        check_sets(config, open_training_sets(config.data.heldout_tokens, None, key), key)
+        heldout = open_training_sets(config.data.heldout_tokens, None, key)
+        check_sets(config, heldout, key)
+        images = sets.images if isinstance(sets, OnlineSets) else sets.tokens
+        _check_same_classes(images, heldout.tokens)
     return sets
+
+
+def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
+    """Raises UserError when a label means another class in the two sets, as far as they name their classes.
+
+    Numbers are no names: readers give them where there are none.
+    """
+    named = [shards.index.classes for shards in (first, second)]
+    are_names = [names and names != tuple(map(str, range(len(names)))) for names in named]
+    if all(are_names) and named[0] != named[1]:
+        label = next((n for n, (a, b) in enumerate(zip(*named, strict=False)) if a != b), min(map(len, named)))
+        meaning = [names[label] if label < len(names) else "nothing" for names in named]
+        raise UserError(
+            f"{first.what} {first.directory} and {second.what} {second.directory} have other classes: label {label} is "
+            f"{meaning[0]!r} there and {meaning[1]!r} here; make one of them again with the classes of the other"
+        )
 
 
 def check_sets(config: PretrainConfig, sets: TrainingSets, key: str = "data.tokens") -> None:

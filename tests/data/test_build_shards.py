@@ -22,6 +22,7 @@ from data_tools.readers.imagefolder import ImageFolder
 from data_tools.readers.parquet import Parquet
 from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.views import Views
 from mepa_ds.errors import UserError
 from tests.data.build_fixtures import (
     SYNSETS,
@@ -119,6 +120,42 @@ def test_modes_and_sizes_that_people_have(tmp_path: Path) -> None:
     for data, _ in images_of(tmp_path / "cut"):
         image = Image.open(io.BytesIO(data))
         assert (image.size, image.mode) == ((8, 8), "RGB")
+
+
+def test_whole_images_give_the_crops_of_the_originals(tmp_path: Path) -> None:
+    """Centre squares would keep random crops from the ends of oblong images."""
+    (tmp_path / "in" / "c").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "in" / "c" / "a.png")
+    build(ImageFolder(tmp_path / "in"), options(tmp_path / "kept"))
+    whole = build(ImageFolder(tmp_path / "in"), options(tmp_path / "whole", encoding=Encoding(36, "png", crop="none")))
+    assert whole is not None
+    assert (whole.made_by.settings["image_side"], whole.made_by.settings["crop"]) == (36, "none")
+    crops = []
+    for name in ("kept", "whole"):
+        ((data, _),) = images_of(tmp_path / name)
+        crops.append(Views(32, 8).crop(Image.open(io.BytesIO(data)), "key"))
+    assert Image.open(io.BytesIO(data)).size == (60, 36)
+    np.testing.assert_array_equal(crops[0][0], crops[1][0])
+    np.testing.assert_array_equal(crops[0][1], crops[1][1])
+    with pytest.raises(UserError, match="--crop none: original bytes are whole"):
+        build(ImageFolder(tmp_path / "in"), options(tmp_path / "x", encoding=Encoding(crop="none")))
+
+
+def test_photos_are_upright(tmp_path: Path) -> None:
+    """A camera that is held sideways notes it in EXIF."""
+    (tmp_path / "in" / "c").mkdir(parents=True)
+    upright = Image.new("L", (20, 40))
+    upright.paste(255, (0, 0, 20, 20))  # white above
+    exif = Image.Exif()
+    exif[274] = 6  # orientation: turn by 90 degrees to the right
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "in" / "c" / "a.jpg", exif=exif, quality=100)
+    build(ImageFolder(tmp_path / "in"), options(tmp_path / "out", encoding=Encoding(16, "png", crop="none")))
+    ((data, _),) = images_of(tmp_path / "out")
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    assert pixels.shape == (32, 16, 3)
+    assert pixels[:12].min() > 200
+    assert pixels[20:].max() < 50
 
 
 def test_damaged_files_stop_the_build_by_name_or_are_recorded(

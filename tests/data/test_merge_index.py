@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,22 @@ def test_scanning_some_of_a_directory(tmp_path: Path) -> None:
         Scan(f"{tmp_path}/shard-{{000001..000009..8}}.tar", workers=0)()
     with pytest.raises(UserError, match="lies in several directories"):
         Scan(f"{tmp_path}/{{a,b}}/x.tar", workers=0)()
+
+
+def test_a_shard_that_was_written_anew_is_scanned_anew(tmp_path: Path) -> None:
+    """Tars are padded, so that its size may be the old one."""
+    make_set(tmp_path, "images", [3, 3])
+    (tmp_path / INDEX_NAME).unlink()
+    shard = tmp_path / "shard-000000.tar"
+    before = Scan(str(tmp_path), workers=0)().shards
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1  # in the first member
+    shard.write_bytes(content)
+    os.utime(shard, ns=(shard.stat().st_atime_ns, table_path(shard).stat().st_mtime_ns + 1))
+    after = Scan(str(tmp_path), workers=0)().shards
+    assert after[0].bytes == before[0].bytes
+    assert after[0].sha256 != before[0].sha256
+    assert after[1] == before[1]
 
 
 def test_merge_says_what_is_missing(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from data_tools.readers.parquet import Parquet
 from data_tools.readers.webdataset import WebDataset
 from data_tools.verify_shards import Options as VerifyOptions
 from data_tools.verify_shards import verify
+from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 from tests.data.build_fixtures import (
@@ -38,10 +39,12 @@ def test_any_webdataset(tmp_path: Path) -> None:
     make_set(tmp_path / "in", "images", [5, 6])
     index = build(WebDataset(str(tmp_path / "in")), options(tmp_path / "out"))
     assert index is not None
-    assert index.classes == ("0", "1", "2", "3", "4")
+    assert index.classes == ShardIndex.read(tmp_path / "in").classes  # named there
     assert sorted(images_of(tmp_path / "out")) == sorted(images_of(tmp_path / "in"))
     pattern = f"pipe:cat {tmp_path}/in/shard-{{000000..000001}}.tar"
-    assert build(WebDataset(pattern), options(tmp_path / "remote")) is not None
+    remote = build(WebDataset(pattern), options(tmp_path / "remote"))
+    assert remote is not None
+    assert remote.classes == ("0", "1", "2", "3", "4")
     assert sorted(images_of(tmp_path / "remote")) == sorted(images_of(tmp_path / "in"))
     assert not (tmp_path / "remote" / ".scratch").exists()
 
@@ -54,6 +57,29 @@ def test_a_parquet_export(tmp_path: Path) -> None:
     assert index is not None
     assert index.classes == SYNSETS
     assert sorted(images_of(tmp_path / "out")) == sorted(rows)
+
+
+def test_splits_of_an_export_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
+        write_parquet(tmp_path / "in" / name, [(picture(0), 0), (picture(1), 1)])
+    with pytest.raises(UserError, match=r"several splits \(test, train\); choose one, such as --pattern 'train-\*"):
+        build(Parquet(tmp_path / "in"), options(tmp_path / "out"))
+    index = build(Parquet(tmp_path / "in", "test-*.parquet"), options(tmp_path / "out"))
+    assert index is not None
+    assert index.num_samples == 2
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    """Of notebooks and of macOS's archives: they would shift all labels."""
+    files = make_folder(tmp_path / "in")
+    for folder in ("__MACOSX/c", ".ipynb_checkpoints", f"{SYNSETS[0]}/.ipynb_checkpoints"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "copy.jpg").write_bytes(picture(1))
+    (tmp_path / "in" / SYNSETS[1] / "._1.jpg").write_bytes(b"macOS")
+    index = build(ImageFolder(tmp_path / "in"), options(tmp_path / "out"))
+    assert index is not None
+    assert index.classes == SYNSETS
+    assert sorted(images_of(tmp_path / "out")) == sorted(labelled(files))
 
 
 def test_rows_without_an_image_are_damaged_images(tmp_path: Path) -> None:

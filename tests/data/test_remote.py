@@ -151,7 +151,44 @@ def test_a_shard_that_is_gone_is_not_waited_for_again_and_again(
     assert len(tried) == 1
     gone.write_bytes(content)
     monkeypatch.setattr(remote_module.time, "monotonic", lambda: now + 400)
+    later = time.time() + 400
+    monkeypatch.setattr(remote_module.time, "time", lambda: later)
     assert shards.read(3)[0] == "000000003"
+
+
+def test_what_one_process_has_tried_in_vain_others_do_not_try_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    monkeypatch.setattr(remote_module, "_copy", lambda url, _: [tried.append(url), 1 / 0])
+    monkeypatch.setattr(remote_module.time, "sleep", lambda _: None)
+    for _ in range(4):  # as four ranks, each with failures of its own
+        with pytest.raises(DamagedError, match="x: cannot be fetched: division by zero"):
+            fetch("pipe:cat x", tmp_path / "x.tar")
+    assert len(tried) == 3
+    monkeypatch.setattr(remote_module, "_BEGAN", time.time() + 1)  # the next start
+    with pytest.raises(DamagedError, match="x: cannot be fetched"):
+        fetch("pipe:cat x", tmp_path / "x.tar")
+    assert len(tried) == 6
+
+
+def test_another_users_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    tokens = make_remote(tmp_path, "tokens")
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    with pytest.raises(UserError, match=r"cache/.*: cannot write there: Permission denied; .*cache in remote\.json"):
+        ShardSet(tokens).read(0)
+
+
+@pytest.mark.parametrize("option", [{"cache_gigabytes": 0.0}, {"window": 0}, {"window": -1}])
+def test_windows_and_caches_of_nothing_are_refused(tmp_path: Path, option: dict[str, float]) -> None:
+    tokens = make_remote(tmp_path, "tokens")
+    content = json.loads((tokens / "remote.json").read_text())
+    (tokens / "remote.json").write_text(json.dumps(content | option))
+    with pytest.raises(UserError, match=rf"{next(iter(option))}: Input should be greater than 0"):
+        ShardSet(tokens)
 
 
 def test_bytes_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:

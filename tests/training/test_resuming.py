@@ -147,6 +147,23 @@ def test_scores_on_other_heldout_tokens_are_not_compared(folder: Path) -> None:
     assert sum(r["event"] == "heldout_changed" for r in read_metrics(folder / "scores/metrics.jsonl")) == 1
 
 
+def test_heldout_classes_are_those_of_training(folder: Path) -> None:
+    """As many, but in another order: held-out scores would be wrong, and the best weights with them."""
+    data = []
+    for key, name, classes in (
+        ("tokens", "train", ["cat", "dog", "fox"]),
+        ("heldout_tokens", "heldout", ["Fox", "cat", "dog"]),
+    ):
+        named = folder / f"named_{name}.tokens"
+        shutil.copytree(folder / f"{name}.tokens", named)
+        index = json.loads((named / "index.json").read_text())
+        (named / "index.json").write_text(json.dumps(index | {"classes": classes}))
+        data.append(f"data.{key}={named}")
+    message = refused(folder, "classes", *data)
+    assert "have other classes: label 0 is 'cat' there and 'Fox' here; make one of them again" in message
+    finish(arguments(folder, "unnamed", data[1]), 1, folder / "unnamed.log")  # what has no names is not compared
+
+
 def read_slowly() -> None:
     """Runs in each rank's process before the run: what one rank reads takes longer than hang_timeout, but moves."""
     read = checkpoint_files.sha256_of_file
