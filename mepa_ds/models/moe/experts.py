@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+_FUSED_ROWS = 1024  # of an expert; see _fuses_gelu
+
 
 class Experts(nn.Module):
     """E two-layer GELU FFNs, stacked so that every expert has a gradient on every step (ZeRO-2 relies on it)."""
@@ -106,44 +108,48 @@ class _AddBias(torch.autograd.Function):
 @torch.library.custom_op(
     "mepa_ds::expert_loop",
     mutates_args=(),
-    schema="(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int[] counts) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, int[] counts) -> (Tensor[], Tensor[], Tensor)",
 )
 def expert_loop(
     x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Before and after the GELU, and the output. One operator, so that recomputation can keep what it gave.
-
-    Rows are padded as `_padded_slices` says, so the first two have some rows more than x.
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Before and after the GELU, expert by expert, and the output. One operator, so that recomputation can keep what it
+    gave. Rows are padded as `_padded_slices` says, so the first two have some rows more than x.
     """
-    before_RF, hidden_RF, y_RC = _empty_outputs(x_RC, w1_EFC, len(counts))
+    multiple, fuses = _row_multiple(x_RC, len(counts)), _fuses_gelu(x_RC, len(counts))
+    y_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
+    befores, hiddens = list[Tensor](), list[Tensor]()
     # One call for all experts' views: with many experts, an indexing each costs as much as it gives.
-    w1, b1, w2, b2 = w1_EFC.mT.unbind(), b1_EF.unbind(), w2_ECF.mT.unbind(), b2_EC.unbind()
-    for e, _, padded in _padded_slices(counts, _row_multiple(x_RC, len(counts))):
-        before, hidden = before_RF[padded], hidden_RF[padded]
-        torch.addmm(b1[e], _rows(x_RC, padded), w1[e], out=before)
-        torch.ops.aten.gelu.out(before, approximate="tanh", out=hidden)
+    w1, b1, w2, b2 = w1_EFC.unbind(), b1_EF.unbind(), w2_ECF.mT.unbind(), b2_EC.unbind()
+    for e, _, padded in _padded_slices(counts, multiple):
+        x = _rows(x_RC, padded)
+        if fuses and len(x):
+            # The gradient wants what was there before the GELU. The second product is a fraction of PyTorch's GELU.
+            before = torch.ops.mkldnn._linear_pointwise(x, w1[e], b1[e], "none", [], "")
+            hidden = torch.ops.mkldnn._linear_pointwise(x, w1[e], b1[e], "gelu", [], "tanh")
+        else:
+            before = torch.addmm(b1[e], x, w1[e].t())
+            hidden = F.gelu(before, approximate="tanh")
         torch.addmm(b2[e], hidden, w2[e], out=y_RC[padded])
-    return before_RF, hidden_RF, y_RC[: len(x_RC)]
+        befores.append(before)
+        hiddens.append(hidden)
+    return befores, hiddens, y_RC[: len(x_RC)]
 
 
 @expert_loop.register_fake
 def _(
     x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    before_RF, hidden_RF, y_RC = _empty_outputs(x_RC, w1_EFC, len(counts))
-    return before_RF, hidden_RF, y_RC[: len(x_RC)]
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    multiple = _row_multiple(x_RC, len(counts))
+    befores = [x_RC.new_empty(_rounded(count, multiple), w1_EFC.shape[1]) for count in counts]
+    y_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
+    return befores, [torch.empty_like(before) for before in befores], y_RC[: len(x_RC)]
 
 
 @register_flop_formula(torch.ops.mepa_ds.expert_loop)
 def _flops(x_RC: torch.Size, w1_EFC: torch.Size, *_: Any, **__: Any) -> int:
     """For PyTorch's counter, which does not look into the operator: two products of shape (R, C, F)."""
     return 2 * 2 * x_RC[0] * w1_EFC[1] * w1_EFC[2]
-
-
-def _empty_outputs(x_RC: Tensor, w1_EFC: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    num_rows = len(x_RC) + _row_multiple(x_RC, num_experts) - 1
-    before_RF = x_RC.new_empty(num_rows, w1_EFC.shape[1])
-    return before_RF, torch.empty_like(before_RF), x_RC.new_empty(num_rows, x_RC.shape[1])
 
 
 class _ExpertLoop(torch.autograd.Function):
@@ -157,32 +163,31 @@ class _ExpertLoop(torch.autograd.Function):
     def forward(
         ctx: Any, x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: list[int]
     ) -> Tensor:
-        before_RF, hidden_RF, y_RC = expert_loop(x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC, counts)
-        ctx.save_for_backward(x_RC, before_RF, hidden_RF, w1_EFC, w2_ECF)
+        befores, hiddens, y_RC = expert_loop(x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC, counts)
+        ctx.save_for_backward(x_RC, w1_EFC, w2_ECF, *befores, *hiddens)
         ctx.counts = counts
         return y_RC
 
     @staticmethod
     def backward(ctx: Any, gy_RC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        x_RC, before_RF, hidden_RF, w1_EFC, w2_ECF = ctx.saved_tensors
+        x_RC, w1_EFC, w2_ECF, *saved = ctx.saved_tensors
+        befores, hiddens = saved[: len(ctx.counts)], saved[len(ctx.counts) :]
         gy_RC = gy_RC.contiguous()
-        gx_RC = x_RC.new_empty(len(before_RF), x_RC.shape[1])
+        multiple = _row_multiple(x_RC, len(ctx.counts))
+        gx_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
         gw1_EFC, gw2_ECF = torch.empty_like(w1_EFC), torch.empty_like(w2_ECF)
         gb1_EF, gb2_EC = w1_EFC.new_empty(w1_EFC.shape[:2]), w2_ECF.new_empty(w2_ECF.shape[:2])
         w1, gw1, gb1 = w1_EFC.unbind(), gw1_EFC.unbind(), gb1_EF.unbind()
         w2, gw2, gb2 = w2_ECF.unbind(), gw2_ECF.unbind(), gb2_EC.unbind()
-        multiple = _row_multiple(x_RC, len(ctx.counts))
-        scratch_RF = before_RF.new_empty(_rounded(max(ctx.counts, default=0), multiple), before_RF.shape[1])
+        scratch_RF = x_RC.new_empty(_rounded(max(ctx.counts, default=0), multiple), w1_EFC.shape[1])
         for e, rows, padded in _padded_slices(ctx.counts, multiple):  # an expert without rows gets zeros
             # Zeros in gy keep the padding's rows out of all sums over rows.
             gy = _padded_with_zeros(gy_RC[rows], padded.stop - padded.start)
-            torch.mm(gy.t(), hidden_RF[padded], out=gw2[e])
+            torch.mm(gy.t(), hiddens[e], out=gw2[e])
             torch.sum(gy, 0, out=gb2[e])
             g_before = scratch_RF[: len(gy)]
             torch.mm(gy, w2[e], out=g_before)
-            torch.ops.aten.gelu_backward.grad_input(
-                g_before, before_RF[padded], approximate="tanh", grad_input=g_before
-            )
+            torch.ops.aten.gelu_backward.grad_input(g_before, befores[e], approximate="tanh", grad_input=g_before)
             torch.mm(g_before.t(), _rows(x_RC, padded), out=gw1[e])
             torch.sum(g_before, 0, out=gb1[e])
             torch.mm(g_before, w1[e], out=gx_RC[padded])
@@ -196,6 +201,16 @@ def _row_multiple(x_RC: Tensor, num_experts: int) -> int:
     if x_RC.device.type != "cpu" or x_RC.dtype == torch.float32:
         return 1
     return 64 if len(x_RC) >= 1024 * num_experts else 32
+
+
+def _fuses_gelu(x_RC: Tensor, num_experts: int) -> bool:
+    """Whether a CPU's bf16 unit makes a second product, fused with GELU, cheaper than PyTorch's GELU (a slow tanh).
+
+    With few rows an expert the weights, which are packed anew for each product, weigh more.
+    """
+    if x_RC.device.type != "cpu" or x_RC.dtype != torch.bfloat16 or len(x_RC) < _FUSED_ROWS * num_experts:
+        return False
+    return bool(torch.backends.mkldnn.is_available()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _rounded(count: int, multiple: int) -> int:
