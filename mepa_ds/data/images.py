@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -64,6 +64,23 @@ class ImageBatch:
         return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), labels_B=self.labels_B.pin_memory())
 
 
+_ORIENTATION = 274
+_BY_ORIENTATION = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)
+
+
 def decode_image(data: bytes, where: str) -> Image.Image:
     """The image as RGB, upright (EXIF). Greyscale, palette, CMYK and 16-bit are converted; alpha is laid over white.
 
@@ -73,13 +90,13 @@ def decode_image(data: bytes, where: str) -> Image.Image:
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)
     except Image.DecompressionBombError as error:
         raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         # Pillow's own words here hold the address of an object, and what a build leaves out is written down.
         reason = "cannot identify its format" if isinstance(error, UnidentifiedImageError) else error
         raise DamagedError(f"{where}: not a readable image: {reason}; replace or remove it") from error
+    image = _upright(image)
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -90,6 +107,15 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as EXIF says. Pillow's own function also writes the EXIF anew, and fails where that is malformed."""
+    try:
+        method = _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged note makes no damaged image
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mepa_ds.data.images import ImageBatch, crop_square, decode_image, fit_image, image_batches, resize_shorter
 from mepa_ds.data.index import MadeBy
@@ -68,6 +68,32 @@ def test_jpeg_in_cmyk() -> None:
 def test_what_is_no_image_is_named(data: bytes, message: str) -> None:
     with pytest.raises(DamagedError, match=f"(?i)cat.jpg: not a readable image: .*({message})"):
         decode_image(data, "cat.jpg")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_pillow_turns_them(orientation: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[274] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
+    np.testing.assert_array_equal(np.asarray(decode_image(buffer.getvalue(), "photo")), np.asarray(expected))
+
+
+def test_a_damaged_note_is_no_damaged_image() -> None:
+    """Any byte of the EXIF may be anything."""
+    exif = Image.Exif()
+    exif[274], exif[271], exif[282] = 6, "camera", 72.0
+    buffer = io.BytesIO()
+    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
+    data, rng = buffer.getvalue(), np.random.default_rng(0)
+    start = data.index(b"Exif")
+    for _ in range(400):
+        changed = bytearray(data)
+        for place in rng.integers(start + 6, start + len(exif.tobytes()), 3).tolist():
+            changed[place] = int(rng.integers(256))
+        assert decode_image(bytes(changed), "photo").size in ((6, 4), (4, 6))
 
 
 def test_huge_images_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
