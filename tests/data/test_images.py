@@ -81,6 +81,7 @@ def test_photos_are_turned_as_pillow_turns_them(orientation: int) -> None:
     np.testing.assert_array_equal(np.asarray(decode_image(buffer.getvalue(), "photo")), np.asarray(expected))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it cannot read there
 def test_a_damaged_note_is_no_damaged_image() -> None:
     """Any byte of the EXIF may be anything."""
     exif = Image.Exif()
