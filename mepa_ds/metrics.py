@@ -23,11 +23,9 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, resume_step: int | None = 0, anew: str | None = None):
-        kept = [
-            r
-            for r in read_metrics(path)
-            if resume_step is None or (r.get("step", 0), r.get("event") == anew) <= (resume_step, False)
-        ]
+        kept = [r for r in read_metrics(path) if resume_step is None or r.get("step", 0) <= resume_step]
+        if anew is not None:
+            kept = [r for r in kept if (r.get("step", 0), r.get("event")) != (resume_step, anew)]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run

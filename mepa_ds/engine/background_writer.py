@@ -142,14 +142,12 @@ class BackgroundWriter:
         `action` tells of that by `note_progress`, and runs in a thread. Collective.
         """
         self.wait(on_progress)
-        own: list[FactT] = []
         errors: list[Exception] = []
         gathered: list[Any] = [None] * distributed.world_size()
 
         def job() -> None:
             try:
-                own.append(action())
-                dist.all_gather_object(gathered, own[0], group=self._group)
+                dist.all_gather_object(gathered, action(), group=self._group)
             except Exception as error:
                 errors.append(error)
 

@@ -74,7 +74,7 @@ def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
         derived[config.parallel.precision] = {"enabled": True}
     knobs = read_knobs(config.parallel.deepspeed)
     accumulates_in = (knobs.get("data_types") or {}).get("grad_accum_dtype")
-    if config.parallel.precision == "bf16" and accumulates_in == "fp32" and zero_stage(config.parallel.deepspeed) == 1:
+    if config.parallel.precision == "bf16" and accumulates_in == "fp32" and knobs["zero_optimization"]["stage"] == 1:
         raise UserError(
             f"parallel.deepspeed: {config.parallel.deepspeed}: grad_accum_dtype fp32 needs ZeRO stage 2 in bf16: with "
             "stage 1 DeepSpeed takes an optimizer that checkpoints cannot read; set zero_optimization.stage to 2"

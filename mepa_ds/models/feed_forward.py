@@ -29,14 +29,15 @@ def _has_fused_kernel(x: Tensor) -> bool:
 
     It is the operator that Inductor puts there. PyTorch's own tanh GELU is slow on a CPU.
     """
-    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() == 0 or x.dtype not in _fused_types():
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() == 0 or x.dtype not in fused_gelu_types():
         return False
     elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     return bool(torch.backends.mkldnn.enabled) and not elsewhere
 
 
 @cache
-def _fused_types() -> tuple[torch.dtype, ...]:
+def fused_gelu_types() -> tuple[torch.dtype, ...]:
+    """Types in which a CPU's oneDNN has a linear layer and GELU in one kernel."""
     if not torch.backends.mkldnn.is_available():
         return ()
     low = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()

@@ -80,35 +80,36 @@ def is_there(path: Path) -> bool:
     return (ROOT / path).exists() and not (ROOT / path / PLAN_NAME).exists()
 
 
-def check_data(config: Section, made_before: Set[str], looked_at: set[str]) -> None:
-    """What the job itself would say of its shard sets. Those that earlier jobs make (`made_before`) are not looked at,
-    nor those whose cache has a place on the nodes only.
+def is_cached_elsewhere(path: Path) -> bool:
+    """Whether a remote set whose cache has a place on the nodes only."""
+    from mepa_ds.data.remote import RemoteShards
+
+    remote = RemoteShards.read(path)
+    return remote is not None and "$" in remote.directory
+
+
+def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
+    """What the job itself would say of its shard sets, but for those that cannot be looked at here: keys in `unseen`.
 
     Runs of a study share their data, and `looked_at`.
 
     Raises:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
     """
-    from mepa_ds.data.remote import RemoteShards
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.loops.online import open_images
     from mepa_ds.loops.training_data import open_sets
 
-    def ready(*keys: str) -> bool:
-        paths = [getattr(config.data, key.removeprefix("data."), None) for key in keys if key.startswith("data.")]  # type: ignore[attr-defined]
-        remotes = [RemoteShards.read(path) for path in paths if path is not None]
-        return made_before.isdisjoint(keys) and not any(remote and "$" in remote.directory for remote in remotes)
-
     if isinstance(config, TokenizerTrainingConfig):
         for key, path in (("data.images", config.data.images), ("data.heldout_images", config.data.heldout_images)):
-            if path is not None and ready(key):
+            if path is not None and key not in unseen:
                 ShardSet(path, key)
     elif isinstance(config, PretrainConfig):
-        if config.data.images is not None and ready("data.images"):
+        if config.data.images is not None and "data.images" not in unseen:
             open_images(config)
-        keys = ("tokenizer", "data.tokens", "data.features", "data.heldout_tokens")
+        seen = unseen.isdisjoint(("tokenizer", "data.tokens", "data.features", "data.heldout_tokens"))
         facts = config.model_dump_json(include={"tokenizer": True, "data": True, "model": _DECIDES_TOKENS})
-        if config.data.tokens is not None and facts not in looked_at and ready(*keys):
+        if config.data.tokens is not None and seen and facts not in looked_at:
             open_sets(config)
             looked_at.add(facts)
 

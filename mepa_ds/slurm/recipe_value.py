@@ -13,13 +13,11 @@ from typing import Any
 from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.errors import UserError
 
+SET_KEYS = ("data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
+"""Keys of recipes for shard sets."""
 PATH_KEYS = (
     "tokenizer",
-    "data.tokens",
-    "data.features",
-    "data.heldout_tokens",
-    "data.images",
-    "data.heldout_images",
+    *SET_KEYS,
     "data.teacher.weights",
     "init_weights",
     "start_from",

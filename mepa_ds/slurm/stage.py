@@ -19,16 +19,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
-from mepa_ds.slurm.recipe_value import recipe_value
+from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_value
 
-KEYS = ("data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
 _INDEX, _REMOTE = "index.json", "remote.json"
 _SPARE_BYTES = 2**30
 
 
 def staged_sets(scratch: Path, recipe: Path, overrides: Sequence[str]) -> Iterator[tuple[str, Path, Path]]:
     """(key, set, its place on the node's disk) for every local set that the recipe names."""
-    for key in KEYS:
+    for key in SET_KEYS:
         value = recipe_value(key, recipe, overrides)
         if value is None:
             continue

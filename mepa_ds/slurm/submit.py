@@ -21,12 +21,13 @@ from mepa_ds.slurm.checks import (
     check_partition,
     check_paths,
     check_plan,
+    is_cached_elsewhere,
     is_there,
 )
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
-from mepa_ds.slurm.recipe_value import PATH_KEYS, recipe_paths, recipe_value
+from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_paths, recipe_value
 from mepa_ds.slurm.scheduler import is_active, slurm
 
 JOBS: dict[str, type[Section]] = {
@@ -94,7 +95,7 @@ def is_finished(request: Request) -> bool:
 
 
 def _but_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    data = {key: value for key, value in recipe.get("data", {}).items() if f"data.{key}" not in PATH_KEYS}
+    data = {key: value for key, value in recipe.get("data", {}).items() if f"data.{key}" not in SET_KEYS}
     return recipe | {"data": data}
 
 
@@ -133,7 +134,8 @@ def check_recipe(
             check_exists(name, path)
     if isinstance(config, (PretrainConfig, TokenizerTrainingConfig)):
         config.check_world(world_size)
-    check_data(config, made_before, set() if looked_at is None else looked_at)
+    elsewhere = {name for name, path in paths if is_cached_elsewhere(path)}
+    check_data(config, made_before | elsewhere, set() if looked_at is None else looked_at)
     if isinstance(config, PretrainConfig):
         print(check_plan(profile, request.recipe.resolve(), config, world_size))
 

@@ -77,6 +77,19 @@ class Ranks:
         return all(process.is_alive() for process in self.processes)
 
 
+def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
+    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
+
+
+def refused(folder: Path, name: str, *overrides: str, ranks: int = 1) -> str:
+    """What starts say that must end with status 2."""
+    log = folder / f"{Path(name).name}.refused"
+    with Ranks(arguments(folder, name, *overrides), ranks, log) as started:
+        assert started.wait() == [2] * ranks, log.read_text()
+    assert "Traceback" not in log.read_text()
+    return log.read_text()
+
+
 def finish(arguments: Sequence[str], count: int, log: Path) -> str:
     """Runs to the end on `count` ranks; returns what was printed."""
     with Ranks(arguments, count, log) as ranks:

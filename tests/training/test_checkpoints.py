@@ -49,7 +49,7 @@ from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
 from tests.tiny_run import losses, make_run, make_sets, make_tokenizer
-from tests.training.ranks import Ranks, finish, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish, refused, wait_for_step
 
 STEPS = 12
 
@@ -64,25 +64,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
-    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
-
-
 def copy_of(folder: Path, name: str, *steps: int) -> list[Path]:
     """A new run `name` with the whole run's checkpoints of these steps."""
     paths = [folder / name / "checkpoints" / checkpoint_name(step) for step in steps]
     for path in paths:
         shutil.copytree(folder / "whole" / "checkpoints" / path.name, path)
     return paths
-
-
-def refused(folder: Path, name: str, *overrides: str, ranks: int = 1) -> str:
-    """What starts say that must end with status 2."""
-    log = folder / f"{Path(name).name}.refused"
-    with Ranks(arguments(folder, name, *overrides), ranks, log) as started:
-        assert started.wait() == [2] * ranks, log.read_text()
-    assert "Traceback" not in log.read_text()
-    return log.read_text()
 
 
 def flip_bit(path: Path) -> None:

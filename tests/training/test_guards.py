@@ -28,7 +28,7 @@ from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
-from tests.training.ranks import Ranks, finish, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish, wait_for_step
 
 COUNT = 40
 
@@ -51,10 +51,6 @@ def poison(folder: Path, name: str, bad: list[int]) -> None:
         samples.append({"features.npy": npy_bytes(map_NP * np.float16("nan") if number in bad else map_NP)})
     settings = {"codec": "fp16", "width": FEATURE_WIDTH, "grid_side": FEATURE_GRID}
     write_set(folder / f"{name}.features", "features", MadeBy(name="random", identity="0", settings=settings), samples)
-
-
-def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
-    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
 
 
 def events(output: Path, kind: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
 from tests.tiny_run import losses, make_run
-from tests.training.ranks import Ranks, finish, last_step, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish, last_step, wait_for_step
 
 FULL = os.environ.get("MEPA_FULL_TESTS") == "1"
 NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)
@@ -33,10 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interruptions")
     make_run(folder, f"train.steps={STEPS}", "log.evaluate_every=7", "log.checkpoint_every=2", "optim.ema=0.9")
     return folder
-
-
-def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
-    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
 
 
 def test_kills_and_signals_at_any_moment_change_nothing(folder: Path) -> None:

@@ -17,7 +17,7 @@ from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, r
 from mepa_ds.loops import run_lock
 from mepa_ds.metrics import read_metrics
 from tests.tiny_run import make_run, make_sets
-from tests.training.ranks import Ranks, finish, last_step, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish, last_step, refused, wait_for_step
 
 SETTINGS = ["log.checkpoint_every=4", "log.evaluate_every=4", "log.every=1", "optim.ema=null"]
 
@@ -27,18 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resuming")
     make_run(folder, "train.steps=8", *SETTINGS)
     return folder
-
-
-def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
-    return [str(folder / "recipe.yaml"), f"output_dir={folder / name}", *overrides]
-
-
-def refused(folder: Path, name: str, *overrides: str, ranks: int = 1) -> str:
-    log = folder / f"{name}.refused"
-    with Ranks(arguments(folder, name, *overrides), ranks, log) as started:
-        assert started.wait() == [2] * ranks, log.read_text()
-    assert "Traceback" not in log.read_text()
-    return log.read_text()
 
 
 def test_two_starts_do_not_share_an_output(folder: Path) -> None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from mepa_ds.models.feed_forward import fused_gelu_types
+
 _FUSED_ROWS = 1024  # of an expert; see _fuses_gelu
 
 
@@ -210,7 +212,7 @@ def _fuses_gelu(x_RC: Tensor, num_experts: int) -> bool:
     """
     if x_RC.device.type != "cpu" or x_RC.dtype != torch.bfloat16 or len(x_RC) < _FUSED_ROWS * num_experts:
         return False
-    return bool(torch.backends.mkldnn.is_available()) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x_RC.dtype in fused_gelu_types()
 
 
 def _rounded(count: int, multiple: int) -> int:
