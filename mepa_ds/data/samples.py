@@ -168,7 +168,10 @@ def _image_samples(path: Path, left_out: LeftOut, dots_in_keys: bool) -> _Sample
         by_last_dot = _grouped(members, _split_at_last_dot, path, _is_image_or_label)
         if all(LABEL_EXTENSION in found and len(found) > 1 for found in by_last_dot.values()):
             if not dots_in_keys:
-                raise DamagedError(f"{path}: {_of_dots(by_last_dot)}; make a set of it by build_shards.py webdataset")
+                raise DamagedError(
+                    f"{path}: {_of_dots(by_last_dot)}; make a set of it by data_tools/build_shards.py webdataset, which "
+                    "takes such names"
+                )
             samples = by_last_dot
         elif lacking is not None:
             raise DamagedError(
@@ -233,7 +236,7 @@ def _grouped(
         found = samples.setdefault(key, {})
         if extension in found:
             raise DamagedError(
-                f"{path}: sample {printable(key)!r} comes twice: it has two members .{extension}; keys must be unique "
+                f"{path}: sample {printable(key)!r} has two members .{extension}: it comes twice; keys must be unique "
                 "within a shard, make it again"
             )
         found[extension] = (number, member)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table
+from mepa_ds.data.samples import scan_tar
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import scan_tar
 from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
@@ -39,7 +39,7 @@ def test_index_says_what_is_there(tmp_path: Path) -> None:
     for entry in index.shards:
         path = tmp_path / entry.name
         assert (entry.bytes, entry.sha256) == (path.stat().st_size, sha256_of_file(path))
-        stored, scanned = read_table(path), scan_tar(path)
+        stored, scanned = read_table(path, "tokens"), scan_tar(path, "tokens")
         np.testing.assert_array_equal(stored.keys_N, scanned.keys_N)
         np.testing.assert_array_equal(stored.offsets_NM, scanned.offsets_NM)
         np.testing.assert_array_equal(stored.sizes_NM, scanned.sizes_NM)
