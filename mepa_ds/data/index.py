@@ -176,7 +176,7 @@ def write_table(shard: Path, table: SampleTable, description: Description) -> No
 
 def _unset(description: Description) -> set[str]:
     """What is written for shards that others made only."""
-    return {name for name in ("mtime_ns", "left_out") if not getattr(description, name)}
+    return {name for name in ("mtime_ns", "left_out") if getattr(description, name) in (None, {})}
 
 
 def read_table(shard: Path, kind: Kind, foreign: bool = False) -> SampleTable:

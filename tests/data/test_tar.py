@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +176,10 @@ def test_changed_bytes_are_damage_or_harmless(
             content[start + 148 : start + 156] = b" " * 8
             content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
     path.write_bytes(content)
-    try:
+    members: list[TarMember] = []
+    with suppress(DamagedError):
         members = list_members(path, LeftOut())
         scan_tar(path, "images")
-    except DamagedError as error:
-        assert str(error).startswith(str(path))
-        return
     assert all(0 <= offset <= offset + size <= len(content) for _, offset, size in members)
 
 
