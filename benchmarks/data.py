@@ -42,7 +42,8 @@ from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_component
 from mepa_ds.data.images import fit_image, image_batches
 from mepa_ds.data.index import Description, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
-from mepa_ds.data.samples import Kind, SampleTable
+from mepa_ds.data.sample_table import SampleTable
+from mepa_ds.data.samples import Kind
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name

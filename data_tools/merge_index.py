@@ -38,7 +38,8 @@ from mepa_ds.data.index import (
 )
 from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, fetch, is_remote
-from mepa_ds.data.samples import scan_tar, tar_files
+from mepa_ds.data.sample_table import scan_tar
+from mepa_ds.data.samples import tar_files
 from mepa_ds.data.writer import PLAN_NAME, finish_index, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file

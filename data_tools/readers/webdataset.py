@@ -99,14 +99,14 @@ def _list_tar(source: TarMembers, number: int, num_classes: int, left_out: LeftO
     path = source.paths[number]
     samples = image_samples(path, left_out, dots_in_keys=True)
     with open(path, "rb") as file:
-        for key, members in samples:
+        for key, members in samples.items():
             where = f"--shards: {path}: sample {printable(key)!r}"
             if LABEL_EXTENSION not in members:
                 raise UserError(
                     f"{where}: has members {sorted(members)}; expected an image and a .{LABEL_EXTENSION} label"
                 )
-            label_place = members.pop(LABEL_EXTENSION)
-            file.seek(label_place.offset)
-            label = parse_label(file.read(label_place.size), num_classes, lambda where=where: where)  # type: ignore[misc]
-            (image,) = members.values()
+            _, place = members.pop(LABEL_EXTENSION)
+            file.seek(place.offset)
+            label = parse_label(file.read(place.size), num_classes, lambda where=where: where)  # type: ignore[misc]
+            ((_, image),) = members.values()
             source.add(number, *image, label)

@@ -19,7 +19,8 @@ from pydantic import ConfigDict, Field
 
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.samples import Kind, SampleTable, scan_tar
+from mepa_ds.data.sample_table import SampleTable, scan_tar
+from mepa_ds.data.samples import Kind
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 

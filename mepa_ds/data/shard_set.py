@@ -27,7 +27,8 @@ from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places, remedy
 from mepa_ds.data.remote import RemoteShards, ShardCache
-from mepa_ds.data.samples import LABEL_EXTENSION, SampleTable, label_number, tar_files
+from mepa_ds.data.sample_table import SampleTable, label_number
+from mepa_ds.data.samples import LABEL_EXTENSION, tar_files
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
 

@@ -33,7 +33,7 @@ _SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 _AGAIN = "copy or make it again"
 
 Read = Callable[[int, int], bytes]
-"""(number of bytes, position) -> bytes; fewer at the end of the file."""
+"""(number of bytes, position) -> bytes."""
 
 
 class TarMember(NamedTuple):
@@ -73,11 +73,18 @@ def list_members(path: Path, left_out: LeftOut, start: int = 0, size: int | None
             end = os.fstat(file.fileno()).st_size if size is None else start + size
             if end == start:
                 raise DamagedError(f"{path}: the file is empty, not a tar")
-            read = partial(os.pread, file.fileno())
+            read = partial(_read, file.fileno(), str(path))
             entries = list(_step(read, start, end, str(path), left_out))
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}") from error
     return _files(entries, left_out)
+
+
+def _read(descriptor: int, where: str, size: int, position: int) -> bytes:
+    data = os.pread(descriptor, size, position)
+    if len(data) < size:  # somebody is writing it
+        raise DamagedError(f"{where}: became shorter while it was read; {_AGAIN}")
+    return data
 
 
 def check_member_name(name: str, where: str) -> None:
@@ -102,11 +109,11 @@ def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> It
         is_over = False
         header = _parse(block, where, position, position == start)
         data = position + BLOCK
-        if header.kind in (headers.PAX, headers.PAX_SOLARIS, headers.PAX_GLOBAL, headers.GNU_NAME, headers.GNU_LINK):
+        if header.kind in headers.EXTENDED:
             _take_extended(header, read, data, end, where, common, own)
             size = header.size
         else:
-            entry = _member(header, {**common, **own}, read, data, end, where)
+            entry = _member(header, {**common, **own} if common or own else own, read, data, end, where)
             own, size = {}, entry.size
             if entry.kind not in headers.FOLDERS_AND_LABELS:
                 check_member_name(entry.name, where)
@@ -120,7 +127,8 @@ def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> It
 
 def _behind_zeros(read: Read, position: int, start: int, end: int) -> int:
     """The first block, counted from `start`, that holds another byte; `end` if there is none."""
-    while chunk := read(min(_CHUNK, end - position), position):
+    while position < end:
+        chunk = read(min(_CHUNK, end - position), position)
         if rest := chunk.lstrip(b"\0"):
             found = position + len(chunk) - len(rest)
             return found - (found - start) % BLOCK
@@ -198,10 +206,10 @@ def _files(entries: list[_Entry], left_out: LeftOut) -> list[TarMember]:
     places = dict[str, tuple[int, int]]()  # the last of each name, as unpacking would leave it
     links = dict[str, str]()
     found: list[tuple[_Entry, tuple[int, int] | str]] = []  # a place, or the name that a link waits for
-    has_links = any(entry.kind in (headers.HARD_LINK, headers.SYMBOLIC_LINK) for entry in entries)
+    has_links = any(entry.kind in headers.LINKS for entry in entries)
     for entry in entries:
         place: tuple[int, int] | str = (entry.offset, entry.size)
-        if entry.kind in (headers.HARD_LINK, headers.SYMBOLIC_LINK):
+        if entry.kind in headers.LINKS:
             name, place = posixpath.normpath(entry.name), _target(entry)
             if entry.kind == headers.HARD_LINK and name == place and name in places:
                 continue  # one file, named twice when the tar was made

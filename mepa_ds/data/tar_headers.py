@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 BLOCK = 512
 END = b"\0" * BLOCK
 """A block of zeros ends an archive."""
 
 REGULAR = (b"0", b"\0", b"7")
-HARD_LINK, SYMBOLIC_LINK = b"1", b"2"
+LINKS = HARD_LINK, SYMBOLIC_LINK = b"1", b"2"
 DEVICES = (b"3", b"4", b"6")
 FOLDERS_AND_LABELS = (b"5", b"V", b"D")
 """Folders, the label of a GNU volume, and GNU's list of what lay in a folder: they hold no file."""
-WITHOUT_DATA = (HARD_LINK, SYMBOLIC_LINK, *DEVICES, *FOLDERS_AND_LABELS)
+WITHOUT_DATA = (*LINKS, *DEVICES, *FOLDERS_AND_LABELS)
 """Their headers may carry a size all the same, such as the 4096 bytes that a folder takes on its disk."""
 SPARSE, CONTINUED = b"S", b"M"
-PAX, PAX_SOLARIS, PAX_GLOBAL, GNU_NAME, GNU_LINK = b"x", b"X", b"g", b"L", b"K"
+EXTENDED = PAX, PAX_OF_SOLARIS, PAX_GLOBAL, GNU_NAME, GNU_LINK = b"x", b"X", b"g", b"L", b"K"
 
-_OCTAL = re.compile(rb"[0-7]*")
 _RECORD_LENGTH = re.compile(rb"([0-9]{1,18}) ")
 _NAME, _SIZE, _CHECKSUM, _KIND = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _TARGET, _MAGIC, _PREFIX = slice(157, 257), slice(257, 263), slice(345, 500)
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What a header block says by itself; extended headers before it may say otherwise."""
 
     name: str
@@ -43,8 +41,8 @@ def is_header(block: bytes) -> bool:
         stored = _number(block[_CHECKSUM])
     except ValueError:
         return False
-    rest = block[: _CHECKSUM.start] + b" " * 8 + block[_CHECKSUM.stop :]
-    return stored == sum(rest) or stored == sum(rest) - 256 * sum(byte > 127 for byte in rest)
+    computed = sum(block) - sum(block[_CHECKSUM]) + 8 * 32  # as if the checksum were blanks
+    return stored == computed or stored == computed - 256 * sum(byte > 127 for byte in block)
 
 
 def parse_header(block: bytes) -> Header:
@@ -54,7 +52,8 @@ def parse_header(block: bytes) -> Header:
     name = text(block[_NAME])
     if block[_MAGIC] == b"ustar\0" and block[_PREFIX.start]:  # GNU and V7 headers have other things there
         name = f"{text(block[_PREFIX])}/{name}"
-    return Header(name, _number(block[_SIZE]), block[_KIND], text(block[_TARGET]))
+    kind = block[_KIND]
+    return Header(name, _number(block[_SIZE]), kind, text(block[_TARGET]) if kind in LINKS else "")
 
 
 def _number(field: bytes) -> int:
@@ -64,9 +63,11 @@ def _number(field: bytes) -> int:
             raise ValueError("a negative number")
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
-    if not _OCTAL.fullmatch(digits):
+    if not digits:
+        return 0
+    if not digits.isdigit() or b"8" in digits or b"9" in digits:  # int() takes -1 and 1_0
         raise ValueError(f"{digits!r} is no octal number")
-    return int(digits or b"0", 8)
+    return int(digits, 8)
 
 
 def text(field: bytes) -> str:

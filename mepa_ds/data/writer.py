@@ -34,7 +34,8 @@ from mepa_ds.data.index import (
     write_table,
 )
 from mepa_ds.data.left_out import few
-from mepa_ds.data.samples import LABEL_EXTENSION, Kind, SampleTable, is_hidden, label_number, split_member_name
+from mepa_ds.data.sample_table import SampleTable, label_number
+from mepa_ds.data.samples import LABEL_EXTENSION, Kind, is_hidden, split_member_name
 from mepa_ds.data.tar import check_member_name, member_header
 from mepa_ds.data.tar_headers import BLOCK
 from mepa_ds.errors import UserError

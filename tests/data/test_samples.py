@@ -20,7 +20,8 @@ from data_tools.verify_shards import Options as VerifyOptions
 from data_tools.verify_shards import verify
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.samples import image_samples, is_hidden, is_image_name, scan_tar, split_member_name
+from mepa_ds.data.sample_table import scan_tar
+from mepa_ds.data.samples import image_samples, is_hidden, is_image_name, split_member_name
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.build_fixtures import images_of, options, picture
@@ -84,15 +85,15 @@ def test_build_scan_and_loader_agree_and_nothing_is_lost(
     if built is None:
         assert scanned is None  # what one refuses, the other does not take for something else
         return
-    assert sum(len(members) for _, members in built) + len(built_left) == len(chosen)
+    assert sum(len(members) for members in built.values()) + len(built_left) == len(chosen)
     if scanned is None:
         return
-    assert [key.encode() for key, _ in built] == scanned.keys_N.tolist()
+    assert [key.encode() for key in built] == scanned.keys_N.tolist()
     assert scanned.left_out == built_left
-    for row, (_, members) in enumerate(built):
+    for row, members in enumerate(built.values()):
         sizes = dict(zip(scanned.extensions, scanned.sizes_NM[row].tolist(), strict=True))
         assert {extension: size for extension, size in sizes.items() if size >= 0} == {
-            extension: member.size for extension, member in members.items()
+            extension: member.size for extension, (_, member) in members.items()
         }
 
 
@@ -176,7 +177,7 @@ def test_members_beside_image_and_label_are_named(tmp_path: Path) -> None:
     """Masks as webdataset names them, and a second picture under the first one's key."""
     left_out = LeftOut()
     path = write(tmp_path / "0.tar", ["0.jpg", "0.seg.png", "0.cls", "0.5.jpg", "0.meta.json"])
-    ((key, members),) = image_samples(path, left_out, dots_in_keys=True)
+    ((key, members),) = image_samples(path, left_out, dots_in_keys=True).items()
     assert (key, list(members)) == ("0", ["jpg", "cls"])
     assert "2 images or labels with more dots in their names, whose keys end at the first (0.seg.png, 0.5" in str(
         left_out

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from data_tools.readers.imagenet import ImageNet
 from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.samples import scan_tar
+from mepa_ds.data.sample_table import scan_tar
 from mepa_ds.data.tar import DEAD_LINKS, DEVICES, UNKNOWN_KINDS, TarMember, list_members
 from mepa_ds.errors import DamagedError
 from tests.data.shard_fixtures import make_set

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table, table_path
-from mepa_ds.data.samples import scan_tar
+from mepa_ds.data.sample_table import scan_tar
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
 from mepa_ds.errors import UserError
