@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data_tools.precompute_sets import batches_of, open_images
 from mepa_ds.cli import entry
 from mepa_ds.data.codecs import FeatureDecoder, PcaBasis, codec_named
-from mepa_ds.data.tar import BLOCK
+from mepa_ds.data.tar_headers import BLOCK
 from mepa_ds.data.views import RESIZE_RATIO, Views, sample_boxes, whole_grid
 from mepa_ds.data.writer import npy_bytes
 from mepa_ds.errors import UserError

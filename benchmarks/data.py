@@ -40,10 +40,11 @@ from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import fit_image, image_batches
-from mepa_ds.data.index import Kind, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
+from mepa_ds.data.index import Description, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
+from mepa_ds.data.sample_table import SampleTable
+from mepa_ds.data.samples import Kind
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import SampleTable
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 
@@ -289,7 +290,7 @@ def startup_seconds(root: Path) -> float:
         entry = ShardEntry(
             name=name, num_samples=SHARD_SAMPLES, bytes=3080192, sha256="", keys_sha256=keys_digest(table)
         )
-        write_table(root / name, table, entry, {})
+        write_table(root / name, table, Description(entry=entry, members={}))
         entries.append(entry)
     members = {"tokens.npy": Member(dtype="uint16", shape=(NUM_TOKENS,)), "cls": Member()}
     ShardIndex(kind="tokens", shards=tuple(entries), members=members, made_by=MadeBy(name="random")).write(root)

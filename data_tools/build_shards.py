@@ -29,7 +29,7 @@ from mepa_ds.cli import entry
 from mepa_ds.data.images import crop_square, decode_image, resize_shorter
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
 from mepa_ds.data.order import permutation
-from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION
+from mepa_ds.data.samples import LABEL_EXTENSION
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
@@ -62,7 +62,7 @@ class Encoding:
                 image = crop_square(image, self.image_side)
             return self.format, _encode(image, self.format, self.quality)
         extension = "jpg" if extension == "jpeg" else extension
-        if extension not in IMAGE_EXTENSIONS:  # BMP, TIFF...: not what WebDataset's users expect in shards
+        if extension not in _PILLOW_FORMATS:  # BMP, TIFF...: not what WebDataset's users expect in shards
             return "png", _encode(image, "png", self.quality)
         return extension, data
 

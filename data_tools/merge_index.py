@@ -27,6 +27,7 @@ from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.index import (
     FOREIGN,
     INDEX_NAME,
+    Description,
     Member,
     ShardEntry,
     ShardIndex,
@@ -35,13 +36,13 @@ from mepa_ds.data.index import (
     table_path,
     write_table,
 )
+from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, fetch, is_remote
-from mepa_ds.data.tar import few, scan_tar
-from mepa_ds.data.writer import PLAN_NAME, finish_index, read_npy_header, read_plan
+from mepa_ds.data.sample_table import scan_tar
+from mepa_ds.data.samples import tar_files
+from mepa_ds.data.writer import PLAN_NAME, finish_index, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-
-_NPY_HEADER = 4096
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Scan:
     cache: Cache = field(default_factory=CacheOptions)
 
     def __call__(self) -> ShardIndex:
-        out, urls = self._places()
+        left_out = LeftOut()
+        out, urls = self._places(left_out)
         classes = () if self.classes is None else tuple(read_lines(self.classes, "--classes"))
         _check_foreign(out)
         if is_remote(self.shards):
@@ -112,10 +114,12 @@ class Scan:
             for shard in tqdm(unordered_map(scan, places, self.workers), "scanning", len(places))
         }
         members: dict[str, Member] = {}
-        for shard in found.values():
-            members.update(shard.members)
-        if ignored := [name for shard in found.values() for name in shard.ignored]:
-            print(f"{self.shards}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
+        for name in names:
+            members.update(found[name].members)
+            left_out.update(LeftOut.from_json(found[name].left_out))
+        if not any(shard.entry.num_samples for shard in found.values()):
+            raise UserError(f"{self.shards}: no images found ({left_out or 'no members'}); give shards of images")
+        left_out.note(self.shards)
         index = ShardIndex(
             kind="images",
             shards=tuple(found[name].entry for name in names),
@@ -128,13 +132,13 @@ class Scan:
         index.write(out)
         return index
 
-    def _places(self) -> tuple[Path, list[str]]:
+    def _places(self, left_out: LeftOut) -> tuple[Path, list[str]]:
         if is_remote(self.shards):
             if self.out is None:
                 raise UserError("--out: where should the index of these remote shards go?")
             return self.out, list(braceexpand(self.shards))
         if Path(self.shards).is_dir():
-            directory, tars = Path(self.shards), sorted(str(path) for path in Path(self.shards).glob("*.tar"))
+            directory, tars = Path(self.shards), [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:
             tars = list(braceexpand(self.shards))
             directory = Path(tars[0]).parent
@@ -168,47 +172,36 @@ def _check_near(directory: Path) -> None:
         raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
 
 
-@dataclass(frozen=True)
-class _Scanned:
-    entry: ShardEntry
-    members: dict[str, Member]
-    ignored: tuple[str, ...] = ()
-    """Members that belong to no sample; not known of shards whose table was there already."""
-
-
-def _scan_shard(out: Path, place: tuple[str, str]) -> _Scanned:
+def _scan_shard(out: Path, place: tuple[str, str]) -> Description:
     url, name = place
-    known = read_description(out / name) if not is_remote(url) else None
-    # A tar that was written anew may have the size of the old one: tars are padded to 10 kB.
-    is_newer = known is not None and table_path(out / name).stat().st_mtime_ns >= (out / name).stat().st_mtime_ns
-    if known is not None and is_newer and known[0].sha256:
-        return _Scanned(*known)
-    if not is_remote(url):
-        return _describe(out / name, out / name)
-    with tempfile.TemporaryDirectory() as temporary:
-        return _describe(fetch(url, Path(temporary) / name), out / name)
+    if is_remote(url):
+        with tempfile.TemporaryDirectory() as temporary:
+            return _describe(fetch(url, Path(temporary) / name), out / name, None)
+    shard = out / name
+    known, mtime_ns = read_description(shard), shard.stat().st_mtime_ns
+    # What has no time is of a scan that went by another rule, or of a set whose index was removed.
+    if known is not None and known.mtime_ns is not None and known.entry.sha256:
+        return known
+    return _describe(shard, shard, mtime_ns)
 
 
-def _describe(path: Path, shard: Path) -> _Scanned:
-    """Reads a tar's headers and writes its table beside `shard`."""
-    table = scan_tar(path)
-    members: dict[str, Member] = {}
-    with open(path, "rb") as file:
-        for column, extension in enumerate(table.extensions):
-            row = int((table.sizes_NM[:, column] >= 0).argmax())
-            file.seek(int(table.offsets_NM[row, column]))
-            members[extension] = Member()
-            if extension.endswith("npy"):
-                members[extension] = read_npy_header(file.read(_NPY_HEADER))[0]
-    entry_ = ShardEntry(
-        name=shard.name,
-        num_samples=len(table),
-        bytes=path.stat().st_size,
-        sha256=sha256_of_file(path),
-        keys_sha256=keys_digest(table),
+def _describe(path: Path, shard: Path, mtime_ns: int | None) -> Description:
+    """Reads a tar's headers and writes its table beside `shard`. `mtime_ns`: of the tar before it is read."""
+    table = scan_tar(path, "images")
+    description = Description(
+        entry=ShardEntry(
+            name=shard.name,
+            num_samples=len(table),
+            bytes=path.stat().st_size,
+            sha256=sha256_of_file(path),
+            keys_sha256=keys_digest(table),
+        ),
+        members={extension: Member() for extension in table.extensions},
+        mtime_ns=mtime_ns,
+        left_out=table.left_out.to_json(),
     )
-    write_table(shard, table, entry_, members)
-    return _Scanned(entry_, members, table.ignored)
+    write_table(shard, table, description)
+    return description
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex, keys_digest, read_table, table_path
-from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, parse_label
-from mepa_ds.data.tar import DamagedError, SampleTable, label_number, scan_tar
+from mepa_ds.data.left_out import LeftOut
+from mepa_ds.data.sample_table import SampleTable, label_number, scan_tar
+from mepa_ds.data.samples import LABEL_EXTENSION
+from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.writer import read_npy_header
 from mepa_ds.files import sha256_of_file
@@ -29,6 +32,8 @@ class ShardReport:
     labels: list[int] = field(default_factory=list)
     contents: list[tuple[bytes, str]] = field(default_factory=list)
     """A digest of each image, and its key."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Members that belong to no sample."""
 
 
 def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
@@ -52,8 +57,9 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
         report.problems.append(f"has {path.stat().st_size} bytes, the index says {entry_.bytes}")
     elif entry_.sha256 and sha256_of_file(path) != entry_.sha256:
         report.problems.append("its SHA-256 differs from the index's")
-    table = scan_tar(path)
-    if table_path(path).exists() and not _same_table(path, table):
+    table = scan_tar(path, shards.index.kind)
+    report.left_out = table.left_out
+    if table_path(path).exists() and not _same_table(shards.index, path, table):
         report.problems.append("its stored offsets differ from the tar")
     if len(table) != entry_.num_samples or keys_digest(table) != entry_.keys_sha256:
         report.problems.append(f"its {len(table)} keys are not those of the index")
@@ -71,9 +77,9 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
                 report.problems.append(str(error))
 
 
-def _same_table(path: Path, table: SampleTable) -> bool:
+def _same_table(index: ShardIndex, path: Path, table: SampleTable) -> bool:
     try:
-        stored = read_table(path)
+        stored = read_table(path, index.kind)  # what is stored, even where the loader would read the headers again
     except DamagedError:
         return False
     if stored.extensions != table.extensions or len(stored) != len(table):

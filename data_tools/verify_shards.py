@@ -22,6 +22,7 @@ from data_tools.pool import unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.cli import entry
 from mepa_ds.data.index import source_images, table_path
+from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 
@@ -121,7 +122,12 @@ def print_report(report: SetReport) -> None:
         print(line)
     if len(problems) > _SHOWN:
         print(f"  ... and {len(problems) - _SHOWN} problems more")
-    skipped = sum(len(shard.skipped) for shard in index.shards)
+    left_out = LeftOut()
+    for shard in report.reports:
+        left_out.update(shard.left_out)
+    if left_out:
+        print(f"  {left_out}")
+    skipped = sum(len(entry.skipped) for entry in index.shards)
     if skipped:
         print(f"  {skipped} damaged source images were left out when the set was made (index.json names them)")
     counts = Counter(label for shard in report.reports for label in shard.labels)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.tar import DamagedError, few, printable
-from mepa_ds.errors import UserError
-
-EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff"})
+from mepa_ds.data.left_out import few, printable
+from mepa_ds.data.samples import is_hidden, is_image_name
+from mepa_ds.errors import DamagedError, UserError
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,8 @@ class ImageFolder:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
         _, folders, left_out = next(os.walk(self.root, onerror=_unreadable))
-        classes = sorted(name for name in folders if not _is_hidden(name))
-        left_out += [f"{name}/" for name in folders if _is_hidden(name)]
+        classes = sorted(name for name in folders if not is_hidden(name))
+        left_out += [f"{name}/" for name in folders if is_hidden(name)]
         if not classes:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
         files, labels, empty = list[str](), list[int](), list[str]()
@@ -53,9 +52,9 @@ def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
     found = list[str]()
     seen = {root.resolve(), *root.resolve().parents}
     for folder, folders, files in os.walk(root / name, onerror=_unreadable, followlinks=True):
-        left_out += [f"{os.path.relpath(folder, root)}/{name}/" for name in folders if _is_hidden(name)]
+        left_out += [f"{os.path.relpath(folder, root)}/{name}/" for name in folders if is_hidden(name)]
         # Of two links to one folder the same is taken on every file system.
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         relative, real = os.path.relpath(folder, root), Path(folder).resolve()
         if real in seen:
             left_out.append(f"{relative}/")
@@ -63,15 +62,9 @@ def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
             continue
         seen.add(real)
         for file in sorted(files):
-            is_image = file.rpartition(".")[2].lower() in EXTENSIONS and not _is_hidden(file)
-            images = found if is_image else left_out
+            images = found if is_image_name(file) and not is_hidden(file) else left_out
             images.append(f"{relative}/{file}")
     return found
-
-
-def _is_hidden(name: str) -> bool:
-    """Of an editor or a file manager: .ipynb_checkpoints, macOS's __MACOSX and ._1.jpg."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _unreadable(error: OSError) -> None:

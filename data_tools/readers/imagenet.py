@@ -12,7 +12,9 @@ from tqdm import tqdm
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.index import ShardIndex
-from mepa_ds.data.tar import iterate_members, iterate_members_within
+from mepa_ds.data.left_out import LeftOut
+from mepa_ds.data.samples import HIDDEN, is_hidden, is_image_name
+from mepa_ds.data.tar import TarMember, list_members
 from mepa_ds.errors import UserError
 
 _SYNSET, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"\d{1,9}")
@@ -42,10 +44,11 @@ class ImageNet:
 
 
 def _open_train(path: Path) -> TarMembers:
-    inner: dict[str, tuple[int, int]] = {}
-    for name, offset, size in iterate_members(path):
+    inner, left_out = dict[str, tuple[int, int]](), LeftOut()
+    for name, offset, size in list_members(path, left_out):
         synset, _, extension = name.rpartition("/")[2].rpartition(".")
-        if extension != "tar":
+        if is_hidden(name) or extension.lower() != "tar":
+            left_out.add(HIDDEN if is_hidden(name) else "members that are no class tars", name)
             continue
         if synset in inner:
             raise UserError(f"--tar: {path}: holds two class tars {synset}.tar; remove one of them")
@@ -59,15 +62,28 @@ def _open_train(path: Path) -> TarMembers:
     for label, synset in enumerate(tqdm(source.classes, "listing", unit="class")):
         offset, size = inner[synset]
         found = len(source)
-        for name, start, length in iterate_members_within(path, offset, size):
-            source.add(0, name, start, length, label)
+        for image in _images(list_members(path, left_out, offset, size), left_out):
+            source.add(0, *image, label)
         if len(source) == found:
-            raise UserError(f"--tar: {path}: the class tar {synset}.tar is empty; download the archive again")
+            raise UserError(f"--tar: {path}: the class tar {synset}.tar has no images; download the archive again")
+    left_out.note(path)
     return source
 
 
+def _images(members: list[TarMember], left_out: LeftOut) -> list[TarMember]:
+    images = []
+    for member in members:
+        if is_image_name(member.name) and not is_hidden(member.name):
+            images.append(member)
+        else:
+            left_out.add(HIDDEN if is_hidden(member.name) else "members that are no images", member.name)
+    return images
+
+
 def _open_val(path: Path, labels: Path, class_list: Path | None) -> TarMembers:
-    members = sorted(iterate_members(path))
+    left_out = LeftOut()
+    members = sorted(_images(list_members(path, left_out), left_out))
+    left_out.note(path)
     given = None if class_list is None else _read_classes(class_list)
     synsets, known = _read_labels(labels, [_image_name(name) for name, _, _ in members], given)
     classes = known if given is None else given
@@ -77,8 +93,8 @@ def _open_val(path: Path, labels: Path, class_list: Path | None) -> TarMembers:
         raise UserError(f"--classes: {class_list}: {min(unknown)!r} is not among its {len(classes)} classes")
     source = TarMembers("imagenet", classes, paths=[path])
     label_of = {synset: label for label, synset in enumerate(classes)}
-    for (name, offset, size), synset in zip(members, synsets, strict=True):
-        source.add(0, name, offset, size, label_of[synset])
+    for member, synset in zip(members, synsets, strict=True):
+        source.add(0, *member, label_of[synset])
     return source
 
 

@@ -17,6 +17,8 @@ from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.index import MadeBy
+from mepa_ds.data.left_out import LeftOut
+from mepa_ds.data.samples import HIDDEN, is_hidden
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
 
@@ -37,7 +39,11 @@ class Parquet:
     def open(self, scratch: Path | None) -> TarMembers:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError("parquet: needs pyarrow; pip install 'mepa_ds[parquet]'")
-        files = self._files()
+        files, left_out = self._files(), LeftOut()
+        for path in sorted(self.root.glob(self.pattern)):
+            if path not in files:
+                left_out.add(HIDDEN, path.name)
+        left_out.note(self.root)
         if scratch is None:
             raise UserError("parquet: rows are copied to tars first; run this in one part, without --num-parts")
         tables = [_open(path) for path in files]
@@ -61,7 +67,7 @@ class Parquet:
         return hashlib.sha256("\n".join([*listing, self.image_column, self.label_column]).encode()).hexdigest()[:16]
 
     def _files(self) -> list[Path]:
-        files = sorted(self.root.glob(self.pattern))
+        files = sorted(path for path in self.root.glob(self.pattern) if not is_hidden(path.name))
         if not files:
             raise UserError(f"--root: {self.root}: no files {self.pattern} there")
         splits = sorted({match[1] for path in files if (match := _OF_A_SPLIT.fullmatch(path.name))})

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.tar import DamagedError, printable
+from mepa_ds.data.left_out import printable
+from mepa_ds.errors import DamagedError
 
 
 @dataclass

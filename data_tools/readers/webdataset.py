@@ -10,14 +10,14 @@ from pathlib import Path
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data_tools.readers.imagefolder import EXTENSIONS
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
+from mepa_ds.data.left_out import LeftOut, printable
 from mepa_ds.data.remote import fetch, is_remote
-from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
-from mepa_ds.data.tar import few, iterate_sample_members
+from mepa_ds.data.samples import LABEL_EXTENSION, image_samples, tar_files
+from mepa_ds.data.shard_set import parse_label
 from mepa_ds.errors import UserError
 
 _MANY_CLASSES = 100_000
@@ -36,12 +36,12 @@ class WebDataset:
 
     def open(self, scratch: Path | None) -> TarMembers:
         names = self._names()
-        paths = [self._local(url, scratch) for url in self._urls()]
-        source, ignored = TarMembers("webdataset", (), paths=paths), list[str]()
+        left_out = LeftOut()
+        paths = [self._local(url, scratch) for url in self._urls(left_out)]
+        source = TarMembers("webdataset", (), paths=paths)
         for number in tqdm(range(len(paths)), "listing"):
-            _list_tar(source, number, len(names or ()), ignored)
-        if ignored:
-            print(f"{self.shards}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
+            _list_tar(source, number, len(names or ()), left_out)
+        left_out.note(self.shards)
         source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:
             source.settings[COPIED_FROM] = copied_from
@@ -60,11 +60,11 @@ class WebDataset:
             return None
         return hashlib.sha256("\n".join(self._urls()).encode()).hexdigest()[:16]
 
-    def _urls(self) -> list[str]:
+    def _urls(self, left_out: LeftOut | None = None) -> list[str]:
         if is_remote(self.shards):
             return list(braceexpand(self.shards))
         if Path(self.shards).is_dir():
-            found = sorted(str(path) for path in Path(self.shards).glob("*.tar"))
+            found = [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:
             found = [path for pattern in braceexpand(self.shards) for path in sorted(glob.glob(pattern)) or [pattern]]
         missing = [path for path in found if not Path(path).is_file()]
@@ -94,24 +94,19 @@ def _numbered_classes(source: TarMembers) -> tuple[str, ...]:
     return tuple(str(label) for label in range(source.label(last) + 1))
 
 
-def _list_tar(source: TarMembers, number: int, num_classes: int, ignored: list[str]) -> None:
+def _list_tar(source: TarMembers, number: int, num_classes: int, left_out: LeftOut) -> None:
     """Adds the samples of one tar."""
     path = source.paths[number]
-    samples: dict[str, dict[str, tuple[str, int, int]]] = {}
-    for key, extension, name, offset, size in iterate_sample_members(path, ignored):
-        members = samples.setdefault(key, {})
-        if extension in members:
-            raise UserError(f"--shards: {path}: sample {key!r} comes twice; keys must be unique within a shard")
-        members[extension] = (name, offset, size)
+    samples = image_samples(path, left_out, dots_in_keys=True)
     with open(path, "rb") as file:
         for key, members in samples.items():
-            image = next((members[extension] for extension in members if extension in EXTENSIONS), None)
-            where = f"--shards: {path}: sample {key!r}"
-            if image is None or LABEL_EXTENSION not in members:
+            where = f"--shards: {path}: sample {printable(key)!r}"
+            if LABEL_EXTENSION not in members:
                 raise UserError(
                     f"{where}: has members {sorted(members)}; expected an image and a .{LABEL_EXTENSION} label"
                 )
-            _, offset, size = members[LABEL_EXTENSION]
-            file.seek(offset)
-            label = parse_label(file.read(size), num_classes, lambda where=where: where)  # type: ignore[misc]
+            _, place = members.pop(LABEL_EXTENSION)
+            file.seek(place.offset)
+            label = parse_label(file.read(place.size), num_classes, lambda where=where: where)  # type: ignore[misc]
+            ((_, image),) = members.values()
             source.add(number, *image, label)

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.remote import fetched_ahead
-from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
+from mepa_ds.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
+from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError
 
@@ -155,10 +156,8 @@ def fit_image(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5
 
 def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
     """(extension, bytes) of the image among a sample's members."""
-    for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return extension, members[extension]
-    raise DamagedError(f"{where}: has no image, only {sorted(members)}; expected one of {IMAGE_EXTENSIONS}")
+    extension = image_extension(members, where)
+    return extension, members[extension]
 
 
 class _ImageDataset(Dataset[Any]):

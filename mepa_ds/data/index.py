@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 
 from mepa_ds.config.base import Section, validate
-from mepa_ds.data.tar import DamagedError, SampleTable, scan_tar
-from mepa_ds.errors import UserError
+from mepa_ds.data.left_out import LeftOut
+from mepa_ds.data.sample_table import SampleTable, scan_tar
+from mepa_ds.data.samples import Kind
+from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 INDEX_NAME = "index.json"
-Kind = Literal["images", "tokens", "features"]
 
 
 class Member(Section):
@@ -140,9 +141,27 @@ def table_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}.idx.npz")
 
 
-def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dict[str, Member]) -> None:
+class Description(Section):
+    """What a table says of its shard beside the offsets."""
+
+    entry: ShardEntry
+    members: dict[str, Member]
+    mtime_ns: int | None = None
+    """Of the tar when its headers were read, in shards that others made; None where the writer of the tar wrote this
+    too: then equal content has equal tables, and bytes and SHA-256 of the index say whether it is whole."""
+    left_out: dict[str, tuple[int, tuple[str, ...]]] = Field(default_factory=dict)
+    """Of shards that others made: members that belong to no sample (LeftOut)."""
+
+    def is_of(self, shard: Path) -> bool:
+        """Whether the file that lies there is the one that was described. A file of another time is another one:
+        a replaced shard may be older, and its size the same, since tars are padded."""
+        found = shard.stat()
+        same_time = self.mtime_ns is None or self.mtime_ns == found.st_mtime_ns
+        return self.entry.name == shard.name and self.entry.bytes == found.st_size and same_time
+
+
+def write_table(shard: Path, table: SampleTable, description: Description) -> None:
     """Stores a shard's offsets and its own index entry; written last, it marks the shard as complete."""
-    description = {"entry": entry.model_dump(mode="json"), "members": {k: m.model_dump() for k, m in members.items()}}
     path = table_path(shard)
     with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(
@@ -152,19 +171,37 @@ def write_table(shard: Path, table: SampleTable, entry: ShardEntry, members: dic
             offsets=table.offsets_NM,
             sizes=table.sizes_NM,
             labels=np.empty(0, np.int64) if table.labels_N is None else table.labels_N,
-            description=np.array(json.dumps(description)),
+            description=np.array(json.dumps(description.model_dump(mode="json", exclude=_unset(description)))),
         )
 
 
-def read_table(shard: Path) -> SampleTable:
-    """The stored offsets of a shard, or those found by stepping over its headers."""
+def _unset(description: Description) -> set[str]:
+    """What is written for shards that others made only."""
+    return {name for name in ("mtime_ns", "left_out") if getattr(description, name) in (None, {})}
+
+
+def read_table(shard: Path, kind: Kind, foreign: bool = False) -> SampleTable:
+    """The offsets of a shard: stored ones, or those found by stepping over its headers.
+
+    Args:
+        foreign: others made the shard: what is stored counts only for the very file that was scanned. Of sets that
+            were copied without their times the headers are read again, which finds the same.
+    """
     if not table_path(shard).exists():
-        return scan_tar(shard)
+        return scan_tar(shard, kind)
     stored = _load_table(shard)
+    description = _description(shard, stored)
+    if foreign and shard.exists() and not description.is_of(shard):
+        return scan_tar(shard, kind)
     labels = stored["labels"]
-    known = labels if len(labels) == len(stored["keys"]) else None
-    extensions = tuple(str(extension) for extension in stored["extensions"])
-    return SampleTable(stored["keys"], extensions, stored["offsets"], stored["sizes"], known)
+    return SampleTable(
+        keys_N=stored["keys"],
+        extensions=tuple(str(extension) for extension in stored["extensions"]),
+        offsets_NM=stored["offsets"],
+        sizes_NM=stored["sizes"],
+        labels_N=labels if len(labels) == len(stored["keys"]) else None,
+        left_out=LeftOut.from_json(description.left_out),
+    )
 
 
 def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
@@ -181,16 +218,16 @@ def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def read_description(shard: Path) -> tuple[ShardEntry, dict[str, Member]] | None:
-    """The index entry stored beside a complete shard; None if the shard is missing, torn or foreign."""
-    path = table_path(shard)
-    if not path.exists() or not shard.exists():
+def _description(shard: Path, stored: dict[str, NDArray[Any]]) -> Description:
+    return validate(Description, json.loads(str(stored["description"])), str(table_path(shard)))
+
+
+def read_description(shard: Path) -> Description | None:
+    """What is stored beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
+    if not table_path(shard).exists() or not shard.exists():
         return None
     try:
-        description = json.loads(str(_load_table(shard)["description"]))
+        description = _description(shard, _load_table(shard))
     except DamagedError:
         return None
-    entry = validate(ShardEntry, description["entry"], str(path))
-    if entry.name != shard.name or entry.bytes != shard.stat().st_size:
-        return None
-    return entry, {key: validate(Member, member, str(path)) for key, member in description["members"].items()}
+    return description if description.is_of(shard) else None

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mepa_ds.data.index import ShardIndex, keys_digest, read_table
+from mepa_ds.data.index import FOREIGN, ShardIndex, keys_digest, read_table
 from mepa_ds.data.order import Indices
-from mepa_ds.data.tar import DamagedError, SampleTable
+from mepa_ds.data.sample_table import SampleTable
+from mepa_ds.errors import DamagedError
 
 REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"
+_RESCAN = "if it was replaced, run data_tools/merge_index.py scan on the set again"
+
+
+def remedy(index: ShardIndex) -> str:
+    """What to do about a shard that is not the one its index describes."""
+    return _RESCAN if index.made_by == FOREIGN else REMEDY
 
 
 class Places:
@@ -87,16 +94,17 @@ class Places:
     def _read(self, shard: int) -> None:
         path, entry = self._paths[shard], self._index.shards[shard]
         try:
-            table = read_table(Path(path))
+            table = read_table(Path(path), self._index.kind, self._index.made_by == FOREIGN)
         except (OSError, DamagedError) as error:
             raise DamagedError(f"{self._what}: {error}") from error
         if len(table) != entry.num_samples:
             raise DamagedError(
-                f"{self._what}: {path}: has {len(table)} samples, the index says {entry.num_samples}; {REMEDY}"
+                f"{self._what}: {path}: has {len(table)} samples, the index says {entry.num_samples}; "
+                f"{remedy(self._index)}"
             )
         # With this, sets whose indices have equal keys need not be compared again, batch by batch.
         if keys_digest(table) != entry.keys_sha256:
-            raise DamagedError(f"{self._what}: {path}: its keys are not those of the index; {REMEDY}")
+            raise DamagedError(f"{self._what}: {path}: its keys are not those of the index; {remedy(self._index)}")
         self.add(shard, table)
 
     def add(self, shard: int, table: SampleTable) -> None:

@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mepa_ds.data.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardIndex, keys_digest, read_table
+from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
-from mepa_ds.data.places import REMEDY, Places
+from mepa_ds.data.places import REMEDY, Places, remedy
 from mepa_ds.data.remote import RemoteShards, ShardCache
-from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable, few, label_number
+from mepa_ds.data.sample_table import SampleTable, label_number
+from mepa_ds.data.samples import LABEL_EXTENSION, tar_files
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+from mepa_ds.errors import DamagedError
 
 
 class ShardSet:
@@ -50,7 +51,8 @@ class ShardSet:
         self.directory, self.what = directory, what
         unfinished = (directory / PLAN_NAME).exists()  # ShardIndex.read then says so
         tables = list[SampleTable]()
-        if not (directory / INDEX_NAME).exists() and not unfinished and any(directory.glob("*.tar")):
+        indexed = (directory / INDEX_NAME).exists() or unfinished or not directory.is_dir()
+        if not indexed and tar_files(directory):
             self.index, tables = self._scan()
         else:
             self.index = ShardIndex.read(directory, what)
@@ -79,14 +81,14 @@ class ShardSet:
 
     def _scan(self) -> tuple[ShardIndex, list[SampleTable]]:
         """An index of tars that came without one, and their tables."""
-        paths = sorted(self.directory.glob("*.tar"))
-        tables = [read_table(path) for path in tqdm(paths, "reading headers (merge_index.py scan keeps them)", delay=5)]
-        if ignored := [name for table in tables for name in table.ignored]:
-            tqdm.write(
-                f"{self.what}: {self.directory}: {len(ignored)} members that belong to no sample are left out "
-                f"({few(ignored)})",
-                file=sys.stderr,
-            )
+        left_out = LeftOut()
+        paths = tar_files(self.directory, left_out)
+        progress = tqdm(paths, "reading headers (merge_index.py scan keeps them)", delay=5)
+        tables = [read_table(path, "images", foreign=True) for path in progress]
+        for table in tables:
+            left_out.update(table.left_out)
+        if left_out:
+            tqdm.write(f"{self.what}: {self.directory}: {left_out}", file=sys.stderr)
         entries = [
             ShardEntry(
                 name=path.name,
@@ -227,7 +229,9 @@ class ShardSet:
         file = OpenFile(path if self.cache is None else str(self.cache.path(shard)))
         actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
         if actual != expected:
-            raise DamagedError(f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {REMEDY}")
+            raise DamagedError(
+                f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {remedy(self.index)}"
+            )
         self._files.add(shard, file)
         return file
 

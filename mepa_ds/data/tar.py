@@ -1,92 +1,90 @@
-"""Tar archives by offset: where every sample's members lie, found by stepping from header to header.
+"""Tar archives by offset: where every file's data lie, found by stepping from header to header.
 
-Reads ustar, PAX and GNU headers (WebDataset shards of any writer); writes ustar, with a PAX header before names
-that ustar cannot hold. A sample is a run of members `KEY.EXT` with the same key, as WebDataset defines it: the
-key ends at the first dot of the file name.
-
-Legend: N samples of a shard, M member extensions.
+Reads V7, ustar, PAX and GNU headers, and archives that were joined by `cat`; writes ustar, with a PAX header before
+names that ustar cannot hold. A link is read from the member it points at. Whatever is not read is refused or counted.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
+import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+from mepa_ds.data import tar_headers as headers
+from mepa_ds.data.left_out import LeftOut, printable
+from mepa_ds.data.tar_headers import BLOCK, END, Header
+from mepa_ds.errors import DamagedError
 
-from mepa_ds.errors import UserError
+DEAD_LINKS = "links to what is not in the tar"
+DEVICES = "devices and pipes"
+UNKNOWN_KINDS = "members of unknown types"
+BEHIND_THE_END = "pieces of data behind the end of the archive"
 
-BLOCK = 512
-LABEL_EXTENSION = "cls"
-_LABEL_DIGITS = 18
-_END = b"\0" * BLOCK
-_REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = (b"0", b"\0", b"7"), b"x", b"g", b"L", b"K"
+_MOST_EXTENDED_BYTES = 1 << 24
+"""Of one extended header: more is damage, and would fill the memory."""
+_MOST_LINKS = 40
+"""As the kernel has it: longer chains of links lead round."""
+_CHUNK = 1 << 20
+_SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
+_AGAIN = "copy or make it again"
 
-
-_ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
-
-
-class DamagedError(UserError):
-    """A sample or shard that cannot be read as what it should be; the message names the file and the key."""
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """Where the samples of one shard lie."""
-
-    keys_N: NDArray[np.bytes_]
-    extensions: tuple[str, ...]
-    offsets_NM: NDArray[np.int64]
-    """Byte offset of each member's data in the tar."""
-    sizes_NM: NDArray[np.int64]
-    """Bytes of each member; -1 where a sample has no such member."""
-    labels_N: NDArray[np.int64] | None = None
-    """What the `cls` members say, so that they need not be read; None when they have not been looked at."""
-    ignored: tuple[str, ...] = ()
-    """Names of members that belong to no sample; only after a scan."""
-
-    def __len__(self) -> int:
-        return len(self.keys_N)
-
-    def key(self, row: int) -> str:
-        return bytes(self.keys_N[row]).decode()
-
-    @classmethod
-    def of(cls, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> SampleTable:
-        """From (key, {extension: (offset, size)}) in order."""
-        extensions = tuple(dict.fromkeys(extension for _, members in samples for extension in members))
-        places = np.array(
-            [[members.get(extension, (0, -1)) for extension in extensions] for _, members in samples], np.int64
-        ).reshape(len(samples), len(extensions), 2)
-        keys = np.array([key.encode() for key, _ in samples], dtype=np.bytes_)
-        return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy())
+Read = Callable[[int, int], bytes]
+"""(number of bytes, position) -> bytes."""
 
 
-def label_number(data: bytes) -> int | None:
-    """The number in a `cls` member; None for anything else, and for what int64 does not hold."""
-    text = data.strip()
-    return int(text) if text.isdigit() and len(text) <= _LABEL_DIGITS else None
+class TarMember(NamedTuple):
+    """A file in a tar, or a link to one, which then has its target's place."""
+
+    name: str
+    offset: int
+    """Of its data, in bytes from the start of the tar file."""
+    size: int
 
 
-def split_member_name(name: str) -> tuple[str, str]:
-    """`a/b/n0.x.jpg` -> (`a/b/n0`, `x.jpg`); the extension is lower case. No dot: the extension is empty."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+class _Entry(NamedTuple):
+    """A member as its headers have it."""
+
+    name: str
+    offset: int
+    size: int
+    kind: bytes
+    target: str
 
 
-def printable(name: str) -> str:
-    """A file name that may hold bytes that are not UTF-8 (as surrogates), as text that can be stored and printed."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def list_members(path: Path, left_out: LeftOut, start: int = 0, size: int | None = None) -> list[TarMember]:
+    """The files of a tar in its order, without reading their data; links in their own place.
+
+    Args:
+        left_out: takes the members that are no files of this tar: dead links, devices, unknown types; and data behind
+            the end.
+        start: where the tar begins, if it is itself a member of the uncompressed tar `path`.
+        size: of the tar in bytes; to the end of the file by default.
+
+    Raises:
+        DamagedError: the file is truncated, not a tar, compressed, cannot be read, or holds an unsafe name, a sparse
+            file or the rest of one from another volume.
+    """
+    try:
+        with open(path, "rb") as file:
+            end = os.fstat(file.fileno()).st_size if size is None else start + size
+            if end == start:
+                raise DamagedError(f"{path}: the file is empty, not a tar")
+            read = partial(_read, file.fileno(), str(path))
+            entries = list(_step(read, start, end, str(path), left_out))
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}") from error
+    return _files(entries, left_out)
 
 
-def few(names: Sequence[str], most: int = 5) -> str:
-    """The first of many names, for a message."""
-    return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
+def _read(descriptor: int, where: str, size: int, position: int) -> bytes:
+    data = os.pread(descriptor, size, position)
+    if len(data) < size:  # somebody is writing it
+        raise DamagedError(f"{where}: became shorter while it was read; {_AGAIN}")
+    return data
 
 
 def check_member_name(name: str, where: str) -> None:
@@ -95,119 +93,169 @@ def check_member_name(name: str, where: str) -> None:
         raise DamagedError(f"{where}: member {name!r} has an unsafe path; make the shard again without it")
 
 
-def iterate_members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, data offset, size) of each regular file in a tar, in order, without reading the data.
-
-    Raises:
-        DamagedError: the file is truncated, not a tar, compressed, sparse, or holds an unsafe name.
-    """
-    with open(path, "rb") as file:
-        if path.stat().st_size == 0:
-            raise DamagedError(f"{path}: the file is empty, not a tar")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            yield from _step(data, 0, len(data), str(path))
-
-
-def iterate_sample_members(path: Path, ignored: list[str]) -> Iterator[tuple[str, str, str, int, int]]:
-    """(key, extension, name, data offset, size) of the members that belong to samples.
-
-    The names of others go into `ignored`, as webdataset leaves them out: a README, or the `._0.jpg` that macOS packs
-    beside `0.jpg`.
-    """
-    for name, offset, size in iterate_members(path):
-        key, extension = split_member_name(name)
-        if key and not key.endswith("/") and extension:
-            yield key, extension, name, offset, size
-        else:
-            ignored.append(name)
-
-
-def iterate_members_within(path: Path, start: int, size: int) -> Iterator[tuple[str, int, int]]:
-    """Like `iterate_members`, for a tar that is itself a member of the uncompressed tar `path`."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield from _step(data, start, start + size, str(path))
-
-
-def _step(data: mmap.mmap, position: int, end: int, where: str) -> Iterator[tuple[str, int, int]]:
-    long_name: str | None = None
-    long_size: int | None = None
+def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> Iterator[_Entry]:
+    """All members but folders and labels. Records of extended headers are kept until the member that they speak of."""
+    position, is_over = start, False
+    common, own = dict[str, str](), dict[str, str]()
     while position + BLOCK <= end:
-        header = data[position : position + BLOCK]
-        if header == _END:
-            return
-        name, size, kind = _parse_header(header, where, position)
-        if kind in _REGULAR and long_size is not None:
-            size = long_size
-        start = position + BLOCK
-        position = start + (size + BLOCK - 1) // BLOCK * BLOCK
-        if start + size > end:
-            raise DamagedError(f"{where}: truncated inside member {long_name or name!r}; copy or make it again")
-        if kind == _GNU_NAME:
-            long_name = data[start : start + size].rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif kind == _PAX:
-            records = _pax_records(data[start : start + size], where)
-            long_name = records.get("path", long_name)
-            long_size = int(records["size"]) if "size" in records else None
-        elif kind in _REGULAR:
-            name = long_name or name
-            long_name = long_size = None
-            check_member_name(name, where)
-            yield name, start, size
-        elif kind not in (_PAX_GLOBAL, _GNU_LINK):
-            if kind == b"S":
-                raise DamagedError(f"{where}: member {name!r} is a sparse file; write the shard without sparse files")
-            long_name = long_size = None  # a directory or a link: holds no data
-    raise DamagedError(f"{where}: truncated, the end-of-archive mark is missing; copy or make it again")
+        block = read(BLOCK, position)
+        if block == END:
+            if own:
+                raise DamagedError(f"{where}: an extended header at the end has no member; {_AGAIN}")
+            position, is_over, common = _behind_zeros(read, position, start, end), True, {}
+            continue
+        if is_over and not headers.is_header(block):
+            break
+        is_over = False
+        header = _parse(block, where, position, position == start)
+        data = position + BLOCK
+        if header.kind in headers.EXTENDED:
+            _take_extended(header, read, data, end, where, common, own)
+            size = header.size
+        else:
+            entry = _member(header, {**common, **own} if common or own else own, read, data, end, where)
+            own, size = {}, entry.size
+            if entry.kind not in headers.FOLDERS_AND_LABELS:
+                check_member_name(entry.name, where)
+                yield entry
+        position = data + (size + BLOCK - 1) // BLOCK * BLOCK
+    if not is_over:
+        raise DamagedError(f"{where}: truncated, the end-of-archive mark is missing; {_AGAIN}")
+    if position < end:
+        left_out.add(BEHIND_THE_END, f"{end - position} bytes at the end of {where}")
 
 
-def _parse_header(header: bytes, where: str, position: int) -> tuple[str, int, bytes]:
+def _behind_zeros(read: Read, position: int, start: int, end: int) -> int:
+    """The first block, counted from `start`, that holds another byte; `end` if there is none."""
+    while position < end:
+        chunk = read(min(_CHUNK, end - position), position)
+        if rest := chunk.lstrip(b"\0"):
+            found = position + len(chunk) - len(rest)
+            return found - (found - start) % BLOCK
+        position += len(chunk)
+    return end
+
+
+def _parse(block: bytes, where: str, position: int, is_first: bool) -> Header:
     try:
-        if not _checksum_holds(header):
-            raise ValueError("bad checksum")
-        size = int.from_bytes(header[125:136], "big") if header[124] & 0x80 else int(header[124:136].strip(b"\0 "), 8)
+        return headers.parse_header(block)
     except ValueError as error:
-        hint = "is it compressed?" if position == 0 else "copy or make the shard again"
-        raise DamagedError(f"{where}: no tar header at byte {position}; {hint}") from error
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name.decode("utf-8", "surrogateescape"), size, header[156:157]
+        hint = "is it compressed?" if is_first else "copy or make the shard again"
+        raise DamagedError(f"{where}: no tar header at byte {position}: {error}; {hint}") from error
 
 
-def _checksum_holds(header: bytes) -> bool:
-    stored = int(header[148:156].strip(b"\0 "), 8)
-    return stored == sum(header) - sum(header[148:156]) + 8 * 32
+def _take_extended(
+    header: Header, read: Read, data: int, end: int, where: str, common: dict[str, str], own: dict[str, str]
+) -> None:
+    """Adds what an extended header says to the records of all members that follow, or of the next one."""
+    if header.size > min(end - data, _MOST_EXTENDED_BYTES):
+        raise DamagedError(f"{where}: an extended header at byte {data - BLOCK} is cut short or damaged; {_AGAIN}")
+    content = read(header.size, data)
+    if header.kind in (headers.GNU_NAME, headers.GNU_LINK):
+        # Where a member has both kinds of long name, PAX's counts, as it does for GNU tar.
+        own.setdefault("path" if header.kind == headers.GNU_NAME else "linkpath", headers.text(content))
+        return
+    try:
+        (common if header.kind == headers.PAX_GLOBAL else own).update(headers.pax_records(content))
+    except ValueError as error:
+        raise DamagedError(f"{where}: broken PAX header at byte {data - BLOCK}: {error}; {_AGAIN}") from error
 
 
-def _pax_records(data: bytes, where: str) -> dict[str, str]:
-    """`LENGTH KEY=VALUE newline` records of a PAX header."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
-            raise DamagedError(f"{where}: broken PAX header; copy or make the shard again")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
-    return records
+def _member(header: Header, records: dict[str, str], read: Read, data: int, end: int, where: str) -> _Entry:
+    """A member with what extended headers say of it, and the size of the data that do follow.
+
+    Records that are empty take back what a header for all members said.
+    """
+    name, kind = records.get("path") or header.name, header.kind
+    if kind == headers.SPARSE or any(key.startswith(_SPARSE_RECORDS) and records[key] for key in records):
+        raise DamagedError(
+            f"{where}: member {printable(name)!r} is stored as a sparse file, whose bytes do not lie in one piece; "
+            "unpack the tar and pack it again without --sparse"
+        )
+    if kind == headers.CONTINUED:
+        raise DamagedError(
+            f"{where}: member {printable(name)!r} goes on from another volume of the tar; unpack all volumes with tar "
+            "--multi-volume and pack them as one"
+        )
+    size = header.size
+    if value := records.get("size"):
+        if not value.isascii() or not value.isdigit() or len(value) > 18:
+            raise DamagedError(f"{where}: broken PAX header: member {printable(name)!r} has size {value!r}; {_AGAIN}")
+        size = int(value)
+    if kind in headers.REGULAR and name.endswith("/"):  # how V7 wrote folders
+        kind = headers.FOLDERS_AND_LABELS[0]
+    if kind in headers.WITHOUT_DATA and not _has_data(read, data, size, end):
+        size = 0
+    if size > end - data:
+        raise DamagedError(f"{where}: truncated inside member {printable(name)!r}; {_AGAIN}")
+    if kind == headers.HARD_LINK and size:  # PAX allows the file's own data behind a hard link
+        kind = headers.REGULAR[0]
+    return _Entry(name, data, size, kind, records.get("linkpath") or header.target)
 
 
-def scan_tar(path: Path) -> SampleTable:
-    """The sample table of a tar that has none stored: WebDataset shards that others made."""
-    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
-    seen, ignored = set[str](), list[str]()
-    for key, extension, name, offset, size in iterate_sample_members(path, ignored):
-        if (shown := printable(name)) != name:
-            raise DamagedError(f"{path}: the name of member {shown!r} is not UTF-8; {_ANEW}")
-        if not samples or samples[-1][0] != key:
-            if key in seen:
-                raise DamagedError(f"{path}: the members of sample {key!r} do not lie side by side; {_ANEW}")
-            seen.add(key)
-            samples.append((key, {}))
-        if extension in samples[-1][1]:
-            raise DamagedError(f"{path}: sample {key!r} has two members .{extension}; make the shard again")
-        samples[-1][1][extension] = (offset, size)
-    return replace(SampleTable.of(samples), ignored=tuple(ignored))
+def _has_data(read: Read, data: int, size: int, end: int) -> bool:
+    """Whether data follow the header of a folder or a link that has a size: not where the next header does."""
+    if size == 0:
+        return False
+    block = read(min(BLOCK, end - data), data)
+    return block not in (b"", END) and not headers.is_header(block)
+
+
+def _files(entries: list[_Entry], left_out: LeftOut) -> list[TarMember]:
+    """The files among the members, and the links to them."""
+    places = dict[str, tuple[int, int]]()  # the last of each name, as unpacking would leave it
+    links = dict[str, str]()
+    found: list[tuple[_Entry, tuple[int, int] | str]] = []  # a place, or the name that a link waits for
+    has_links = any(entry.kind in headers.LINKS for entry in entries)
+    for entry in entries:
+        place: tuple[int, int] | str = (entry.offset, entry.size)
+        if entry.kind in headers.LINKS:
+            name, place = posixpath.normpath(entry.name), _target(entry)
+            if entry.kind == headers.HARD_LINK and name == place and name in places:
+                continue  # one file, named twice when the tar was made
+            if entry.kind == headers.HARD_LINK:
+                place = places.get(place, place)
+        elif entry.kind in headers.DEVICES:
+            left_out.add(DEVICES, entry.name)
+            continue
+        elif entry.kind not in headers.REGULAR:
+            left_out.add(UNKNOWN_KINDS, f"{entry.name} of type {entry.kind.decode('latin-1')!r}")
+            continue
+        if has_links:
+            _note(posixpath.normpath(entry.name), place, places, links)
+        found.append((entry, place))
+    members = []
+    for entry, place in found:
+        end = _followed(place, places, links) if isinstance(place, str) else place
+        if end is None:
+            left_out.add(DEAD_LINKS, f"{entry.name} -> {entry.target}")
+        else:
+            members.append(TarMember(entry.name, *end))
+    return members
+
+
+def _target(link: _Entry) -> str:
+    """The name that a link stands for: a symbolic link's is relative to where the link is."""
+    folder = posixpath.dirname(link.name) if link.kind == headers.SYMBOLIC_LINK else ""
+    return posixpath.normpath(posixpath.join(folder, link.target))
+
+
+def _note(name: str, place: tuple[int, int] | str, places: dict[str, tuple[int, int]], links: dict[str, str]) -> None:
+    """A later member takes the name of an earlier one."""
+    if isinstance(place, str):
+        links[name] = place
+        places.pop(name, None)
+    else:
+        places[name] = place
+        links.pop(name, None)
+
+
+def _followed(name: str, places: dict[str, tuple[int, int]], links: dict[str, str]) -> tuple[int, int] | None:
+    for _ in range(_MOST_LINKS):
+        if name in places or name not in links:
+            break
+        name = links[name]
+    return places.get(name)
 
 
 def member_header(name: str, size: int) -> bytes:

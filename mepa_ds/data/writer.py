@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.index import (
     INDEX_NAME,
-    Kind,
+    Description,
     MadeBy,
     Member,
     ShardEntry,
@@ -33,16 +33,11 @@ from mepa_ds.data.index import (
     table_path,
     write_table,
 )
-from mepa_ds.data.tar import (
-    BLOCK,
-    LABEL_EXTENSION,
-    SampleTable,
-    check_member_name,
-    few,
-    label_number,
-    member_header,
-    split_member_name,
-)
+from mepa_ds.data.left_out import few
+from mepa_ds.data.sample_table import SampleTable, label_number
+from mepa_ds.data.samples import LABEL_EXTENSION, Kind, is_hidden, split_member_name
+from mepa_ds.data.tar import check_member_name, member_header
+from mepa_ds.data.tar_headers import BLOCK
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
@@ -157,7 +152,7 @@ class ShardWriter:
             keys_sha256=keys_digest(table),
             skipped=tuple(skipped),
         )
-        write_table(path, table, entry, tar.members)
+        write_table(path, table, Description(entry=entry, members=tar.members))
         return entry
 
     def finish(self) -> ShardIndex | None:
@@ -188,23 +183,24 @@ def finish_index(directory: Path, plan: Plan) -> ShardIndex:
             "write them again"
         )
     descriptions = [description for description in found.values() if description is not None]
-    if not any(entry.num_samples for entry, _ in descriptions):
-        skipped = [message for entry, _ in descriptions for message in entry.skipped]
+    if not any(description.entry.num_samples for description in descriptions):
+        skipped = [message for description in descriptions for message in description.entry.skipped]
         raise UserError(
             f"{directory}: the set would be empty: {len(skipped)} samples were left out as damaged "
             f"({few(skipped, 2)}); give the right dataset, and another directory"
         )
     members: dict[str, Member] = {}
-    for entry, shard_members in descriptions:
-        for extension, member in shard_members.items():
+    for description in descriptions:
+        path = directory / description.entry.name
+        for extension, member in description.members.items():
             if members.setdefault(extension, member) != member:
                 raise UserError(
-                    f"{directory / entry.name}: members .{extension} are {member.dtype} {member.shape}, in other "
+                    f"{path}: members .{extension} are {member.dtype} {member.shape}, in other "
                     f"shards {members[extension].dtype} {members[extension].shape}; make the set again"
                 )
     index = ShardIndex(
         kind=plan.kind,
-        shards=tuple(entry for entry, _ in descriptions),
+        shards=tuple(description.entry for description in descriptions),
         members=members,
         classes=plan.classes,
         made_by=plan.made_by,
@@ -239,8 +235,10 @@ class _TarFile:
         for extension, data in members.items():
             name = f"{key}.{extension}"
             check_member_name(name, self._where)
-            if split_member_name(name) != (key, extension):
-                raise UserError(f"{self._where}: the key {key!r} has a dot, or .{extension} upper case letters")
+            if split_member_name(name) != (key, extension) or is_hidden(name):
+                raise UserError(
+                    f"{self._where}: the key {key!r} has a dot or is hidden, or .{extension} has upper case letters"
+                )
             self._note_type(extension, data)
             self._write(member_header(name, len(data)))
             places[extension] = (self._position, len(data))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from data_tools.merge_index import CacheOptions, Merge, Remote, Scan
-from mepa_ds.data.index import INDEX_NAME, ShardIndex, table_path
+from data_tools.verify_shards import Options as VerifyOptions
+from data_tools.verify_shards import verify
+from mepa_ds.data.index import INDEX_NAME, ShardIndex, read_description, read_table, table_path, write_table
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.files import sha256_of_file
 from tests.data.shard_fixtures import make_set
+from tests.data.tar_fixtures import add
 
 SIZES = (3, 4, 2, 5, 3, 4)
 
@@ -82,20 +89,86 @@ def test_scanning_some_of_a_directory(tmp_path: Path) -> None:
         Scan(f"{tmp_path}/{{a,b}}/x.tar", workers=0)()
 
 
-def test_a_shard_that_was_written_anew_is_scanned_anew(tmp_path: Path) -> None:
-    """Tars are padded, so that its size may be the old one."""
-    make_set(tmp_path, "images", [3, 3])
-    (tmp_path / INDEX_NAME).unlink()
-    shard = tmp_path / "shard-000000.tar"
+def theirs(path: Path, sizes: Sequence[int]) -> None:
+    """A shard that others made: sample n has an image of `sizes[n]` bytes."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number, size in enumerate(sizes):
+            add(tar, f"{number}.jpg", bytes([number + 1]) * size)
+            add(tar, f"{number}.cls", str(number).encode())
+
+
+@pytest.mark.parametrize("seconds", [1, -7 * 86400])
+def test_a_shard_that_was_replaced_is_scanned_anew(tmp_path: Path, seconds: int) -> None:
+    """Also by an older file, as cp -p and rsync -a bring it. Tars are padded, so that the size may be the same."""
+    shard, other = tmp_path / "0.tar", tmp_path / "1.tar"
+    theirs(shard, (10, 10, 2000, 10))
+    theirs(other, (10,))
     before = Scan(str(tmp_path), workers=0)().shards
-    content = bytearray(shard.read_bytes())
-    content[600] ^= 1  # in the first member
-    shard.write_bytes(content)
-    os.utime(shard, ns=(shard.stat().st_atime_ns, table_path(shard).stat().st_mtime_ns + 1))
+    written = shard.stat()
+    theirs(shard, (2000, 10, 10, 10))
+    os.utime(shard, ns=(written.st_atime_ns, written.st_mtime_ns + seconds * 10**9))
+    assert shard.stat().st_size == written.st_size
+    shards = ShardSet(tmp_path)  # by the old index; offsets are those of the file that is there
+    for number, size in enumerate((2000, 10, 10, 10)):
+        assert shards.read(number)[1]["jpg"] == bytes([number + 1]) * size
     after = Scan(str(tmp_path), workers=0)().shards
-    assert after[0].bytes == before[0].bytes
-    assert after[0].sha256 != before[0].sha256
+    assert after[0].sha256 == sha256_of_file(shard) != before[0].sha256
     assert after[1] == before[1]
+    assert read_table(shard, "images", foreign=True).sizes_NM[:, 0].tolist() == [2000, 10, 10, 10]
+
+
+def test_other_samples_in_a_replaced_shard_are_named(tmp_path: Path) -> None:
+    theirs(tmp_path / "0.tar", (10, 10))
+    Scan(str(tmp_path), workers=0)()
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("0.jpg", "other.jpg"):
+            add(tar, name, b"x")
+    os.utime(tmp_path / "0.tar", ns=(0, 0))
+    with pytest.raises(
+        DamagedError, match=r"0\.tar: its keys are not those of the index; if .*merge_index\.py scan on"
+    ):
+        ShardSet(tmp_path).read(1)
+
+
+def test_what_is_unchanged_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs(tmp_path / "0.tar", (10, 20))
+    Scan(str(tmp_path), workers=0)()
+    monkeypatch.setattr("data_tools.merge_index.scan_tar", None)
+    monkeypatch.setattr("mepa_ds.data.index.scan_tar", None)
+    assert Scan(str(tmp_path), workers=0)().num_samples == 2
+    assert ShardSet(tmp_path).read(1)[1]["jpg"] == bytes([2]) * 20
+
+
+def test_a_copy_with_other_times_is_read_alike(tmp_path: Path) -> None:
+    """As cp -r makes it: sets of others are stepped over again, sets of this project's tools are taken as they are."""
+    theirs(tmp_path / "in" / "0.tar", (10, 20))
+    Scan(str(tmp_path / "in"), workers=0)()
+    make_set(tmp_path / "built", "images", [3])
+    for name in ("in", "built"):
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}-copy", copy_function=shutil.copyfile)
+        for path in (tmp_path / f"{name}-copy").iterdir():
+            os.utime(path, ns=(0, 10**18))
+        ours, copy = ShardSet(tmp_path / name), ShardSet(tmp_path / f"{name}-copy")
+        assert [copy.read(number) for number in range(len(copy))] == [ours.read(number) for number in range(len(ours))]
+    assert read_description(tmp_path / "built-copy" / "shard-000000.tar") is not None  # a rerun keeps it
+    assert verify(VerifyOptions((tmp_path / "in-copy",), decode=False, workers=0))
+
+
+def test_tables_of_earlier_versions_are_read_and_scanned_anew(tmp_path: Path) -> None:
+    """They hold no time."""
+    theirs(tmp_path / "0.tar", (10, 20))
+    Scan(str(tmp_path), workers=0)()
+    description = read_description(tmp_path / "0.tar")
+    assert description is not None
+    old = description.model_copy(update={"mtime_ns": None})
+    write_table(tmp_path / "0.tar", read_table(tmp_path / "0.tar", "images"), old)
+    os.utime(tmp_path / "0.tar", ns=(0, 0))
+    assert ShardSet(tmp_path).read(1)[1]["jpg"] == bytes([2]) * 20
+    Scan(str(tmp_path), workers=0)()
+    scanned = read_description(tmp_path / "0.tar")
+    assert scanned is not None
+    assert scanned.mtime_ns == 0
 
 
 def test_merge_says_what_is_missing(tmp_path: Path) -> None:

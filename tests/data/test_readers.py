@@ -129,7 +129,7 @@ def test_members_that_belong_to_no_sample(tmp_path: Path, capsys: pytest.Capture
     index = build(WebDataset(str(tmp_path / "a.tar")), options(tmp_path / "out"))
     assert index is not None
     assert images_of(tmp_path / "out") == [(picture(1), 0)]
-    note = r"3 members that belong to no sample are left out (README, ._x.jpg, d/._x.jpg)"
+    note = "2 hidden names, as macOS packs them beside files (._x.jpg, d/._x.jpg); 1 members that are neither"
     assert note in capsys.readouterr().out
     assert ShardSet(tmp_path).read(0) == ("x", {"jpg": picture(1), "cls": b"0"})
     assert note in capsys.readouterr().err
@@ -262,7 +262,7 @@ def parquet_of_other_columns(root: Path) -> Parquet:
         (lambda root: ImageNet(root / "x.tar"), "no such file"),
         (wrong_labels, "has 2 labels for 1 images"),
         (devkit_without_meta, r"meta\.mat; put it beside them"),
-        (repeated_key, "sample 'x' comes twice; keys must be unique"),
+        (repeated_key, r"sample 'x' has two members \.jpg: it comes twice; keys must be unique"),
         (unlabelled, r"sample 'x': has members \['jpg'\]; expected an image and a \.cls label"),
         (label_beyond_classes, "label 2 is out of range, the set has 2 classes"),
         (absurd_label, r"a\.tar: y\.jpg: label 3000000 is far beyond the number of images \(2\)"),

@@ -68,7 +68,7 @@ def test_threads_that_meet_at_a_shards_table_see_all_of_it(tokens: ShardSet) -> 
     """Both find the table missing; the slower one takes it over while the faster one reads by it."""
     places, samples_B = tokens._places, np.arange(len(tokens))
     _, _, expected_BM = places.members(samples_B)
-    table = read_table(tokens.shard_paths[0])
+    table = read_table(tokens.shard_paths[0], "tokens")
     ended = threading.Event()
 
     def take_over() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table
+from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex, read_table, table_path
+from mepa_ds.data.sample_table import scan_tar
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import scan_tar
 from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
@@ -39,7 +39,7 @@ def test_index_says_what_is_there(tmp_path: Path) -> None:
     for entry in index.shards:
         path = tmp_path / entry.name
         assert (entry.bytes, entry.sha256) == (path.stat().st_size, sha256_of_file(path))
-        stored, scanned = read_table(path), scan_tar(path)
+        stored, scanned = read_table(path, "tokens"), scan_tar(path, "tokens")
         np.testing.assert_array_equal(stored.keys_N, scanned.keys_N)
         np.testing.assert_array_equal(stored.offsets_NM, scanned.offsets_NM)
         np.testing.assert_array_equal(stored.sizes_NM, scanned.sizes_NM)
@@ -108,6 +108,20 @@ def test_a_label_beyond_int64_is_named_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sample '0': its label b'9223372036854775808' is no number"):
         ShardSet(tmp_path).read_labels(np.array([0]))
     assert ShardSet(tmp_path).read_labels(np.array([1])) == [1]
+
+
+def test_a_shard_has_no_table_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends between tar and table must not leave the table of the shard before, of the same size."""
+    writer, name = ShardWriter(tmp_path, plan_of(1)), "shard-000000.tar"
+    writer.write_shard(name, [sample_of("tokens", 1)])
+    before = (tmp_path / name).stat().st_size
+    with monkeypatch.context() as patch:
+        patch.setattr("mepa_ds.data.writer.write_table", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            writer.write_shard(name, [("longer", sample_of("tokens", 2)[1])])
+    assert (tmp_path / name).stat().st_size == before
+    assert not writer.is_complete(name)
+    assert not table_path(tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("name", [PLAN_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])

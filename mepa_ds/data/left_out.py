@@ -1,0 +1,62 @@
+"""What readers and tools leave out, by reason: counted and named, never silent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+_SHOWN = 5
+
+
+def printable(name: str) -> str:
+    """A file name that may hold bytes that are not UTF-8 (as surrogates), as text that can be stored and printed."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def few(names: Sequence[str], most: int = _SHOWN) -> str:
+    """The first of many names, for a message."""
+    return ", ".join(printable(name) for name in names[:most]) + (", ..." if len(names) > most else "")
+
+
+@dataclass
+class LeftOut:
+    """How many of what is left out for each reason, and the first names. Its size does not grow with their number."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
+    """The first names that were left out for each reason."""
+
+    def add(self, reason: str, name: str) -> None:
+        self._add(reason, 1, [printable(name)])
+
+    def update(self, other: LeftOut) -> None:
+        """Adds what another one holds."""
+        for reason, count in other.counts.items():
+            self._add(reason, count, other.names[reason])
+
+    def _add(self, reason: str, count: int, names: Sequence[str]) -> None:
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        known = self.names.setdefault(reason, [])
+        known += names[: _SHOWN - len(known)]
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        reasons = [
+            f"{count} {reason} ({', '.join(self.names[reason])}{', ...' if count > len(self.names[reason]) else ''})"
+            for reason, count in self.counts.items()
+        ]
+        return f"left out: {'; '.join(reasons)}"
+
+    def note(self, where: object) -> None:
+        """Prints what was left out there, if anything was."""
+        if self:
+            print(f"{where}: {self}")
+
+    def to_json(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        return {reason: (count, tuple(self.names[reason])) for reason, count in self.counts.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, tuple[int, Sequence[str]]]) -> LeftOut:
+        return cls({k: count for k, (count, _) in data.items()}, {k: list(names) for k, (_, names) in data.items()})
