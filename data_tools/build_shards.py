@@ -26,13 +26,14 @@ from data_tools.pool import unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.cli import entry
-from mepa_ds.data.images import crop_square, decode_image, resize_shorter
+from mepa_ds.data.images import crop_square, resize_shorter
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
 from mepa_ds.data.order import permutation
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
+from mepa_ds.image_decoding import decode_image
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64

@@ -11,3 +11,7 @@ class UserError(ValueError):
     def __init__(self, message: str = "", agreed: bool = False):
         super().__init__(message)
         self.agreed = agreed
+
+
+class DamagedError(UserError):
+    """A sample, shard or image that cannot be read as what it should be; the message names the file and the key."""

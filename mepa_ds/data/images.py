@@ -5,7 +5,6 @@ Legend: B batch of this rank, H = W image side.
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
@@ -17,15 +16,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
-from mepa_ds.data.tar import DamagedError
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.image_decoding import decode_image
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
@@ -62,55 +61,6 @@ class ImageBatch:
 
     def pin_memory(self) -> ImageBatch:
         return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), labels_B=self.labels_B.pin_memory())
-
-
-_ORIENTATION = 274
-_BY_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """The image as RGB, upright (EXIF). Greyscale, palette, CMYK and 16-bit are converted; alpha is laid over white.
-
-    Raises:
-        DamagedError: the bytes are no image, are cut short, or hold more pixels than Pillow takes for safe.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow's own words here hold the address of an object, and what a build leaves out is written down.
-        reason = "cannot identify its format" if isinstance(error, UnidentifiedImageError) else error
-        raise DamagedError(f"{where}: not a readable image: {reason}; replace or remove it") from error
-    image = _upright(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        levels = np.asarray(image, np.float32)  # 16-bit greyscale; PIL's own conversion clips it at 255
-        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says. Pillow's own function also writes the EXIF anew, and fails where that is malformed."""
-    try:
-        method = _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged note makes no damaged image
-        return image
-    return image if method is None else image.transpose(method)
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError
 
 BLOCK = 512
 LABEL_EXTENSION = "cls"
@@ -28,10 +28,6 @@ _REGULAR, _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = (b"0", b"\0", b"7"), b"x", b
 
 
 _ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
-
-
-class DamagedError(UserError):
-    """A sample or shard that cannot be read as what it should be; the message names the file and the key."""
 
 
 @dataclass(frozen=True)
