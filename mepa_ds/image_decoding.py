@@ -3,8 +3,8 @@
 What it does with each kind of image (docs/data.md has the rules for users):
 
 - 8-bit grey, palettes, CMYK (as Photoshop writes it), YCbCr and LAB are converted; embedded profiles are not used.
-- Integers of 16 and 32 bits are taken for 8-bit levels where none is above 255, else for 16-bit ones; floats for 0 to 1,
-  or for 8-bit levels where all are whole numbers. Others have no scale that could be known, and are refused.
+- Integers of 16 and 32 bits are taken for 8-bit levels where none is above 255, else for 16-bit ones; floats for 0 to
+  1, or for 8-bit levels where all are whole numbers. Others have no scale that could be known, and are refused.
 - Whatever is transparent (an alpha channel, a palette's entries, one colour) is laid over a background.
 - Of several frames or pages the first is taken.
 - Photos are turned upright by their EXIF orientation.
@@ -54,6 +54,11 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 class _UnsuitableError(Exception):
     """The image is whole, but cannot be taken; with the remedy."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name; hidden ones, such as the `._1.jpg` of macOS, are not."""
+    return name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith(".")
 
 
 def decode_image(
