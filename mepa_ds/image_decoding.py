@@ -20,7 +20,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    Image,
+    TiffImagePlugin,  # noqa: F401  (of the formats below Pillow would import these two with all others it has)
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
 
 from mepa_ds.errors import DamagedError
 

@@ -49,7 +49,7 @@ class ImageFolder:
         if empty and self.classes is None:
             raise UserError(
                 f"--root: {self.root}: {len(empty)} class folders have no images ({few(empty)}); "
-                "fill them, remove them, or name all classes with --classes"
+                "fill or remove them, or name all classes with --classes"
             )
         if absent := sorted(set(classes) - {classes[label] for label in labels}):
             print(f"{self.root}: {len(absent)} of {len(classes)} classes have no images here ({few(absent)})")

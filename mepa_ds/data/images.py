@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +31,7 @@ from mepa_ds.image_decoding import decode_image
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
 _MAX_ASPECT = 16
+_END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OnDamaged = Literal["stop", "skip"]
 
@@ -210,10 +213,46 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_rank,
     )
-    for batch in loader:
+    on_child, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"{num_workers} processes that decode images cannot be started ({error.strerror}); use fewer "
+            "data.num_workers, or give the job more memory"
+        ) from error
+    if on_child is not None and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises at a worker's death wherever the rank is then; asked for a batch, the loader
+        # notices it as well.
+        signal.signal(signal.SIGCHLD, on_child)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    while (batch := _next(batches, workers)) is not None:
         if isinstance(batch, DamagedError):
             raise batch
         yield batch
+
+
+def _next(batches: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
+    """None after the last one. Raises UserError when a worker was killed, whatever that looks like from here."""
+    try:
+        return next(batches, None)
+    except (OSError, EOFError, RuntimeError) as error:  # of a bug in a worker too, which lives on then
+        wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
+        codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+        if not codes:
+            raise
+        raise UserError(
+            f"a worker process that decodes images {_how_it_ended(codes[0])}; use fewer data.num_workers, or give the "
+            "job more memory"
+        ) from error
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended by itself with status {code}"
+    name = signal.Signals(-code).name
+    lacking = "room in /dev/shm" if name == "SIGBUS" else "memory"
+    return f"was killed ({name}), perhaps for want of {lacking}"
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
