@@ -9,10 +9,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,16 +225,11 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         # notices it as well.
         signal.signal(signal.SIGCHLD, on_child)
     workers = [child for child in multiprocessing.active_children() if child not in others]
-    while (batch := _next(batches, workers)) is not None:
-        if isinstance(batch, DamagedError):
-            raise batch
-        yield batch
-
-
-def _next(batches: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
-    """None after the last one. Raises UserError when a worker was killed, whatever that looks like from here."""
     try:
-        return next(batches, None)
+        for batch in batches:
+            if isinstance(batch, DamagedError):
+                raise batch
+            yield batch
     except (OSError, EOFError, RuntimeError) as error:  # of a bug in a worker too, which lives on then
         wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
         codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
@@ -245,6 +239,8 @@ def _next(batches: Iterator[Any], workers: Sequence[BaseProcess]) -> Any:
             f"a worker process that decodes images {_how_it_ended(codes[0])}; use fewer data.num_workers, or give the "
             "job more memory"
         ) from error
+    finally:
+        del batches  # now, not when nobody looks at the error any more: the workers end with it
 
 
 def _how_it_ended(code: int) -> str:
