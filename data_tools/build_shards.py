@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -22,7 +21,7 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.pool import unordered_map
+from data_tools.pool import counting_workers, default_workers, unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.cli import entry
@@ -37,7 +36,6 @@ from mepa_ds.errors import UserError
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
 SCRATCH_NAME = ".scratch"
-DEFAULT_WORKERS = max((os.cpu_count() or 1) - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class Encoding:
         return extension, data
 
 
+@counting_workers
 @dataclass(frozen=True)
 class BuildOptions:
     """Options of every reader."""
@@ -82,7 +81,7 @@ class BuildOptions:
     """The order in which images are spread over the shards."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A file that is no readable image: stop and name it, or leave it out and record it in index.json."""
-    workers: int = DEFAULT_WORKERS
+    workers: int = field(default_factory=default_workers)
     """Processes; 0 works in this one."""
     num_parts: int = 1
     """Job array: split the shards into this many parts..."""

@@ -18,8 +18,7 @@ import tyro
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data_tools.build_shards import DEFAULT_WORKERS
-from data_tools.pool import unordered_map
+from data_tools.pool import counting_workers, default_workers, unordered_map
 from data_tools.readers.text_lines import read_lines
 from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
@@ -81,6 +80,7 @@ class Merge:
         return finish_index(self.directory, read_plan(self.directory))
 
 
+@counting_workers
 @dataclass(frozen=True)
 class Scan:
     """Index WebDataset shards that others made."""
@@ -91,7 +91,7 @@ class Scan:
     """Where index.json goes [default: the directory of the tars]; needed for URLs."""
     classes: Path | None = None
     """Text file of class names, one a line in the order of the labels."""
-    workers: int = DEFAULT_WORKERS
+    workers: int = field(default_factory=default_workers)
     """Processes."""
     cache: Cache = field(default_factory=CacheOptions)
 

@@ -10,14 +10,38 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
+from mepa_ds.cpus import usable_cpus
 from mepa_ds.errors import UserError
 
+OptionsT = TypeVar("OptionsT", bound=type)
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 _function: Callable[..., object] | None = None
+
+
+def default_workers() -> int:
+    """Processes of a tool: a CPU is left to the one that collects what they make."""
+    return max(usable_cpus() - 1, 1)
+
+
+class _Counted:
+    """A class attribute that is counted whenever it is asked for; an instance's own goes before it."""
+
+    def __init__(self, count: Callable[[], int]):
+        self._count = count
+
+    def __get__(self, instance: object, owner: type) -> int:
+        return self._count()
+
+
+def counting_workers(options: OptionsT) -> OptionsT:
+    """For a dataclass: lets its class too say what the default of `workers` is, as with a plain default."""
+    field: Any = options.__dataclass_fields__["workers"]  # type: ignore[attr-defined]
+    options.workers = _Counted(field.default_factory)  # type: ignore[attr-defined]
+    return options
 
 
 def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:

@@ -5,9 +5,8 @@ Legend: B images of a batch, K views of an image, H and W of a view.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from data_tools.pool import counting_workers
 from mepa_ds import distributed
+from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
@@ -36,13 +37,17 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 """Images (B * K, 3, H, W) in [-1, 1] on the device -> arrays (B * K, ...) by extension."""
 
 
+_MOST_THREADS = 16
+
+
+@counting_workers
 @dataclass(frozen=True)
 class RunOptions:
     """How the work is done; none of it changes what is written, but for rounding."""
 
     batch_size: int = 64
     """Pictures (images times views) in a forward pass."""
-    workers: int = min(os.cpu_count() or 1, 16)
+    workers: int = field(default_factory=lambda: min(usable_cpus(), _MOST_THREADS))
     """Threads that decode images ahead; 0 decodes in between."""
     num_parts: int = 1
     """Job array: split the shards into this many parts (under torchrun each part is split over the ranks)..."""

@@ -17,8 +17,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from data_tools.build_shards import DEFAULT_WORKERS
-from data_tools.pool import unordered_map
+from data_tools.pool import counting_workers, default_workers, unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.cli import entry
 from mepa_ds.data.index import source_images, table_path
@@ -28,13 +27,14 @@ from mepa_ds.errors import UserError
 _SHOWN = 20
 
 
+@counting_workers
 @dataclass(frozen=True)
 class Options:
     sets: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of sets that belong together, the image set first."""
     decode: bool = True
     """Decode every sample; without, checksums, offsets and keys only."""
-    workers: int = DEFAULT_WORKERS
+    workers: int = field(default_factory=default_workers)
     """Processes."""
     repair: bool = False
     """Re-make damaged shards of token and feature sets; needs --tokenizer, --weights."""
