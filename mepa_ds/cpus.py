@@ -1,7 +1,7 @@
 """How many CPUs this process may use: what default numbers of workers and threads are made from.
 
-`os.cpu_count` counts the machine's. A job has fewer: by its affinity mask, by the quota of its control group (containers,
-Kubernetes) or by what SLURM gave it, where the cluster trusts jobs to keep to that.
+`os.cpu_count` counts the machine's. A job has fewer: by its affinity mask, by the quota of its control group (a
+container's) or by what SLURM gave it, where the cluster trusts jobs to keep to that.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _words(path: Path) -> list[str]:
 
 
 def _whole_cpus(quota_and_period: list[str]) -> Iterator[int]:
-    if len(quota_and_period) == 2 and all(word.isdecimal() for word in quota_and_period):  # not "max" or -1: none is set
+    if len(quota_and_period) == 2 and all(word.isdecimal() for word in quota_and_period):  # else none is set
         quota, period = map(int, quota_and_period)
         if quota and period:
             yield math.ceil(quota / period)

@@ -14,11 +14,12 @@ from data_tools.readers.imagefolder import EXTENSIONS
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
+from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
-from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
 from mepa_ds.data.tar import few, iterate_sample_members
 from mepa_ds.errors import UserError
+from mepa_ds.urls import file_names, is_remote, redacted, unsigned
 
 _MANY_CLASSES = 100_000
 """More than any known dataset has: a label from here on that even exceeds the number of images is a mistake."""
@@ -36,12 +37,13 @@ class WebDataset:
 
     def open(self, scratch: Path | None) -> TarMembers:
         names = self._names()
-        paths = [self._local(url, scratch) for url in self._urls()]
+        paths = self._local_paths(scratch)
         source, ignored = TarMembers("webdataset", (), paths=paths), list[str]()
         for number in tqdm(range(len(paths)), "listing"):
             _list_tar(source, number, len(names or ()), ignored)
         if ignored:
-            print(f"{self.shards}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
+            shown = redacted(self.shards)
+            print(f"{shown}: {len(ignored)} members that belong to no sample are left out ({few(ignored)})")
         source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:
             source.settings[COPIED_FROM] = copied_from
@@ -58,7 +60,7 @@ class WebDataset:
     def copied_from(self) -> str | None:
         if not is_remote(self.shards):
             return None
-        return hashlib.sha256("\n".join(self._urls()).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(map(unsigned, self._urls())).encode()).hexdigest()[:16]
 
     def _urls(self) -> list[str]:
         if is_remote(self.shards):
@@ -72,13 +74,25 @@ class WebDataset:
             raise UserError(f"--shards: {(missing or [self.shards])[0]}: no tar files there")
         return found
 
-    def _local(self, url: str, scratch: Path | None) -> Path:
-        if not is_remote(url):
-            return Path(url)
+    def _local_paths(self, scratch: Path | None) -> list[Path]:
+        urls = self._urls()
+        if not is_remote(self.shards):
+            return [Path(url) for url in urls]
         if scratch is None:
             raise UserError("--shards: remote shards are copied first; run this in one part, without --num-parts")
         # Two URLs may end in one name, and what a killed build of other URLs left is not to be taken for these.
-        return fetch(url, scratch / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2])
+        folders = [scratch / hashlib.sha256(unsigned(url).encode()).hexdigest()[:12] for url in urls]
+        paths = [folder / file_names([url])[0] for folder, url in zip(folders, urls, strict=True)]
+        missing = [(url, path) for url, path in zip(urls, paths, strict=True) if not path.exists()]
+        if len(missing) < len(paths):
+            print(f"{scratch}: {len(paths) - len(missing)} of {len(paths)} shards are copied already")
+        fetch_all(_copy, missing, "copying shards")
+        return paths
+
+
+def _copy(place: tuple[str, Path], transfer: Transfer) -> None:
+    url, path = place
+    fetch(url, path, whole_tar, transfer)
 
 
 def _numbered_classes(source: TarMembers) -> tuple[str, ...]:

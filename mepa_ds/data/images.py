@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
-from mepa_ds.data.remote import fetched_ahead
+from mepa_ds.data.shard_cache import fetched_ahead
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError

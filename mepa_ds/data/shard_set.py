@@ -25,7 +25,8 @@ from mepa_ds.data.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardInd
 from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places
-from mepa_ds.data.remote import RemoteShards, ShardCache
+from mepa_ds.data.remote import RemoteShards
+from mepa_ds.data.shard_cache import ShardCache
 from mepa_ds.data.tar import LABEL_EXTENSION, DamagedError, SampleTable, few, label_number
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 
@@ -224,7 +225,7 @@ class ShardSet:
 
     def _open(self, shard: int) -> OpenFile:
         path = self._paths[shard]
-        file = OpenFile(path if self.cache is None else str(self.cache.path(shard)))
+        file = OpenFile(path) if self.cache is None else self.cache.open(shard)
         actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
         if actual != expected:
             raise DamagedError(f"{self.what}: {path}: has {actual} bytes, the index says {expected}; {REMEDY}")

@@ -1,0 +1,278 @@
+"""Files copied from URLs: whole and checked, or not at all; several at once, with a bar.
+
+URLs are what webdataset opens (`https://`, `gs://`, `hf://`, `pipe:COMMAND`...) and `s3://`, which the AWS command line
+fetches. A `pipe:` URL is a shell command: use no URL that you would not run as a program.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TypeVar
+
+from tqdm import tqdm
+
+from mepa_ds.data.tar import DamagedError, iterate_members
+from mepa_ds.errors import UserError
+from mepa_ds.files import atomic_path, naming_full_disks
+from mepa_ds.urls import redacted
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+Check = Callable[[Path, str], object]
+"""Looks at a copy before it gets its name: (path, SHA-256). Raises WrongContentError, or what reading it raises."""
+
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 2.0
+_CHUNK = 1 << 20
+_AT_ONCE = 4
+_CURL = """
+fail
+silent
+show-error
+location
+globoff
+compressed
+header = "Accept-Encoding: identity"
+connect-timeout = 30
+speed-limit = 1
+speed-time = 60
+"""
+"""Servers are asked not to compress, and what they compress is unpacked; a transfer that stands still is given up. No
+--retry: curl would begin again behind what it has written already."""
+_BY_CURL = ("http://", "https://", "ftp://", "ftps://", "sftp://", "scp://")
+_BY_PROGRAM = {"s3://": ("aws", "s3", "cp", "--only-show-errors"), "gs://": ("gsutil", "-q", "cp")}
+_MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)
+_AGAIN = "check the address and the network, then try again"
+
+
+class WrongContentError(Exception):
+    """What came is not what was asked for; says what it is."""
+
+
+class StoppedError(Exception):
+    """The program is ending: nobody waits for this file any more."""
+
+
+@dataclass
+class Transfer:
+    """What fetches that run at once share."""
+
+    num_bytes: int = 0
+    """That have come so far, for a bar."""
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def whole_tar(path: Path, _: str) -> None:
+    """A check: every header of a tar, up to its end-of-archive mark."""
+    try:
+        for _member in iterate_members(path):
+            pass
+    except DamagedError as error:
+        raise WrongContentError(_what_it_is(path) or str(error).removeprefix(f"{path}: ")) from error
+
+
+def json_text(path: Path, _: str) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WrongContentError(_what_it_is(path) or f"it is no JSON: {error}") from error
+
+
+def whole_archive(path: Path, _: str) -> None:
+    """A check for what NumPy stores: `.npz`, all of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise WrongContentError(_what_it_is(path) or f"it is no .npz file: {error}") from error
+    if torn is not None:
+        raise WrongContentError(f"its member {torn} is damaged")
+
+
+def content_of(sha256: str, num_bytes: int) -> Check:
+    """A check: that the bytes are an index's, or, where the index has no checksum, that many and a whole tar."""
+
+    def check(path: Path, digest: str) -> None:
+        if sha256 and digest == sha256:
+            return
+        size = path.stat().st_size
+        if size != num_bytes:
+            found = _what_it_is(path)
+            raise WrongContentError(f"{f'{found}, ' if found else ''}it has {size} bytes, the index says {num_bytes}")
+        if sha256:
+            raise WrongContentError("its SHA-256 differs from the index's")
+        whole_tar(path, digest)
+
+    return check
+
+
+def _what_it_is(path: Path) -> str | None:
+    """Names what often comes in place of data, by its first bytes."""
+    with open(path, "rb") as file:
+        first = file.read(64)
+    if not first:
+        return "it is empty"
+    if first.lstrip().startswith(b"<"):
+        return f"a page came in its place ({first[:40]!r}...): does the address need a login, or has it expired?"
+    if first.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "it is compressed, and samples are read by their place; unpack it first ('pipe:curl -sL URL | gunzip')"
+    return None
+
+
+def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) -> None:
+    """Copies what is at a URL to `path`; atomic, tried three times. Whatever the check refuses is thrown away.
+
+    Raises:
+        DamagedError: it cannot be fetched, or is not what the check wants; the message holds no signature.
+        StoppedError: `transfer.stop` was set.
+        UserError: the disk is full (then its cause is the OSError).
+    """
+    transfer, refused = transfer or Transfer(), ""
+    for attempt in range(_ATTEMPTS):
+        if transfer.stop.wait(_PAUSE_SECONDS * attempt):
+            raise StoppedError
+        digest = ""
+        try:
+            with naming_full_disks(path), atomic_path(path) as temporary:
+                digest = _copy(url, temporary, transfer)
+                check(temporary, digest)
+            return
+        except (UserError, StoppedError):
+            raise
+        except Exception as error:  # the openers raise whatever their transports do
+            if isinstance(error, OSError) and error.errno in _MAY_NOT:
+                remedy = "give yourself the right, or another directory"
+                raise UserError(f"{path.parent}: cannot write there: {error.strerror}; {remedy}") from None
+            reason: Exception = error
+            if digest and digest == refused:  # the same twice: nothing was lost on the way
+                break
+            refused = digest
+    message = redacted(f"{url}: cannot be fetched: {str(reason) or type(reason).__name__}")
+    raise DamagedError(f"{message}; {_remedy(reason)}") from None
+
+
+def _remedy(reason: Exception) -> str:
+    if isinstance(reason, WrongContentError):
+        return "nothing of it was kept: " + _AGAIN
+    if re.search(r"\b(401|403)\b", str(reason)):
+        return "the address may need a login or have expired: get a new one, then try again"
+    return _AGAIN
+
+
+def _copy(url: str, path: Path, transfer: Transfer) -> str:
+    digest = hashlib.sha256()
+    with open(path, "wb") as file, closing(_chunks(url, transfer.stop)) as chunks:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            transfer.num_bytes += len(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(url: str, stop: threading.Event) -> Generator[bytes, None, None]:
+    """The bytes at a URL."""
+    program = next((words for scheme, words in _BY_PROGRAM.items() if url.startswith(scheme)), None)
+    if url.startswith("pipe:"):
+        yield from _output_of(url.removeprefix("pipe:"), stop)
+    elif program is not None:
+        yield from _output_of([*program, url, "-"], stop)
+    elif url.startswith(_BY_CURL):  # told by a file: command lines can be seen by everybody on the machine
+        quoted = url.replace("\\", "\\\\").replace('"', '\\"')
+        yield from _output_of(["curl", "--config", "-"], stop, f'{_CURL}url = "{quoted}"\n'.encode())
+    else:
+        from webdataset import gopen
+
+        with gopen(url, "rb") as stream:
+            while not stop.is_set() and (chunk := stream.read(_CHUNK)):
+                yield chunk
+    if stop.is_set():
+        raise StoppedError
+
+
+def _output_of(command: str | list[str], stop: threading.Event, told: bytes | None = None) -> Iterator[bytes]:
+    """What a command prints; a string is one for the shell. What it complains of ends in the error."""
+    with tempfile.TemporaryFile() as complaints:
+        process = _start(command, complaints, told)
+        assert process.stdout is not None
+        try:
+            watch, descriptor = select.poll(), process.stdout.fileno()
+            watch.register(descriptor, select.POLLIN)
+            while not stop.is_set():
+                if watch.poll(500):  # a command may be silent for long
+                    if not (chunk := os.read(descriptor, _CHUNK)):
+                        break
+                    yield chunk
+            while process.poll() is None and not stop.is_set():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(0.5)
+        finally:
+            process.stdout.close()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if process.returncode and not stop.is_set():
+            complaints.seek(max(complaints.seek(0, os.SEEK_END) - 4096, 0))
+            lines = complaints.read().decode(errors="replace").split("\n")
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            raise OSError(last or f"its command ended with status {process.returncode}")
+
+
+def _start(command: str | list[str], complaints: IO[bytes], told: bytes | None) -> subprocess.Popen[bytes]:
+    read_from = None if told is None else subprocess.PIPE
+    try:
+        process = subprocess.Popen(
+            command, shell=isinstance(command, str), stdin=read_from, stdout=subprocess.PIPE, stderr=complaints
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]}: fetches such URLs, and is not installed here; install it") from error
+    if process.stdin is not None and told is not None:
+        with suppress(BrokenPipeError), process.stdin:  # one that ended at once says why
+            process.stdin.write(told)
+    return process
+
+
+def fetch_all(
+    work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT], what: str, at_once: int = _AT_ONCE
+) -> list[ResultT]:
+    """`work` on all items, several at once, with a bar: in the order of the items.
+
+    After an error no more are begun, and what is under way is completed. Ctrl-C ends that too.
+
+    Args:
+        work: fetches with the given `Transfer`.
+        what: is done, for the bar.
+    """
+    transfer, pool = Transfer(), ThreadPoolExecutor(at_once, thread_name_prefix="fetch")
+    try:
+        futures = [pool.submit(work, item, transfer) for item in items]
+        waiting = set(futures)
+        with tqdm(total=len(items), desc=what, unit="file", disable=not items) as progress:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.update(len(done))
+                arrived = f"{transfer.num_bytes / 1e6:.0f} MB"
+                progress.set_postfix_str(arrived, refresh=bool(done) or sys.stderr.isatty())
+        return [future.result() for future in futures]
+    except Exception:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        transfer.stop.set()
+        pool.shutdown(cancel_futures=True)
