@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import torch
-
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -32,6 +30,8 @@ def limit_threads() -> None:
 
     OpenMP looks at the affinity mask, but knows neither quotas nor SLURM.
     """
+    import torch
+
     if "OMP_NUM_THREADS" not in os.environ and (most := usable_cpus()) < torch.get_num_threads():
         torch.set_num_threads(most)
 

@@ -162,8 +162,8 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
             if digest and digest == refused:  # the same twice: nothing was lost on the way
                 break
             refused = digest
-    message = redacted(f"{url}: cannot be fetched: {str(reason) or type(reason).__name__}")
-    raise DamagedError(f"{message}; {_remedy(reason)}") from None
+    why = redacted(str(reason) or type(reason).__name__)
+    raise DamagedError(f"{redacted(url)}: cannot be fetched: {why}; {_remedy(reason)}") from None
 
 
 def _remedy(reason: Exception) -> str:
@@ -217,6 +217,8 @@ def _output_of(command: str | list[str], stop: threading.Event, told: bytes | No
                     if not (chunk := os.read(descriptor, _CHUNK)):
                         break
                     yield chunk
+                elif process.poll() is not None:  # and a process that was forked meanwhile keeps the pipe open
+                    break
             while process.poll() is None and not stop.is_set():
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(0.5)

@@ -168,7 +168,7 @@ class _ImageDataset(Dataset[Any]):
         self._shards, self._stream, self._side = shards, stream, side
         self._seed, self._on_damaged = seed, on_damaged
 
-    def __getitem__(self, task: BatchTask) -> ImageBatch | DamagedError:
+    def __getitem__(self, task: BatchTask) -> ImageBatch | UserError:
         pixels_B3HW = torch.empty(len(task.positions), 3, self._side, self._side, dtype=torch.uint8)
         labels, keys, damaged = [], [], list[str]()
         try:
@@ -177,7 +177,7 @@ class _ImageDataset(Dataset[Any]):
                 pixels_B3HW[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
                 labels.append(label)
                 keys.append(key)
-        except DamagedError as error:
+        except UserError as error:  # a cache's full disk, too
             return error
         labels_B = torch.tensor(labels, dtype=torch.int64)
         return ImageBatch(pixels_B3HW, labels_B, tuple(keys), task.next_position, tuple(damaged))
@@ -261,7 +261,7 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         worker_init_fn=_leave_signals_to_the_rank,
     )
     for batch in loader:
-        if isinstance(batch, DamagedError):
+        if isinstance(batch, UserError):
             raise batch
         yield batch
 
