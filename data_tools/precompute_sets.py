@@ -24,6 +24,7 @@ from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
+from mepa_ds.data.shard_cache import AHEAD
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.views import Boxes
@@ -192,7 +193,9 @@ def derive_set(
         unit="img",
         disable=not launch.is_main or not todo,
     ) as progress:
-        for number in todo:
+        for place, number in enumerate(todo):
+            if images.cache is not None:
+                images.cache.prefetch(todo[place : place + 1 + AHEAD])
             shard = _shard_samples(islice(items, sizes[number]), derivation, device, size, progress)
             writer.write_shard(names[number], shard)
     return writer.finish()

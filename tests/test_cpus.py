@@ -14,7 +14,9 @@ from data_tools.precompute_sets import RunOptions
 from data_tools.verify_shards import Options as VerifyOptions
 from mepa_ds import cpus
 from mepa_ds.cpus import limit_threads, usable_cpus
+from mepa_ds.data.images import _note_few_cpus, image_batches
 from tests.data.build_fixtures import options
+from tests.data.shard_fixtures import make_set
 
 VARIABLES = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_STEP_TASKS_PER_NODE", "LOCAL_WORLD_SIZE")
 
@@ -114,3 +116,15 @@ def test_threads_are_lowered_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     limit_threads()
     assert said == [3]
+
+
+def test_more_decoding_processes_than_cpus_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    _note_few_cpus.cache_clear()
+    make_set(tmp_path, "images", [4])
+    for _ in range(2):
+        assert len(list(image_batches(tmp_path, batch_size=2, image_side=8, num_workers=2, train=False))) == 2
+    said = capfd.readouterr().err
+    assert said == "warning: data.num_workers: 2 processes of a rank share 1 CPUs; 1 would do as well\n"

@@ -5,11 +5,13 @@ Legend: B batch of this rank, H = W image side.
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +23,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
-from mepa_ds.data.shard_cache import fetched_ahead
+from mepa_ds.data.shard_cache import fetched_ahead, fetched_in_order
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
 from mepa_ds.data.tar import DamagedError
+from mepa_ds.distributed import read_launch
 from mepa_ds.errors import UserError
+from mepa_ds.log import note
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
@@ -243,6 +248,7 @@ def image_batches(
         raise UserError(f"images: {shards}: holds {sorted(opened.index.members)}, no images; give the image set")
     if not train:
         tasks = _single_pass_tasks(len(opened), batch_size, rank, world_size)
+        tasks = fetched_in_order(tasks, opened.shard_sizes, [opened.cache] if opened.cache else [])
         return _run(_ImageDataset(opened, None, image_side, seed, "stop"), tasks, num_workers)
     order = SampleOrder(opened.shard_sizes, seed, opened.window)
     tasks = rank_batches(position, batch_size * world_size, rank, world_size)
@@ -251,6 +257,7 @@ def image_batches(
 
 
 def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -> Iterator[ImageBatch]:
+    _note_few_cpus(num_workers)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -264,6 +271,14 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+@functools.cache
+def _note_few_cpus(num_workers: int) -> None:
+    """In one line, once, in place of PyTorch's warning at every loader, which does not know of quotas and SLURM."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    if num_workers > (cpus := usable_cpus()) and read_launch().is_main:
+        note(f"warning: data.num_workers: {num_workers} processes of a rank share {cpus} CPUs; {cpus} would do as well")
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mepa_ds.data.fetching import Check, content_of, fetch
 from mepa_ds.data.index import ShardEntry
 from mepa_ds.data.open_files import OpenFile
@@ -34,6 +36,8 @@ _RETRY_AFTER_SECONDS = 300.0
 _BEGAN = time.monotonic()
 _FETCHERS = 2
 _MOST_ROOM_MADE = 3
+AHEAD = 2
+"""Shards that are fetched before they are needed, where they are read one after the other."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR)
 """Of a cached file that another process removed, replaced, or made unreadable: it is fetched."""
@@ -245,4 +249,18 @@ def fetched_ahead(tasks: Iterator[BatchTask], order: SampleOrder, caches: Sequen
         if caches and (shards := watch.needed(int(task.positions[-1]))) is not None:
             for cache in caches:
                 cache.prefetch(shards)
+        yield task
+
+
+def fetched_in_order(
+    tasks: Iterator[BatchTask], shard_sizes: Sequence[int], caches: Sequence[ShardCache]
+) -> Iterator[BatchTask]:
+    """The same for a single pass: positions are sample numbers."""
+    ends, current = np.cumsum(shard_sizes), -1
+    for task in tasks:
+        shard = int(np.searchsorted(ends, task.positions[-1], side="right"))
+        if caches and shard != current:
+            for cache in caches:
+                cache.prefetch(range(shard, min(shard + 1 + AHEAD, len(ends))))
+            current = shard
         yield task

@@ -13,18 +13,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from data_tools.precompute_sets import Derivation, RunOptions, derive_set
 from data_tools.remote_index import CacheOptions, Remote
 from mepa_ds.data import fetching, shard_cache
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.index import MadeBy
 from mepa_ds.data.open_files import OpenFile
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import RemoteShards
 from mepa_ds.data.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
-from mepa_ds.data.training import training_batches
+from mepa_ds.data.training import evaluation_batches, training_batches
+from mepa_ds.data.writer import Plan, ShardWriter
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set
 from tests.data.test_shared_lock import forbid_flock
@@ -373,3 +378,41 @@ def test_sets_share_a_directory(tmp_path: Path) -> None:
         return ShardCache(RemoteShards(urls=urls, cache="/c", cache_gigabytes=1, window=1), entries, "x").directory
 
     assert directory_of("a") == directory_of("b") != cache_of(sets[0]).directory
+
+
+def test_a_single_pass_is_fetched_ahead_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out samples, and images that tokens are made from: three shards at hand, and no more."""
+    tokens, images = make_remote(tmp_path), make_remote(tmp_path / "i", "images")
+    options: dict[str, Any] = {"batch_size": 1}
+    passes = {
+        tokens: evaluation_batches(tokens, None, **options),
+        images: image_batches(images, image_side=8, train=False, **options),
+    }
+    for directory, batches in passes.items():
+        next(batches)
+        cache, deadline = cache_of(directory), time.monotonic() + 60
+        while len(list(cache.directory.glob("*.tar"))) < 3:
+            assert time.monotonic() < deadline
+            threading.Event().wait(0.01)
+        assert {path.name for path in cache.directory.glob("*.tar")} == {
+            f"shard-{number:06d}.tar" for number in range(3)
+        }
+        assert sum(1 for _ in batches) == 20
+        assert len(list(cache.directory.glob("*.tar"))) == len(SIZES)
+
+
+def test_features_of_remote_images(tmp_path: Path) -> None:
+    """Their shards are fetched ahead, each once."""
+    directory, cpu = make_remote(tmp_path, "images"), torch.device("cpu")
+    made = []
+    for images in (ShardSet(directory), ShardSet(tmp_path / "far")):
+        names = tuple(shard.name for shard in images.index.shards)
+        out = tmp_path / f"out-{len(made)}"
+        writer = ShardWriter(out, Plan(kind="features", shard_names=names, made_by=MadeBy(name="mean")))
+        derivation = Derivation(
+            lambda image, _: (np.asarray(image)[None], None), lambda x: {"mean.npy": x.mean((2, 3))}, lambda _: {}, 0
+        )
+        made.append(derive_set(images, writer, derivation, cpu, RunOptions(batch_size=2, workers=2)))
+    assert made[0] == made[1]
+    assert made[0] is not None
+    assert num_fetches(tmp_path) == len(SIZES)
