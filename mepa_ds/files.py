@@ -67,10 +67,13 @@ def naming_full_disks(path: Path) -> Iterator[None]:
 
 
 def fsync_directory(path: Path) -> None:
-    """Makes renames inside `path` durable."""
+    """Makes renames inside `path` durable, where the file system can (some that are no disks cannot)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from mepa_ds.config.base import Section, validate
 from mepa_ds.errors import UserError
 from mepa_ds.files import naming_full_disks, write_json
-from mepa_ds.urls import unsigned
+from mepa_ds.urls import redacted, unsigned
 
 REMOTE_NAME = "remote.json"
 
@@ -54,7 +54,10 @@ class RemoteShards(Section):
             data = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
-        return validate(cls, data, str(path))
+        try:
+            return validate(cls, data, str(path))
+        except UserError as error:  # it shows what was given
+            raise UserError(redacted(str(error))) from None
 
     def write(self, directory: Path) -> None:
         with naming_full_disks(directory / REMOTE_NAME):

@@ -30,6 +30,7 @@ from mepa_ds.data.remote import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shared_lock import locked
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError
+from mepa_ds.log import note
 from mepa_ds.urls import short_name
 
 _RETRY_AFTER_SECONDS = 300.0
@@ -117,17 +118,17 @@ class ShardCache:
         with locked(path):
             if (file := self._at_hand(shard)) is not None:  # another process was first
                 return file
-            note = path.with_name(f".{path.name}.failed")
-            if (known := _recent(note)) is not None:
+            failure = path.with_name(f".{path.name}.failed")
+            if (known := _recent(failure)) is not None:
                 raise DamagedError(known)
             _remove_leftovers(path)
             try:
                 file = self._copied(shard, path)
             except DamagedError as error:
                 with suppress(OSError):
-                    note.write_text(json.dumps({"boot": _boot(), "at": time.monotonic(), "message": str(error)}))
+                    failure.write_text(json.dumps({"boot": _boot(), "at": time.monotonic(), "message": str(error)}))
                 raise
-            note.unlink(missing_ok=True)
+            failure.unlink(missing_ok=True)
             return file
 
     def _copied(self, shard: int, path: Path) -> OpenFile:
@@ -146,9 +147,17 @@ class ShardCache:
                 break
             except UserError as error:
                 full = isinstance(error.__cause__, OSError)
-                if not full or attempt == _MOST_ROOM_MADE or not self._evict(self._held() - 2 * entry.bytes, keep=path):
+                if not full or attempt == _MOST_ROOM_MADE or not self._evict(self._smaller(entry.bytes), keep=path):
                     raise
         return opened[-1]
+
+    def _smaller(self, num_bytes: int) -> int:
+        """What the cache may hold from now on, since its disk has no more room: there is to be some for a next shard."""
+        held = sum(size for _, size, _ in self._files())
+        if held < self._max_bytes:
+            note(f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards go")
+        self._max_bytes = min(self._max_bytes, max(held - 2 * num_bytes, num_bytes))
+        return self._max_bytes
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetches shards in the background, in this order."""
@@ -174,9 +183,6 @@ class ShardCache:
                         found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         return sorted(found)
 
-    def _held(self) -> int:
-        return sum(size for _, size, _ in self._files())
-
     def _evict(self, most: int, keep: Path) -> bool:
         """Removes shards until the cache holds `most` bytes; whether there was one to remove."""
         removed = False
@@ -188,9 +194,9 @@ class ShardCache:
                 if excess <= 0:
                     break
                 if path != keep:
-                    excess -= size
-                    with suppress(OSError):
-                        path.unlink()
+                    with suppress(OSError):  # another user's
+                        path.unlink(missing_ok=True)
+                        excess -= size
                         removed = True
         return removed
 
@@ -212,14 +218,14 @@ def _remove_leftovers(path: Path) -> None:
         stale.unlink(missing_ok=True)
 
 
-def _recent(note: Path) -> str | None:
+def _recent(failure: Path) -> str | None:
     """What a note of a failure says, if a process of this machine made it, since this one began and not long ago.
 
     Told by the machine's own monotonic clock, which its processes share: the time of a file is a file server's, and the
     time of day may be set back.
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
-        content = json.loads(note.read_text())
+        content = json.loads(failure.read_text())
         now, then = time.monotonic(), float(content["at"])
         if content["boot"] == _boot() and max(_BEGAN, now - _RETRY_AFTER_SECONDS) <= then <= now:
             return str(content["message"])

@@ -250,12 +250,16 @@ class FullDisk:
         self._replace(source, target)
 
 
-def test_on_a_disk_smaller_than_the_cache_older_shards_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_disk_smaller_than_the_cache_older_shards_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache = cache_of(make_remote(tmp_path))
-    disk = FullDisk(cache.directory, 2)
+    disk = FullDisk(cache.directory, 4)
     monkeypatch.setattr("mepa_ds.files.os.replace", disk.replace)
-    for shard in range(len(SIZES)):
+    for shard in (*range(len(SIZES)), *range(len(SIZES))):
         assert content(cache.open(shard)) == far(tmp_path, shard)
+    assert num_fetches(tmp_path) <= 2 * len(SIZES) + 1  # it is met once
+    assert capsys.readouterr().err.count("the disk is full with") == 1
     disk.room = 0
     with pytest.raises(UserError, match=r"cache/.*shard-000000\.tar: the disk or quota is full"):
         cache.open(0)
