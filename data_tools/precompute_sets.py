@@ -21,10 +21,10 @@ from tqdm import tqdm
 from data_tools.pool import counting_workers
 from mepa_ds import distributed
 from mepa_ds.cpus import usable_cpus
+from mepa_ds.data.fetched_ahead import AHEAD
 from mepa_ds.data.images import decode_image, image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
-from mepa_ds.data.shard_cache import AHEAD
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.views import Boxes

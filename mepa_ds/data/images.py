@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mepa_ds.cpus import usable_cpus
+from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
-from mepa_ds.data.shard_cache import fetched_ahead, fetched_in_order
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION, ShardSet, parse_label
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.distributed import read_launch

@@ -15,17 +15,14 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mepa_ds.data.fetching import Check, content_of, fetch
 from mepa_ds.data.index import ShardEntry
 from mepa_ds.data.open_files import OpenFile
-from mepa_ds.data.order import BatchTask, SampleOrder, WindowWatch
 from mepa_ds.data.remote import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shared_lock import locked
 from mepa_ds.data.tar import DamagedError
@@ -37,8 +34,6 @@ _RETRY_AFTER_SECONDS = 300.0
 _BEGAN = time.monotonic()
 _FETCHERS = 2
 _MOST_ROOM_MADE = 3
-AHEAD = 2
-"""Shards that are fetched before they are needed, where they are read one after the other."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR)
 """Of a cached file that another process removed, replaced, or made unreadable: it is fetched."""
@@ -152,7 +147,7 @@ class ShardCache:
         return opened[-1]
 
     def _smaller(self, num_bytes: int) -> int:
-        """What the cache may hold from now on, since its disk has no more room: there is to be some for a next shard."""
+        """What the cache may hold from now on, since its disk has no more room: a shard must find some."""
         held = sum(size for _, size, _ in self._files())
         if held < self._max_bytes:
             note(f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards go")
@@ -246,27 +241,3 @@ def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: 
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
     content = "\n".join([*remote.places, *(entry.sha256 for entry in entries)])
     return Path(text).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-def fetched_ahead(tasks: Iterator[BatchTask], order: SampleOrder, caches: Sequence[ShardCache]) -> Iterator[BatchTask]:
-    """Passes tasks on; tells the caches when the stream comes to another window of shards."""
-    watch = WindowWatch(order)
-    for task in tasks:
-        if caches and (shards := watch.needed(int(task.positions[-1]))) is not None:
-            for cache in caches:
-                cache.prefetch(shards)
-        yield task
-
-
-def fetched_in_order(
-    tasks: Iterator[BatchTask], shard_sizes: Sequence[int], caches: Sequence[ShardCache]
-) -> Iterator[BatchTask]:
-    """The same for a single pass: positions are sample numbers."""
-    ends, current = np.cumsum(shard_sizes), -1
-    for task in tasks:
-        shard = int(np.searchsorted(ends, task.positions[-1], side="right"))
-        if caches and shard != current:
-            for cache in caches:
-                cache.prefetch(range(shard, min(shard + 1 + AHEAD, len(ends))))
-            current = shard
-        yield task

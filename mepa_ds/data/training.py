@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
+from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
-from mepa_ds.data.shard_cache import fetched_ahead, fetched_in_order
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
