@@ -1,31 +1,24 @@
-"""Files copied from URLs: whole and checked, or not at all; several at once, with a bar.
-
-URLs are what webdataset opens (`https://`, `gs://`, `hf://`, `pipe:COMMAND`...) and `s3://`, which the AWS command line
-fetches. A `pipe:` URL is a shell command: use no URL that you would not run as a program.
-"""
+"""Files copied from URLs: whole and checked, or not at all; several at once, with a bar."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
 import re
-import select
-import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
+from mepa_ds.data.openers import StoppedError, chunks_of
 from mepa_ds.data.tar import DamagedError, iterate_members
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks
@@ -38,34 +31,13 @@ Check = Callable[[Path, str], object]
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 2.0
-_CHUNK = 1 << 20
 _AT_ONCE = 4
-_CURL = """
-fail
-silent
-show-error
-location
-globoff
-compressed
-header = "Accept-Encoding: identity"
-connect-timeout = 30
-speed-limit = 1
-speed-time = 60
-"""
-"""Servers are asked not to compress, and what they compress is unpacked; a transfer that stands still is given up. No
---retry: curl would begin again behind what it has written already."""
-_BY_CURL = ("http://", "https://", "ftp://", "ftps://", "sftp://", "scp://")
-_BY_PROGRAM = {"s3://": ("aws", "s3", "cp", "--only-show-errors"), "gs://": ("gsutil", "-q", "cp")}
 _MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _AGAIN = "check the address and the network, then try again"
 
 
 class WrongContentError(Exception):
     """What came is not what was asked for; says what it is."""
-
-
-class StoppedError(Exception):
-    """The program is ending: nobody waits for this file any more."""
 
 
 @dataclass
@@ -146,10 +118,10 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
     for attempt in range(_ATTEMPTS):
         if transfer.stop.wait(_PAUSE_SECONDS * attempt):
             raise StoppedError
-        digest = ""
+        digest, complaints = "", list[str]()
         try:
             with naming_full_disks(path), atomic_path(path) as temporary:
-                digest = _copy(url, temporary, transfer)
+                digest = _copy(url, temporary, transfer, complaints)
                 check(temporary, digest)
             return
         except (UserError, StoppedError):
@@ -162,7 +134,7 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
             if digest and digest == refused:  # the same twice: nothing was lost on the way
                 break
             refused = digest
-    why = redacted(str(reason) or type(reason).__name__)
+    why = redacted(": ".join([str(reason) or type(reason).__name__, *complaints]))
     raise DamagedError(f"{redacted(url)}: cannot be fetched: {why}; {_remedy(reason)}") from None
 
 
@@ -174,78 +146,14 @@ def _remedy(reason: Exception) -> str:
     return _AGAIN
 
 
-def _copy(url: str, path: Path, transfer: Transfer) -> str:
+def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str]) -> str:
     digest = hashlib.sha256()
-    with open(path, "wb") as file, closing(_chunks(url, transfer.stop)) as chunks:
+    with open(path, "wb") as file, closing(chunks_of(url, transfer.stop, complaints)) as chunks:
         for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
             transfer.num_bytes += len(chunk)
     return digest.hexdigest()
-
-
-def _chunks(url: str, stop: threading.Event) -> Generator[bytes, None, None]:
-    """The bytes at a URL."""
-    program = next((words for scheme, words in _BY_PROGRAM.items() if url.startswith(scheme)), None)
-    if url.startswith("pipe:"):
-        yield from _output_of(url.removeprefix("pipe:"), stop)
-    elif program is not None:
-        yield from _output_of([*program, url, "-"], stop)
-    elif url.startswith(_BY_CURL):  # told by a file: command lines can be seen by everybody on the machine
-        quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-        yield from _output_of(["curl", "--config", "-"], stop, f'{_CURL}url = "{quoted}"\n'.encode())
-    else:
-        from webdataset import gopen
-
-        with gopen(url, "rb") as stream:
-            while not stop.is_set() and (chunk := stream.read(_CHUNK)):
-                yield chunk
-    if stop.is_set():
-        raise StoppedError
-
-
-def _output_of(command: str | list[str], stop: threading.Event, told: bytes | None = None) -> Iterator[bytes]:
-    """What a command prints; a string is one for the shell. What it complains of ends in the error."""
-    with tempfile.TemporaryFile() as complaints:
-        process = _start(command, complaints, told)
-        assert process.stdout is not None
-        try:
-            watch, descriptor = select.poll(), process.stdout.fileno()
-            watch.register(descriptor, select.POLLIN)
-            while not stop.is_set():
-                if watch.poll(500):  # a command may be silent for long
-                    if not (chunk := os.read(descriptor, _CHUNK)):
-                        break
-                    yield chunk
-                elif process.poll() is not None:  # and a process that was forked meanwhile keeps the pipe open
-                    break
-            while process.poll() is None and not stop.is_set():
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(0.5)
-        finally:
-            process.stdout.close()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if process.returncode and not stop.is_set():
-            complaints.seek(max(complaints.seek(0, os.SEEK_END) - 4096, 0))
-            lines = complaints.read().decode(errors="replace").split("\n")
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-            raise OSError(last or f"its command ended with status {process.returncode}")
-
-
-def _start(command: str | list[str], complaints: IO[bytes], told: bytes | None) -> subprocess.Popen[bytes]:
-    read_from = None if told is None else subprocess.PIPE
-    try:
-        process = subprocess.Popen(
-            command, shell=isinstance(command, str), stdin=read_from, stdout=subprocess.PIPE, stderr=complaints
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"{command[0]}: fetches such URLs, and is not installed here; install it") from error
-    if process.stdin is not None and told is not None:
-        with suppress(BrokenPipeError), process.stdin:  # one that ended at once says why
-            process.stdin.write(told)
-    return process
 
 
 def fetch_all(
@@ -268,9 +176,9 @@ def fetch_all(
                 done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:
                     future.result()
-                progress.update(len(done))
-                arrived = f"{transfer.num_bytes / 1e6:.0f} MB"
-                progress.set_postfix_str(arrived, refresh=bool(done) or sys.stderr.isatty())
+                progress.set_postfix_str(f"{transfer.num_bytes / 1e6:.0f} MB", refresh=sys.stderr.isatty())
+                if done:
+                    progress.update(len(done))
         return [future.result() for future in futures]
     except Exception:
         pool.shutdown(cancel_futures=True)
