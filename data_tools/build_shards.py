@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import tyro
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
-from data_tools.pool import unordered_map
+from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.cli import entry
@@ -38,7 +37,6 @@ from mepa_ds.image_decoding import WHITE, Colour, decode_image
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
 SCRATCH_NAME = ".scratch"
-DEFAULT_WORKERS = max((os.cpu_count() or 1) - 1, 1)
 
 
 @dataclass(frozen=True)

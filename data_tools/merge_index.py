@@ -7,7 +7,6 @@ remote  a set that lies behind a URL: fetch its index, so that the loader can fe
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,13 +16,12 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from data_tools.build_shards import DEFAULT_WORKERS
-from data_tools.pool import unordered_map
+from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.readers.class_names import read_class_names
 from data_tools.readers.patterns import check_files, expand_braces
+from data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds.cli import entry
-from mepa_ds.config.base import validate
-from mepa_ds.data.codecs import BASIS_NAME, pca_components
+from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.index import (
     FOREIGN,
     INDEX_NAME,
@@ -33,36 +31,16 @@ from mepa_ds.data.index import (
     ShardIndex,
     keys_digest,
     read_description,
-    table_path,
+    stored_description,
     write_table,
 )
 from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, fetch, is_remote
 from mepa_ds.data.sample_table import scan_tar
 from mepa_ds.data.samples import tar_files
 from mepa_ds.data.writer import PLAN_NAME, finish_index, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """How a remote set is kept at hand while it is used."""
-
-    cache: str = "$TMPDIR/mepa_ds-shards-$UID"
-    """Local directory for fetched shards, shared by the processes of a machine; variables are expanded there."""
-    cache_gigabytes: float = 100.0
-    """Of this set: shards that were used longest ago are removed when there is more."""
-    window: int = 8
-    """Shards that samples are shuffled over at a time; the cache must hold three windows."""
-
-    def of(self, urls: list[str]) -> RemoteShards:
-        return RemoteShards(
-            urls=tuple(urls), cache=self.cache, cache_gigabytes=self.cache_gigabytes, window=self.window
-        )
-
-
-Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]
+from mepa_ds.urls import is_remote, redacted
 
 
 @dataclass(frozen=True)
@@ -102,24 +80,27 @@ class Scan:
         classes = () if self.classes is None else read_class_names(self.classes, "--classes")
         _check_foreign(out)
         if is_remote(self.shards):
-            _check_near(out)
-        names = [url.rpartition("/")[2].partition(" ")[0] for url in urls]
-        if len(set(names)) < len(names):
-            raise UserError(f"{self.shards}: two shards have one file name; a set needs different names")
-        out.mkdir(parents=True, exist_ok=True)
-        scan = partial(_scan_shard, out)
-        places = list(zip(urls, names, strict=True))
-        found = {
-            shard.entry.name: shard
-            for shard in tqdm(unordered_map(scan, places, self.workers), "scanning", len(places))
-        }
+            check_near(out)
+            remote = self.cache.of(urls)
+            if (index := signed_anew(out, remote, classes)) is not None:
+                return index
+            names = begin_scan(out, remote)
+            scanned = fetch_all(partial(_scan_remote_shard, out), list(zip(urls, names, strict=True)), "scanning")
+        else:
+            names = [Path(path).name for path in urls]
+            if len(set(names)) < len(names):
+                raise UserError(f"{self.shards}: names a shard twice; a set has each once")
+            scan = unordered_map(partial(_scan_shard, out), names, self.workers)
+            scanned = list(tqdm(scan, "scanning", len(names)))
+        found = {shard.entry.name: shard for shard in scanned}
         members: dict[str, Member] = {}
         for name in names:
             members.update(found[name].members)
             left_out.update(LeftOut.from_json(found[name].left_out))
+        shown = redacted(self.shards)
         if not any(shard.entry.num_samples for shard in found.values()):
-            raise UserError(f"{self.shards}: no images found ({left_out or 'no members'}); give shards of images")
-        left_out.note(self.shards)
+            raise UserError(f"{shown}: no images found ({left_out or 'no members'}); give shards of images")
+        left_out.note(shown)
         index = ShardIndex(
             kind="images",
             shards=tuple(found[name].entry for name in names),
@@ -127,8 +108,6 @@ class Scan:
             classes=classes,
             made_by=FOREIGN,
         )
-        if is_remote(self.shards):
-            self.cache.of(urls).write(out)
         index.write(out)
         return index
 
@@ -163,18 +142,17 @@ def _check_foreign(directory: Path) -> None:
         )
 
 
-def _check_near(directory: Path) -> None:
-    """Refuses to put the index of remote shards over a set that lies here."""
-    indexed = any((directory / name).exists() for name in (INDEX_NAME, PLAN_NAME))
-    if (indexed and not (directory / REMOTE_NAME).exists()) or any(directory.glob("*.tar")):
-        raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
-
-
-def _scan_shard(out: Path, place: tuple[str, str]) -> Description:
+def _scan_remote_shard(out: Path, place: tuple[str, str], transfer: Transfer) -> Description:
     url, name = place
-    if is_remote(url):
-        with tempfile.TemporaryDirectory() as temporary:
-            return _describe(fetch(url, Path(temporary) / name), out / name, None)
+    if (known := stored_description(out / name)) is not None:  # by a scan of these URLs that was interrupted
+        return known
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / name
+        fetch(url, path, whole_tar, transfer)
+        return _describe(path, out / name, None)
+
+
+def _scan_shard(out: Path, name: str) -> Description:
     shard = out / name
     known, mtime_ns = read_description(shard), shard.stat().st_mtime_ns
     # What has no time is of a scan that went by another rule, or of a set whose index was removed.
@@ -200,48 +178,6 @@ def _describe(path: Path, shard: Path, mtime_ns: int | None) -> Description:
     )
     write_table(shard, table, description)
     return description
-
-
-@dataclass(frozen=True)
-class Remote:
-    """Use a set of this project's tools that lies behind a URL."""
-
-    url: tyro.conf.Positional[str]
-    """Of the set's directory; {} stands for the file's name where that is not at the end, as in
-    'pipe:aws s3 cp s3://bucket/set/{} -'."""
-    out: Path
-    """Local directory for index.json, offsets and remote.json; give this one to the loader."""
-    cache: Cache = field(default_factory=CacheOptions)
-
-    def __call__(self) -> ShardIndex:
-        if not is_remote(self.url):
-            raise UserError(f"{self.url}: is no URL; a local set is used where it lies")
-        _check_near(self.out)
-        index = self._index()
-        (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
-        companions = [table_path(self.out / shard.name) for shard in index.shards]
-        codec = index.made_by.settings.get("codec")
-        if codec is not None and pca_components(codec) is not None:
-            companions.append(self.out / BASIS_NAME)
-        for path in tqdm(companions, "fetching offsets"):
-            path.unlink(missing_ok=True)
-            fetch(self._url(path.name), path)
-        self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
-        index.write(self.out)
-        return index
-
-    def _index(self) -> ShardIndex:
-        url = self._url(INDEX_NAME)
-        with tempfile.TemporaryDirectory() as temporary:
-            data = fetch(url, Path(temporary) / INDEX_NAME).read_bytes()
-        try:
-            content = json.loads(data)
-        except ValueError as error:  # such as the page that a web server shows for what it does not have
-            raise UserError(f"{url}: is no index but {data[:40]!r}...; check the address of the set") from error
-        return validate(ShardIndex, content, url)
-
-    def _url(self, name: str) -> str:
-        return self.url.replace("{}", name) if "{}" in self.url else f"{self.url.rstrip('/')}/{name}"
 
 
 def main() -> None:

@@ -12,10 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar, cast
 
+from mepa_ds.cpus import usable_cpus
 from mepa_ds.errors import UserError
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+DEFAULT_WORKERS = max(usable_cpus() - 1, 1)
+"""Processes of a tool: a CPU is left to the one that collects what they make."""
 
 _function: Callable[..., object] | None = None
 

@@ -5,7 +5,6 @@ Legend: B images of a batch, K views of an image, H and W of a view.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -20,6 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mepa_ds import distributed
+from mepa_ds.cpus import usable_cpus
+from mepa_ds.data.fetched_ahead import AHEAD
 from mepa_ds.data.images import image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
@@ -36,13 +37,16 @@ Encode = Callable[[Tensor], dict[str, Tensor]]
 """Images (B * K, 3, H, W) in [-1, 1] on the device -> arrays (B * K, ...) by extension."""
 
 
+_DEFAULT_THREADS = min(usable_cpus(), 16)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How the work is done; none of it changes what is written, but for rounding."""
 
     batch_size: int = 64
     """Pictures (images times views) in a forward pass."""
-    workers: int = min(os.cpu_count() or 1, 16)
+    workers: int = _DEFAULT_THREADS
     """Threads that decode images ahead; 0 decodes in between."""
     num_parts: int = 1
     """Job array: split the shards into this many parts (under torchrun each part is split over the ranks)..."""
@@ -187,7 +191,9 @@ def derive_set(
         unit="img",
         disable=not launch.is_main or not todo,
     ) as progress:
-        for number in todo:
+        for place, number in enumerate(todo):
+            if images.cache is not None:
+                images.cache.prefetch(todo[place : place + 1 + AHEAD])
             shard = _shard_samples(islice(items, sizes[number]), derivation, device, size, progress)
             writer.write_shard(names[number], shard)
     return writer.finish()

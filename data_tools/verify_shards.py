@@ -17,8 +17,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from data_tools.build_shards import DEFAULT_WORKERS
-from data_tools.pool import unordered_map
+from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.cli import entry
 from mepa_ds.data.index import source_images, table_path

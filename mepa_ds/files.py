@@ -117,10 +117,13 @@ def why_unreadable(path: Path, error: OSError) -> str:
 
 
 def fsync_directory(path: Path) -> None:
-    """Makes renames inside `path` durable."""
+    """Makes renames inside `path` durable, where the file system can (some that are no disks cannot)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(descriptor)
 

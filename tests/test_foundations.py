@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,7 @@ from hypothesis import strategies as st
 from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.distributed import read_launch
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path
+from mepa_ds.files import atomic_path, write_text
 from mepa_ds.loops.schedule import learning_rate
 from mepa_ds.metrics import MetricsWriter, read_metrics
 from mepa_ds.random_streams import uniforms
@@ -161,3 +165,20 @@ def test_peak_memory_keeps_what_was_freed() -> None:
         "print(m.resident_bytes(), m.peak_resident_bytes())"
     )
     assert now < 200e6 < 400e6 < peak
+
+
+@pytest.mark.parametrize(("number", "accepted"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_cannot_sync_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, accepted: bool
+) -> None:
+    """Nobody can do better there; a disk that fails is another matter."""
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with nullcontext() if accepted else pytest.raises(OSError, match="output error"):
+        write_text(tmp_path / "x", "content")

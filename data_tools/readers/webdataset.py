@@ -13,13 +13,14 @@ from data_tools.readers.class_names import read_class_names
 from data_tools.readers.patterns import check_files, expand_braces
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
+from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.left_out import LeftOut, printable
-from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.samples import LABEL_EXTENSION, image_samples, tar_files
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable
+from mepa_ds.urls import file_names, is_remote, redacted, unsigned
 
 _MANY_CLASSES = 100_000
 """More than any known dataset has: a label from here on that even exceeds the number of images is a mistake."""
@@ -38,7 +39,7 @@ class WebDataset:
     def open(self, scratch: Path | None) -> TarMembers:
         names = self._names()
         left_out = LeftOut()
-        paths = [self._local(url, scratch) for url in self._urls(left_out)]
+        paths = self._local_paths(scratch, left_out)
         source = TarMembers("webdataset", (), paths=paths)
         for number in tqdm(range(len(paths)), "listing"):
             try:
@@ -46,7 +47,7 @@ class WebDataset:
             except OSError as error:
                 reason = why_unreadable(paths[number], error)
                 raise UserError(f"--shards: {paths[number]}: cannot be read: {reason}; mend that") from error
-        left_out.note(self.shards)
+        left_out.note(redacted(self.shards))
         source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:
             source.settings[COPIED_FROM] = copied_from
@@ -63,7 +64,7 @@ class WebDataset:
     def copied_from(self) -> str | None:
         if not is_remote(self.shards):
             return None
-        return hashlib.sha256("\n".join(self._urls()).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join(map(unsigned, self._urls())).encode()).hexdigest()[:16]
 
     def _urls(self, left_out: LeftOut | None = None) -> list[str]:
         if is_remote(self.shards):
@@ -76,13 +77,25 @@ class WebDataset:
         check_files(found or [self.shards], "--shards")
         return found
 
-    def _local(self, url: str, scratch: Path | None) -> Path:
-        if not is_remote(url):
-            return Path(url)
+    def _local_paths(self, scratch: Path | None, left_out: LeftOut) -> list[Path]:
+        urls = self._urls(left_out)
+        if not is_remote(self.shards):
+            return [Path(url) for url in urls]
         if scratch is None:
             raise UserError("--shards: remote shards are copied first; run this in one part, without --num-parts")
         # Two URLs may end in one name, and what a killed build of other URLs left is not to be taken for these.
-        return fetch(url, scratch / hashlib.sha256(url.encode()).hexdigest()[:12] / url.rpartition("/")[2])
+        folders = [scratch / hashlib.sha256(unsigned(url).encode()).hexdigest()[:12] for url in urls]
+        paths = [folder / file_names([url])[0] for folder, url in zip(folders, urls, strict=True)]
+        missing = [(url, path) for url, path in zip(urls, paths, strict=True) if not path.exists()]
+        if len(missing) < len(paths):
+            print(f"{scratch}: {len(paths) - len(missing)} of {len(paths)} shards are copied already")
+        fetch_all(_copy, missing, "copying shards")
+        return paths
+
+
+def _copy(place: tuple[str, Path], transfer: Transfer) -> None:
+    url, path = place
+    fetch(url, path, whole_tar, transfer)
 
 
 def _numbered_classes(source: TarMembers) -> tuple[str, ...]:

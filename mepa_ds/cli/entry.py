@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from mepa_ds import distributed, log
+from mepa_ds.cpus import limit_threads
 from mepa_ds.errors import UserError
 
 _LEAVE_SECONDS = 30.0
@@ -32,6 +33,7 @@ def run(main: Callable[[], object]) -> None:
 
     When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
     """
+    limit_threads()
     try:
         _run(main)
     except BrokenPipeError:  # a network's connections raise it too

@@ -5,10 +5,12 @@ Legend: B batch of this rank, H = W image side.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
@@ -21,12 +23,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mepa_ds.cpus import usable_cpus
+from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
-from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.distributed import read_launch
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.image_decoding import decode_image
+from mepa_ds.log import note
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
@@ -119,7 +124,7 @@ class _ImageDataset(Dataset[Any]):
         self._shards, self._stream, self._side = shards, stream, side
         self._seed, self._on_damaged = seed, on_damaged
 
-    def __getitem__(self, task: BatchTask) -> ImageBatch | DamagedError:
+    def __getitem__(self, task: BatchTask) -> ImageBatch | UserError:
         pixels_B3HW = torch.empty(len(task.positions), 3, self._side, self._side, dtype=torch.uint8)
         labels, keys, damaged = [], [], list[str]()
         try:
@@ -128,7 +133,7 @@ class _ImageDataset(Dataset[Any]):
                 pixels_B3HW[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
                 labels.append(label)
                 keys.append(key)
-        except DamagedError as error:
+        except UserError as error:  # a cache's full disk, too
             return error
         labels_B = torch.tensor(labels, dtype=torch.int64)
         return ImageBatch(pixels_B3HW, labels_B, tuple(keys), task.next_position, tuple(damaged))
@@ -194,6 +199,7 @@ def image_batches(
         raise UserError(f"images: {shards}: holds {sorted(opened.index.members)}, no images; give the image set")
     if not train:
         tasks = _single_pass_tasks(len(opened), batch_size, rank, world_size)
+        tasks = fetched_in_order(tasks, opened.shard_sizes, [opened.cache] if opened.cache else [])
         return _run(_ImageDataset(opened, None, image_side, seed, "stop"), tasks, num_workers)
     order = SampleOrder(opened.shard_sizes, seed, opened.window)
     tasks = rank_batches(position, batch_size * world_size, rank, world_size)
@@ -202,6 +208,7 @@ def image_batches(
 
 
 def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -> Iterator[ImageBatch]:
+    _note_few_cpus(num_workers)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -226,7 +233,7 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
     workers = [child for child in multiprocessing.active_children() if child not in others]
     try:
         for batch in batches:
-            if isinstance(batch, DamagedError):
+            if isinstance(batch, UserError):
                 raise batch
             yield batch
     except (OSError, EOFError, RuntimeError) as error:  # of a bug in a worker too, which lives on then
@@ -248,6 +255,14 @@ def _how_it_ended(code: int) -> str:
     name = signal.Signals(-code).name
     lacking = "room in /dev/shm" if name == "SIGBUS" else "memory"
     return f"was killed ({name}), perhaps for want of {lacking}"
+
+
+@functools.cache
+def _note_few_cpus(num_workers: int) -> None:
+    """In one line, once, in place of PyTorch's warning at every loader, which does not know of quotas and SLURM."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    if num_workers > (cpus := usable_cpus()) and read_launch().is_main:
+        note(f"warning: data.num_workers: {num_workers} processes of a rank share {cpus} CPUs; {cpus} would do as well")
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

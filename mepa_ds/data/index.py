@@ -223,12 +223,18 @@ def _description(shard: Path, stored: dict[str, NDArray[Any]]) -> Description:
     return validate(Description, json.loads(str(stored["description"])), str(table_path(shard)))
 
 
-def read_description(shard: Path) -> Description | None:
-    """What is stored beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
-    if not table_path(shard).exists() or not shard.exists():
+def stored_description(shard: Path) -> Description | None:
+    """What the table of a shard says, whether the shard is there or not; None without a whole table."""
+    if not table_path(shard).exists():
         return None
     try:
-        description = _description(shard, _load_table(shard))
+        return _description(shard, _load_table(shard))
     except DamagedError:
+        return None
+
+
+def read_description(shard: Path) -> Description | None:
+    """What is stored beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
+    if not shard.exists() or (description := stored_description(shard)) is None:
         return None
     return description if description.is_of(shard) else None

@@ -26,9 +26,10 @@ from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places, remedy
-from mepa_ds.data.remote import RemoteShards, ShardCache
+from mepa_ds.data.remote import RemoteShards
 from mepa_ds.data.sample_table import SampleTable, label_number
 from mepa_ds.data.samples import LABEL_EXTENSION, tar_files
+from mepa_ds.data.shard_cache import ShardCache
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again
@@ -234,7 +235,7 @@ class ShardSet:
 
     def _open(self, shard: int) -> OpenFile:
         path = self._paths[shard]
-        file = OpenFile(path if self.cache is None else str(self.cache.path(shard)))
+        file = OpenFile(path) if self.cache is None else self.cache.open(shard)
         actual, expected = os.fstat(file.descriptor).st_size, self.index.shards[shard].bytes
         if actual != expected:
             raise DamagedError(

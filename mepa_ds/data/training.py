@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
+from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
-from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
@@ -269,4 +269,5 @@ def evaluation_batches(
     sets = open_training_sets(tokens, features)
     reader = _Reader(sets, None, 0, pin_memory, on_damaged, num_classes)
     tasks = rank_batches(0, batch_size * world_size, rank, world_size, last=sets.num_samples)
+    tasks = fetched_in_order(tasks, sets.tokens.shard_sizes, sets.caches)
     return ordered_map(reader, tasks, num_workers)

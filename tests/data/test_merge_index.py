@@ -65,7 +65,7 @@ def test_a_set_that_lies_here_is_not_replaced_by_a_remote_one(tmp_path: Path, re
 
 def test_a_page_in_place_of_an_index_is_named(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text("<!DOCTYPE html><html>Not found</html>")
-    with pytest.raises(UserError, match=r"index\.json: is no index but b'<!DOCTYPE html>.*check the address"):
+    with pytest.raises(UserError, match=r"index\.json: cannot be fetched: a page .*<!DOCTYPE html>.*check the address"):
         Remote(f"pipe:cat {tmp_path}/{{}}", tmp_path / "near")()
 
 

@@ -1,0 +1,153 @@
+"""Sets behind URLs, as `data_tools/merge_index.py` makes them usable: indices, tables of offsets and remote.json."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from safetensors import SafetensorError, safe_open
+
+from mepa_ds.config.base import validate
+from mepa_ds.data.codecs import BASIS_NAME, pca_components
+from mepa_ds.data.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
+from mepa_ds.data.index import INDEX_NAME, ShardEntry, ShardIndex, table_path
+from mepa_ds.data.remote import REMOTE_NAME, RemoteShards
+from mepa_ds.data.writer import PLAN_NAME
+from mepa_ds.errors import UserError
+from mepa_ds.urls import file_names, is_remote, redacted
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a remote set is kept at hand while it is used."""
+
+    cache: str = "$TMPDIR/mepa_ds-shards-$UID"
+    """Local directory for fetched shards, shared by the processes of a machine; variables are expanded there."""
+    cache_gigabytes: float = 100.0
+    """Of this set: shards that were used longest ago are removed when there is more."""
+    window: int = 8
+    """Shards that samples are shuffled over at a time; the cache must hold three windows."""
+
+    def of(self, urls: list[str]) -> RemoteShards:
+        return RemoteShards(
+            urls=tuple(urls), cache=self.cache, cache_gigabytes=self.cache_gigabytes, window=self.window
+        )
+
+
+Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]
+
+
+def check_near(directory: Path) -> None:
+    """Refuses to put the index of remote shards over a set that lies here."""
+    indexed = any((directory / name).exists() for name in (INDEX_NAME, PLAN_NAME))
+    if (indexed and not (directory / REMOTE_NAME).exists()) or any(directory.glob("*.tar")):
+        raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
+
+
+def begin_scan(out: Path, remote: RemoteShards) -> list[str]:
+    """Names for the shards at these URLs, in a directory that is ready for their tables.
+
+    remote.json is written first and index.json last: so a scan of the same URLs that was interrupted is known, and goes
+    on with the tables that it has made. Those of another scan are removed.
+    """
+    names, begun = file_names(remote.urls), RemoteShards.read(out)
+    if begun is None or begun.places != remote.places or (out / INDEX_NAME).exists():
+        (out / INDEX_NAME).unlink(missing_ok=True)
+        for name in names:
+            table_path(out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    remote.write(out)
+    return names
+
+
+def signed_anew(out: Path, remote: RemoteShards, classes: tuple[str, ...]) -> ShardIndex | None:
+    """The index that is there, if it was made from these URLs, but for other signatures, which remote.json then has."""
+    before = RemoteShards.read(out)
+    if before is None or before.urls == remote.urls or before.places != remote.places:
+        return None
+    if not (out / INDEX_NAME).exists():
+        return None
+    index = ShardIndex.read(out)
+    if len(index.shards) != len(remote.urls) or index.classes != classes:
+        return None
+    remote.write(out)
+    print(f"{out}: the same shards as before, signed anew; their index is kept")
+    return index
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Use a set of this project's tools that lies behind a URL."""
+
+    url: tyro.conf.Positional[str]
+    """Of the set's directory; {} stands for the file's name where that is not at the end, as in
+    'pipe:aws s3 cp s3://bucket/set/{} -'."""
+    out: Path
+    """Local directory for index.json, offsets and remote.json; give this one to the loader."""
+    cache: Cache = field(default_factory=CacheOptions)
+
+    def __call__(self) -> ShardIndex:
+        if not is_remote(self.url):
+            raise UserError(f"{self.url}: is no URL; a local set is used where it lies")
+        check_near(self.out)
+        index = self._index()
+        (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
+        for torn in self.out.glob(".*.tmp"):  # of one that was killed
+            torn.unlink(missing_ok=True)
+        fetch_all(self._fetch_table, index.shards, "fetching offsets")
+        codec = index.made_by.settings.get("codec")
+        if codec is not None and pca_components(codec) is not None:
+            fetch(self._url(BASIS_NAME), self.out / BASIS_NAME, _safetensors)
+        self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
+        index.write(self.out)
+        return index
+
+    def _fetch_table(self, shard: ShardEntry, transfer: Transfer) -> None:
+        path = table_path(self.out / shard.name)
+        check = partial(_table_of, shard)
+        if not (shard.sha256 and _passes(check, path)):  # of a start that was interrupted, or of before
+            fetch(self._url(path.name), path, check, transfer)
+
+    def _index(self) -> ShardIndex:
+        url = self._url(INDEX_NAME)
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / INDEX_NAME
+            fetch(url, path, json_text)
+            return validate(ShardIndex, json.loads(path.read_bytes()), redacted(url))
+
+    def _url(self, name: str) -> str:
+        if "{}" in self.url:
+            return self.url.replace("{}", name)
+        directory, mark, query = self.url.partition("?")
+        return f"{directory.rstrip('/')}/{name}{mark}{query}"
+
+
+def _table_of(shard: ShardEntry, path: Path, digest: str) -> None:
+    """A check: that this is the table of a shard, in the version that the index has."""
+    whole_archive(path, digest)
+    with np.load(path) as stored:
+        entry_ = json.loads(str(stored["description"]))["entry"]
+    if validate(ShardEntry, entry_, shard.name) != shard:
+        raise WrongContentError("it is of another version of the shard than the index")
+
+
+def _passes(check: Check, path: Path) -> bool:
+    try:
+        check(path, "")
+    except Exception:  # whatever is wrong with it, it is fetched
+        return False
+    return True
+
+
+def _safetensors(path: Path, _: str) -> None:
+    try:
+        with safe_open(path, "numpy"):
+            pass
+    except SafetensorError as error:
+        raise WrongContentError(f"it is no safetensors file: {error}") from error

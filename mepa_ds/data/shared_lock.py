@@ -1,0 +1,131 @@
+"""One process or thread at a time works on a file of a directory that several share.
+
+A lock spares work: who waits finds the file there. What is written is right without one, since files appear whole. So
+where a file system has no `flock` (Lustre without -o flock, some NFS) a second, coarser way does: a file that only one
+can make, which its owner touches while it lives, and which others remove when it has not been touched for some time.
+That time is told by the clock of who waits alone: file servers have clocks of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from mepa_ds.errors import UserError
+from mepa_ds.files import naming_full_disks
+
+_TOUCH_SECONDS = 5.0
+_STALE_SECONDS = 40.0
+"""Longer than file servers' clients keep what they know of a file, and than a busy machine forgets a thread."""
+_ASK_SECONDS = 0.1
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Holds the lock of `path`, which need not exist; its directory is made.
+
+    Yields:
+        Whether the lock is held; False only without `wait`, when another has it.
+
+    Raises:
+        UserError: nothing can be written in the directory.
+    """
+    with _open(path) as file:
+        try:
+            how = _flock(file, wait)
+        except OSError:  # whatever the reason, a file system that does not lock
+            with _claimed(path.with_name(f".{path.name}.claim"), wait) as held:
+                yield held
+            return
+        try:
+            yield how
+        finally:
+            if how:
+                # Closing would not do: a worker that was forked meanwhile has the file open too.
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _open(path: Path) -> IO[bytes]:
+    place = path.with_name(f".{path.name}.lock")
+    for _ in range(10):  # somebody may be removing the directory
+        try:
+            with naming_full_disks(place):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                return open(place, "ab")
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"{path.parent}: cannot write there: {error.strerror}; give yourself the right, or another directory "
+                "(cache in remote.json)"
+            ) from error
+    raise UserError(f"{path.parent}: is removed again and again; give another directory (cache in remote.json)")
+
+
+def _flock(file: IO[bytes], wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _claimed(claim: Path, wait: bool) -> Iterator[bool]:
+    seen, since = None, time.monotonic()
+    while not _make(claim):
+        if not wait:
+            yield False
+            return
+        if (mark := _mark(claim)) != seen:
+            seen, since = mark, time.monotonic()
+        elif time.monotonic() - since > _STALE_SECONDS:  # its owner is dead
+            _remove(claim)
+        time.sleep(_ASK_SECONDS)
+    done = threading.Event()
+    keeper = threading.Thread(target=_keep, args=(claim, done), daemon=True)
+    keeper.start()
+    try:
+        yield True
+    finally:
+        done.set()
+        keeper.join()
+        with suppress(OSError):
+            claim.unlink()
+
+
+def _make(claim: Path) -> bool:
+    with naming_full_disks(claim), suppress(FileNotFoundError):  # the directory was removed
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            return False
+    return True
+
+
+def _mark(claim: Path) -> tuple[int, int] | None:
+    """Changes whenever the owner touches it. Opened for it: some file systems then ask their server."""
+    with suppress(OSError), open(claim, "rb") as file:
+        found = os.fstat(file.fileno())
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _remove(claim: Path) -> None:
+    """By a rename, which one process succeeds in. Should that hit a newer claim, two do the same work once."""
+    aside = claim.with_name(f"{claim.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with suppress(OSError):
+        os.rename(claim, aside)
+        aside.unlink()
+
+
+def _keep(claim: Path, done: threading.Event) -> None:
+    while not done.wait(_TOUCH_SECONDS):
+        with suppress(OSError):
+            os.utime(claim)

@@ -1,0 +1,84 @@
+"""URLs as people may see them, as they are compared, and as names of files: without what gives access.
+
+Presigned URLs carry a signature in their query, others a password before the host. Neither may reach a message, a log,
+an index or the name of a file; and a shard is the same one when it is signed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+_USERINFO = re.compile(r"(://)[^/\s'\"<>?#]*@")
+_QUERY = re.compile(r"(://[^\s'\"<>?#|]*)[?#][^\s'\"<>|]*")
+_QUERY_ALONE = re.compile(r"(://[^\s'\"<>?#|]*)\?([^\s'\"<>|]*)")
+_HEADER = re.compile(r"(?i)((?:authorization|x-[\w-]*(?:token|key))\s*[:=]\s*(?:(?:bearer|basic|token)\s+)?)[^\s'\"]+")
+_WORD = re.compile(r"(?i)((?:^|[\s?&;,'\"])[\w-]*(?:signature|token|secret|password|credential|sig)=)[^\s&;,'\"<>|]+")
+_SIGNED = re.compile(
+    r"(?i)x-(?:amz|goog|oss|cos|obs|ms)-.*|(?:aws|google|oss)access(?:key)?id|key-pair-id|signature|expires|policy"
+    r"|s[eiprstv]|spr|sig|srt|sdd|sk[a-z]{1,3}|.*token|auth|authorization|credential|api[-_]?key"
+)
+"""Parameters by which stores and content networks sign: Amazon's, Google's, Azure's..."""
+_MOST_BYTES = 120
+"""Of a name: the file systems' 255 less what locks, tables and temporary files add to it."""
+
+
+def is_remote(url: str) -> bool:
+    """Whether this is a URL for webdataset's openers rather than a path."""
+    return re.match(r"pipe:|[a-z0-9+]+://", url) is not None
+
+
+def redacted(text: str) -> str:
+    """A text, such as an error's, in which URLs have lost user, password, query and fragment, and headers their keys.
+
+    `pipe:` commands and several URLs in one text are looked through too.
+    """
+    text = _QUERY.sub(r"\1?...", _USERINFO.sub(r"\1", text))
+    return _WORD.sub(r"\1...", _HEADER.sub(r"\1...", text))
+
+
+def unsigned(url: str) -> str:
+    """What stays of a URL, or of a command with URLs, when it is signed anew; to compare by, not to fetch from."""
+
+    def without_signature(match: re.Match[str]) -> str:
+        kept = [word for word in match[2].split("&") if not _SIGNED.fullmatch(word.partition("=")[0])]
+        return match[1] + ("?" + "&".join(kept) if kept else "")
+
+    return _QUERY_ALONE.sub(without_signature, _HEADER.sub(r"\1", _USERINFO.sub(r"\1", url)))
+
+
+def file_names(urls: Sequence[str]) -> list[str]:
+    """Names for the files at these URLs, different ones also without their extension; without queries and signatures.
+
+    Where names would be the same (`get?id=1`, `a/0.tar` and `b/0.tar`) all begin with their number.
+    """
+    names = [short_name(_last_part(url)) for url in urls]
+    if len({PurePosixPath(name).stem.casefold() for name in names}) < len(names):
+        names = [f"{number:06d}-{name}" for number, name in enumerate(names)]
+    return names
+
+
+def short_name(name: str) -> str:
+    """A name that any file system takes: long ones keep their beginning, their extension and a digest."""
+    plain = re.sub(r"[^\w.+=@%,~-]", "_", name).lstrip(".") or "shard"
+    if len(plain.encode()) <= _MOST_BYTES:
+        return plain
+    suffix = PurePosixPath(plain).suffix[:8]
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+    head = plain.encode()[: _MOST_BYTES - 30].decode(errors="ignore")
+    return f"{head}-{digest}{suffix if suffix.isascii() else ''}"
+
+
+def _last_part(url: str) -> str:
+    if not url.startswith("pipe:"):
+        return _base(re.split("[?#]", url.partition("://")[2])[0].partition("/")[2])
+    words = [re.split("[?#]", word)[0] for word in re.split(r"[\s'\"|;<>()&=]+", url.removeprefix("pipe:"))]
+    places = [word for word in words if "/" in word and not word.startswith("/dev/")]
+    tars = [word for word in words if ".tar" in _base(word).lower()]
+    return _base((tars or places or [""])[-1])
+
+
+def _base(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2].partition(";")[0]
