@@ -7,7 +7,7 @@ from pathlib import Path
 from mepa_ds.errors import UserError
 from mepa_ds.models import transformer
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.tokenizer import quantizer
+from mepa_ds.tokenizer import tokenizer_files
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights import read_kind
 
@@ -22,6 +22,6 @@ def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
     kind = read_kind(directory)
     if kind == transformer.KIND:
         return NextScaleTransformer.load(directory)
-    if kind == quantizer.KIND:
+    if kind == tokenizer_files.KIND:
         return Tokenizer.load(directory)
-    raise UserError(f"{directory}: holds {kind!r}; expected {transformer.KIND!r} or {quantizer.KIND!r}")
+    raise UserError(f"{directory}: holds {kind!r}; expected {transformer.KIND!r} or {tokenizer_files.KIND!r}")

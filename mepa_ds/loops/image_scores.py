@@ -31,12 +31,14 @@ from mepa_ds.loops.score_formulas import (
     precision_and_recall,
 )
 from mepa_ds.precision import full_fp32
-from mepa_ds.weights import read_state_dict
+from mepa_ds.state_dict_files import read_state_dict
+from mepa_ds.state_dicts import Wanted
 
 Order = Literal["shuffled", "file"]
 _SPATIAL_CHANNELS = 7
 _SHUFFLE_SEED = 0
 _PACKAGE = (0, 4)  # torch-fidelity's version whose network the tests take apart
+_WANTED = Wanted("Inception v3", ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch1x1.conv.weight", "fc.weight"))
 _INSTALL = "pip install 'mepa_ds[evaluation]'"
 _OFFICIAL = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -125,7 +127,7 @@ def _build(weights: Path) -> nn.Module:
     network = _network_class()
     # The package would execute a pickle, or download; it gets what was read safely, as a file in memory.
     memory = io.BytesIO()
-    torch.save(read_state_dict(weights), memory)
+    torch.save(read_state_dict(weights, wanted=_WANTED), memory)
     memory.seek(0)
     try:
         return network("inception", ["2048", "logits_unbiased"], memory)

@@ -33,9 +33,10 @@ from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.metrics import MetricsWriter
+from mepa_ds.state_dict_files import WEIGHTS_NAME
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
-from mepa_ds.weights import WEIGHTS_NAME, load_strict
+from mepa_ds.weights import load_strict
 
 
 def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> bool:
