@@ -9,6 +9,7 @@ from mepa_ds.models import transformer
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer import tokenizer_files
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.var_settings import kind_of_vars
 from mepa_ds.weights import read_kind
 
 
@@ -18,7 +19,9 @@ def save_pretrained(model: NextScaleTransformer | Tokenizer, directory: Path | s
 
 
 def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
-    """Loads whichever of the two the directory holds. Raises UserError for anything else."""
+    """Loads whichever of the two the directory holds, ours or of VAR's classes. Raises UserError for anything else."""
+    if (kind := kind_of_vars(Path(directory))) is not None:
+        return NextScaleTransformer.open(directory) if kind == "transformer" else Tokenizer.open(directory)
     kind = read_kind(directory)
     if kind == transformer.KIND:
         return NextScaleTransformer.load(directory)

@@ -5,26 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from mepa_ds.config.model import SCALES_256, SCALES_512
 from mepa_ds.state_dict_files import CONFIG_NAME, read_json
 
 # What VAR's `--pn` takes beside 1_2_3_4.
 _NAMED = {"256": SCALES_256, "512": SCALES_512, "1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
-# Arguments of the constructors of VAR's classes: VARHF's, and VQVAE's.
-_CONSTRUCTORS = ("patch_nums", "v_patch_nums", "embed_dim", "z_channels")
-
 T = TypeVar("T")
 
 
-def is_saved_by_var(directory: Path) -> bool:
-    """Whether this directory's config.json is of a class of VAR's (`save_pretrained` of PyTorchModelHubMixin)."""
+def kind_of_vars(directory: Path) -> Literal["transformer", "tokenizer"] | None:
+    """What a directory holds that `save_pretrained` of a class of VAR's wrote (huggingface_hub's mixin), whose
+    config.json has the arguments of a constructor: VARHF's or VQVAE's; None: neither, or no such file.
+    """
     path = directory / CONFIG_NAME
-    if not path.is_file():
-        return False
-    config = read_json(path)
-    return "model_type" not in config and any(key in config for key in _CONSTRUCTORS)
+    config = read_json(path) if path.is_file() else {}
+    if "model_type" in config:
+        return None
+    if "patch_nums" in config or "embed_dim" in config:
+        return "transformer"
+    return "tokenizer" if "z_channels" in config or "v_patch_nums" in config else None
 
 
 def setting_in(notes: Sequence[Mapping[str, Any]], key: str, kind: type[T]) -> T | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.transformer import KIND
 from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
-from mepa_ds.var_settings import is_saved_by_var
+from mepa_ds.var_settings import kind_of_vars
 from mepa_ds.weights import read_pretrained
 
 
@@ -27,6 +27,6 @@ def read_transformer(path: Path, given: Given) -> StoredTransformer:
 
     Raises UserError for what is no transformer, or does not tell what was not given either.
     """
-    if path.is_dir() and not is_saved_by_var(path):
+    if path.is_dir() and kind_of_vars(path) is None:
         return StoredTransformer(*read_pretrained(path, ModelConfig, KIND), str)
     return StoredTransformer(*convert_var(path, given), name_in_var)

@@ -12,7 +12,7 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.state_dict_files import read_checkpoint
 from mepa_ds.tokenizer import var_keys
-from mepa_ds.var_settings import is_saved_by_var
+from mepa_ds.var_settings import kind_of_vars
 from mepa_ds.weights import read_pretrained
 
 KIND = "tokenizer"
@@ -38,7 +38,7 @@ def read_tokenizer(
     Raises:
         UserError: neither, or scales or a ratio that it cannot have.
     """
-    if not Path(path).is_dir() or is_saved_by_var(Path(path)):
+    if not Path(path).is_dir() or kind_of_vars(Path(path)) is not None:
         return convert_var(path, scales, phi_ratio)
     config, state = read_pretrained(path, TokenizerConfig, KIND, prefix)
     if phi_ratio is not None and phi_ratio != config.phi_ratio:
