@@ -20,8 +20,8 @@ def save_pretrained(model: NextScaleTransformer | Tokenizer, directory: Path | s
 
 def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
     """Loads whichever of the two the directory holds, ours or of VAR's classes. Raises UserError for anything else."""
-    if (kind := kind_of_vars(Path(directory))) is not None:
-        return NextScaleTransformer.open(directory) if kind == "transformer" else Tokenizer.open(directory)
+    if (of_vars := kind_of_vars(Path(directory))) is not None:
+        return NextScaleTransformer.open(directory) if of_vars == "transformer" else Tokenizer.open(directory)
     kind = read_kind(directory)
     if kind == transformer.KIND:
         return NextScaleTransformer.load(directory)

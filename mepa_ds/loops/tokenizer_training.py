@@ -258,6 +258,11 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
     source = Tokenizer.open(path, tokenizer.config.scales)
+    if source.config.phi_ratio != tokenizer.config.phi_ratio:  # no shape shows it
+        raise UserError(
+            f"start_from: {path} was trained with phi_ratio {source.config.phi_ratio}, and the recipe says "
+            f"{tokenizer.config.phi_ratio}; set tokenizer.phi_ratio={source.config.phi_ratio}"
+        )
     load_strict(tokenizer, source.state_dict(), f"start_from: {path}")
 
 

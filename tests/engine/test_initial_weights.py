@@ -184,7 +184,7 @@ def test_the_command_that_a_refusal_names_makes_the_mixture(
         dense.save_pretrained(path)
     with pytest.raises(UserError, match="it is dense, and the recipe's has experts") as error:
         load_initial_weights(dense_model(qk_norm=not foreign, moe=moe), path)
-    before, command, after = str(error.value).split("\n")
+    _, command, after = str(error.value).split("\n")
     words = [str(tmp_path / "moe") if word == "OUT" else word for word in shlex.split(command)]
     assert words[:2] == ["mepa", "upcycle"]
     upcycle_command(words[2:])
