@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import tyro
@@ -19,3 +20,7 @@ Scales = Annotated[
     ),
 ]
 """Sides of the token maps, as `1 2 3 4` or `1,2,3,4`; None: not given."""
+
+
+if __name__ == "__main__":
+    sys.exit("error: scales_option is no command; python -m mepa_ds --help lists them")
