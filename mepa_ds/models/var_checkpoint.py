@@ -129,7 +129,10 @@ def _infer_config(
 ) -> ModelConfig:
     """Sizes by VAR's names and shapes; each is read in several places, see `size_in`."""
     if missing := [with_match(key, list(state)) for key in WANTED.names if key not in state]:
-        own = "; these are weights of mepa_ds: give the directory that save_pretrained wrote, with its config.json"
+        own = (
+            "; these are weights of mepa_ds: NextScaleTransformer.open and all commands take their directory, with its "
+        )
+        own += "config.json"
         raise UserError(
             f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}"
             + (own if "class_embed.weight" in state else "")

@@ -95,7 +95,7 @@ def config_of(
         raise UserError(
             f"{where}: not a VAR tokenizer: no key {with_match(_CODEBOOK, list(state))} among {some}, ... "
             + (
-                "These are weights of mepa_ds: give the directory that save_pretrained wrote, with its config.json"
+                "These are weights of mepa_ds: Tokenizer.open and commands take their directory (config.json)"
                 if own
                 else "Expected a state dict such as vae_ch160v4096z32.pth"
             )

@@ -194,10 +194,14 @@ def test_averaged_weights_beside_the_last_ones_are_the_users_choice(tmp_path: Pa
 def test_weights_of_ours_in_a_file_of_their_own(tmp_path: Path) -> None:
     model = NextScaleTransformer.from_var(fixture_state("tiny_var_adaln"))
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="these are weights of mepa_ds: give the directory"):
-        NextScaleTransformer.open(tmp_path / "model" / "model.safetensors")
+    for load, path in (
+        (NextScaleTransformer.open, tmp_path / "model" / "model.safetensors"),
+        (NextScaleTransformer.from_var, tmp_path / "model"),
+    ):
+        with pytest.raises(UserError, match=r"these are weights of mepa_ds: .* take their directory"):
+            load(path)
     Tokenizer.from_var(fixture_state("tiny_vae"), TINY_SCALES).save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(UserError, match="These are weights of mepa_ds: give the directory"):
+    with pytest.raises(UserError, match=r"These are weights of mepa_ds: .* take their directory"):
         Tokenizer.open(tmp_path / "tokenizer" / "model.safetensors")
 
 
