@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mepa_ds import distributed
 from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
@@ -157,6 +158,8 @@ def config_of(
 @cache
 def _say_assumed(where: str, phi_ratio: float) -> None:
     """Once for each file: a run opens it several times."""
+    if not distributed.is_main():
+        return
     note(
         f"{where}: phi_ratio is not told by a file of other sizes than VAR's; taken as VAR's {phi_ratio}. Otherwise: "
         "Tokenizer.open(FILE, SCALES, phi_ratio=...).save_pretrained(DIRECTORY), and give the directory"
