@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mepa_ds import distributed
 from mepa_ds.errors import UserError
-from mepa_ds.state_dicts import Wanted, find, listed, nests_of, notes_in
+from mepa_ds.log import note
+from mepa_ds.state_dicts import Wanted, averages_not_read, find, listed, nests_of, notes_in
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -96,8 +99,17 @@ def _chosen(
             "Give a mapping from parameter names to tensors, alone or nested in others"
         )
     found = find(nests, wanted, where, file)
+    for key in averages_not_read(tree, found, wanted):
+        _say_left_out(where, key, found.label)
     state = {name: tensor for name, tensor in found.entries.items() if name.startswith(prefix)}
     return state, notes_in(tree, found.place)
+
+
+@cache
+def _say_left_out(where: str, key: str, taken: str) -> None:
+    """Once for each file: a run opens it several times."""
+    if distributed.is_main():
+        note(f"{where}: took {taken}; the averaged weights under {key!r} are in a form that is not read")
 
 
 def _read_pickle(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from mepa_ds.errors import UserError
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COUNTERS = ("n_averaged",)  # beside the weights of torch's AveragedModel
 _NOTES = ("args", "config", "cfg", "hparams", "hyper_parameters")
+_AVERAGE = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
 _MAX_DEPTH = 6
 _MAX_NAMED = 5
 
@@ -82,6 +84,24 @@ def notes_in(tree: Any, place: tuple[Key, ...]) -> list[Mapping[str, Any]]:
     return notes
 
 
+def averages_not_read(tree: Any, found: Found[Any], wanted: Wanted | None) -> list[str]:
+    """Keys, of mappings around what was found or of names beside it, that by their names are averaged weights.
+
+    They are in a form that nobody reads: lists without names, names without dots. Averages that have the wanted names
+    are not among them: `find` refuses both together, unless they are equal.
+    """
+    keys: list[str] = []
+    for key in (*found.place, None):
+        for name, child in _children(tree):
+            if name != key and _AVERAGE.search(str(name)) and _is_unread(child, wanted):
+                keys.append(str(name))
+        if key is not None:
+            tree = dict(_children(tree))[key]
+    beside = tree.keys() - set(found.names_in_file) if found.prefix else ()
+    firsts = dict.fromkeys(str(name).split(".")[0] for name in beside if isinstance(tree[name], Tensor))
+    return keys + sorted(first for first in firsts if _AVERAGE.search(first))
+
+
 def find(nests: Nests[T], wanted: Wanted | None, where: str, file: Path | None = None) -> Found[T]:
     """The state dict, among one or more, that has the wanted names; parts of wrappers are taken out of the names.
 
@@ -113,6 +133,18 @@ def _children(node: Any) -> list[tuple[Key, Any]]:
     if isinstance(node, Mapping):
         return [(key, child) for key, child in node.items() if isinstance(key, str | int)]
     return list(enumerate(node)) if isinstance(node, list | tuple) else []
+
+
+def _is_unread(node: Any, wanted: Wanted | None) -> bool:
+    """Whether there are tensors, and no state dict with the wanted names."""
+    nests = nests_of(node)
+    cleaned = {place: _without_wrappers(entries) for place, entries in nests.items()}
+    return _has_tensors(node, 3) and not any(any(_matches(cleaned[at], nests[at], at, wanted)) for at in nests)
+
+
+def _has_tensors(node: Any, depth: int) -> bool:
+    children = [child for _, child in _children(node)]
+    return any(isinstance(child, Tensor) or (depth > 0 and _has_tensors(child, depth - 1)) for child in children)
 
 
 def _without_wrappers(entries: Mapping[str, T]) -> dict[str, str]:

@@ -121,3 +121,29 @@ def test_settings_beside_the_weights_come_along(tmp_path: Path) -> None:
     tree = {"args": {"depth": 1}, "inner": {"config": {"depth": 2}, "net": toy(1)}, "other": {"config": {"depth": 3}}}
     torch.save(tree, tmp_path / "w.pth")
     assert read_checkpoint(tmp_path / "w.pth", WANTED)[1] == [{"depth": 2}, {"depth": 1}]
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"model": toy(1), "ema": {"decay": 0.9, "shadow_params": [torch.zeros(2), torch.zeros(2)]}}, "ema"),
+        ({"state_dict": {**prefixed("model.", toy(1)), "model_ema.stemweight": torch.zeros(2)}}, "model_ema"),
+        ({"state": {"net": toy(1)}, "ema_params": {"stem/weight": torch.zeros(2)}}, "ema_params"),
+    ],
+)
+def test_averages_that_cannot_be_read_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tree: Any, key: str
+) -> None:
+    torch.save(tree, tmp_path / "w.pth")
+    for _ in range(2):
+        assert read_state_dict(tmp_path / "w.pth", wanted=WANTED)["head.weight"].eq(1).all()
+    assert capsys.readouterr().err.count(f"averaged weights under {key!r} are in a form that is not read") == 1
+
+
+def test_a_number_of_that_name_is_no_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is an average that equals the weights left out."""
+    torch.save({"model": {**toy(1), "ema_hits": torch.zeros(1)}, "ema": 0.999, "args": {"ema": {}}}, tmp_path / "w.pth")
+    torch.save({"model": toy(1), "ema": prefixed("module.", toy(1))}, tmp_path / "v.pth")
+    for name in ("w.pth", "v.pth"):
+        assert read_state_dict(tmp_path / name, wanted=WANTED).keys() >= toy(1).keys()
+    assert capsys.readouterr().err == ""
