@@ -36,6 +36,7 @@ from data_tools.precompute_sets import (
 )
 from mepa_ds import distributed
 from mepa_ds.cli import entry
+from mepa_ds.cli.scales_option import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
 from mepa_ds.data.index import Kind, MadeBy, ShardIndex, images_identity
@@ -64,7 +65,7 @@ class Tokens:
     """Directory of the image set."""
     tokenizer: Path
     """Directory of a trained tokenizer, or VAR's vae_ch160v4096z32.pth."""
-    scales: tuple[int, ...] | None = None
+    scales: Scales = None
     """Sides of the token maps, where they are not the tokenizer's own (512 px: 1 2 3 4 6 9 13 18 24 32)."""
     views: str = CENTRE
     """`centre`, or `random:K` for K random crops out of a resize to 1.125x (VAR), whose boxes are stored."""

@@ -7,8 +7,9 @@ from pathlib import Path
 from mepa_ds.errors import UserError
 from mepa_ds.models import transformer
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.tokenizer import quantizer
+from mepa_ds.tokenizer import tokenizer_files
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.var_settings import kind_of_vars
 from mepa_ds.weights import read_kind
 
 
@@ -18,10 +19,12 @@ def save_pretrained(model: NextScaleTransformer | Tokenizer, directory: Path | s
 
 
 def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
-    """Loads whichever of the two the directory holds. Raises UserError for anything else."""
+    """Loads whichever of the two the directory holds, ours or of VAR's classes. Raises UserError for anything else."""
+    if (of_vars := kind_of_vars(Path(directory))) is not None:
+        return NextScaleTransformer.open(directory) if of_vars == "transformer" else Tokenizer.open(directory)
     kind = read_kind(directory)
     if kind == transformer.KIND:
         return NextScaleTransformer.load(directory)
-    if kind == quantizer.KIND:
+    if kind == tokenizer_files.KIND:
         return Tokenizer.load(directory)
-    raise UserError(f"{directory}: holds {kind!r}; expected {transformer.KIND!r} or {quantizer.KIND!r}")
+    raise UserError(f"{directory}: holds {kind!r}; expected {transformer.KIND!r} or {tokenizer_files.KIND!r}")

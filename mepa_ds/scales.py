@@ -5,6 +5,7 @@ Shape legend (the whole project): B batch, L tokens over all scales, S scales, C
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,3 +69,15 @@ class ScaleSchedule:
         """(L,) int64: the 0-based scale of every position."""
         # Made on the device: a copy from the host would wait for all that is queued there.
         return torch.cat([torch.full((length,), scale, device=device) for scale, length in enumerate(self.lengths)])
+
+
+def parse_sides(words: Sequence[str]) -> tuple[int, ...]:
+    """The sides after `--scales` on a command line: `1 2 3 4` or `1,2,3,4`.
+
+    Raises:
+        UserError: no whole numbers.
+    """
+    parts = [part for part in re.split(r"[,\s]+", " ".join(words)) if part]
+    if not parts or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UserError(f"expected sides such as 1 2 3 4, or 1,2,3,4; got {' '.join(words)!r}")
+    return tuple(map(int, parts))

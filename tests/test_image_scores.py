@@ -22,11 +22,12 @@ from mepa_ds.loops.image_scores import (
     Gaussian,
     Inception,
     Reference,
-    frechet_distance,
+    ReferenceFile,
     image_scores,
-    read_reference,
 )
+from mepa_ds.loops.score_formulas import SPLIT
 from tests.inception_weights import write_random_weights
+from tests.test_score_formulas import naive_precision_and_recall
 
 
 @pytest.fixture(scope="module")
@@ -65,41 +66,10 @@ def test_features_are_those_of_the_layers(weights: Path) -> None:
 def test_batches_do_not_matter(weights: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=digits(0, 5))
     images, inception, done = ImageFiles(tmp_path / "images.npz"), Inception(weights, torch.device("cpu")), []
-    whole, parts = inception.of_all(images, 5, done.append), inception.of_all(images, 2, done.append)
+    whole, parts = (inception.of_all(images, size, done.append, "images") for size in (5, 2))
     assert done == [5, 2, 2, 1]
     for name in ("pool_NP", "spatial_NS", "logits_NK"):
         torch.testing.assert_close(getattr(whole, name), getattr(parts, name), rtol=1e-4, atol=1e-5)
-
-
-def test_frechet_distance_is_that_of_two_gaussians() -> None:
-    """|m1 - m2|^2 + sum of squared differences of standard deviations, where covariances commute."""
-    rng = np.random.default_rng(0)
-    turn, _ = np.linalg.qr(rng.normal(size=(6, 6)))
-    deviations = rng.uniform(0.1, 2, (2, 6))
-    means = rng.normal(size=(2, 6))
-    first, second = (
-        Gaussian(mean, turn @ np.diag(deviation**2) @ turn.T) for mean, deviation in zip(means, deviations, strict=True)
-    )
-    expected = ((means[0] - means[1]) ** 2).sum() + ((deviations[0] - deviations[1]) ** 2).sum()
-    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-
-
-def naive_precision_and_recall(samples_NP: torch.Tensor, real_NP: torch.Tensor) -> tuple[float, float]:
-    """Kynkaanniemi et al. (arXiv 1904.06991), by double loops: who lies in the third-neighbour ball of another set."""
-
-    def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
-        hits = 0
-        for point in points:
-            for number, centre in enumerate(centres):
-                others = torch.cat([centres[:number], centres[number + 1 :]])
-                radius = (others - centre).norm(dim=1).sort().values[2]
-                if (point - centre).norm() <= radius:
-                    hits += 1
-                    break
-        return hits / len(points)
-
-    return covered(samples_NP, real_NP), covered(real_NP, samples_NP)
 
 
 def test_precision_and_recall_are_those_of_loops() -> None:
@@ -111,7 +81,7 @@ def test_precision_and_recall_are_those_of_loops() -> None:
     expected = naive_precision_and_recall(samples_NP, real_NP)
     assert 0 < expected[1] < expected[0] < 1
     assert (scores["precision"], scores["recall"]) == pytest.approx(expected)
-    assert scores["fid"] == pytest.approx(frechet_distance(Gaussian.of(samples_NP), Gaussian.of(real_NP)))
+    assert scores["fid"] == pytest.approx(frechet_of_few(samples_NP, real_NP))
 
 
 def test_inception_score_is_of_shuffled_splits() -> None:
@@ -124,15 +94,18 @@ def test_inception_score_is_of_shuffled_splits() -> None:
     shuffled, as_they_come = (image_scores(samples, reference, order) for order in ("shuffled", "file"))  # type: ignore[arg-type]
     assert shuffled["inception_score"] == pytest.approx(10, rel=1e-3)
     assert as_they_come["inception_score"] == pytest.approx(5, rel=1e-3)
+    assert as_they_come["inception_score_std"] == pytest.approx(0, abs=1e-3)
+    one_split = image_scores(Features(few_NP, few_NP, logits_NK[:SPLIT]), reference)
+    assert one_split["inception_score_std"] is None
 
 
-def symmetric_frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """By the root of a symmetric matrix, where the package takes eigenvalues of a product that is not."""
-    values, vectors = np.linalg.eigh(first.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ second.covariance @ root).clip(0)).sum()
-    difference = first.mean - second.mean
-    return float(difference @ difference + np.trace(first.covariance + second.covariance) - 2 * cross)
+def frechet_of_few(first_ND: torch.Tensor, second_MD: torch.Tensor) -> float:
+    """With C = A^T A of centred features, tr (C1 C2)^(1/2) is the sum of the singular values of A1 A2^T."""
+    first_ND, second_MD = first_ND.double(), second_MD.double()
+    rows = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (first_ND, second_MD)]
+    traces = sum(float(row.square().sum()) for row in rows)
+    cross = float(torch.linalg.svdvals(rows[0] @ rows[1].T).sum())
+    return float((first_ND.mean(0) - second_MD.mean(0)).square().sum()) + traces - 2 * cross
 
 
 def test_the_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,32 +124,104 @@ def test_the_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (scores["num_samples"], scores["num_reference"]) == (10, 12)
     inception = Inception(weights, torch.device("cpu"))
     samples, real = inception(digits(12, 10)), inception(digits(0, 12))
-    expected = symmetric_frechet_distance(Gaussian.of(samples.pool_NP), Gaussian.of(real.pool_NP))
+    expected = frechet_of_few(samples.pool_NP, real.pool_NP)
     assert scores["fid"] == pytest.approx(expected, rel=1e-3)
     assert (scores["precision"], scores["recall"]) == naive_precision_and_recall(samples.pool_NP, real.pool_NP)
     assert scores["sfid"] > 0
 
 
+POOL, SPATIAL = 2048, 2023
+
+
+def stored_statistics() -> dict[str, NDArray[np.float64]]:
+    return {
+        "mu": np.full(POOL, 0.5), "sigma": np.eye(POOL), "mu_s": np.full(SPATIAL, 0.25), "sigma_s": 2 * np.eye(SPATIAL)
+    }  # fmt: skip
+
+
+def read(path: Path, inception: Inception) -> Reference:
+    return ReferenceFile(path).read(inception, 4, lambda _: None)
+
+
 def test_statistics_in_the_reference_go_before_its_images(weights: Path, tmp_path: Path) -> None:
     path, inception = tmp_path / "reference.npz", Inception(weights, torch.device("cpu"))
-    rng = np.random.default_rng(0)
-    sizes = {"mu": (2048,), "sigma": (2048, 2048), "mu_s": (2023,), "sigma_s": (2023, 2023)}
-    stored = {name: rng.normal(size=size).astype(np.float32) for name, size in sizes.items()}
-
-    def read() -> Reference:
-        return read_reference(path, ImageFiles(path), inception, 4, lambda _: None)
-
-    np.savez(path, arr_0=digits(0, 6), **stored)
-    reference = read()
+    stored = stored_statistics()
+    np.savez(path, arr_0=digits(0, 6), **{name: array.astype(np.float32) for name, array in stored.items()})
+    reference = read(path, inception)
     np.testing.assert_array_equal(reference.pool.covariance, stored["sigma"])
     np.testing.assert_array_equal(reference.spatial.mean, stored["mu_s"])
-    assert reference.pool_NP.shape == (6, 2048)
+    assert reference.pool_NP.shape == (6, POOL)
     np.savez(path, arr_0=digits(0, 6))
-    np.testing.assert_allclose(read().pool.mean, reference.pool_NP.double().mean(0), rtol=1e-5)
-    del stored["sigma_s"]
-    np.savez(path, arr_0=digits(0, 6), **stored)
-    with pytest.raises(UserError, match=r"reference\.npz: sigma_s is missing, expected \(2023, 2023\)"):
-        read()
+    np.testing.assert_allclose(read(path, inception).pool.mean, reference.pool_NP.double().mean(0), rtol=1e-5)
+
+
+def test_a_reference_that_cannot_be_used_is_refused_before_the_network_is_built(tmp_path: Path) -> None:
+    """Neither Inception's weights nor a sample are looked at."""
+    np.savez(tmp_path / "samples.npz", arr_0=digits(0, 6))
+    path, real = tmp_path / "reference.npz", digits(0, 6)
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=rf"reference\.npz: {message}"):
+            main([str(tmp_path / "samples.npz"), "--reference", str(path), "--inception", str(tmp_path / "nowhere")])
+
+    nan, asymmetric, negative = np.full(POOL, np.nan), np.eye(POOL), np.eye(SPATIAL)
+    asymmetric[3, 5], negative[7, 7] = 0.1, -1
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"sigma_s": None}, r"sigma_s is missing; expected mu \(2048,\) and .* computed from the images"),
+        ({"mu": np.zeros((1, POOL))}, r"mu has shape \(1, 2048\)"),
+        ({"mu": nan}, "mu has values that are not finite"),
+        ({"mu": np.zeros(POOL).astype(str)}, "mu is of type <U.*, expected floating-point numbers"),
+        ({"mu_s": np.array([None] * SPATIAL)}, "damaged, or not an .npz of plain arrays"),
+        ({"sigma": asymmetric}, "sigma is no covariance"),
+        ({"sigma_s": negative}, "sigma_s is no covariance"),
+        ({"arr_0": None}, "no arr_0 among mu.npy, .*: precision and recall need the reference's images"),
+    ]
+    for change, message in changes:
+        arrays = {"arr_0": real, **stored_statistics(), **change}
+        np.savez(path, **{name: array for name, array in arrays.items() if array is not None})  # type: ignore[arg-type]
+        refused(message)
+    np.savez(path, arr_0=real, **stored_statistics())
+    whole = path.read_bytes()
+    for place in (2000, len(whole) // 2):  # in the images, in a covariance
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        refused(".* is damaged .*copy or download the file again")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("damaged, or not an .npz")
+
+
+def test_features_that_are_not_finite_are_named(weights: Path, tmp_path: Path) -> None:
+    state = torch.load(weights)
+    state["fc.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "broken.pth")
+    np.savez(tmp_path / "images.npz", arr_0=digits(0, 6))
+    with pytest.raises(UserError, match=r"images\.npz: image 0 has features that are not finite; .*--inception"):
+        main(
+            [str(tmp_path / "images.npz"), "--reference", str(tmp_path / "images.npz"),
+             "--inception", str(tmp_path / "broken.pth")]
+        )  # fmt: skip
+    few_NP, logits_NK = torch.randn(6, 2), torch.randn(6, 3)
+    reference = Reference(Gaussian.of(few_NP), Gaussian.of(few_NP), few_NP)
+    broken_NP = few_NP.clone()
+    broken_NP[4, 1] = float("inf")
+    with pytest.raises(UserError, match="the samples: image 4 has features that are not finite"):
+        image_scores(Features(broken_NP, few_NP, logits_NK), reference)
+    with pytest.raises(UserError, match="the reference: features of its images are not finite"):
+        image_scores(
+            Features(few_NP, few_NP, logits_NK), Reference(Gaussian.of(few_NP), Gaussian.of(few_NP), broken_NP)
+        )
+
+
+def test_a_package_that_does_not_do_is_told_first(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch_fidelity.version.__version__", "0.3.0")
+    with pytest.raises(UserError, match=r"torch-fidelity 0\.3\.0 is installed, but 0\.4 or a newer one is needed: pip"):
+        Inception(weights, torch.device("cpu"))
+    monkeypatch.setattr("torch_fidelity.version.__version__", "0.4.0-beta")  # of MAR's authors: the same network
+    Inception(weights, torch.device("cpu"))
+    monkeypatch.delattr("torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3")
+    with pytest.raises(UserError, match=r"this needs the package torch-fidelity .*pip install"):
+        Inception(weights, torch.device("cpu"))
 
 
 def test_bad_input(weights: Path, tmp_path: Path) -> None:

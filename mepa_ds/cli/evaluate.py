@@ -36,21 +36,24 @@ def main(argv: list[str]) -> None:
     import torch
     from tqdm import tqdm
 
-    from mepa_ds.files import sha256_of_file, write_json
+    from mepa_ds.files import check_writable, sha256_of_file, write_json
     from mepa_ds.image_files import ImageFiles
-    from mepa_ds.loops.image_scores import Inception, image_scores, read_reference
+    from mepa_ds.loops.image_scores import Inception, ReferenceFile, image_scores
 
-    samples, real = ImageFiles(options.samples), ImageFiles(options.reference)
+    if options.json is not None:
+        check_writable(options.json.parent, "--json")
+    samples, reference_file = ImageFiles(options.samples), ReferenceFile(options.reference)
+    real = reference_file.images
     check_sizes(options, samples, real)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inception = Inception(options.inception, device)
     with tqdm(total=len(samples) + len(real), desc="evaluating", unit="image", disable=None) as bar:
-        features = inception.of_all(samples, options.batch_size, bar.update)
-        reference = read_reference(options.reference, real, inception, options.batch_size, bar.update)
+        reference = reference_file.read(inception, options.batch_size, bar.update)
+        features = inception.of_all(samples, options.batch_size, bar.update, str(options.samples))
     print("distances and neighbours ...", flush=True)
     scores: dict[str, Any] = image_scores(features, reference, options.order, device)
     for name, value in scores.items():
-        print(f"{name:<20} {value:.4f}")
+        print(f"{name:<20} " + ("- (of one split)" if value is None else f"{value:.4f}"))
     if options.json is not None:
         facts = {"num_samples": len(samples), "num_reference": len(real), "order": options.order}
         paths = {"samples": str(options.samples), "reference": str(options.reference)}

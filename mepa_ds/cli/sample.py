@@ -13,10 +13,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from mepa_ds.cli.scales_option import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks
 
 _DECIDES = ("per_class", "cfg", "top_k", "top_p", "seed", "smooth", "rng", "precision")
+_TOLD = ("num_heads", "depth", "phi_ratio")  # what foreign weights do not tell
 
 
 @dataclass
@@ -29,8 +31,14 @@ class SampleOptions:
     """The model's tokenizer: its directory, or VAR's vae_ch160v4096z32.pth."""
     out: Path
     """PNG file of the grid; a directory gets one PNG for each image instead, and a start after a kill goes on there."""
-    scales: tuple[int, ...] | None = None
-    """Schedule of VAR weights, where it is neither VAR's for 256 pixels nor for 512."""
+    scales: Scales = None
+    """Schedule of VAR weights that do not tell it, where it is neither VAR's for 256 pixels nor for 512: 1 2 3 4."""
+    num_heads: int | None = None
+    """Heads of VAR weights that do not tell them (without QK normalisation)."""
+    depth: int | None = None
+    """Blocks of VAR weights that do not tell them, where they are not width / 64."""
+    phi_ratio: float | None = None
+    """Of a tokenizer of VAR's architecture that does not tell it, where it is not 0.5."""
     classes: str = "all"
     """Class numbers such as 207,360 or 0-9, or all."""
     per_class: int = 8
@@ -69,9 +77,9 @@ def main(argv: list[str]) -> None:
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = NextScaleTransformer.open(options.weights, options.scales)
+    model = NextScaleTransformer.open(options.weights, options.scales, num_heads=options.num_heads, depth=options.depth)
     model = model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    tokenizer = Tokenizer.open(options.tokenizer, model.config.scales).to(device)
+    tokenizer = Tokenizer.open(options.tokenizer, model.config.scales, phi_ratio=options.phi_ratio).to(device)
     classes = parse_classes(options.classes, model.config.num_classes)
     labels = [label for label in classes for _ in range(options.per_class)]
     draw = _sampler(model, tokenizer, labels, options)
@@ -195,6 +203,7 @@ def _made_by(options: SampleOptions) -> str:
         "tokenizer": str(options.tokenizer.resolve()),
         "classes": options.classes,
         **{name: getattr(options, name) for name in _DECIDES},
+        **{name: getattr(options, name) for name in _TOLD if getattr(options, name) is not None},
     }
     return json.dumps(facts)
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from mepa_ds.cli.scales_option import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
 
@@ -25,6 +26,12 @@ class UpcycleOptions:
     """A dense model: a directory of safetensors + config.json, or VAR's var_d16.pth."""
     out: Path
     """Directory of the new model."""
+    scales: Scales = None
+    """Schedule of VAR weights that do not tell it, where it is neither VAR's for 256 pixels nor for 512: 1 2 3 4."""
+    num_heads: int | None = None
+    """Heads of VAR weights that do not tell them (without QK normalisation)."""
+    depth: int | None = None
+    """Blocks of VAR weights that do not tell them, where they are not width / 64."""
     num_experts: int = 8
     """Routed experts."""
     top_k: int = 2
@@ -45,6 +52,7 @@ class UpcycleOptions:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(UpcycleOptions, prog="mepa upcycle", args=argv)
+    from mepa_ds.files import check_writable
     from mepa_ds.models.summary import count_parameters
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.models.upcycling import upcycle
@@ -62,7 +70,8 @@ def main(argv: list[str]) -> None:
         },
         "options",
     )
-    dense = NextScaleTransformer.open(options.weights)
+    dense = NextScaleTransformer.open(options.weights, options.scales, num_heads=options.num_heads, depth=options.depth)
+    check_writable(options.out, "--out")
     model = upcycle(dense, moe, options.seed)
     model.save_pretrained(options.out)
     print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")

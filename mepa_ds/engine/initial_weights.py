@@ -2,75 +2,165 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine.fragments import parameter_layout
 from mepa_ds.errors import UserError
+from mepa_ds.log import note
 from mepa_ds.models.moe.routing import Router
-from mepa_ds.models.transformer import KIND, NextScaleTransformer
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.models.transformer_files import read_transformer
 from mepa_ds.models.upcycling import NO_BIAS_AFTER_UPCYCLING, is_fresh_from_upcycling
-from mepa_ds.models.var_checkpoint import convert_var
-from mepa_ds.weights import read_pretrained
+from mepa_ds.models.var_checkpoint import Given
+
+_CLASSES = "class_embed.weight"
+_UNFIT = "does not fit the recipe's model"
 
 
 def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
     """Fills the transformer, whose experts may be sharded over ranks. Collective.
 
-    path: a directory of safetensors + config.json, or a file of VAR's transformer such as var_d16.pth.
+    path: a directory of safetensors + config.json, or VAR's transformer such as var_d16.pth.
 
-    Raises UserError, on every rank, for weights of another architecture: names the parameters and both shapes, and
-    keys of the two configs by which the same weights would give another output.
+    Weights of another number of classes are taken but for the classes' embeddings, which stay as they were drawn (that
+    of "no class" is taken); a line on stderr says so.
+
+    Raises UserError, on every rank, for weights of another architecture: names the keys of the recipe that differ,
+    those too by which the same weights would give another output, and the way to start from these weights all the same.
     """
     error: UserError | None = None
     try:
         _fill(transformer, path)
     except UserError as raised:
-        error = raised
+        error = UserError(f"init_weights: {raised}")
     distributed.agree(error)
 
 
-def _function(config: ModelConfig) -> dict[str, object]:
-    """Keys that decide what the weights compute, and that no shape shows."""
-    values: dict[str, object] = {"num_heads": config.H, "qk_norm": config.qk_norm, "scales": config.scales}
+def _architecture(config: ModelConfig) -> dict[str, object]:
+    """Keys that decide what the weights are and compute, by their names in a recipe."""
+    values: dict[str, object] = {
+        "depth": config.depth,
+        "width": config.C,
+        "num_heads": config.H,
+        "ffn_ratio": config.dense_hidden / config.C,
+        "scales": list(config.scales),
+        "codebook_size": config.codebook_size,
+        "code_width": config.code_width,
+        "shared_adaln": config.shared_adaln,
+        "qk_norm": config.qk_norm,
+    }
     if config.moe is not None:
-        values |= {f"moe.{key}": getattr(config.moe, key) for key in ("router", "top_k", "renormalize")}
+        if config.moe.every == 1:
+            del values["ffn_ratio"]  # no FFN is dense
+        keys = ("router", "num_experts", "top_k", "renormalize", "shared_expert", "every")
+        values |= {f"moe.{key}": getattr(config.moe, key) for key in keys}
+        values["moe.expert_ratio"] = config.expert_hidden / config.C
     return values
+
+
+def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
+    """Raises UserError, with the way on, for weights whose config is not the recipe's."""
+    if (theirs.moe is None) != (ours.moe is None):
+        if ours.moe is not None:
+            way = _way_to_experts(theirs, ours, path)
+            raise UserError(f"{path} {_UNFIT}: it is dense, and the recipe's has experts. {way}")
+        settings = _settings(_architecture(theirs), "moe.")
+        raise UserError(f"{path} {_UNFIT}: it has experts, and the recipe's is dense; set {settings}")
+    there, here = _architecture(theirs), _architecture(ours)
+    differing = {key: there[key] for key in there if key in here and there[key] != here[key]}
+    if not differing:
+        return
+    faults = "; ".join(f"model.{key}: {value} there, {here[key]} in the recipe" for key, value in differing.items())
+    way = f"To start from these weights, set {_settings(differing)}"
+    if "scales" in differing:
+        sides = " ".join(map(str, theirs.scales))
+        way += f", and use tokens of these scales (data_tools/precompute.py tokens IMAGES --scales {sides} ...)"
+    raise UserError(f"{path} {_UNFIT}: {faults}. {way}")
+
+
+def _settings(values: Mapping[str, object], prefix: str = "") -> str:
+    """As overrides on the command line."""
+    chosen = {key: value for key, value in values.items() if key.startswith(prefix)}
+    texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in chosen.items()}
+    return " ".join(f"model.{key}={text.replace(' ', '')}" for key, text in texts.items())
+
+
+def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
+    """`mepa upcycle` with the recipe's experts, and what the recipe must leave for it."""
+    moe = ours.moe
+    assert moe is not None
+    if moe.router == "expert_choice":
+        return "With model.moe.router=expert_choice it cannot become one; use another router, or model.moe=null"
+    ratio = min(moe.expert_ratio, theirs.ffn_ratio)
+    words: list[Any] = ["mepa", "upcycle", "--weights", path, "--out", "OUT", "--num-experts", moe.num_experts]
+    words += ["--top-k", moe.top_k, "--expert-ratio", ratio, "--router", moe.router, "--every", moe.every]
+    words += ["--renormalize"] if moe.renormalize else []
+    words += [] if moe.shared_expert else ["--no-shared-expert"]
+    if not path.is_dir():  # what the file may not tell
+        words += ["--scales", *theirs.scales, "--num-heads", theirs.H, "--depth", theirs.depth]
+    changes = ["init_weights=OUT"]
+    if moe.bias_rate:
+        changes.append("model.moe.bias_rate=0")
+    if ratio != moe.expert_ratio:
+        changes.append(f"model.moe.expert_ratio={ratio}")
+    return (
+        f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\nand set {' '.join(changes)}; or train it dense, "
+        "with model.moe=null"
+    )
 
 
 @torch.no_grad()
 def _fill(transformer: NextScaleTransformer, path: Path) -> None:
-    if path.is_dir():
-        config, state = read_pretrained(path, ModelConfig, KIND)
-    else:
-        config, state = convert_var(path, transformer.config.scales)
+    ours = transformer.config
+    theirs, state, _ = read_transformer(path, Given(ours.scales, ours.num_heads, ours.depth))
+    _refuse_another(theirs, ours, path)
     layout = parameter_layout(transformer)
-    theirs = _function(config)
-    faults = [
-        f"model.{key}: {theirs[key]} there, {value} in the recipe"
-        for key, value in _function(transformer.config).items()
-        if theirs.get(key, value) != value
-    ]
-    faults += [
-        f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")
-    ]
+    if theirs.num_classes != ours.num_classes:
+        state[_CLASSES] = _drawn_classes(transformer, state, theirs, path)
+    faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
     for name, (shape, _) in layout.items():
         found = tuple(state[name].shape) if name in state else None
         if found != tuple(shape):
             faults.append(f"{name}: {found or 'missing'} there, {tuple(shape)} in the recipe's model")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"init_weights: {path} does not fit the recipe's model: {'; '.join(faults[:3])}{more}")
+        raise UserError(
+            f"{path} {_UNFIT}: {'; '.join(faults[:3])}{more}; its config says "
+            "otherwise, so copy or export the weights again"
+        )
     for name, parameter in transformer.named_parameters():
         offset = layout[name][1]
         own = state[name].reshape(-1)[offset : offset + parameter.numel()]
         parameter.copy_(own.view(parameter.shape))
     for module in transformer.modules():
         if isinstance(module, Router) and module.bias_rate and is_fresh_from_upcycling(module):
-            raise UserError(f"init_weights: {path}: model.moe.bias_rate {module.bias_rate}: {NO_BIAS_AFTER_UPCYCLING}")
+            raise UserError(f"{path}: model.moe.bias_rate {module.bias_rate}: {NO_BIAS_AFTER_UPCYCLING}")
     for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, where both models have them
         if name in state:
             buffer.copy_(state[name])
+
+
+def _drawn_classes(
+    transformer: NextScaleTransformer, state: Mapping[str, Tensor], theirs: ModelConfig, path: Path
+) -> Tensor:
+    """(classes of the recipe + 1, C): as drawn, but for the last one, of no class."""
+    drawn = transformer.class_embed.weight.detach().clone()
+    rows = state.get(_CLASSES)
+    expected = (theirs.num_classes + 1, drawn.shape[1])
+    if rows is None or rows.shape != expected:
+        raise UserError(f"{path}: {_CLASSES}: {'missing' if rows is None else tuple(rows.shape)}, expected {expected}")
+    drawn[-1] = rows[-1].to(drawn)
+    if distributed.is_main():
+        note(
+            f"init_weights: {path} knows {theirs.num_classes} classes, model.num_classes is "
+            f"{transformer.config.num_classes}: embeddings of the classes start anew, all else is taken"
+        )
+    return drawn

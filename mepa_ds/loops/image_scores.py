@@ -1,5 +1,5 @@
 """Scores of generated images by the protocol of ADM's evaluation suite (arXiv 2105.05233): FID, sFID, inception score,
-improved precision and recall. Networks and formulas are torch-fidelity's; what is ours is the protocol.
+improved precision and recall. The network is torch-fidelity's; formulas (`score_formulas`) and protocol are ours.
 
 Shapes: N images, B of them in a batch, P = 2048 channels of the last pooling, S = 2023 spatial features (7 channels of
 17 x 17), K = 1008 classes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,14 +23,23 @@ from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
 from mepa_ds.image_files import ImageFiles
+from mepa_ds.loops.score_formulas import (
+    Gaussian,
+    frechet_distance,
+    inception_scores,
+    is_covariance,
+    precision_and_recall,
+)
 from mepa_ds.precision import full_fp32
-from mepa_ds.weights import read_state_dict
+from mepa_ds.state_dict_files import read_state_dict
+from mepa_ds.state_dicts import Wanted
 
 Order = Literal["shuffled", "file"]
-_SPLIT = 5000
-_NEIGHBOURS = 3
-_ROWS = 1000  # of the distances between all images at a time: 0.2 GB at 50 000, and three times that to rank them
 _SPATIAL_CHANNELS = 7
+_SHUFFLE_SEED = 0
+_PACKAGE = (0, 4)  # torch-fidelity's version whose network the tests take apart
+_WANTED = Wanted("Inception v3", ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch1x1.conv.weight", "fc.weight"))
+_INSTALL = "pip install 'mepa_ds[evaluation]'"
 _OFFICIAL = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -42,18 +52,18 @@ class Features:
     logits_NK: Tensor
     """Without the bias of the last layer, as ADM's suite has them."""
 
+    def check(self, what: str, first: int = 0) -> None:
+        """Raises UserError for features that are not finite; `first` is the number of the first image."""
+        for features in (self.pool_NP, self.spatial_NS, self.logits_NK):
+            if not (finite_N := features.isfinite().all(1)).all():
+                raise UserError(
+                    f"{what}: image {first + int(finite_N.logical_not().nonzero()[0])} has features that are not "
+                    "finite; the network's weights (--inception) are damaged, or not those of Inception v3"
+                )
 
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean and covariance of features, float64."""
 
-    mean: NDArray[np.float64]
-    covariance: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, features_ND: Tensor) -> Gaussian:
-        values_ND = features_ND.double().numpy()
-        return cls(values_ND.mean(0), np.cov(values_ND, rowvar=False))
+# No images; the widths are the network's.
+_NETWORK = Features(torch.empty(0, 2048), torch.empty(0, 2023), torch.empty(0, 1008))
 
 
 @dataclass(frozen=True)
@@ -95,11 +105,18 @@ class Inception:
         spatial_BS = self._spatial_BCHW.permute(0, 2, 3, 1).flatten(1)  # TensorFlow's order
         return Features(pool_BP.cpu(), spatial_BS.cpu(), logits_BK.cpu())
 
-    def of_all(self, images: ImageFiles, batch_size: int, on_batch: Callable[[int], object]) -> Features:
-        """All images of a set; `on_batch` is told how many more are done."""
-        parts = []
+    def of_all(self, images: ImageFiles, batch_size: int, on_batch: Callable[[int], object], what: str) -> Features:
+        """All images of a set; `on_batch` is told how many more are done.
+
+        Raises:
+            UserError: features are not finite (`what` begins the message), or an image cannot be read.
+        """
+        parts: list[Features] = []
+        num_done = 0
         for pixels_BHW3 in images.batches(batch_size):
             parts.append(self(pixels_BHW3))
+            parts[-1].check(what, num_done)
+            num_done += len(pixels_BHW3)
             on_batch(len(pixels_BHW3))
         return Features(
             *(torch.cat([getattr(part, name) for part in parts]) for name in ("pool_NP", "spatial_NS", "logits_NK"))
@@ -107,92 +124,140 @@ class Inception:
 
 
 def _build(weights: Path) -> nn.Module:
-    try:
-        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-    except ImportError as error:
-        raise UserError("this needs the package torch-fidelity: pip install 'mepa_ds[evaluation]'") from error
+    network = _network_class()
     # The package would execute a pickle, or download; it gets what was read safely, as a file in memory.
     memory = io.BytesIO()
-    torch.save(read_state_dict(weights), memory)
+    torch.save(read_state_dict(weights, wanted=_WANTED), memory)
     memory.seek(0)
     try:
-        return module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], memory)
+        return network("inception", ["2048", "logits_unbiased"], memory)
     except RuntimeError as error:
         line = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{weights}: not the weights of Inception v3 ({line}); expected {_OFFICIAL}") from error
 
 
-def read_reference(
-    path: Path, images: ImageFiles, inception: Inception, batch_size: int, on_batch: Callable[[int], object]
-) -> Reference:
-    """The reference at `path`, of which `images` are the images.
+def _network_class() -> Callable[..., nn.Module]:
+    """Raises UserError where torch-fidelity is missing, broken or too old."""
+    try:
+        version = str(importlib.import_module("torch_fidelity.version").__version__)
+        found = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"this needs the package torch-fidelity ({error}): {_INSTALL}") from error
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    if numbers < _PACKAGE:
+        raise UserError(f"torch-fidelity {version} is installed, but 0.4 or a newer one is needed: {_INSTALL}")
+    return found  # type: ignore[no-any-return]
 
-    Statistics are those stored in the file (`mu, sigma, mu_s, sigma_s`), or of its images where there are none.
+
+class ReferenceFile:
+    """Real images on disk, and the statistics (`mu, sigma, mu_s, sigma_s`) that an .npz may have beside them.
+
+    Raises:
+        UserError: at construction, for a damaged file, for one without images, which precision and recall need, and
+            for statistics that cannot be used. An hour of a GPU's work on the samples is not spent first.
     """
-    features = inception.of_all(images, batch_size, on_batch)
-    stored = _stored_statistics(path, features) or (Gaussian.of(features.pool_NP), Gaussian.of(features.spatial_NS))
-    return Reference(*stored, features.pool_NP)
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._statistics = None if path.is_dir() else _stored_statistics(path, _NETWORK)
+        self.images = ImageFiles(path)
+
+    def read(self, inception: Inception, batch_size: int, on_batch: Callable[[int], object]) -> Reference:
+        """Statistics are those stored in the file, or of its images where there are none."""
+        features = inception.of_all(self.images, batch_size, on_batch, str(self._path))
+        pool, spatial = self._statistics or (Gaussian.of(features.pool_NP), Gaussian.of(features.spatial_NS))
+        return Reference(pool, spatial, features.pool_NP)
 
 
 def _stored_statistics(path: Path, features: Features) -> tuple[Gaussian, Gaussian] | None:
-    if path.is_dir():
+    """The statistics in an .npz, as wide as the features; None where it has none.
+
+    Raises:
+        UserError: the file is damaged or has no images; statistics are missing, of another shape, or no numbers, or
+            a covariance is none.
+    """
+    pools, spatials = features.pool_NP.shape[1], features.spatial_NS.shape[1]
+    shapes = {"mu": (pools,), "sigma": (pools, pools), "mu_s": (spatials,), "sigma_s": (spatials, spatials)}
+    found = _read_arrays(path, tuple(shapes))
+    if not found:
         return None
-    names = ("mu", "sigma", "mu_s", "sigma_s")
-    with zipfile.ZipFile(path) as archive:
-        there = {name for name in names if f"{name}.npy" in archive.namelist()}
-    if not there:
-        return None
-    sizes = (features.pool_NP.shape[1], features.spatial_NS.shape[1])
-    shapes = dict(zip(names, [(sizes[0],), (sizes[0],) * 2, (sizes[1],), (sizes[1],) * 2], strict=True))
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {name: arrays[name].astype(np.float64) for name in there}
-    for name in names:
-        if name not in found or found[name].shape != shapes[name]:
-            given = f"has shape {found[name].shape}" if name in found else "is missing"
+    for name, shape in shapes.items():
+        array = found.get(name)
+        fault = None
+        if array is None:
+            fault = "is missing"
+        elif array.shape != shape:
+            fault = f"has shape {array.shape}"
+        elif not np.isfinite(array).all():
+            fault = "has values that are not finite"
+        elif array.ndim == 2 and not is_covariance(array):
+            fault = "is no covariance (it is not symmetric, or has negative eigenvalues)"
+        if fault is not None:
+            expected = " and ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise UserError(
-                f"{path}: {name} {given}, expected {shapes[name]}: ADM's references have mu, sigma, mu_s, sigma_s"
+                f"{path}: {name} {fault}; expected {expected}, "
+                "as ADM's references have them. Leave all four out, and they are computed from the images"
             )
     return Gaussian(found["mu"], found["sigma"]), Gaussian(found["mu_s"], found["sigma_s"])
 
 
+def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
+    """Those of the arrays that are there. All else in the file is read too, so that damage is found now."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise UserError(f"{path}: {damaged} is damaged (its checksum differs); copy or download the file again")
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in names if f"{name}.npy" in members}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the reference: {error.strerror or error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes raise almost anything: BadZipFile, zlib.error, ValueError, ...
+        raise UserError(
+            f"{path}: damaged, or not an .npz of plain arrays ({error}); copy, download or make it again"
+        ) from error
+    if "arr_0.npy" not in members:
+        raise UserError(
+            f"{path}: no arr_0 among {', '.join(members) or 'nothing'}: precision and recall need the reference's "
+            "images (uint8, N H W 3), statistics alone do not do"
+        )
+    for name, array in found.items():
+        if array.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {name} is of type {array.dtype}, expected floating-point numbers")
+    return {name: array.astype(np.float64) for name, array in found.items()}
+
+
 def image_scores(
     samples: Features, reference: Reference, order: Order = "shuffled", device: torch.device | None = None
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """`fid`, `sfid`, `inception_score` and its standard deviation over splits, `precision`, `recall`.
 
-    The inception score is the mean over contiguous splits of about 5000 images. Images in the order of their classes
-    would score a fifth of their worth, so they are shuffled, always alike; `order="file"` takes them as they come, as
-    ADM's suite does (for comparisons with its numbers).
+    The inception score is the mean over splits of 5000, 5000, ... images and the rest. Images in the order of their
+    classes would score a fifth of their worth, so they are shuffled, always alike; `order="file"` takes them as they
+    come, as ADM's suite does (for comparisons with its numbers). A single split has no deviation: None.
 
     Args:
         device: where the neighbours for precision and recall are looked for.
-    """
-    from torch_fidelity.metric_isc import isc_features_to_metric
-    from torch_fidelity.metric_prc import prc_features_to_metric
 
-    splits = max(1, round(len(samples.logits_NK) / _SPLIT))
-    inception = isc_features_to_metric(samples.logits_NK, splits, shuffle=order == "shuffled", rng_seed=0)
-    manifold = prc_features_to_metric(
-        samples.pool_NP.to(device),
-        reference.pool_NP.to(device),
-        prc_neighborhood=_NEIGHBOURS,
-        prc_batch_size=_ROWS,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    Raises:
+        UserError: features that are not finite, or too few images for third neighbours.
+    """
+    samples.check("the samples")
+    if not reference.pool_NP.isfinite().all():
+        raise UserError("the reference: features of its images are not finite; check --inception and the images")
+    logits_NK = samples.logits_NK
+    if order == "shuffled":
+        logits_NK = logits_NK[np.random.RandomState(_SHUFFLE_SEED).permutation(len(logits_NK))]
+    splits = inception_scores(logits_NK)
+    precision, recall = precision_and_recall(samples.pool_NP, reference.pool_NP, device)
     return {
         "fid": frechet_distance(Gaussian.of(samples.pool_NP), reference.pool),
         "sfid": frechet_distance(Gaussian.of(samples.spatial_NS), reference.spatial),
-        "inception_score": inception["inception_score_mean"],
-        "inception_score_std": inception["inception_score_std"],
-        "precision": manifold["precision"],
-        "recall": manifold["recall"],
+        "inception_score": float(np.mean(splits)),
+        "inception_score_std": float(np.std(splits)) if len(splits) > 1 else None,
+        "precision": precision,
+        "recall": recall,
     }
-
-
-def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-
-    given = ({"mu": gaussian.mean, "sigma": gaussian.covariance} for gaussian in (first, second))
-    return float(fid_statistics_to_metric(*given, verbose=False)["frechet_inception_distance"])

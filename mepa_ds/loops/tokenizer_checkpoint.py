@@ -8,7 +8,7 @@ from typing import Any
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_torch
-from mepa_ds.weights import read_torch_file
+from mepa_ds.state_dict_files import read_torch_file
 
 CHECKPOINT_NAME = "checkpoint.pt"
 _KEYS = (

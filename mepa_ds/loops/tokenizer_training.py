@@ -33,9 +33,10 @@ from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.loops.training_data import report_damaged
 from mepa_ds.metrics import MetricsWriter
+from mepa_ds.state_dict_files import WEIGHTS_NAME
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
-from mepa_ds.weights import WEIGHTS_NAME, load_strict
+from mepa_ds.weights import load_strict
 
 
 def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> bool:
@@ -257,6 +258,11 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
     source = Tokenizer.open(path, tokenizer.config.scales)
+    if source.config.phi_ratio != tokenizer.config.phi_ratio:  # no shape shows it
+        raise UserError(
+            f"start_from: {path} was trained with phi_ratio {source.config.phi_ratio}, and the recipe says "
+            f"{tokenizer.config.phi_ratio}; set tokenizer.phi_ratio={source.config.phi_ratio}"
+        )
     load_strict(tokenizer, source.state_dict(), f"start_from: {path}")
 
 

@@ -131,25 +131,47 @@ class NextScaleTransformer(nn.Module):
         return cls(validate(ModelConfig, values, "model"))
 
     @classmethod
-    def open(cls, path: Path | str, scales: Sequence[int] | None = None) -> Self:
-        """Whichever lies there: a directory (`load`), or a file of VAR's transformer (`from_var`)."""
-        if not Path(path).is_dir():
-            return cls.from_var(path, scales=scales)
-        model = cls.load(path)
-        if scales is not None and checked_sides(scales, str(path)) != list(model.config.scales):
-            raise UserError(f"scales: {path} was trained with {list(model.config.scales)}, and has no other")
-        return model
+    def open(
+        cls,
+        path: Path | str,
+        scales: Sequence[int] | None = None,
+        *,
+        num_heads: int | None = None,
+        depth: int | None = None,
+    ) -> Self:
+        """Whichever lies there: a directory (`load`), or VAR's transformer (`from_var`), in evaluation mode.
+
+        Raises UserError for what is neither, and for scales, heads or a depth that the weights do not have.
+        """
+        from mepa_ds.models.transformer_files import read_transformer
+        from mepa_ds.models.var_checkpoint import Given, check_given
+
+        given = Given(scales, num_heads, depth)
+        config, state, name_in_file = read_transformer(Path(path), given)
+        check_given(config, given, str(path))
+        return cls._with_weights(config, state, str(path), name_in_file)
 
     @classmethod
-    def from_var(cls, weights: Path | str | Mapping[str, Tensor], *, scales: Sequence[int] | None = None) -> Self:
-        """Loads VAR's public weights (a path, or a state dict). Sizes are read off the tensors' shapes.
+    def from_var(
+        cls,
+        weights: Path | str | Mapping[str, Tensor],
+        *,
+        scales: Sequence[int] | None = None,
+        num_heads: int | None = None,
+        depth: int | None = None,
+    ) -> Self:
+        """Loads VAR's weights: public ones, a checkpoint of its training, a directory of its class, or a state dict.
 
-        `scales` need be given only when they are neither VAR's 256 px nor its 512 px schedule.
+        Sizes are read off the tensors and the settings beside them. To be given, where these do not tell: `scales`
+        that are neither VAR's for 256 px nor for 512 px, `num_heads` without QK normalisation, and a `depth` that is
+        not width / 64.
         """
-        from mepa_ds.models.var_checkpoint import convert_var, name_in_var, name_of
+        from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
 
-        config, state = convert_var(weights, scales)
-        return cls._with_weights(config, state, name_of(weights), name_in_var)
+        given, where = Given(scales, num_heads, depth), name_of(weights)
+        config, state = convert_var(weights, given)
+        check_given(config, given, where)
+        return cls._with_weights(config, state, where, name_in_var)
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:

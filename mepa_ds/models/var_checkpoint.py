@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mepa_ds.config.base import validate
@@ -14,7 +17,10 @@ from mepa_ds.config.model import SCALES_256, SCALES_512, ModelConfig
 from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.weights import read_state_dict, size_in, with_match
+from mepa_ds.state_dict_files import read_checkpoint
+from mepa_ds.state_dicts import Wanted
+from mepa_ds.var_settings import schedule_in, setting_in
+from mepa_ds.weights import size_in, with_match
 
 # VAR's key -> ours; {n} is the block's number.
 KEYS = {
@@ -48,20 +54,46 @@ KEYS = {
 IGNORED = {"lvl_1L", "attn_bias_for_masking", "blocks.{n}.attn.zero_k_bias"}
 
 
+WANTED = Wanted(
+    "VAR's transformer",
+    ("head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC", "blocks.0.ffn.fc1.weight"),
+)
 # Behind a name that would otherwise be taken for ours.
 OUTSIDE = " (not in VAR's layout)"
+_NORM_EPS = 1e-6
 
 
-def convert_var(
-    weights: Path | str | Mapping[str, Tensor], scales: Sequence[int] | None
-) -> tuple[ModelConfig, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Given:
+    """What no tensor shows, as a caller knows it; None: unknown, or as VAR has it."""
+
+    scales: Sequence[int] | None = None
+    num_heads: int | None = None
+    """Shown by the temperatures of QK normalisation, where there are any."""
+    depth: int | None = None
+    """Shown by the blocks that are there, where these are VAR's width / 64; else the file may have been cut short."""
+
+
+def convert_var(weights: Path | str | Mapping[str, Tensor], given: Given) -> tuple[ModelConfig, dict[str, Tensor]]:
     """VAR's state dict -> our config and state dict. Unknown keys stay as they are: strict loading names them.
 
-    Raises UserError for a state dict that is not VAR's or lacks whole blocks, or whose sizes contradict each other.
+    What the file itself tells (its settings, its buffers) goes before what is given: see `check_given`.
+
+    Raises UserError for a state dict that is not VAR's or lacks whole blocks, whose sizes contradict each other, or
+    which does not tell what was not given either.
     """
-    source = read_state_dict(weights)
+    source, notes = read_checkpoint(weights, WANTED)
     state = {_our_name(key): tensor for key, tensor in source.items() if _pattern(key) not in IGNORED}
-    return _infer_config(source, scales, name_of(weights)), state
+    return _infer_config(source, notes, given, name_of(weights)), state
+
+
+def check_given(config: ModelConfig, given: Given, where: str) -> None:
+    """Raises UserError for what a caller says of weights that say something else."""
+    if given.scales is not None and checked_sides(given.scales, where) != list(config.scales):
+        raise UserError(f"scales: {where} was trained with {list(config.scales)}, and has no other")
+    for name, said, found in (("num_heads", given.num_heads, config.H), ("depth", given.depth, config.depth)):
+        if said is not None and said != found:
+            raise UserError(f"{name}: {where} was trained with {found}, and has no other; got {said}")
 
 
 def name_in_var(name: str) -> str:
@@ -92,11 +124,19 @@ def _pattern(key: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "blocks.{n}.", key)
 
 
-def _infer_config(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: str) -> ModelConfig:
+def _infer_config(
+    state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, where: str
+) -> ModelConfig:
     """Sizes by VAR's names and shapes; each is read in several places, see `size_in`."""
-    needed = ("head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC", "blocks.0.ffn.fc1.weight")
-    if missing := [with_match(key, list(state)) for key in needed if key not in state]:
-        raise UserError(f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}")
+    if missing := [with_match(key, list(state)) for key in WANTED.names if key not in state]:
+        own = (
+            "; these are weights of mepa_ds: NextScaleTransformer.open and all commands take their directory, with its "
+        )
+        own += "config.json"
+        raise UserError(
+            f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}"
+            + (own if "class_embed.weight" in state else "")
+        )
 
     def size(*places: tuple[str, int, int]) -> int:
         return size_in(state, places, where)
@@ -105,24 +145,19 @@ def _infer_config(state: Mapping[str, Tensor], scales: Sequence[int] | None, whe
         ("head.weight", 2, 1), ("word_embed.weight", 2, 0), ("class_emb.weight", 2, 1), ("pos_1LC", 3, 2),
         ("blocks.0.ffn.fc1.weight", 2, 1),
     )  # fmt: skip
-    numbers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
-    # VAR's depth is its number of heads, each of width 64: a file cut short is not a shallower model.
-    depth = max(1, C // 64)
-    if lost := [str(number) for number in range(depth) if number not in numbers]:
-        raise UserError(
-            f"{where}: the weights do not fit the model; without block {', '.join(lost)}: a VAR transformer of width "
-            f"{C} has {depth} blocks. Download or copy the file again"
-        )
+    _check_settings(notes, C, where)
+    depth = _find_depth(state, notes, given, C, where)
     temperatures = [(key, 4, 1) for key in state if key.endswith(".attn.scale_mul_1H11")]
+    num_tokens = size(("pos_1LC", 3, 1), ("lvl_1L", 2, 1))
     return validate(
         ModelConfig,
         {
             "depth": depth,
             "width": C,
-            "num_heads": size(*temperatures) if temperatures else depth,
+            "num_heads": size(*temperatures) if temperatures else _find_heads(notes, given, C, where),
             "ffn_ratio": size(("blocks.0.ffn.fc1.bias", 1, 0), ("blocks.0.ffn.fc1.weight", 2, 0)) / C,
             "num_classes": size(("class_emb.weight", 2, 0)) - 1,
-            "scales": _find_scales(size(("pos_1LC", 3, 1), ("lvl_1L", 2, 1)), scales, where),
+            "scales": _find_scales(state.get("lvl_1L"), num_tokens, notes, given.scales, where),
             "codebook_size": size(("head.bias", 1, 0), ("head.weight", 2, 0)),
             "code_width": size(("word_embed.weight", 2, 1)),
             "shared_adaln": any(key.startswith("shared_ada_lin.") for key in state),
@@ -132,14 +167,91 @@ def _infer_config(state: Mapping[str, Tensor], scales: Sequence[int] | None, whe
     )
 
 
-def _find_scales(num_tokens: int, scales: Sequence[int] | None, where: str) -> list[int]:
-    candidates = [list(SCALES_256), list(SCALES_512)] if scales is None else [checked_sides(scales, where)]
+def _check_settings(notes: Sequence[Mapping[str, Any]], C: int, where: str) -> None:
+    """Raises UserError for settings of other weights, and for what this package does not compute."""
+    if (width := setting_in(notes, "embed_dim", int)) not in (None, C):
+        raise UserError(
+            f"{where}: the weights are of width {C}, but the settings beside them (config.json) are of a model of "
+            f"width {width}; put together what was saved together"
+        )
+    if (eps := setting_in(notes, "norm_eps", float)) not in (None, _NORM_EPS):
+        raise UserError(f"{where}: trained with norm_eps {eps}; only VAR's {_NORM_EPS} can be computed here")
+
+
+def _find_depth(
+    state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str
+) -> int:
+    """VAR's depth is its width / 64: a file cut short is not a shallower model, unless somebody says so."""
+    numbers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
+    there = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    usual = max(1, C // 64)
+    known = setting_in(notes, "depth", int)
+    if known is None and there != usual:
+        known = given.depth
+    depth = usual if known is None else known
+    lost = [str(number) for number in range(depth) if number not in numbers]
+    others = f"or say depth={there} (--depth {there}) if the model has no more" if there else ""
+    if lost and known is None:
+        raise UserError(
+            f"{where}: the weights do not fit the model; without block {', '.join(lost)}: a VAR transformer of width "
+            f"{C} has {depth} blocks. Download or copy the file again" + (f", {others}" if others else "")
+        )
+    if lost:
+        raise UserError(
+            f"{where}: the weights do not fit the model; without block {', '.join(lost)} of a model of depth {depth}. "
+            "Download or copy the file again"
+        )
+    if known is None and there > usual:
+        raise UserError(
+            f"{where}: depth: the weights have {there} blocks, but a VAR transformer of width {C} has {usual}; say "
+            f"depth={there} (--depth {there}) if this one has them all"
+        )
+    return depth
+
+
+def _find_heads(notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str) -> int:
+    heads = setting_in(notes, "num_heads", int)
+    if heads is None and setting_in(notes, "pn", str) is not None and setting_in(notes, "depth", int) == C // 64:
+        heads = C // 64  # VAR's own training builds all its models so
+    heads = given.num_heads if heads is None else heads
+    if heads is None:
+        usual = max(1, C // 64)
+        raise UserError(
+            f"{where}: num_heads: weights without QK normalisation do not show it; say num_heads={usual} (--num-heads "
+            f"{usual}; model.num_heads in a recipe) if each is {C // usual} wide, as VAR's are, or what else it is"
+        )
+    return heads
+
+
+def _find_scales(
+    scale_of_position_1L: Tensor | None,
+    num_tokens: int,
+    notes: Sequence[Mapping[str, Any]],
+    scales: Sequence[int] | None,
+    where: str,
+) -> list[int]:
+    known = _sides_of(scale_of_position_1L) or schedule_in(notes)
+    candidates = [list(SCALES_256), list(SCALES_512)] if known is None else [known]
+    if scales is not None and (known is None or ScaleSchedule.of(known).num_tokens != num_tokens):
+        candidates = [checked_sides(scales, where)]
     for candidate in candidates:
         if ScaleSchedule.of(candidate).num_tokens == num_tokens:
             return candidate
     sides = math.isqrt(num_tokens)
     raise UserError(
-        f"scales: the weights hold {num_tokens} positions, but {candidates} make "
-        f"{[ScaleSchedule.of(c).num_tokens for c in candidates]}; give the schedule the weights were trained with "
-        f"(its last side is below {sides + 1})"
+        f"{where}: scales: the weights hold {num_tokens} positions, but {candidates} make "
+        f"{[ScaleSchedule.of(c).num_tokens for c in candidates]}; give the schedule the weights were trained with, "
+        f"such as scales=(1, 2, 3) or --scales 1 2 3 (its last side is below {sides + 1}; model.scales in a recipe)"
     )
+
+
+def _sides_of(scale_of_position_1L: Tensor | None) -> list[int] | None:
+    """The schedule by VAR's buffer `lvl_1L` (1, L), the scale of each position; None where it is none."""
+    if scale_of_position_1L is None or scale_of_position_1L.is_floating_point() or not scale_of_position_1L.numel():
+        return None
+    positions_L = scale_of_position_1L.flatten()
+    numbers, lengths = positions_L.unique_consecutive(return_counts=True)
+    sides = [math.isqrt(length) for length in lengths.tolist()]
+    whole = [side * side for side in sides] == lengths.tolist() and numbers.equal(torch.arange(len(sides)).to(numbers))
+    growing = sides == sorted(set(sides))
+    return sides if whole and growing else None

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
+from mepa_ds.state_dict_files import read_state_dict
+from mepa_ds.state_dicts import Wanted
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.weights import load_strict, read_state_dict
+from mepa_ds.weights import load_strict
 
 HUB = "hub"
 """Given in place of a weights path: let timm resolve the model's name and download it."""
@@ -92,7 +94,9 @@ def _create(model_name: str, pretrained: bool) -> Any:
 
 
 def _load_local(model: Any, model_name: str, path: Path) -> None:
-    state = read_state_dict(path)
+    # The authors' names and timm's.
+    names = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
+    state = read_state_dict(path, wanted=Wanted(f"a ViT such as timm's {model_name}", names))
     _check_format(state, model, model_name, path)
     # timm keeps each architecture's conversion of original checkpoints beside the architecture.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)

@@ -11,7 +11,9 @@ from typing import Literal
 from torch import nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.weights import load_strict, read_state_dict
+from mepa_ds.state_dict_files import read_state_dict
+from mepa_ds.state_dicts import Wanted
+from mepa_ds.weights import load_strict
 
 
 def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Module:
@@ -32,7 +34,9 @@ def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Mo
         warnings.simplefilter("ignore", UserWarning)
         # pnet_rand: build the backbone without downloading; its weights come next.
         module = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-    state = read_state_dict(backbone_weights, prefix="features.")
+    # What both networks have.
+    wanted = Wanted(f"torchvision's {network}", ("features.0.weight", "features.0.bias", "features.10.weight"))
+    state = read_state_dict(backbone_weights, "features.", wanted)
     load_strict(module.net, _by_slice(module.net, state), f"loss.perceptual.backbone_weights: {backbone_weights}")
     return module.requires_grad_(False).eval()
 

@@ -6,7 +6,7 @@ scales, V codebook size, N = B * l.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +19,8 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.tokenizer import var_keys
-from mepa_ds.weights import load_strict, read_pretrained, read_state_dict
-
-KIND = "tokenizer"
+from mepa_ds.tokenizer.tokenizer_files import read_tokenizer
+from mepa_ds.weights import load_strict
 
 
 class Phi(nn.Conv2d):
@@ -71,18 +69,11 @@ class MultiScaleQuantizer(nn.Module):
     @classmethod
     def load(cls, path: Path | str, scales: Sequence[int] | None = None) -> MultiScaleQuantizer:
         """The quantizer alone, in evaluation mode, of a tokenizer on disk (see `Tokenizer.open`)."""
-        prefix, where = "quantizer.", str(path)
-        if Path(path).is_dir():
-            config, state = read_pretrained(path, TokenizerConfig, KIND, prefix)
-            config = config.with_scales(scales, where)
-            name_in_file: Callable[[str], str] = str
-        else:
-            source = read_state_dict(path)
-            config, state = var_keys.config_of(source, scales, where), var_keys.translate(source)
-            name_in_file = var_keys.names_in(source)
+        prefix = "quantizer."
+        config, state, name_in_file = read_tokenizer(path, scales, prefix=prefix)
         quantizer = cls(config)
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        load_strict(quantizer, own, where, lambda name: name_in_file(prefix + name))
+        load_strict(quantizer, own, str(path), lambda name: name_in_file(prefix + name))
         return quantizer.requires_grad_(False).eval()
 
     def forward(self, latent_BCHW: Tensor, num_scales_B: Tensor | None = None) -> Quantized:

@@ -18,10 +18,10 @@ from mepa_ds.files import identity_of_weights
 from mepa_ds.images import check_floats
 from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.tokenizer import var_keys
 from mepa_ds.tokenizer.layers import Decoder, Encoder
-from mepa_ds.tokenizer.quantizer import KIND, MultiScaleQuantizer
-from mepa_ds.weights import load_strict, read_pretrained, read_state_dict, save_pretrained
+from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
+from mepa_ds.tokenizer.tokenizer_files import KIND, convert_var, read_tokenizer
+from mepa_ds.weights import load_strict, read_pretrained, save_pretrained
 
 
 class Tokenizer(nn.Module):
@@ -40,26 +40,42 @@ class Tokenizer(nn.Module):
         self.decoder = Decoder(*sizes)
 
     @classmethod
-    def open(cls, path: Path | str, scales: Sequence[int] | None = None) -> Tokenizer:
-        """Whichever lies there: a directory (`load`), or a file of VAR's tokenizer (`from_var`)."""
-        return cls.load(path, scales) if Path(path).is_dir() else cls.from_var(path, scales)
+    def open(
+        cls, path: Path | str, scales: Sequence[int] | None = None, *, phi_ratio: float | None = None
+    ) -> Tokenizer:
+        """Whichever lies there: a directory (`load`), or VAR's tokenizer (`from_var`).
+
+        Raises:
+            UserError: neither; or another `phi_ratio` than the settings beside the weights tell.
+        """
+        config, state, name_in_file = read_tokenizer(path, scales, phi_ratio)
+        tokenizer = cls(config)
+        load_strict(tokenizer, state, str(path), name_in_file)
+        return tokenizer.requires_grad_(False).eval()
 
     @classmethod
-    def from_var(cls, source: Path | str | Mapping[str, Tensor], scales: Sequence[int] | None = None) -> Tokenizer:
-        """Loads a checkpoint of VAR's tokenizer, strictly, in evaluation mode without gradients.
+    def from_var(
+        cls,
+        source: Path | str | Mapping[str, Tensor],
+        scales: Sequence[int] | None = None,
+        *,
+        phi_ratio: float | None = None,
+    ) -> Tokenizer:
+        """Loads VAR's tokenizer, strictly, in evaluation mode without gradients.
 
         Args:
-            source: `vae_ch160v4096z32.pth`, another file with the same keys, or the state dict itself.
-            scales: sides of the token maps; None: VAR's ten for 256 x 256. The same weights serve 512 x 512 with
-                (1, 2, 3, 4, 6, 9, 13, 18, 24, 32).
+            source: `vae_ch160v4096z32.pth`, another file with the same keys, a checkpoint of VAR's training, or the
+                state dict itself.
+            scales: sides of the token maps; None: those of the settings in the file, or VAR's ten for 256 x 256. The
+                same weights serve 512 x 512 with (1, 2, 3, 4, 6, 9, 13, 18, 24, 32).
+            phi_ratio: share of phi's convolution, which no tensor shows; None: that of the settings, or VAR's 0.5.
 
         Raises:
             UserError: not such a checkpoint, keys or shapes that do not fit, a pickle with more than tensors.
         """
-        state = read_state_dict(source)
-        where = "the state dict" if isinstance(source, Mapping) else str(source)
-        tokenizer = cls(var_keys.config_of(state, scales, where))
-        load_strict(tokenizer, var_keys.translate(state), where, var_keys.names_in(state))
+        config, state, name_in_file = convert_var(source, scales, phi_ratio)
+        tokenizer = cls(config)
+        load_strict(tokenizer, state, "the state dict" if isinstance(source, Mapping) else str(source), name_in_file)
         return tokenizer.requires_grad_(False).eval()
 
     @classmethod

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
 
 from torch import Tensor
 
+from mepa_ds import distributed
 from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
+from mepa_ds.log import note
+from mepa_ds.state_dicts import Wanted
+from mepa_ds.var_settings import schedule_in, setting_in
 from mepa_ds.weights import size_in, with_match
 
 # What VAR's names begin with -> what ours begin with. Phi is stored in three ways, by how it is shared.
@@ -25,6 +31,10 @@ KEY_TABLE = (
 )
 _PHI = "quantize.quant_resi."
 _CODEBOOK = "quantize.embedding.weight"
+WANTED = Wanted(
+    "VAR's tokenizer",
+    (_CODEBOOK, "quant_conv.weight", "post_quant_conv.weight", "encoder.conv_in.weight", "decoder.conv_in.weight"),
+)
 # A running count of code use, written by VAR's training and read by nothing else.
 USAGE_KEY = "quantize.ema_vocab_hit_SV"
 
@@ -63,25 +73,45 @@ def _renamed(name: str, table: Sequence[tuple[str, str]]) -> str:
     return name
 
 
-def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: str) -> TokenizerConfig:
-    """Reads the architecture off the shapes; `scales` cannot be read off, only their number is kept.
+def config_of(
+    state: Mapping[str, Tensor],
+    notes: Sequence[Mapping[str, Any]],
+    scales: Sequence[int] | None,
+    phi_ratio: float | None,
+    where: str,
+) -> TokenizerConfig:
+    """Reads the architecture off the shapes, and what these do not show off the settings beside them.
+
+    Args:
+        scales: any schedule for these weights; None: that of the settings, or VAR's ten.
+        phi_ratio: None: that of the settings, or VAR's 0.5 (for sizes that are not VAR's, a line on stderr says so).
 
     Raises:
-        UserError: not such a checkpoint, or `scales` not given although the weights were not made for VAR's ten.
+        UserError: not such a checkpoint; scales not given although the weights were not made for VAR's ten; a ratio
+            that is not the settings'; codes that are normalised.
     """
     if _CODEBOOK not in state:
         some = ", ".join(list(state)[:3])
+        own = "quantizer.codebook.weight" in state
         raise UserError(
             f"{where}: not a VAR tokenizer: no key {with_match(_CODEBOOK, list(state))} among {some}, ... "
-            "Expected a state dict such as vae_ch160v4096z32.pth"
+            + (
+                "These are weights of mepa_ds: Tokenizer.open and commands take their directory (config.json)"
+                if own
+                else "Expected a state dict such as vae_ch160v4096z32.pth"
+            )
         )
+    if setting_in(notes, "using_znorm", bool):
+        raise UserError(f"{where}: trained with using_znorm (normalised codes), which cannot be computed here")
     default = TokenizerConfig()
+    if scales is None:
+        scales = schedule_in(notes)
     if scales is None:
         usage = state.get(USAGE_KEY)
         if usage is not None and len(usage) != len(default.scales):
             raise UserError(
                 f"{where}: made for {len(usage)} scales, not for VAR's {len(default.scales)}: "
-                "say which, as in scales=(1, 2, 3, 4)"
+                "say which, as in scales=(1, 2, 3, 4) or --scales 1 2 3 4"
             )
         scales = default.scales
     sides = checked_sides(scales, where)
@@ -111,10 +141,29 @@ def config_of(state: Mapping[str, Tensor], scales: Sequence[int] | None, where: 
         "channel_multipliers": [width // channels for width in widths],
         "num_res_blocks": _count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         "num_phi": _count(state, r"quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.") or 1,
-        "phi_ratio": default.phi_ratio if any(name.startswith(_PHI) for name in state) else 0.0,
+        "phi_ratio": 0.0,
         "attention": "encoder.mid.attn_1.qkv.weight" in state,
     }  # fmt: skip
+    if any(name.startswith(_PHI) for name in state):
+        known = setting_in(notes, "quant_resi", float)
+        if phi_ratio is not None and known is not None and phi_ratio != known:
+            raise UserError(f"phi_ratio: {where} was trained with {known}, and has no other; got {phi_ratio}")
+        known = phi_ratio if known is None else known
+        sizes["phi_ratio"] = default.phi_ratio if known is None else known
+        if known is None and validate(TokenizerConfig, {**sizes, "scales": default.scales}, where) != default:
+            _say_assumed(where, default.phi_ratio)
     return validate(TokenizerConfig, sizes, where)
+
+
+@cache
+def _say_assumed(where: str, phi_ratio: float) -> None:
+    """Once for each file: a run opens it several times."""
+    if not distributed.is_main():
+        return
+    note(
+        f"{where}: phi_ratio is not told by a file of other sizes than VAR's; taken as VAR's {phi_ratio}. Otherwise: "
+        "Tokenizer.open(FILE, SCALES, phi_ratio=...).save_pretrained(DIRECTORY), and give the directory"
+    )
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

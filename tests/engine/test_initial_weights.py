@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
-from mepa_ds.config.base import validate
-from mepa_ds.config.model import MoEConfig
+from mepa_ds.cli.upcycle import main as upcycle_command
+from mepa_ds.config.base import apply_overrides, validate
+from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.deepspeed_config import build, read_knobs
 from mepa_ds.engine.initial_weights import load_initial_weights
@@ -27,15 +29,17 @@ from tests.training.ranks import Ranks
 def dense_model(**changes: object) -> NextScaleTransformer:
     return NextScaleTransformer.from_preset(
         "var-d2",
-        width=32,
-        num_heads=2,
-        num_classes=CLASSES,
-        scales=SCALES,
-        codebook_size=CODEBOOK,
-        code_width=CODE_WIDTH,
-        ffn_ratio=2.0,
-        head_init=5.0,
-        **changes,
+        **{
+            "width": 32,
+            "num_heads": 2,
+            "num_classes": CLASSES,
+            "scales": SCALES,
+            "codebook_size": CODEBOOK,
+            "code_width": CODE_WIDTH,
+            "ffn_ratio": 2.0,
+            "head_init": 5.0,
+            **changes,
+        },
     )
 
 
@@ -77,7 +81,7 @@ def test_a_run_starts_from_a_file_of_vars_transformer(folder: Path) -> None:
     assert theirs == ours
     codes, said = start(folder, "x", f"init_weights={folder / 'var.pth'}")
     assert codes == [2]
-    assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: blocks\.0\.ffn\.fc1", said)
+    assert re.search(r"init_weights: .*var\.pth does not fit the recipe's model: it is dense", said)
 
 
 def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
@@ -110,8 +114,107 @@ def test_loss_free_balancing_does_not_start_from_a_router_that_cannot_tell_exper
 def test_weights_of_another_model_are_refused(folder: Path) -> None:
     codes, said = start(folder, "refused", f"init_weights={folder / 'dense'}")
     assert codes == [2]
-    assert "init_weights" in said
-    assert "blocks.0.ffn.fc1.weight: not in the model" in said
+    assert re.search(
+        r"init_weights: .*dense does not fit the recipe's model: .*\n  mepa upcycle --weights \S*dense ", said
+    )
+
+
+def test_weights_of_other_classes_are_taken_but_for_these(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = dense_model(num_classes=7), dense_model(num_classes=3)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.25)
+    drawn_NC = target.class_embed.weight.detach().clone()
+    source.save_pretrained(tmp_path / "weights")
+    load_initial_weights(target, tmp_path / "weights")
+    found = capsys.readouterr().err
+    assert re.search(r"weights knows 7 classes, model\.num_classes is 3: embeddings of the classes start anew", found)
+    theirs = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        if name == "class_embed.weight":
+            assert torch.equal(parameter[:-1], drawn_NC[:-1])
+            assert torch.equal(parameter[-1], theirs[name][-1])
+        else:
+            assert torch.equal(parameter, theirs[name]), name
+    config = json.loads((tmp_path / "weights/config.json").read_text())
+    (tmp_path / "weights/config.json").write_text(json.dumps(config | {"num_classes": 6}))
+    with pytest.raises(UserError, match=r"init_weights: .*class_embed\.weight: \(8, 32\), expected \(7, 32\)"):
+        load_initial_weights(target, tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scales": (1, 2, 5)}, "model.scales=[1,2,5], and use tokens of these scales"),
+        ({"num_heads": 4}, "model.num_heads=4"),
+        ({"ffn_ratio": 3.0, "shared_adaln": True}, "model.ffn_ratio=3.0 model.shared_adaln=true"),
+        ({"qk_norm": False, "depth": 1}, "model.depth=1 model.qk_norm=false"),
+        ({"width": 64, "codebook_size": 32}, "model.width=64 model.codebook_size=32"),
+    ],
+)
+def test_a_refusal_names_settings_with_which_it_starts(tmp_path: Path, changes: dict[str, object], told: str) -> None:
+    dense_model(**changes).save_pretrained(tmp_path / "weights")
+    with pytest.raises(UserError) as error:
+        load_initial_weights(dense_model(), tmp_path / "weights")
+    said = str(error.value)
+    assert f"To start from these weights, set {told}" in said
+    for key, value in changes.items():
+        assert f"model.{key}: {list(value) if isinstance(value, tuple) else value} there, " in said
+    settings = said[said.index(" set ") + 5 :].split(", and ")[0].split()
+    values = apply_overrides({"model": dense_model().config.model_dump(mode="json")}, settings)["model"]
+    load_initial_weights(NextScaleTransformer(validate(ModelConfig, values, "test")), tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"num_experts": 4, "expert_ratio": 2.0},
+        {"num_experts": 6, "top_k": 3, "expert_ratio": 4.0, "renormalize": True, "bias_rate": 0.01, "every": 2},
+        {"num_experts": 3, "router": "token", "shared_expert": False, "expert_ratio": 1.0},
+    ],
+)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_the_command_that_a_refusal_names_makes_the_mixture(
+    tmp_path: Path, moe: dict[str, object], foreign: bool
+) -> None:
+    dense, path = dense_model(qk_norm=not foreign), tmp_path / ("var.pth" if foreign else "dense model")
+    if foreign:
+        torch.save({name_in_var(name): tensor for name, tensor in dense.state_dict().items()}, path)
+    else:
+        dense.save_pretrained(path)
+    with pytest.raises(UserError, match="it is dense, and the recipe's has experts") as error:
+        load_initial_weights(dense_model(qk_norm=not foreign, moe=moe), path)
+    _, command, after = str(error.value).split("\n")
+    words = [str(tmp_path / "moe") if word == "OUT" else word for word in shlex.split(command)]
+    assert words[:2] == ["mepa", "upcycle"]
+    upcycle_command(words[2:])
+    settings = after.removeprefix("and set ").split(";")[0].split()
+    assert settings[0] == "init_weights=OUT"
+    values = apply_overrides({"model": {"moe": moe}}, settings[1:])["model"]["moe"]
+    load_initial_weights(dense_model(qk_norm=not foreign, moe=values), tmp_path / "moe")
+
+
+def test_a_mixture_for_a_dense_run_or_another_mixture(tmp_path: Path) -> None:
+    dense_model(moe={"num_experts": 4, "top_k": 1}).save_pretrained(tmp_path / "moe")
+    with pytest.raises(UserError, match=r"it has experts, and the recipe's is dense; set model\.moe\.router=stmoe "):
+        load_initial_weights(dense_model(), tmp_path / "moe")
+    with pytest.raises(UserError, match=r"set model\.moe\.num_experts=4 model\.moe\.top_k=1$"):
+        load_initial_weights(dense_model(moe={"num_experts": 6}), tmp_path / "moe")
+    dense_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match=r"With model\.moe\.router=expert_choice it cannot become one; use another"):
+        load_initial_weights(dense_model(moe={"router": "expert_choice"}), tmp_path / "dense")
+
+
+def test_heads_that_neither_file_nor_recipe_tell_are_asked_for(tmp_path: Path) -> None:
+    """A depth that is the number of heads by default says nothing of a file's heads."""
+    state = dense_model(qk_norm=False).state_dict()
+    torch.save({name_in_var(name): tensor for name, tensor in state.items()}, tmp_path / "var.pth")
+    load_initial_weights(dense_model(qk_norm=False), tmp_path / "var.pth")
+    untold = NextScaleTransformer(
+        validate(ModelConfig, dense_model(qk_norm=False).config.model_dump(mode="json") | {"num_heads": None}, "test")
+    )
+    with pytest.raises(UserError, match=r"init_weights: .*var\.pth: num_heads: .*model\.num_heads in a recipe"):
+        load_initial_weights(untold, tmp_path / "var.pth")
 
 
 @pytest.mark.parametrize("moe", [{"renormalize": True}, {"top_k": 3}, {"router": "token"}])

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
+from data_tools.precompute import Tokens
 from mepa_ds.cli import sample as command
 from mepa_ds.cli import upcycle
 from mepa_ds.errors import UserError
 from mepa_ds.images import to_uint8
 from mepa_ds.loops.sampling import Rng, sample
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.scales import parse_sides
 from mepa_ds.tokenizer import Tokenizer
 from tests.var_fixtures import TINY_SCALES, fixture_state
 
@@ -162,7 +165,43 @@ def test_bad_options(folder: Path, tmp_path: Path, options: list[str], message: 
 
 
 def test_schedules_that_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the weights hold 30 positions"):
-        run(folder, tmp_path / "x.png")
-    with pytest.raises(UserError, match=r"scales: .*model\.d2 was trained with \[1, 2, 3, 4\], and has no other"):
-        run(folder, tmp_path / "x.png", "--scales", "1", "2", "4", weights="model.d2")
+    state = fixture_state("tiny_var_adaln")
+    del state["lvl_1L"]  # without it the file does not tell its schedule
+    torch.save(state, folder / "untold.pt")
+    with pytest.raises(UserError, match=r"untold\.pt: scales: the weights hold 30 positions, .*or --scales 1 2 3"):
+        run(folder, tmp_path / "x.png", weights="untold.pt")
+    for weights in ("model.d2", "var.pt"):
+        with pytest.raises(UserError, match=rf"scales: .*{weights} was trained with \[1, 2, 3, 4\], and has no other"):
+            run(folder, tmp_path / "x.png", "--scales", "1", "2", "4", weights=weights)
+
+
+def test_what_foreign_files_do_not_tell_is_asked_by_its_option(folder: Path, tmp_path: Path) -> None:
+    """Heads without QK normalisation; the image is that of the same model in a directory, whose config tells them."""
+    state = fixture_state("tiny_var_adaln_nol2")
+    torch.save(state, folder / "nol2.pt")
+    options = ["--classes", "1", "--per-class", "2"]
+    with pytest.raises(UserError, match=r"nol2\.pt: num_heads: .*--num-heads 2"):
+        run(folder, tmp_path / "x.png", *options, weights="nol2.pt")
+    NextScaleTransformer.from_var(state, num_heads=4).save_pretrained(folder / "nol2")
+    run(folder, tmp_path / "told.png", *options, "--num-heads", "4", weights="nol2.pt")
+    run(folder, tmp_path / "ours.png", *options, weights="nol2")
+    assert (tmp_path / "told.png").read_bytes() == (tmp_path / "ours.png").read_bytes()
+    run(folder, tmp_path / "images", *options, "--num-heads", "4", weights="nol2.pt")
+    with pytest.raises(UserError, match="made by other weights or options"):
+        run(folder, tmp_path / "images", *options, "--num-heads", "2", weights="nol2.pt")
+
+
+@pytest.mark.parametrize("words", [["1", "2", "3", "4"], ["1,2,3,4"], ["1,2,", "3", "4"], ["1 2 3 4"]])
+def test_both_notations_of_scales_in_every_command(words: list[str]) -> None:
+    paths = ["--weights", "w", "--out", "o"]
+    assert command.parse([*paths, "--tokenizer", "t", "--scales", *words]).scales == TINY_SCALES
+    assert tyro.cli(upcycle.UpcycleOptions, args=[*paths, "--scales", *words]).scales == TINY_SCALES
+    assert tyro.cli(Tokens, args=["images", "--tokenizer", "t", "--scales", *words]).scales == TINY_SCALES
+    assert command.parse([*paths, "--tokenizer", "t"]).scales is None
+
+
+@pytest.mark.parametrize("words", ["", "1_2_3_4", "1 2 x", "-1", "1.5", "²"])
+def test_scales_that_are_no_numbers(words: str) -> None:
+    """VAR's own `1_2_3_4` is 1234 to Python."""
+    with pytest.raises(UserError, match="expected sides such as 1 2 3 4, or 1,2,3,4; got"):
+        parse_sides([words])

@@ -47,7 +47,7 @@ def tokens_of(rows: list[Tensor], tokenizer: Tokenizer) -> Tensor:
 
 
 def model_of(layout: str) -> NextScaleTransformer:
-    return NextScaleTransformer.from_var(fixture_state(f"tiny_var_{layout}"), scales=TINY_SCALES)
+    return NextScaleTransformer.from_var(fixture_state(f"tiny_var_{layout}"), scales=TINY_SCALES, num_heads=2)
 
 
 def tokens_without_a_cache(

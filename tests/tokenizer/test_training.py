@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
-from mepa_ds.loops.tokenizer_training import train_tokenizer
+from mepa_ds.loops.tokenizer_training import _start_from, train_tokenizer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
 from tests.tiny_run import ROOT, free_port, launch
@@ -163,6 +164,15 @@ def test_start_from_a_saved_tokenizer(folder: Path) -> None:
     torch.testing.assert_close(after.decoder.conv_out.weight, before.decoder.conv_out.weight, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match=r"start_from: .*run: .* of another shape: .*conv"):
         tiny.train(folder, f"start_from={folder / 'run'}", f"output_dir={folder / 'x'}", "tokenizer.channels=64")
+
+
+def test_start_from_weights_of_another_phi_ratio(tmp_path: Path) -> None:
+    """No shape shows it, and the same weights would decode to something else."""
+    sizes = {"scales": (1, 2), "codebook_size": 8, "code_width": 4, "channels": 32, "channel_multipliers": (1, 1)}
+    Tokenizer(TokenizerConfig(**sizes, phi_ratio=0.25)).save_pretrained(tmp_path / "weights")
+    with pytest.raises(UserError, match=r"start_from: .*weights was .* 0\.25, .* 0\.5; set tokenizer\.phi_ratio=0\.25"):
+        _start_from(Tokenizer(TokenizerConfig(**sizes)), tmp_path / "weights")
+    _start_from(Tokenizer(TokenizerConfig(**sizes, phi_ratio=0.25)), tmp_path / "weights")
 
 
 def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -> None:

@@ -47,7 +47,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
-def test_torch_files_are_read_plain_or_one_level_deep(tmp_path: Path, nest: str | None) -> None:
+def test_torch_files_are_read_plain_or_nested(tmp_path: Path, nest: str | None) -> None:
     state = toy_state()
     torch.save({nest: state, "epoch": 3} if nest else state, tmp_path / "w.pth")
     assert_same(weights.read_state_dict(tmp_path / "w.pth"), state)
@@ -106,14 +106,16 @@ def test_the_prefixes_of_wrappers_are_taken_off(tmp_path: Path, wrapper: str) ->
     wrapped = {wrapper + name: tensor for name, tensor in state.items()}
     torch.save({"model": wrapped}, tmp_path / "w.pth")
     save_file(wrapped, tmp_path / "w.safetensors")
-    for source in (tmp_path / "w.pth", tmp_path / "w.safetensors", wrapped):
+    (tmp_path / "hub").mkdir()
+    save_file(wrapped, tmp_path / "hub" / "model.safetensors")
+    for source in (tmp_path / "w.pth", tmp_path / "w.safetensors", tmp_path / "hub", wrapped):
         assert_same(weights.read_state_dict(source), state)
         assert_same(weights.read_state_dict(source, prefix="b."), {"b.weight": state["b.weight"]})
-    mixed = {**wrapped, "c.bias": torch.zeros(1)}
-    assert_same(weights.read_state_dict(mixed), mixed)
+    mixed = {**wrapped, "c.bias": torch.zeros(1)}  # one module was compiled, another was not
+    assert_same(weights.read_state_dict(mixed), {**state, "c.bias": mixed["c.bias"]})
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 1}, {"a": {"b": torch.zeros(1)}}, {}, {3: torch.zeros(1)}])
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 1}, {"a": {"b": [torch.zeros(1)]}}, {}, {3: torch.zeros(1)}])
 def test_other_contents_are_named(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(UserError, match="not a plain state dict of tensors"):

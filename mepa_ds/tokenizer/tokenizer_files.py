@@ -1,0 +1,56 @@
+"""Tokenizers on disk: our directories, VAR's files, and directories of VAR's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.errors import UserError
+from mepa_ds.state_dict_files import read_checkpoint
+from mepa_ds.tokenizer import var_keys
+from mepa_ds.var_settings import kind_of_vars
+from mepa_ds.weights import read_pretrained
+
+KIND = "tokenizer"
+
+
+class StoredTokenizer(NamedTuple):
+    config: TokenizerConfig
+    state: dict[str, Tensor]
+    name_in_file: Callable[[str], str]
+    """What the file calls a parameter of ours, also of one that is missing there."""
+
+
+def read_tokenizer(
+    path: Path | str, scales: Sequence[int] | None, phi_ratio: float | None = None, prefix: str = ""
+) -> StoredTokenizer:
+    """Whichever lies there.
+
+    Args:
+        scales: another schedule for the same weights; None: the one they were trained with.
+        phi_ratio: see `var_keys.config_of`.
+        prefix: of a directory of ours, read only the tensors whose names start with it.
+
+    Raises:
+        UserError: neither, or scales or a ratio that it cannot have.
+    """
+    if not Path(path).is_dir() or kind_of_vars(Path(path)) is not None:
+        return convert_var(path, scales, phi_ratio)
+    config, state = read_pretrained(path, TokenizerConfig, KIND, prefix)
+    if phi_ratio is not None and phi_ratio != config.phi_ratio:
+        raise UserError(f"phi_ratio: {path} was trained with {config.phi_ratio}, and has no other; got {phi_ratio}")
+    return StoredTokenizer(config.with_scales(scales, str(path)), state, str)
+
+
+def convert_var(
+    source: Path | str | Mapping[str, Tensor], scales: Sequence[int] | None, phi_ratio: float | None
+) -> StoredTokenizer:
+    """VAR's state dict -> our config and state dict. Unknown keys stay as they are: strict loading names them."""
+    state, notes = read_checkpoint(source, var_keys.WANTED)
+    where = "the state dict" if isinstance(source, Mapping) else str(source)
+    config = var_keys.config_of(state, notes, scales, phi_ratio, where)
+    return StoredTokenizer(config, var_keys.translate(state), var_keys.names_in(state))
