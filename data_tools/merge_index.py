@@ -22,6 +22,7 @@ from data_tools.build_shards import DEFAULT_WORKERS
 from data_tools.pool import unordered_map
 from data_tools.readers.text_lines import read_lines
 from mepa_ds.cli import entry
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.index import (
@@ -85,7 +86,7 @@ class Merge:
 class Scan:
     """Index WebDataset shards that others made."""
 
-    shards: tyro.conf.Positional[str]
+    shards: tyro.conf.Positional[PathOrName]
     """A directory of tars, or a brace pattern of paths or URLs such as https://host/train-{0000..0099}.tar."""
     out: Path | None = None
     """Where index.json goes [default: the directory of the tars]; needed for URLs."""

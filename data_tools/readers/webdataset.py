@@ -14,6 +14,7 @@ from data_tools.readers.imagefolder import EXTENSIONS
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.shard_set import LABEL_EXTENSION, parse_label
@@ -28,7 +29,7 @@ _MANY_CLASSES = 100_000
 class WebDataset:
     """Shards with an image and a `.cls` label (a number) a sample, to be shuffled, resized or cut anew."""
 
-    shards: str
+    shards: PathOrName
     """A directory, a glob, or a brace pattern such as /data/train-{0000..0099}.tar or https://host/{00..63}.tar."""
     classes: Path | None = None
     """Text file of class names, one a line in the order of the labels. By default those of an index.json beside the

@@ -16,6 +16,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from mepa_ds import distributed, log
+from mepa_ds.cli.paths import REGISTRY
 from mepa_ds.errors import UserError
 
 _LEAVE_SECONDS = 30.0
@@ -33,7 +34,8 @@ def run(main: Callable[[], object]) -> None:
     When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
     """
     try:
-        _run(main)
+        with REGISTRY:
+            _run(main)
     except BrokenPipeError:  # a network's connections raise it too
         if not _reader_has_gone():
             raise

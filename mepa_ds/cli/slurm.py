@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import shlex
-from pathlib import Path
 
+from mepa_ds.cli.paths import path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import Tool, run_pipeline
 from mepa_ds.slurm.profile import ROOT, read_profile
@@ -22,12 +22,12 @@ def main(argv: list[str]) -> None:
     pipeline = commands.add_parser(
         "pipeline", help="shards, tokens and features, pretraining, samples: one chain of jobs"
     )
-    pipeline.add_argument("file", type=Path, help="YAML file, such as slurm/pipeline_imagenet256.yaml")
+    pipeline.add_argument("file", type=path_argument, help="YAML file, such as slurm/pipeline_imagenet256.yaml")
     _common_options(pipeline)
     show = commands.add_parser(
         "status", help="state, restarts, step, throughput, time left, last error, last checkpoint"
     )
-    show.add_argument("run", type=Path, help="output_dir of a run")
+    show.add_argument("run", type=path_argument, help="output_dir of a run")
     show.add_argument("--json", action="store_true", help="for programs")
     # argparse takes no positional words after options.
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -89,7 +89,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
 
 def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", type=Path, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
+        "recipe", type=path_argument, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="after --, such as train.steps=100"

@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
+from mepa_ds.paths import given_path
 from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_value
 
 _INDEX, _REMOTE = "index.json", "remote.json"
@@ -68,7 +69,7 @@ def copy_set(source: Path, target: Path) -> int:
 
 def main(argv: Sequence[str]) -> None:
     action, scratch, recipe, *overrides = argv
-    for key, source, target in staged_sets(Path(scratch), Path(recipe), overrides):
+    for key, source, target in staged_sets(Path(scratch), given_path(recipe, "recipe"), overrides):
         if action == "overrides":
             print(f"{key}={target}")
         elif copied := copy_set(source, target):

@@ -1,0 +1,54 @@
+"""Paths on command lines. A shell expands ~ at the start of a word, but not in `--out=~/x`, nor within quotes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Annotated
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from mepa_ds.config.values import HUB
+from mepa_ds.paths import expand_path
+
+REGISTRY = ConstructorRegistry()
+"""While it is active (`entry.run` sees to that), tyro expands every option of type Path."""
+
+
+@REGISTRY.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: expand_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def path_argument(text: str) -> Path:
+    """The type of a path for argparse."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _path_or_name(words: list[str]) -> str:
+    text = words[0]
+    return text if text == HUB or ":" in text.partition("/")[0] else str(expand_path(text))
+
+
+PathOrName = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=_path_or_name,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda text: [text],
+    ),
+]
+"""The type of an option for a path, a pattern of paths, or something else: a URL (`https:`, `pipe:`), `hub`."""
