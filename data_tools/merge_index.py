@@ -21,6 +21,7 @@ from tqdm import tqdm
 from data_tools.build_shards import DEFAULT_WORKERS
 from data_tools.pool import unordered_map
 from data_tools.readers.text_lines import read_lines
+from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.cli.paths import PathOrName
 from mepa_ds.config.base import validate
@@ -260,7 +261,9 @@ def main() -> None:
         | Annotated[Scan, tyro.conf.subcommand("scan")]
         | Annotated[Remote, tyro.conf.subcommand("remote")]
     )
-    index = tyro.cli(commands, prog="merge_index.py", description=__doc__)()
+    command = tyro.cli(commands, prog="merge_index.py", description=__doc__)
+    log.make_stdout_a_log()
+    index = command()
     print(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")
 
 

@@ -34,7 +34,7 @@ from data_tools.precompute_sets import (
     stored_square,
     to_device,
 )
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.cli import entry
 from mepa_ds.cli.paths import PathOrName
 from mepa_ds.config.base import validate
@@ -298,6 +298,7 @@ def parse(argv: Sequence[str] | None = None) -> Tokens | Features | FitTeacher:
 
 def main() -> None:
     command = parse()
+    log.make_stdout_a_log()
     try:
         command()
     except UserError as error:

@@ -15,8 +15,8 @@ def expand_path(text: str) -> Path:
     """`~`, `~user`, `$NAME` and `${NAME}` are filled in, as a shell does; a relative path stays relative.
 
     Raises:
-        ValueError: the path is empty, or has a variable without a value, a user without a home, or a command in it. Taken
-            literally it would become a directory called `~`, or the working directory.
+        ValueError: the path is empty, or has a variable without a value, a user without a home, or a command in it.
+            Taken literally it would be a directory called `~`, or the working directory.
     """
     if not text.strip():
         raise ValueError("an empty path; write . for the working directory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -52,3 +53,7 @@ PathOrName = Annotated[
     ),
 ]
 """The type of an option for a path, a pattern of paths, or something else: a URL (`https:`, `pipe:`), `hub`."""
+
+
+if __name__ == "__main__":
+    sys.exit("error: paths is no command; python -m mepa_ds --help lists them")

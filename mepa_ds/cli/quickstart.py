@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.memory import peak_resident_bytes
@@ -108,6 +110,7 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv[0] in ("-h", "--help") else 2)
     if not Path("recipes/quickstart.yaml").exists():
         raise UserError("recipes/quickstart.yaml: not found; run the quickstart in a clone of the repository")
+    log.make_stdout_a_log()
     spent = _read_spent()
     for number, stage in enumerate(STAGES, start=1):
         place = f"[{number}/{len(STAGES) + 1}]"
@@ -207,3 +210,7 @@ def _tokenizer_scores() -> dict[str, float]:
 
     records = [r for r in read_metrics(RUNS / "tokenizer/metrics.jsonl") if r.get("event") == "heldout"]
     return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

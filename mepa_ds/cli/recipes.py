@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from mepa_ds.cli.paths import path_argument
 from mepa_ds.config.base import ConfigT, describe, load_config
@@ -23,3 +24,7 @@ def read_recipe(argv: list[str], prog: str, description: str, config_type: type[
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the `deepspeed` launcher adds it
     arguments = parser.parse_args(argv)
     return load_config(config_type, arguments.recipe, arguments.overrides)
+
+
+if __name__ == "__main__":
+    sys.exit("error: recipes is no command; python -m mepa_ds --help lists them")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from mepa_ds.cli import entry
 from mepa_ds.files import write_json
 from mepa_ds.loops.run_report import format_report, run_report
 
@@ -24,3 +26,7 @@ def main(argv: list[str]) -> None:
     report = run_report(options.run)
     write_json(options.run / "report.json", report)
     print(format_report(report))
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

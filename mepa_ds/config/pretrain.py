@@ -134,7 +134,8 @@ class ParallelConfig(Section):
     compile: bool = False
     """torch.compile the blocks, except for the way of tokens to their experts; not with activation checkpointing."""
     deepspeed: UserPath = Path("ds_configs/zero2.json")
-    """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
+    """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe. Those
+    of ds_configs/ are found from any directory."""
 
     @model_validator(mode="after")
     def _check_compile(self) -> Self:

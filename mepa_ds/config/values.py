@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -22,11 +21,13 @@ _UNITS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
 
 def _expand(value: Any) -> Any:
     """Other types are for the type itself to refuse."""
-    return expand_path(os.fspath(value)) if isinstance(value, (str, Path)) else value
+    if isinstance(value, Path):
+        return expand_path(str(value))
+    return str(expand_path(value)) if isinstance(value, str) else value
 
 
 def _expand_unless_hub(value: Any) -> Any:
-    return str(_expand(value)) if isinstance(value, str) and value != HUB else value
+    return value if value == HUB else _expand(value)
 
 
 def _refuse_clock(value: Any, unit: str) -> Any:
