@@ -35,7 +35,7 @@ class _Stream(io.FileIO):
             if not self.is_log and not self._lost:
                 self._lost = True  # the interpreter tries again at its end
                 raise type(error)(error.errno, error.strerror, self._name) from error
-            self._tell(str(error))
+            self._tell(error.strerror or str(error))
         return size
 
     def _write_some(self, data: memoryview) -> int:

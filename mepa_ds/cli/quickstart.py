@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json
+from mepa_ds.files import make_way, write_json
 from mepa_ds.memory import peak_resident_bytes
 
 RUNS = Path("runs/quickstart")
@@ -147,10 +146,7 @@ def _forget(stages: Sequence[Stage], spent: dict[str, Spent]) -> None:
     for stage in stages:
         spent[stage.name] = Spent()
         for path in stage.outputs:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            make_way(path)
 
 
 def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:

@@ -55,7 +55,7 @@ class _Yaml12Loader(yaml.SafeLoader):
     PyYAML's own YAML 1.1 reads 0100 as 64, 1:30 as 90, 2024-01-01 as a date, `no` as false, and 1e-4 as text.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - mypy: PyYAML's is no ClassVar
     yaml_constructors: ClassVar[dict[Any, Any]] = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()

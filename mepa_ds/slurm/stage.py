@@ -19,6 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
+from mepa_ds.files import make_way
 from mepa_ds.paths import given_path
 from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_value
 
@@ -57,7 +58,7 @@ def copy_set(source: Path, target: Path) -> int:
                 "MEPA_SCRATCH or set MEPA_STAGE=off"
             )
         temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        make_way(temporary)
         temporary.mkdir()
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"staging {source.name}", disable=None) as bar:
             for path in files:
