@@ -56,9 +56,8 @@ def make_way(path: Path) -> None:
     """
     if remove(path):
         return
-    aside = next(
-        name for n in itertools.count(1) if not os.path.lexists(name := path.with_name(f"{path.name}.left{n}"))
-    )
+    names = (path.with_name(f"{path.name}.left{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
     os.rename(path, aside)
     log.note(f"warning: {aside}: could not be removed, and is out of the way now; remove it when nothing uses it")
 

@@ -74,7 +74,7 @@ def open_streams() -> None:
 def _opened(stream: Any, descriptor: int, is_log: bool) -> Any:
     if stream is None:  # its number may be another file's by now
         return open(os.devnull, "w")
-    if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != descriptor:
+    if not isinstance(stream, io.TextIOWrapper) or _number_of(stream) != descriptor:
         return stream  # of a program that calls this one
     with suppress(OSError):
         stream.flush()
@@ -87,6 +87,13 @@ def _opened(stream: Any, descriptor: int, is_log: bool) -> Any:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def _number_of(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except OSError:  # a test's, in memory
+        return None
 
 
 def make_stdout_a_log() -> None:

@@ -36,6 +36,7 @@ from mepa_ds.data.order import BatchTask, SampleOrder, WindowWatch
 from mepa_ds.data.tar import DamagedError
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
+from mepa_ds.paths import given_path
 
 REMOTE_NAME = "remote.json"
 _ATTEMPTS = 3
@@ -50,7 +51,7 @@ class RemoteShards(Section):
 
     urls: tuple[str, ...]
     """Where each shard of the index is, in the order of the index."""
-    cache: str
+    cache: Annotated[str, Field(min_length=1)]
     """Directory for fetched tars; variables such as $TMPDIR and $UID are expanded where it is used."""
     cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""
@@ -254,7 +255,7 @@ def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: 
     if "$" in text:
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
     content = "\n".join([*remote.urls, *(entry.sha256 for entry in entries)])
-    return Path(text).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:12]
+    return given_path(text, f"{what}: cache in {REMOTE_NAME}") / hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def fetched_ahead(tasks: Iterator[BatchTask], order: SampleOrder, caches: Sequence[ShardCache]) -> Iterator[BatchTask]:
