@@ -193,9 +193,9 @@ def _explain(config_type: type[Section], detail: ErrorDetails) -> str:
 
 def _hint(kind: str, given: Any) -> str:
     """How to write what was probably meant."""
-    if kind == "path_type" and given is None:
+    if kind == "string_type" and given is None:
         return "; null is none, and neither is ~ alone"
-    if kind in ("string_type", "path_type") and isinstance(given, (bool, int, float, dict)):
+    if kind == "string_type" and isinstance(given, (bool, int, float, dict)):
         return "; put text in quotes"
     if kind == "bool_type" and str(given).lower() in ("yes", "no", "on", "off", "0", "1"):
         return ", true or false"

@@ -58,7 +58,7 @@ def _job_of(record: Path) -> str | None:
     jobs = [job for job in recorded_jobs(record) if Path(job["state"]).resolve() == record.resolve()]
     owner = record / "owner"
     if owner.exists() and not (jobs and jobs[-1]["time"] > owner.stat().st_mtime):
-        return owner.read_text().partition(" ")[0].strip()
+        return (owner.read_text().split() or [None])[0]
     return jobs[-1]["job"] if jobs else None
 
 
