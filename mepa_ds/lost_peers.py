@@ -9,7 +9,7 @@ import re
 _ENDING = re.compile(
     r"connection (?:was (?:likely )?)?closed|closed by (?:remote )?peer|peer closed|connection reset|broken pipe"
     r"|pair closure|(?:recv|send)\w* failed on|failed to (?:recv|send), (?:got|sent) 0|wait timeout after"
-    r"|timed out (?:waiting \d|after \d+ seconds waiting)|remote process exiting|communicator was aborted"
+    r"|timed out (?:waiting \d|after \d+ seconds waiting)|remote process exit|communicator was aborted"
     r"|collective operation timeout|connectFullMesh failed|connection refused|failed to connect to",
     re.IGNORECASE,
 )
