@@ -10,7 +10,7 @@ import pytest
 import tyro
 
 from data_tools import build_shards
-from mepa_ds.cli import entry
+from mepa_ds.cli import entry, sample
 from mepa_ds.cli.paths import REGISTRY, path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.paths import expand_path, given_path
@@ -94,6 +94,13 @@ def test_an_option_that_cannot_be_expanded_is_named(capsys: pytest.CaptureFixtur
         tyro.cli(Options, args=["--out=$UNSET/x"])
     assert end.value.code == 2
     assert "Error parsing --out: '$UNSET/x': the variable $UNSET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-Infinity", "1e999"])
+def test_numbers_of_options_are_finite(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with REGISTRY, pytest.raises(SystemExit):
+        sample.parse(["--weights", "w", "--tokenizer", "t", "--out", "o", f"--cfg={number}"])
+    assert f"expected a finite number, got {number}" in capsys.readouterr().err
 
 
 def test_batch_jobs_get_expanded_paths(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Paths on command lines. A shell expands ~ at the start of a word, but not in `--out=~/x`, nor within quotes."""
+"""Values on command lines: paths, since no shell expands the ~ of `--out=~/x`, and numbers, which must be finite."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,7 @@ from mepa_ds.config.values import HUB
 from mepa_ds.paths import expand_path
 
 REGISTRY = ConstructorRegistry()
-"""While it is active (`entry.run` sees to that), tyro expands every option of type Path."""
+"""While it is active (`entry.run` sees to that), tyro reads options of type Path and float by these rules."""
 
 
 @REGISTRY.primitive_rule
@@ -27,6 +28,25 @@ def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda path: [str(path)],
     )
+
+
+@REGISTRY.primitive_rule
+def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: _finite(words[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda number: [str(number)],
+    )
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"expected a finite number, got {text}")
+    return number
 
 
 def path_argument(text: str) -> Path:

@@ -42,7 +42,7 @@ class Profile:
     def number(self, name: str, default: int) -> int:
         """Raises UserError for what is no whole number above 0."""
         text = self.get(name, str(default))
-        if not text.isdigit() or int(text) < 1:
+        if not re.fullmatch("[1-9][0-9]*", text):  # bash reads 0100 as 64
             raise UserError(f"{self.path}: MEPA_{name}={text}: expected a whole number above 0")
         return int(text)
 
