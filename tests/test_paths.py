@@ -14,7 +14,7 @@ from mepa_ds.cli import entry, sample
 from mepa_ds.cli.paths import REGISTRY, path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.paths import expand_path, given_path
-from mepa_ds.slurm.pipeline import _words
+from mepa_ds.slurm.command_words import command_words
 from mepa_ds.slurm.recipe_value import recipe_value
 
 ME = pwd.getpwuid(0)
@@ -105,14 +105,14 @@ def test_numbers_of_options_are_finite(number: str, capsys: pytest.CaptureFixtur
 
 def test_batch_jobs_get_expanded_paths(tmp_path: Path) -> None:
     """No shell sees the words of a recipe or a pipeline."""
-    assert _words("imagenet --tar ~/a.tar --out=$PLACE/x --image-side 8") == (
+    assert command_words("imagenet --tar ~/a.tar --out=$PLACE/x --image-side 8") == (
         ["imagenet", "--tar", "/home/me/a.tar", "--out=/far/x", "--image-side", "8"]
     )
-    assert _words("features ~/i --weights hub") == ["features", "/home/me/i", "--weights", "hub"]
+    assert command_words("features ~/i --weights hub") == ["features", "/home/me/i", "--weights", "hub"]
     with pytest.raises(UserError, match=r"--out \$UNSET/x': .*the variable \$UNSET"):
-        _words("imagenet --out $UNSET/x")
+        command_words("imagenet --out $UNSET/x")
     with pytest.raises(UserError, match="No closing quotation"):
-        _words("imagenet --out 'x")
+        command_words("imagenet --out 'x")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("output_dir: ~/run\nseed: 0\ntokenizer: $UNSET/t\ndata: {teacher: {weights: hub}}\n")
     assert recipe_value("output_dir", recipe) == "/home/me/run"

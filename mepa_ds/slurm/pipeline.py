@@ -17,10 +17,10 @@ from pydantic import Field
 
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.config.values import HUB, UserPath
+from mepa_ds.config.values import UserPath
 from mepa_ds.errors import UserError
-from mepa_ds.paths import expand_path
 from mepa_ds.slurm.checks import check_exists, check_paths
+from mepa_ds.slurm.command_words import command_words, path_words
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -37,9 +37,6 @@ from mepa_ds.slurm.submit import (
 
 Tool = Literal["build_shards", "precompute", "sample"]
 PositiveInt = Annotated[int, Field(gt=0)]
-_PATHS = ("--out", "--tar", "--root", "--labels", "--tokenizer", "--weights")
-_IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}
-"""Commands of precompute.py, and where their image set stands."""
 
 
 class ArrayConfig(Section):
@@ -206,36 +203,8 @@ def _array_stages(config: PipelineConfig) -> list[ArrayConfig]:
 def _paths(array: ArrayConfig) -> Iterator[tuple[str, Path]]:
     """Files and directories that the commands name, each after its option; image sets stand without one."""
     for command in array.commands:
-        for _, name, path in _path_words(_words(command)):
+        for _, name, path in path_words(command_words(command)):
             yield name, Path(path)
-
-
-def _words(command: str) -> list[str]:
-    """A command's words, with the paths among them expanded: no shell sees these.
-
-    Raises:
-        UserError: a path cannot be expanded, or a quote is not closed.
-    """
-    try:
-        words = shlex.split(command)
-        for number, _, path in list(_path_words(words)):
-            words[number] = words[number].removesuffix(path) + str(expand_path(path))
-    except ValueError as error:
-        raise UserError(f"{command!r}: {error}") from None
-    return words
-
-
-def _path_words(words: list[str]) -> Iterator[tuple[int, str, str]]:
-    """(number of a word, its option, the path that it ends in)"""
-    place = _IMAGES.get(words[0], len(words)) if words else 0
-    for number, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if number == place and not word.startswith("-"):
-            yield number, "images", word
-        elif name in _PATHS and value not in ("", HUB):
-            yield number, name, value
-        elif word in _PATHS and words[number + 1 : number + 2] not in ([], [HUB]):
-            yield number + 1, name, words[number + 1]
 
 
 def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bool) -> list[str]:
@@ -296,7 +265,7 @@ def _training(kind: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | 
 def _arrays(script: str, name: str, config: ArrayConfig, record: Path) -> Iterator[tuple[Job, Job | None]]:
     for number, command in enumerate(config.commands):
         state = record / f"{name}-{number}-{_digest(command, config.parts)}"
-        words = (str(state), str(config.parts), *_words(command))
+        words = (str(state), str(config.parts), *command_words(command))
         yield from _array(Job(script, words, state, f"mepa-{name}", 1, config.gpus, config.cpus), config.parts)
 
 
