@@ -17,6 +17,10 @@ from mepa_ds.errors import UserError
 from mepa_ds.memory import keep_freed_memory
 
 
+class SetupError(UserError):
+    """The environment of this node is wrong, which this rank alone may know; starting again would not help."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """This process's place in the job, as the launcher's environment gives it."""
@@ -67,10 +71,7 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
 
 
 def _check_interfaces(backend: str) -> None:
-    """Raises ConnectionError where the environment names a network interface that this node does not have.
-
-    That may be one node's fault, so it is no UserError: a job is started again, on other nodes perhaps.
-    """
+    """Raises SetupError where the environment names a network interface that this node does not have."""
     here = [name for _, name in socket.if_nameindex()]
     for variable in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if backend == "nccl" else [])):
         text = os.environ.get(variable, "")
@@ -79,7 +80,7 @@ def _check_interfaces(backend: str) -> None:
         names = [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
         missing = [n for n in names if n not in here and not (is_prefix and any(name.startswith(n) for name in here))]
         if missing and (backend == "gloo" or len(missing) == len(names)):
-            raise ConnectionError(
+            raise SetupError(
                 f"{variable}={text}: node {socket.gethostname()} has no network interface {missing[0]} (it has "
                 f"{', '.join(here)}); mend or unset the variable, or MEPA_INTERFACE of the cluster's profile"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 import traceback
@@ -27,6 +28,8 @@ _PATIENCE_SECONDS = 3.0
 # How often a rank looks whether it is asked for, and how long answers are waited for.
 _LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 _NAMED = 8
+# NCCL's words for what the launcher or the environment has set wrong: starting again would not help.
+_RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
 
 
 def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
@@ -34,6 +37,8 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
 
     One rank prints its traceback: the one that crashed first or, when a rank is gone without a word (killed by the
     system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
+
+    The status is 2 where the same would happen again.
     """
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
     if launch.is_main and not is_held(output_dir):  # before it meets the others, so before any of them can claim it
@@ -45,14 +50,16 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     try:
         return body()
     except UserError as error:
-        if launch.is_main and output_dir.is_dir() and not is_held(output_dir):  # then it is another start's to say
+        # A mistake in a recipe leaves no new output_dir. A held one is another start's to say something of.
+        tells = (launch.is_main and output_dir.is_dir()) or isinstance(error, distributed.SetupError)
+        if tells and not is_held(output_dir):
             with suppress(OSError):
                 write_status(output_dir, "failed", error=str(error))
         raise
     except Exception as error:
         _tell(error, output_dir, started, launch)
         # No clean-up that would talk to ranks that may be gone.
-        os._exit(1)
+        os._exit(2 if _RECURS.search(str(error)) else 1)
 
 
 def _tell(error: Exception, output_dir: Path, started: float, launch: distributed.Launch) -> None:

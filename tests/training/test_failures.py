@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 from mepa_ds import distributed
-from mepa_ds.distributed import Launch
+from mepa_ds.distributed import Launch, SetupError
+from mepa_ds.errors import UserError
 from mepa_ds.loops import failures
 from tests.test_lost_peers import OWN
 
@@ -21,6 +23,7 @@ CLOSED = "Connection closed by peer [10.0.0.2]:4711"
 def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "_PATIENCE_SECONDS", 0.0)
     monkeypatch.setattr(failures, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(failures, "_answer", lambda *_: None)  # a thread that would outlive the test
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
 
 
@@ -83,6 +86,39 @@ def test_an_own_error_that_comes_late_is_the_cause_all_the_same(
     assert capsys.readouterr().err == "rank 0: ended because rank 1 failed: MemoryError\n"
 
 
+def test_what_a_node_lacks_is_told_by_a_new_runs_status_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the recipe leaves no new directory; the environment's may be a rank's own, and launchers hide it."""
+
+    def fail(error: UserError) -> None:
+        raise error
+
+    with pytest.raises(UserError):
+        failures.reporting(tmp_path / "typo", lambda: fail(UserError("typo")))
+    assert not (tmp_path / "typo").exists()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SetupError):
+        failures.reporting(tmp_path / "run", lambda: fail(SetupError("no interface ib7")))
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status == {"state": "failed", "error": "no interface ib7"}
+
+
+@pytest.mark.parametrize(("message", "status"), [(OWN[0], 1), (OWN[1], 2), ("CUDA error: device busy", 1)])
+def test_what_would_happen_again_has_the_status_of_a_users_mistake(
+    message: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    def fail() -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as end:
+        failures.reporting(tmp_path / "run", fail)
+    assert end.value.code == status
+
+
 @pytest.mark.parametrize(
     ("backend", "settings", "refused"),
     [
@@ -109,5 +145,5 @@ def test_a_network_interface_that_is_not_there(
     if refused is None:
         distributed._check_interfaces(backend)
         return
-    with pytest.raises(ConnectionError, match=rf"has no network interface {refused} \(it has lo, eth0\); mend"):
+    with pytest.raises(SetupError, match=rf"has no network interface {refused} \(it has lo, eth0\); mend"):
         distributed._check_interfaces(backend)
