@@ -8,9 +8,11 @@ import re
 # name of a library in it ("gloo: unable to find address for: ib7", "NCCL error: duplicate GPU") is an error of its own.
 _ENDING = re.compile(
     r"connection (?:was (?:likely )?)?closed|closed by (?:remote )?peer|peer closed|connection reset|broken pipe"
-    r"|pair closure|(?:recv|send)\w* failed on|failed to (?:recv|send), (?:got|sent) 0|wait timeout after"
+    r"|pair closure|(?:recv|send)\w* failed on|failed to (?:recv|send), (?:got|sent) 0"
     r"|timed out (?:waiting \d|after \d+ seconds waiting)|remote process exit|communicator was aborted"
-    r"|collective operation timeout|connectFullMesh failed|connection refused|failed to connect to",
+    r"|collective operation timeout|connectFullMesh failed|connection refused|failed to connect to"
+    r"|socket (?:unexpectedly )?closed|socket timeout|wait timeout|timeout waiting for key"
+    r"|(?:read|write) (?:error|timeout) \[|writev \[|connect(?:ion)? time(?:d )?out",
     re.IGNORECASE,
 )
 

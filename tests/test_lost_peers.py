@@ -20,6 +20,10 @@ ENDINGS = [
     "NCCL error: remote process exited or there was a network error\nncclRemoteError: A call failed possibly due to a "
     "network error or a remote process exiting prematurely.\nLast error:\nsocketProgress: closed by remote peer",
     "NCCL communicator was aborted on rank 1.",
+    "[gloo/transport/tcp/pair.cc:525] Read error [10.0.0.2]:4711: Connection timed out",
+    "[gloo/transport/tcp/pair.cc:446] writev [10.0.0.2]:4711: No route to host",
+    "[gloo/transport/tcp/pair.cc:540] Read timeout [10.0.0.2]:4711",
+    "Socket Timeout",
 ]
 OWN = [
     "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: ib7",
@@ -30,6 +34,7 @@ OWN = [
     "The server socket has failed to listen on any local network address. port: 4711, EADDRINUSE",
     "No backend type associated with device type cpu; the process group has nccl alone",
     "Tensor sizes of peers differ",
+    "PytorchStreamReader failed reading file data/0: read error",
 ]
 
 
