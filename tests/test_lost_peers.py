@@ -55,3 +55,5 @@ def test_the_cause_counts_before_the_lost_peers_whoever_is_faster(ending: str) -
     assert cause_of(f"{lost}\n{summary}\n{line}") == line
     assert cause_of(f"{lost}\n{summary}\n[rank1]: KeyError: 'x'\n") == "KeyError: 'x'"
     assert cause_of(f"{lost}\n{summary}") == lost.removeprefix("[rank0]: ")
+    own = f"rank 0 failed: RuntimeError: {ending.splitlines()[0]}"
+    assert cause_of(f"error: {own}\nTraceback\n{lost}\nKeyError: 'later'") == own

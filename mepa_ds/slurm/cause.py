@@ -27,14 +27,15 @@ _CAUSE = re.compile(
 def cause_of(text: str) -> str | None:
     """The first message of an error in a log: what follows are the ranks that it took down. None: there is none.
 
-    A rank that is taken down may be faster to say so than the first one, so what names a lost peer counts last.
+    A rank that is taken down may be faster to say so than the first one, so what names a lost peer counts last. In our
+    own messages that has been thought of.
     """
     weak: str | None = None
     for line in text.splitlines():
         found = _CAUSE.match(_RANK.sub("", line))
         if found:
             cause = next(text for text in found.groups() if text)
-            if not (is_lost_peer(cause) or _SUMMARY in cause):
+            if found["ours"] or not (is_lost_peer(cause) or _SUMMARY in cause):
                 return cause
             weak = weak or cause
     return weak
