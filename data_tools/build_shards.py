@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
+from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.data.images import crop_square, resize_shorter
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
@@ -294,6 +295,7 @@ def parse(argv: Sequence[str] | None = None) -> Command:
 
 def main() -> None:
     command = parse()
+    log.make_stdout_a_log()
     reader, options = command.reader, command.options
     index = build(reader, options)
     if index is None:

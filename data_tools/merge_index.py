@@ -20,7 +20,9 @@ from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.readers.class_names import read_class_names
 from data_tools.readers.patterns import check_files, expand_braces
 from data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
+from mepa_ds import log
 from mepa_ds.cli import entry
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.index import (
     FOREIGN,
@@ -64,7 +66,7 @@ class Merge:
 class Scan:
     """Index WebDataset shards that others made."""
 
-    shards: tyro.conf.Positional[str]
+    shards: tyro.conf.Positional[PathOrName]
     """A directory of tars, or a brace pattern of paths or URLs such as https://host/train-{0000..0099}.tar."""
     out: Path | None = None
     """Where index.json goes [default: the directory of the tars]; needed for URLs."""
@@ -186,7 +188,9 @@ def main() -> None:
         | Annotated[Scan, tyro.conf.subcommand("scan")]
         | Annotated[Remote, tyro.conf.subcommand("remote")]
     )
-    index = tyro.cli(commands, prog="merge_index.py", description=__doc__)()
+    command = tyro.cli(commands, prog="merge_index.py", description=__doc__)
+    log.make_stdout_a_log()
+    index = command()
     print(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")
 
 

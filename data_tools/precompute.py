@@ -34,8 +34,9 @@ from data_tools.precompute_sets import (
     stored_square,
     to_device,
 )
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.cli import entry
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.cli.scales_option import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
@@ -108,7 +109,7 @@ class Features:
     """Directory of the image set."""
     teacher: str
     """patch-pca, dinov2-s|b|l|g[-reg], dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
-    weights: str | None = None
+    weights: PathOrName | None = None
     """Local checkpoint of the teacher (for patch-pca, its directory), or `hub` to let timm download it."""
     codec: str = "int8"
     """How features are stored: fp16, int8 (a scale a token) or pca<k>-int8 (k principal components)."""
@@ -298,6 +299,7 @@ def parse(argv: Sequence[str] | None = None) -> Tokens | Features | FitTeacher:
 
 def main() -> None:
     command = parse()
+    log.make_stdout_a_log()
     try:
         command()
     except UserError as error:

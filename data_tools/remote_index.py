@@ -35,9 +35,8 @@ class CacheOptions:
     """Shards that samples are shuffled over at a time; the cache must hold three windows."""
 
     def of(self, urls: list[str]) -> RemoteShards:
-        return RemoteShards(
-            urls=tuple(urls), cache=self.cache, cache_gigabytes=self.cache_gigabytes, window=self.window
-        )
+        values = {"urls": urls, "cache": self.cache, "cache_gigabytes": self.cache_gigabytes, "window": self.window}
+        return validate(RemoteShards, values, "options")
 
 
 Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]

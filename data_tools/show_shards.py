@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from data_tools.precompute_sets import open_images
+from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
 from mepa_ds.data.images import fit_image, image_member
@@ -171,6 +172,7 @@ def _lay_out(columns: list[list[Pixels]], titles: list[str], captions: list[str]
 
 def main() -> None:
     options = tyro.cli(Options, prog="show_shards.py", description=__doc__)
+    log.make_stdout_a_log()
     save_png(contact_sheet(options), options.out)
     print(options.out)
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.cli import entry
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.data.index import source_images, table_path
 from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.shard_set import ShardSet
@@ -40,7 +41,7 @@ class Options:
     """Re-make damaged shards of token and feature sets; needs --tokenizer, --weights."""
     tokenizer: Path | None = None
     """For --repair: the tokenizer that made the tokens."""
-    weights: str | None = None
+    weights: PathOrName | None = None
     """For --repair: the weights of the teacher that made the features."""
 
 

@@ -6,6 +6,7 @@ Works from torchrun's variables, the `deepspeed` launcher's, srun's, or none at 
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,6 +15,10 @@ import torch.distributed as dist
 
 from mepa_ds.errors import UserError
 from mepa_ds.memory import keep_freed_memory
+
+
+class SetupError(UserError):
+    """The environment of this node is wrong, which this rank alone may know; starting again would not help."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,25 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
     if not dist.is_initialized():
         store = dist.HashStore() if launch.world_size == 1 else None
         backend = "nccl" if device.type == "cuda" else "gloo"
+        _check_interfaces(backend)
         dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store)
     return device
+
+
+def _check_interfaces(backend: str) -> None:
+    """Raises SetupError where the environment names a network interface that this node does not have."""
+    here = [name for _, name in socket.if_nameindex()]
+    for variable in ("GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if backend == "nccl" else [])):
+        text = os.environ.get(variable, "")
+        # NCCL's are beginnings of names, but for =NAME; ^NAME leaves one out.
+        is_prefix = variable.startswith("NCCL") and not text.startswith("=")
+        names = [] if text.startswith("^") else [name for name in text.lstrip("=").split(",") if name]
+        missing = [n for n in names if n not in here and not (is_prefix and any(name.startswith(n) for name in here))]
+        if missing and (backend == "gloo" or len(missing) == len(names)):
+            raise SetupError(
+                f"{variable}={text}: node {socket.gethostname()} has no network interface {missing[0]} (it has "
+                f"{', '.join(here)}); mend or unset the variable, or MEPA_INTERFACE of the cluster's profile"
+            )
 
 
 def stop() -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 
 ResultT = TypeVar("ResultT")
@@ -42,6 +45,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> bool:
+    """Removes a file, a link (not what it leads to), or a directory with all that is in it; whether it is gone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return not os.path.lexists(path)
+
+
+def make_way(path: Path) -> None:
+    """Afterwards nothing is at `path`. What cannot be removed (NFS keeps files that are open elsewhere) is renamed to
+    `<path>.left<number>`, and told of.
+    """
+    if remove(path):
+        return
+    names = (path.with_name(f"{path.name}.left{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    log.note(f"warning: {aside}: could not be removed, and is out of the way now; remove it when nothing uses it")
 
 
 def check_writable(directory: Path, option: str) -> None:

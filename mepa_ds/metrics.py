@@ -68,14 +68,16 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run; a torn last line (a kill in the middle of a write) is left out."""
+    """The records of a run; a torn line (a kill, or a lost node, in the middle of a write) is left out."""
     if not path.exists():
         return
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:  # of bytes that are no text, too
             continue
+        if isinstance(record, dict):
+            yield record
 
 
 def _finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mepa_ds.paths import given_path
 from mepa_ds.slurm.recipe_value import recipe_paths
 
 MEETING_SECONDS = 120.0
@@ -66,7 +67,7 @@ def local_trouble(state: Path, recipe: Sequence[str]) -> str | None:
         if free < least:
             return f"{folder}: {free:.1f} GB free, at least {least:g} wanted (MEPA_MIN_DISK_GB)"
     if recipe:
-        for key, path in recipe_paths(Path(recipe[0]), recipe[1:]):
+        for key, path in recipe_paths(given_path(recipe[0], "recipe"), recipe[1:]):
             if not path.exists():
                 return f"{key}: {path} is not visible; put it where all nodes see it, or mount it there"
     return None

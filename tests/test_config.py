@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mepa_ds.config.base import apply_overrides, describe, dump_yaml, load_config, parse_yaml, read_yaml, validate
+from mepa_ds.config.base import (
+    Section,
+    apply_overrides,
+    describe,
+    dump_yaml,
+    load_config,
+    parse_yaml,
+    read_yaml,
+    validate,
+)
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.pretrain import LogConfig, PretrainConfig
+from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
+from mepa_ds.slurm.pipeline import PipelineConfig
 from tests.tiny_run import ROOT, recipe_values
 
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
@@ -40,16 +57,90 @@ def config_with(*overrides: str) -> PretrainConfig:
         ("optim.base_lr=.inf", r"optim\.base_lr: .*finite number"),
         ("optim.betas=[0.9, 1.0]", r"optim\.betas\.1: .*less than 1"),
         ("parallel.precision=fp8", r"parallel\.precision: .*'bf16', 'fp16' or 'fp32'"),
+        ("train.steps=1:30", r"train\.steps: .*valid integer \(given: '1:30'\)"),
+        ("train.steps=1e3", r"train\.steps: .*valid integer, such as 1000 \(given: 1000\.0\)"),
+        ("train.steps=true", r"train\.steps: .*valid integer"),
+        ("optim.base_lr=true", r"optim\.base_lr: .*valid number"),
+        ("optim.base_lr=.nan", r"optim\.base_lr: .*finite number"),
+        ("optim.base_lr=1e999", r"optim\.base_lr: .*finite number"),
+        ("parallel.compile=yes", r"parallel\.compile: .*valid boolean, true or false \(given: 'yes'\)"),
+        ("guards.time_limit=12:00:00", r"time_limit: a number of minutes; 12:00:00 \(hours:minutes:seconds\) is 720"),
+        ("guards.stop_before_end='1-12'", r"stop_before_end: a number of minutes; 1-12 \(days:hours\) is 2160"),
+        ("guards.hang_timeout=8:00", r"hang_timeout: a number of seconds; 8:00 \(minutes:seconds\) is 480"),
+        ("log.wandb_project=0100", r"wandb_project: .*valid string; put text in quotes \(given: 100\)"),
+        ("log.wandb_project='a: b'", None),
+        ("log.wandb_project=a: b", r"wandb_project: .*valid string; put text in quotes"),
+        ("output_dir=2024", r"output_dir: .*valid string; put text in quotes \(given: 2024\)"),
+        ("output_dir=~", r"output_dir: .*valid string; null is none, and neither is ~ alone \(given: None\)"),
+        ("output_dir=''", r"output_dir: an empty path"),
+        ("data.tokens=$MEPA_TEST_UNSET/x", r"data\.tokens: .*the variable \$MEPA_TEST_UNSET is not set here"),
+        ("tokenizer=~no-such-user-here/x", r"tokenizer: .*no home directory of ~no-such-user-here"),
+        ("data.teacher={name: a, weights: ''}", r"data\.teacher\.weights: an empty path"),
     ],
 )
-def test_a_faulty_recipe_names_key_and_remedy(override: str, message: str) -> None:
+def test_a_faulty_recipe_names_key_and_remedy(override: str, message: str | None) -> None:
+    if message is None:
+        config_with(override)
+        return
     with pytest.raises(UserError, match=message):
         config_with(override)
+
+
+def test_paths_of_every_section_are_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one type: a section with a plain Path would take ~ literally."""
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("output_dir=~/x", "data.tokens=$HOME/t", "tokenizer='${HOME}/v'", "parallel.deepspeed=zero.json")
+    config = config_with(*paths)
+    assert (config.output_dir, config.data.tokens) == (Path("/home/me/x"), Path("/home/me/t"))
+    assert (config.tokenizer, config.parallel.deepspeed) == (Path("/home/me/v"), Path("zero.json"))
+    assert "output_dir: /home/me/x\n" in dump_yaml(config)
+    online = config_with("data={images: ~/i, teacher: {name: vit, weights: ~/w}}", "objective.alignment.weight=1")
+    assert online.data.teacher is not None
+    assert online.data.teacher.weights == "/home/me/w"
+    sections = all_sections(Section)
+    assert {PretrainConfig, TokenizerTrainingConfig, PipelineConfig} <= sections
+    for section in sections:
+        for name, hint in typing.get_type_hints(section, include_extras=True).items():
+            assert not any(part is Path for part in parts_of(hint)), f"{section.__name__}.{name} is a plain Path"
+
+
+def all_sections(base: type[Section]) -> set[type[Section]]:
+    return {found for section in base.__subclasses__() for found in ({section} | all_sections(section))}
+
+
+def parts_of(hint: Any) -> Iterator[Any]:
+    """The types in a hint, but for those that Annotated has given a validator."""
+    if typing.get_origin(hint) is Annotated:
+        return
+    yield hint
+    for argument in typing.get_args(hint):
+        yield from parts_of(argument)
 
 
 def test_every_fault_is_listed_at_once() -> None:
     with pytest.raises(UserError, match=r"(?s)model\.dept.*train\.global_batch"):
         config_with("model.dept=3", "train.global_batch=0")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("log.wandb_project=a #1", r"'#1' would be a comment; put the value in quotes"),
+        ("log.wandb_project=#1", r"'#1' would be a comment"),
+        ("train.steps=", r"there is no value; key=null turns something off"),
+        ("train.steps=&x", r"there is no value"),
+        ("train.steps=---", r"there is no value"),
+        ("log.wandb_project=[a", r"not valid YAML"),
+    ],
+)
+def test_an_override_is_taken_whole_or_not_at_all(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        apply_overrides({}, [override])
+
+
+def test_quotes_keep_what_yaml_would_read_otherwise() -> None:
+    values = apply_overrides({}, ["a='x #1'", 'b="0100"', "c=null", 'd=""', "e=a#1", "f=[1, 2]", "g=x=y"])
+    assert values == {"a": "x #1", "b": "0100", "c": None, "d": "", "e": "a#1", "f": [1, 2], "g": "x=y"}
 
 
 @pytest.mark.parametrize("override", ["model", "--model.depth=3", "=3", "model.depth.x=3"])
@@ -67,10 +158,55 @@ def test_a_world_that_does_not_fit(world_size: int, message: str) -> None:
         config_with("parallel.ep_size=2").check_world(world_size)
 
 
-def test_numbers_are_read_as_everybody_means_them() -> None:
-    read = parse_yaml("[1, 1e-4, 1.5, 5.e-1, .5, 0x10, -3, true, 1.0.2, 1_000]", "test")
-    assert read == [1, 1e-4, 1.5, 0.5, 0.5, 16, -3, True, "1.0.2", 1000]
-    assert [type(item) for item in read[:3]] == [int, float, float]
+NUMBERS = {
+    "1": 1, "-3": -3, "+5": 5, "0100": 100, "08": 8, "0x1F": 31, "0o17": 15, "1_000": 1000, "1_000.5": 1000.5,
+    "1.5": 1.5, "5.": 5.0, ".5": 0.5, "5.e-1": 0.5, "1e-4": 1e-4, "1E5": 1e5, "-.inf": -math.inf,
+}  # fmt: skip
+TEXTS = (
+    *("1:30", "12:00:00", "1-12:00:00", "2024-01-01", "2024-01-01 10:00:00", "2024_01_01", "1.0.2", "1_0", "1__000"),
+    *("0b1", "0o8", "0x", "5e", "inf", "nan", "yes", "no", "on", "Off", "y", "=", ".", "a#b", "~x", "null2", "a b"),
+)
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_what_looks_like_a_number_is_that_number(text: str) -> None:
+    value = parse_yaml(text, "test")
+    assert (value, type(value)) == (NUMBERS[text], type(NUMBERS[text]))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_all_else_is_text(text: str) -> None:
+    """YAML 1.1 has numbers to the base of 60 and 8, dates, and truth values that nobody means."""
+    assert parse_yaml(text, "test") == text
+
+
+def test_truth_values_and_nothing() -> None:
+    assert parse_yaml("[true, True, FALSE, null, ~, ]", "test") == [True, True, False, None, None]
+    assert math.isnan(parse_yaml(".nan", "test"))
+
+
+NUMERIC = "0123456789:_.eExob+-"
+
+
+@settings(deadline=None)
+@given(st.tuples(st.sampled_from("0123456789+-"), st.text(NUMERIC, max_size=7), st.sampled_from("0189eb")).map("".join))
+def test_no_number_is_read_as_another(text: str) -> None:
+    value = parse_yaml(text, "test")
+    if not isinstance(value, str):
+        plain = text.replace("_", "")
+        assert value == (int(plain, 0) if plain[:2] in ("0x", "0o") else float(plain))
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8")) | st.text(NUMERIC, max_size=9) | st.text("yYnNoOtTfF~<=", max_size=4))
+def test_text_in_a_resolved_recipe_is_read_as_that_text(text: str) -> None:
+    assert parse_yaml(dump_yaml(LogConfig(wandb_project=text)), "resolved.yaml")["wandb_project"] == text
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "a: !!timestamp 2024-01-01", "a: !!int x", "a: !!binary aGk=", "a: <<"])
+def test_what_no_recipe_holds_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"recipe: not valid YAML"):
+        parse_yaml(text, "recipe")
 
 
 def test_yaml_errors_name_the_file(tmp_path: Path) -> None:

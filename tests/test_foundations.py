@@ -100,6 +100,23 @@ def test_metrics_of_a_resumed_run_hold_every_step_once(tmp_path: Path) -> None:
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    "tail", [b"\xff\xfe\x00torn", b"\x00" * 100, b'{"event": "train", "st', b'{"event": "\xe9', b"7\nnull\n[1]\n"]
+)
+def test_what_a_lost_node_leaves_in_a_record_ends_no_later_start(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write({"event": "train", "step": 1})
+    writer.close()
+    path.write_bytes(path.read_bytes() + tail)
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    resumed = MetricsWriter(path, resume_step=None)
+    assert resumed.rewind(1, keep_warnings=True) == 1
+    resumed.write({"event": "train", "step": 2})
+    resumed.close()
+    assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2]
+
+
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1"}
 # deepspeed/launcher/launch.py
 DEEPSPEED = {**TORCHRUN, "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2", "MASTER_PORT": "29500"}

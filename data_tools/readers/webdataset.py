@@ -13,6 +13,7 @@ from data_tools.readers.class_names import read_class_names
 from data_tools.readers.patterns import check_files, expand_braces
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
+from mepa_ds.cli.paths import PathOrName
 from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.left_out import LeftOut, printable
@@ -30,7 +31,7 @@ _MANY_CLASSES = 100_000
 class WebDataset:
     """Shards with an image and a `.cls` label (a number) a sample, to be shuffled, resized or cut anew."""
 
-    shards: str
+    shards: PathOrName
     """A directory, a glob, or a brace pattern such as /data/train-{0000..0099}.tar or https://host/{00..63}.tar."""
     classes: Path | None = None
     """Text file of class names, one a line in the order of the labels, or a shard set that has them. By default those

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
 
 
@@ -99,3 +100,7 @@ def _compare(options: Diff) -> int:
     lines = list(differences(options.first, options.second))
     print("\n".join(lines) if lines else "no difference")
     return int(bool(lines))
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

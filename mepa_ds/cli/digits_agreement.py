@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +53,7 @@ def _pixels(images_B3HW: Tensor) -> np.ndarray:
     """[0, 1] RGB -> (B, 64) grey values in 0..16, as in scikit-learn's data."""
     grey_B1HW = images_B3HW.mean(1, keepdim=True)
     return F.adaptive_avg_pool2d(grey_B1HW, SIDE).flatten(1).mul(16).numpy()
+
+
+if __name__ == "__main__":
+    sys.exit("error: digits_agreement is no command; python -m mepa_ds --help lists them")

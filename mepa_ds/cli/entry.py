@@ -6,16 +6,17 @@ import atexit
 import errno
 import faulthandler
 import os
-import select
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from mepa_ds import distributed, log
+from mepa_ds.cli.paths import REGISTRY
 from mepa_ds.cpus import limit_threads
 from mepa_ds.errors import UserError
 
@@ -33,13 +34,14 @@ def run(main: Callable[[], object]) -> None:
 
     When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
     """
+    log.open_streams()
     limit_threads()
     try:
-        _run(main)
-    except BrokenPipeError:  # a network's connections raise it too
-        if not _reader_has_gone():
+        with REGISTRY:
+            _run(main)
+    except BrokenPipeError as error:  # a network's connections raise it too
+        if error.filename != log.STDOUT:
             raise
-        log.discard_stdout()
         sys.exit(128 + signal.SIGPIPE)
     finally:
         distributed.stop()
@@ -72,12 +74,6 @@ def _end(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
-def _reader_has_gone() -> bool:
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0))
-
-
 def _leave_together(status: int) -> None:
     """One of several ranks ends here, when all are done; a single process returns.
 
@@ -103,6 +99,11 @@ def _leave_anyway(status: int) -> None:
 
 
 def _exit(status: int) -> None:
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit("error: entry is no command; python -m mepa_ds --help lists them")

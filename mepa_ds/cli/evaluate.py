@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
 
 
@@ -72,3 +74,7 @@ def check_sizes(options: EvaluateOptions, samples: Any, real: Any) -> None:
         raise UserError(f"{len(samples)} images and {len(real)} real ones: at least 5 of each are needed")
     if len(samples) < 50_000:
         print(f"warning: {len(samples)} images; published scores are of 50000, and fewer have a larger FID", flush=True)
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from mepa_ds import log
+from mepa_ds.cli import entry
 
 
 @dataclass
@@ -22,8 +26,13 @@ class ExportOptions:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(ExportOptions, prog="mepa export", args=argv)
+    log.make_stdout_a_log()
     from mepa_ds.engine.checkpoint_files import export_checkpoint
     from mepa_ds.engine.fragment_store import EMA, MASTER
 
     export_checkpoint(options.checkpoint, options.directory, EMA if options.ema else MASTER)
     print(f"weights of {options.checkpoint} in {options.directory}")
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -28,6 +28,10 @@ def usage() -> str:
 
 def main() -> None:
     """Entry point of the console script."""
+    entry.run(_main)
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
@@ -37,4 +41,8 @@ def main() -> None:
         print(f"error: no command {name!r}\n{usage()}", file=sys.stderr)
         sys.exit(2)
     module = importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}")
-    entry.run(lambda: module.main(arguments[1:]))
+    module.main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main()

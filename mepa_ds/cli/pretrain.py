@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from mepa_ds import distributed, log
+from mepa_ds.cli import entry
 from mepa_ds.cli.recipes import read_recipe
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
@@ -44,14 +45,11 @@ def main(argv: list[str]) -> None:
         return
     if any(value is not None for value in (options.world_size, options.memory, options.num_samples)):
         parser.error("--world-size, --memory and --num-samples belong to --dry-run")
+    log.make_stdout_a_log()
     requests = StopRequests()
     from mepa_ds.loops.pretraining import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
 
-    try:
-        finished = pretrain(config, requests)
-    finally:
-        log.settle()
-    if not finished:
+    if not pretrain(config, requests):
         sys.exit(REQUEUE_EXIT_CODE)
 
 
@@ -65,3 +63,7 @@ def _dry_run(config: PretrainConfig, options: argparse.Namespace) -> None:
     machine = this_machine(config, world_size, None if options.memory is None else options.memory * 1e9)
     if distributed.read_launch().is_main:
         print(format_plan(plan_run(config, machine, options.num_samples)))
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

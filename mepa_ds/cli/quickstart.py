@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -15,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json
+from mepa_ds.files import make_way, write_json
 from mepa_ds.memory import peak_resident_bytes
 
 RUNS = Path("runs/quickstart")
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> None:
         sys.exit(0 if argv[0] in ("-h", "--help") else 2)
     if not Path("recipes/quickstart.yaml").exists():
         raise UserError("recipes/quickstart.yaml: not found; run the quickstart in a clone of the repository")
+    log.make_stdout_a_log()
     spent = _read_spent()
     for number, stage in enumerate(STAGES, start=1):
         place = f"[{number}/{len(STAGES) + 1}]"
@@ -144,10 +146,7 @@ def _forget(stages: Sequence[Stage], spent: dict[str, Spent]) -> None:
     for stage in stages:
         spent[stage.name] = Spent()
         for path in stage.outputs:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            make_way(path)
 
 
 def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
@@ -207,3 +206,7 @@ def _tokenizer_scores() -> dict[str, float]:
 
     records = [r for r in read_metrics(RUNS / "tokenizer/metrics.jsonl") if r.get("event") == "heldout"]
     return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.files import write_json
 from mepa_ds.loops.run_report import format_report, run_report
 
@@ -22,5 +25,12 @@ class ReportOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(ReportOptions, prog="mepa report", args=argv)
     report = run_report(options.run)
-    write_json(options.run / "report.json", report)
+    try:
+        write_json(options.run / "report.json", report)
+    except OSError as error:  # another user's run, say
+        log.note(f"warning: {options.run / 'report.json'} cannot be written: {error.strerror}")
     print(format_report(report))
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.cli.scales_option import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks
@@ -72,6 +75,7 @@ def parse(argv: list[str]) -> SampleOptions:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
+    log.make_stdout_a_log()
     from mepa_ds.images import save_grid
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -223,3 +227,7 @@ def parse_classes(text: str, num_classes: int) -> list[int]:
             raise UserError(f"--classes: {item.strip()} goes beyond the model's classes 0..{num_classes - 1}")
         classes += range(int(first), int(last or first) + 1)
     return classes
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

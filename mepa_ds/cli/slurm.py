@@ -6,8 +6,11 @@ import argparse
 import json
 import os
 import shlex
-from pathlib import Path
+import sys
 
+from mepa_ds import log
+from mepa_ds.cli import entry
+from mepa_ds.cli.paths import path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import Tool, run_pipeline
 from mepa_ds.slurm.profile import ROOT, read_profile
@@ -22,12 +25,12 @@ def main(argv: list[str]) -> None:
     pipeline = commands.add_parser(
         "pipeline", help="shards, tokens and features, pretraining, samples: one chain of jobs"
     )
-    pipeline.add_argument("file", type=Path, help="YAML file, such as slurm/pipeline_imagenet256.yaml")
+    pipeline.add_argument("file", type=path_argument, help="YAML file, such as slurm/pipeline_imagenet256.yaml")
     _common_options(pipeline)
     show = commands.add_parser(
         "status", help="state, restarts, step, throughput, time left, last error, last checkpoint"
     )
-    show.add_argument("run", type=Path, help="output_dir of a run")
+    show.add_argument("run", type=path_argument, help="output_dir of a run")
     show.add_argument("--json", action="store_true", help="for programs")
     # argparse takes no positional words after options.
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -40,12 +43,18 @@ def main(argv: list[str]) -> None:
         if name in arguments:
             setattr(arguments, name, getattr(arguments, name).resolve())
     if arguments.command != "status":
+        if not (ROOT / "slurm" / "lib.sh").is_file():
+            raise UserError(
+                f"mepa slurm {arguments.command}: jobs start in a clone of the repository, and {ROOT} is none; clone "
+                "it to where all nodes see it, and install it from there: pip install --editable ."
+            )
         profile = read_profile(arguments.cluster)
         os.chdir(ROOT)
     if arguments.command == "status":
         report = status(arguments.run)
         print(json.dumps(report) if arguments.json else format_status(report))
     elif arguments.command == "pipeline":
+        log.make_stdout_a_log()
         run_pipeline(arguments.file, profile, arguments.dry_run, check_words)
     else:
         request = Request(
@@ -60,6 +69,7 @@ def main(argv: list[str]) -> None:
             stage=arguments.stage,
             dry_run=arguments.dry_run,
         )
+        log.make_stdout_a_log()  # a job that is submitted stays so
         submit_recipe(request, profile)
 
 
@@ -89,7 +99,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
 
 def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "recipe", type=Path, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
+        "recipe", type=path_argument, help="YAML file; for scaling-study a manifest: RECIPE [key=value ...] a line"
     )
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="after --, such as train.steps=100"
@@ -102,3 +112,7 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--after", action="append", metavar="JOB", help="start when this job has succeeded")
     parser.add_argument("--limit", type=int, default=8, help="members of a scaling study that run at once")
     parser.add_argument("--stage", action="store_true", help="copy the shard sets to every node's own disk first")
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.cli.recipes import read_recipe
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
@@ -18,9 +20,14 @@ me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A s
 
 def main(argv: list[str]) -> None:
     config = read_recipe(argv, "mepa train-tokenizer", DESCRIPTION, TokenizerTrainingConfig)
+    log.make_stdout_a_log()
     requests = StopRequests()
     from mepa_ds.loops.failures import reporting
     from mepa_ds.loops.tokenizer_training import train_tokenizer
 
     if not reporting(config.output_dir, lambda: train_tokenizer(config, requests)):
         sys.exit(REQUEUE_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

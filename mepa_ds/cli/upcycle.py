@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
+from mepa_ds import log
+from mepa_ds.cli import entry
 from mepa_ds.cli.scales_option import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
@@ -52,6 +55,7 @@ class UpcycleOptions:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(UpcycleOptions, prog="mepa upcycle", args=argv)
+    log.make_stdout_a_log()
     from mepa_ds.files import check_writable
     from mepa_ds.models.summary import count_parameters
     from mepa_ds.models.transformer import NextScaleTransformer
@@ -75,3 +79,7 @@ def main(argv: list[str]) -> None:
     model = upcycle(dense, moe, options.seed)
     model.save_pretrained(options.out)
     print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")
+
+
+if __name__ == "__main__":
+    entry.run(lambda: main(sys.argv[1:]))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from mepa_ds.config.yaml12 import Dumper, Loader
 from mepa_ds.errors import UserError
 
 
@@ -31,20 +31,6 @@ class Section(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `1e-4` as a string (YAML 1.1); this loader reads it as the number everybody means."""
-
-
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
-# Whole numbers match the float pattern too; the int resolver must be asked first.
-for _resolvers in _Yaml12Loader.yaml_implicit_resolvers.values():
-    _resolvers.sort(key=lambda item: item[0] != "tag:yaml.org,2002:int")
 
 
 def read_text(path: Path, what: str) -> str:
@@ -62,12 +48,14 @@ def parse_yaml(text: str, where: str) -> Any:
     drops a whole section without a word.
     """
     try:
-        loader = _Yaml12Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         _refuse_repeated_keys(node, set())
-        return None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+        value = None if node is None else loader.construct_document(node)
+        json.dumps(value)  # an anchor within itself
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {error}") from error
+    return value
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, visited: set[int]) -> None:
@@ -112,16 +100,25 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise UserError(f"{override!r}: {parent!r} is a value, not a section")
             node = child
-        node[leaf] = parse_yaml(value, override)
+        node[leaf] = _value_of(value, override)
     return result
+
+
+def _value_of(text: str, override: str) -> Any:
+    """Raises UserError where YAML would take less than what is written: a value that is null or cut without a word."""
+    value = parse_yaml(text, override)
+    end = max(token.end_mark.index for token in yaml.scan(text) if not isinstance(token, yaml.StreamEndToken))
+    if comment := text[end:].strip():
+        raise UserError(f"{override!r}: {comment!r} would be a comment; put the value in quotes: key='\"...\"'")
+    if value is None and text.strip() not in ("null", "Null", "NULL", "~"):
+        raise UserError(f"{override!r}: there is no value; key=null turns something off, key='\"\"' is an empty text")
+    return value
 
 
 def validate(config_type: type[ConfigT], data: dict[str, Any], where: str) -> ConfigT:
     """Builds the typed config or raises one UserError that lists every faulty key."""
     try:
         return config_type.model_validate_json(json.dumps(data))
-    except TypeError as error:  # a YAML date, say: nothing of ours is one
-        raise UserError(f"{where}: {error}") from error
     except ValidationError as error:
         lines = [_explain(config_type, detail) for detail in error.errors()]
         raise UserError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
@@ -146,7 +143,20 @@ def _explain(config_type: type[Section], detail: ErrorDetails) -> str:
     if not key:  # a model-wide check names its own keys
         return message
     given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
-    return f"{key}: {message}{given}"
+    return f"{key}: {message}{_hint(detail['type'], detail['input'])}{given}"
+
+
+def _hint(kind: str, given: Any) -> str:
+    """How to write what was probably meant."""
+    if kind == "string_type" and given is None:
+        return "; null is none, and neither is ~ alone"
+    if kind == "string_type" and isinstance(given, (bool, int, float, dict)):
+        return "; put text in quotes"
+    if kind == "bool_type" and str(given).lower() in ("yes", "no", "on", "off", "0", "1"):
+        return ", true or false"
+    if kind == "int_type" and isinstance(given, float) and given.is_integer():
+        return f", such as {given:.0f}"
+    return ""
 
 
 def _section_type(annotation: Any) -> type[Section] | None:
@@ -200,4 +210,4 @@ def _type_name(annotation: Any) -> str:
 
 def dump_yaml(config: Section) -> str:
     """The resolved config as YAML, ready to be used as a recipe."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    return yaml.dump(json.loads(config.model_dump_json()), Dumper=Dumper, sort_keys=False)

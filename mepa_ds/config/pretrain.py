@@ -11,6 +11,7 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.config.values import Minutes, PathOrHub, Seconds, UserPath
 from mepa_ds.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -23,22 +24,22 @@ class OnlineTeacher(Section):
 
     name: str
     """As for data_tools/precompute.py: patch-pca, dinov2-s|b|l|g[-reg], dinov3-..., or any plain ViT of timm."""
-    weights: str
+    weights: PathOrHub
     """Local checkpoint (for patch-pca, its directory), or `hub` to let timm download it."""
 
 
 class DataConfig(Section):
     """Sibling shard sets that `data_tools/precompute.py` wrote (tokens, features), or images, encoded at every step."""
 
-    tokens: Path | None = None
+    tokens: UserPath | None = None
     """Token maps of the training images (a directory with index.json). Give tokens or images."""
-    features: Path | None = None
+    features: UserPath | None = None
     """Teacher features of the same images; needed by semantic guidance."""
-    images: Path | None = None
+    images: UserPath | None = None
     """Training images, encoded by the tokenizer at every step; cropped at random unless stored at its side."""
     teacher: OnlineTeacher | None = None
     """Gives features of data.images at every step; needed by semantic guidance"""
-    heldout_tokens: Path | None = None
+    heldout_tokens: UserPath | None = None
     """Token maps of held-out images; null: no evaluation."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
@@ -132,8 +133,9 @@ class ParallelConfig(Section):
     """Keep for the backward pass: all; matrix products, attention and routing; blocks' inputs and routing."""
     compile: bool = False
     """torch.compile the blocks, except for the way of tokens to their experts; not with activation checkpointing."""
-    deepspeed: Path = Path("ds_configs/zero2.json")
-    """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe."""
+    deepspeed: UserPath = Path("ds_configs/zero2.json")
+    """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe. Those
+    of ds_configs/ are found from any directory."""
 
     @model_validator(mode="after")
     def _check_compile(self) -> Self:
@@ -180,26 +182,26 @@ class LogConfig(Section):
 class GuardConfig(Section):
     """What watches over a run and ends or mends it."""
 
-    time_limit: Annotated[float, Field(gt=0)] | None = None
+    time_limit: Minutes | None = None
     """Minutes from the start after which the run saves a checkpoint and exits with status 75; null: no limit."""
-    stop_before_end: Annotated[float, Field(gt=0)] | None = None
+    stop_before_end: Minutes | None = None
     """The same, so many minutes before the SLURM allocation ends (SLURM_JOB_END_TIME); null: leave it to signals."""
     max_bad_steps: PositiveInt = 10
     """Steps with a gradient that is not finite are skipped; so many in a row: back to a checkpoint, on other images."""
-    hang_timeout: Annotated[float, Field(gt=0)] | None = 480.0
+    hang_timeout: Seconds | None = 480.0
     """Seconds without a step (or a tensor of a checkpoint) after which a rank dumps all stacks and exits with 124."""
 
 
 class PretrainConfig(Section):
     """A whole run."""
 
-    output_dir: Path
+    output_dir: UserPath
     """Where metrics.jsonl, checkpoints and weights go; running again resumes from there."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order of samples and dropout."""
-    init_weights: Path | None = None
+    init_weights: UserPath | None = None
     """Start from these weights: a directory of `mepa export` or `mepa upcycle`, or VAR's var_d16.pth; null: drawn."""
-    tokenizer: Path
+    tokenizer: UserPath
     """What made data.tokens: a saved tokenizer's directory, or VAR's vae_ch160v4096z32.pth."""
     data: DataConfig
     """Shard sets"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +10,7 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.config.values import UserPath
 from mepa_ds.errors import UserError
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -21,9 +21,9 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class TokenizerDataConfig(Section):
     """Shards of images."""
 
-    images: Path
+    images: UserPath
     """Training images: a directory of shards, ours or any WebDataset."""
-    heldout_images: Path | None = None
+    heldout_images: UserPath | None = None
     """Held-out images for PSNR and codebook use; null: no evaluation."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A training image that cannot be read: end the run with its name, or put the next one in its place and count."""
@@ -38,7 +38,7 @@ class PerceptualConfig(Section):
     """Factor of the loss."""
     network: Literal["vgg", "alex"] = "vgg"
     """Backbone whose features are compared."""
-    backbone_weights: Path
+    backbone_weights: UserPath
     """State dict of torchvision's vgg16 or alexnet, such as vgg16-397923af.pth; nothing is downloaded."""
 
 
@@ -125,11 +125,11 @@ class TokenizerLogConfig(Section):
 class TokenizerTrainingConfig(Section):
     """A whole run."""
 
-    output_dir: Path
+    output_dir: UserPath
     """Where the tokenizer, metrics.jsonl and reconstructions go; running again resumes from there."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order of samples and quantizer dropout."""
-    start_from: Path | None = None
+    start_from: UserPath | None = None
     """Weights to begin with: a saved tokenizer's directory, or a VAR tokenizer such as vae_ch160v4096z32.pth."""
     data: TokenizerDataConfig
     """Shards"""

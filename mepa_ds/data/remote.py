@@ -27,7 +27,7 @@ class RemoteShards(Section):
 
     urls: tuple[str, ...]
     """Where each shard of the index is, in the order of the index; with signatures, where those are needed."""
-    cache: str
+    cache: Annotated[str, Field(min_length=1)]
     """Directory for fetched tars; variables such as $TMPDIR and $UID are expanded where it is used."""
     cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""

@@ -27,6 +27,7 @@ from mepa_ds.data.remote import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shared_lock import locked
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.log import note
+from mepa_ds.paths import given_path
 from mepa_ds.urls import short_name
 
 _RETRY_AFTER_SECONDS = 300.0
@@ -239,4 +240,4 @@ def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: 
     if "$" in text:
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
     content = "\n".join([*remote.places, *(entry.sha256 for entry in entries)])
-    return Path(text).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:12]
+    return given_path(text, f"{what}: cache in {REMOTE_NAME}") / hashlib.sha256(content.encode()).hexdigest()[:12]

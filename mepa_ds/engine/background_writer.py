@@ -7,7 +7,6 @@ reported and leaves what was there before.
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mepa_ds import distributed
 from mepa_ds.engine.checkpoint_files import digest
 from mepa_ds.engine.fragment_store import Fragment, save_fragments
+from mepa_ds.files import make_way, remove
 
 Digests = dict[str, dict[str, Any]]
 FactT = TypeVar("FactT")
@@ -187,7 +187,7 @@ class BackgroundWriter:
         else:
             return None
         if distributed.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
         return message
 
     def _do_before(self, what: str, action: Callable[[], None]) -> None:
@@ -232,5 +232,5 @@ class _RemoteError(Exception):
 
 
 def _make_anew(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    make_way(directory)
     directory.mkdir(parents=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from mepa_ds.engine.fragments import (
     set_loss_scaler_state,
 )
 from mepa_ds.errors import UserError
+from mepa_ds.files import make_way, remove
 
 FactT = TypeVar("FactT")
 
@@ -72,7 +72,7 @@ class Checkpoints:
             assert best is not None
             directory, heldout_ce = best
             beside = directory.with_name(f".{directory.name}.tmp")
-            shutil.rmtree(beside, ignore_errors=True)
+            make_way(beside)
             files.convert_fragments(temporary, self._config, beside, MASTER, state.step, self._writer.note_progress)
             files.publish(beside, directory)
             state.best_heldout_ce = heldout_ce
@@ -96,7 +96,7 @@ class Checkpoints:
             weights = temporary / "weights"
             files.convert_fragments(temporary, self._config, weights, kind, step, self._writer.note_progress)
             files.publish(weights, directory)
-            shutil.rmtree(temporary)
+            remove(temporary)
 
         self._writer.submit(directory.name, lambda: self._stage((kind,)), temporary, commit, on_progress)
 

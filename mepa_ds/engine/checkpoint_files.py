@@ -7,10 +7,10 @@ another name and renamed when complete, so a directory with this name was a whol
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,13 +19,14 @@ from typing import Any
 
 import torch
 
+from mepa_ds import log
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine.fragment_store import BUFFER, EMA, MASTER, read_tensors, stored_tensors
 from mepa_ds.errors import UserError
-from mepa_ds.files import fsync_directory, sha256_of_file, write_json
+from mepa_ds.files import fsync_directory, make_way, remove, sha256_of_file, write_json
 from mepa_ds.models.transformer import KIND
-from mepa_ds.weights import save_pretrained
+from mepa_ds.weights import CONFIG_NAME, save_pretrained
 
 _NAME = re.compile(r"step_(\d{8,})")
 TRANSFORMER = "transformer."
@@ -33,7 +34,7 @@ RUN_NAME, MANIFEST_NAME = "run.json", "manifest.json"
 WEIGHTS_FACTS_NAME = "training.json"
 _DAMAGED = ".damaged"
 # What a killed run may leave half-written or half-deleted. Exports have their names from the training loop.
-_UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old|pruned)")
+_UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old|pruned)(\.left\d+)?")
 _RETRY_SECONDS = 1.0
 _COMPARED_AT_ONCE = 32
 
@@ -152,43 +153,64 @@ def _compare_with_manifest(checkpoint: Path, part: int, parts: int, on_progress:
 def set_aside(checkpoint: Path) -> None:
     """A damaged checkpoint is kept for inspection, but never picked up or counted again."""
     target = checkpoint.with_name(checkpoint.name + _DAMAGED)
-    shutil.rmtree(target, ignore_errors=True)
+    make_way(target)
     os.rename(checkpoint, target)
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Gives a complete directory its final name; what had that name before is gone only afterwards."""
+    """Gives a complete directory its final name; what had that name before is gone only afterwards.
+
+    A link of that name (to another disk, say) is replaced, and what it leads to stays: a directory appears at once,
+    complete, only where it was written.
+    """
     fsync_directory(temporary)
     aside = target.with_name(f".{target.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
+    make_way(aside)
+    if os.path.lexists(target):
+        if target.is_symlink():
+            log.note(
+                f"warning: {target} was a link to {os.readlink(target)}, and is a directory now; what the link led to "
+                "stays as it was"
+            )
         os.rename(target, aside)
     os.rename(temporary, target)
     fsync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
 
 
 def prune(directory: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and those of every `keep_every`-th step."""
+    """Deletes all but the newest `keep` checkpoints and those of every `keep_every`-th step.
+
+    One that cannot be deleted is told of once, and stays.
+    """
     for old in list_checkpoints(directory)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
             aside = old.with_name(f".{old.name}.pruned")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(old, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                make_way(aside)
+                os.rename(old, aside)
+            except OSError as error:
+                _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints would have it so")
+            remove(aside)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.note(line)
 
 
 def clean(directory: Path) -> None:
     """Removes what a killed run was writing or deleting, and nothing else that lies there."""
     for path in list(directory.glob(".*")):
         match = _UNFINISHED.fullmatch(path.name)
-        if match is None or not path.is_dir():
+        if match is None:
             continue
         target = directory / match[1]
-        if match[2] == "old" and not target.exists():
+        if match[2] == "old" and match[3] is None and path.is_dir() and not target.exists():
+            make_way(target)  # a link that leads nowhere
             os.rename(path, target)  # killed between the two renames of `publish`: the new one is not there yet
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        elif not remove(path):
+            _say_once(f"warning: {path}, a leftover, cannot be removed; remove it when nothing uses it")
 
 
 def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
@@ -204,6 +226,11 @@ def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> 
         raise UserError(f"{checkpoint}: has no average of the weights: the run was without optim.ema")
     config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
     convert_fragments(checkpoint, config, directory, kind, state.step)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a whole export is there."""
+    return (directory / CONFIG_NAME).is_file()
 
 
 def step_of_weights(directory: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 import traceback
@@ -19,14 +20,16 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.loops.recorder import write_status
 from mepa_ds.loops.run_lock import is_held
+from mepa_ds.lost_peers import is_lost_peer
 
 ResultT = TypeVar("ResultT")
 # A rank that loses its peers learns of it before the peer's report is on disk.
 _PATIENCE_SECONDS = 3.0
 # How often a rank looks whether it is asked for, and how long answers are waited for.
 _LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
-_LOST_PEER = ("connection", "gloo", "nccl", "peer", "process group", "socket", "timed out", "aborted")
 _NAMED = 8
+# NCCL's words for what the launcher or the environment has set wrong: starting again would not help.
+_RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
 
 
 def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
@@ -34,6 +37,8 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
 
     One rank prints its traceback: the one that crashed first or, when a rank is gone without a word (killed by the
     system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
+
+    The status is 2 where the same would happen again.
     """
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
     if launch.is_main and not is_held(output_dir):  # before it meets the others, so before any of them can claim it
@@ -45,33 +50,39 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     try:
         return body()
     except UserError as error:
-        if launch.is_main and output_dir.is_dir() and not is_held(output_dir):  # then it is another start's to say
+        # A mistake in a recipe leaves no new output_dir. A held one is another start's to say something of.
+        tells = (launch.is_main and output_dir.is_dir()) or isinstance(error, distributed.SetupError)
+        if tells and not is_held(output_dir):
             with suppress(OSError):
                 write_status(output_dir, "failed", error=str(error))
         raise
     except Exception as error:
         _tell(error, output_dir, started, launch)
         # No clean-up that would talk to ranks that may be gone.
-        os._exit(1)
+        os._exit(2 if _RECURS.search(str(error)) else 1)
 
 
 def _tell(error: Exception, output_dir: Path, started: float, launch: distributed.Launch) -> None:
-    directory, rank, lost_peer = output_dir / "errors", launch.rank, _is_lost_peer(error)
+    directory, rank = output_dir / "errors", launch.rank
+    lost_peer = launch.world_size > 1 and isinstance(error, RuntimeError) and is_lost_peer(str(error))
     message = f"{type(error).__name__}: {error}"
     report = {"rank": rank, "time": time.time(), "error": message, "lost_peer": lost_peer}
     with suppress(OSError):  # the disk may be what has failed
         write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": traceback.format_exc()})
-    heading = f"rank {rank} failed:"
+    heading = f"error: rank {rank} failed: {_in_a_line(message)}"
     if lost_peer:
-        first = _first_cause(directory, started)
-        if first is not None:
-            log.note(f"rank {rank}: ended because rank {first['rank']} failed: {first['error']}")
-            return
-        if not _claim(directory):
+        first = _first_cause(directory, started, _PATIENCE_SECONDS)
+        if first is None and not _claim(directory):
             log.note(f"rank {rank}: lost a peer: {message.splitlines()[0]}")
             return
-        message = _silent(_call(directory, started, launch.world_size))
-        heading = f"error: {message}; rank {rank} has lost its peers:"
+        if first is None and (silent := _call(directory, started, launch.world_size)):
+            message = _silent(silent)
+            heading = f"error: {message}; rank {rank} has lost its peers:"
+        elif first is None:  # all are there, so this is what went wrong, unless one was slower to say why
+            first = _first_cause(directory, started, 0.0)
+        if first is not None:
+            log.note(f"rank {rank}: ended because rank {first['rank']} failed: {_in_a_line(first['error'])}")
+            return
     with suppress(OSError):
         write_status(output_dir, "failed", error=message, rank=rank)
     log.note(f"{heading}\n{traceback.format_exc()}")
@@ -80,9 +91,13 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
             get_error_handler().record_exception(error)
 
 
+def _in_a_line(message: str) -> str:
+    """Without the stack that C++ errors bring along: NCCL says what was wrong in its last line."""
+    lines = [line.strip() for line in message.split("\nException raised from")[0].splitlines()]
+    return " ".join(line for line in lines if line)
+
+
 def _silent(ranks: list[int]) -> str:
-    if not ranks:
-        return "connections between the ranks broke, though all of them are there"
     named = ", ".join(str(rank) for rank in ranks[:_NAMED])
     more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
     return (
@@ -112,11 +127,6 @@ def _answer(directory: Path, rank: int, started: float) -> None:
             return
 
 
-def _is_lost_peer(error: Exception) -> bool:
-    text = f"{type(error).__name__}: {error}".lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _LOST_PEER)
-
-
 def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
     """Those of this start of the run, answers too, earliest first."""
     reports = []
@@ -128,15 +138,16 @@ def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
     return sorted(reports, key=lambda report: report["time"])
 
 
-def _first_cause(directory: Path, since: float) -> dict[str, Any] | None:
-    """The earliest report that is no lost connection, after waiting a little for one."""
-    end = time.monotonic() + _PATIENCE_SECONDS
-    while time.monotonic() < end:
+def _first_cause(directory: Path, since: float, patience: float) -> dict[str, Any] | None:
+    """The earliest report that is no lost connection, after waiting so many seconds for one."""
+    end = time.monotonic() + patience
+    while True:
         causes = [report for report in _reports(directory, since) if not report["lost_peer"]]
         if causes:
             return causes[0]
+        if time.monotonic() >= end:
+            return None
         time.sleep(0.1)
-    return None
 
 
 def _claim_path(directory: Path) -> Path:

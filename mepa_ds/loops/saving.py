@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.pretrain import PretrainConfig, PretrainTrainConfig
 from mepa_ds.engine.background_writer import Written
 from mepa_ds.engine.checkpoint import Checkpoints, Loaded, agreed
-from mepa_ds.engine.checkpoint_files import WEIGHTS_FACTS_NAME, RunState, list_checkpoints, step_of, step_of_weights
+from mepa_ds.engine.checkpoint_files import (
+    WEIGHTS_FACTS_NAME,
+    RunState,
+    has_weights,
+    list_checkpoints,
+    step_of,
+    step_of_weights,
+)
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.engine.fragment_store import EMA, MASTER
 from mepa_ds.errors import UserError
@@ -20,8 +29,9 @@ class RunSaver:
 
     def __init__(self, config: PretrainConfig, engine: PretrainEngine, on_progress: Callable[[], None]):
         self._output, self._train, self._on_progress = config.output_dir, config.train, on_progress
-        log = config.log
-        self._checkpoints = Checkpoints(engine, config.output_dir / "checkpoints", log.keep_checkpoints, log.keep_every)
+        directory, keep = config.output_dir / "checkpoints", config.log.keep_checkpoints
+        self._checkpoints = Checkpoints(engine, directory, keep, config.log.keep_every)
+        self._evaluates = config.data.heldout_tokens is not None
         self._last = {"last": MASTER} | ({"last_ema": EMA} if config.optim.ema else {})
         self._best: tuple[int, float] | None = None
         """Step and held-out cross-entropy of weights that are better than those in `best`, and not yet there."""
@@ -37,11 +47,28 @@ class RunSaver:
         loaded = self._checkpoints.load_newest(data, self._on_progress)
         if loaded is not None:
             _check_length(self._train, loaded)
+            self._look_for_best(loaded.state)
         step = 0 if loaded is None else loaded.state.step
         for name in self._last if distributed.is_main() else ():
             if (step_of_weights(self._output / name) or 0) > step:
                 (self._output / name / WEIGHTS_FACTS_NAME).unlink()
         return loaded
+
+    def _look_for_best(self, state: RunState) -> None:
+        """Best weights that are not there (only checkpoints were copied, or `best` was removed) are looked for anew.
+
+        The next evaluation's are the best then; that is this start's first one where the checkpoint's step was
+        evaluated. Collective.
+        """
+        best = self._output / "best"
+        if state.best_heldout_ce == float("inf") or agreed(has_weights(best)):
+            return
+        if distributed.is_main():
+            remedy = "the next evaluation's weights go there, though earlier ones may have been better"
+            if not self._evaluates:
+                remedy = "data.heldout_tokens is not set, so none will come; mepa export writes a checkpoint's weights"
+            log.note(f"warning: {best}: no weights there, though this run had evaluated some as its best: {remedy}")
+        state.best_heldout_ce, state.evaluated_step = float("inf"), 0
 
     def save(self, state: RunState) -> None:
         """A checkpoint of this step; its weights also to <output_dir>/best, if they were found to be the best."""
@@ -104,7 +131,7 @@ class RunSaver:
             if written.error is not None and written.what in self._last:  # the same on every rank
                 raise UserError(
                     f"{self._output / written.what}: could not be written ({written.error}); "
-                    "make room and start again: the run goes on from its last checkpoint",
+                    f"{_remedy(written.error)} and start again: the run goes on from its last checkpoint",
                     agreed=True,
                 )
 
@@ -112,6 +139,11 @@ class RunSaver:
     def last_step_saved(self) -> int | None:
         """The newest checkpoint's."""
         return next((step_of(path) for path in list_checkpoints(self._checkpoints.directory)[-1:]), None)
+
+
+def _remedy(error: str) -> str:
+    full = any(os.strerror(code) in error for code in (errno.ENOSPC, errno.EDQUOT))
+    return "make room" if full else "mend that"
 
 
 def _check_length(train: PretrainTrainConfig, loaded: Loaded) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches
@@ -165,7 +165,10 @@ class _Loop:
     def _say_status(self, state: RunStatus) -> None:
         if distributed.is_main():
             facts = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
-            write_status(self.config.output_dir, state, **facts)
+            try:
+                write_status(self.config.output_dir, state, **facts)
+            except OSError as error:  # does not end a run
+                log.note(f"warning: {self.config.output_dir / 'status.json'} cannot be written: {error}")
 
     def _evaluate(self, progress: tqdm[Any]) -> None:
         if self.config.data.heldout_images is None:

@@ -6,6 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+from mepa_ds.lost_peers import is_lost_peer
+
+_SUMMARY = "ChildFailedError"  # torchrun's last line, whatever has failed
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
 # A message of ours, of argparse or tyro, the last line of a traceback, SLURM's own words about a killed process, or the
 # last words of a process that had no time for a traceback (NCCL's watchdog, C++, the interpreter).
@@ -22,12 +25,20 @@ _CAUSE = re.compile(
 
 
 def cause_of(text: str) -> str | None:
-    """The first message of an error in a log: what follows are the ranks that it took down. None: there is none."""
+    """The first message of an error in a log: what follows are the ranks that it took down. None: there is none.
+
+    A rank that is taken down may be faster to say so than the first one, so what names a lost peer counts last. In our
+    own messages that has been thought of.
+    """
+    weak: str | None = None
     for line in text.splitlines():
         found = _CAUSE.match(_RANK.sub("", line))
         if found:
-            return next(text for text in found.groups() if text)
-    return None
+            cause = next(text for text in found.groups() if text)
+            if found["ours"] or not (is_lost_peer(cause) or _SUMMARY in cause):
+                return cause
+            weak = weak or cause
+    return weak
 
 
 def main() -> None:

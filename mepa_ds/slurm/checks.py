@@ -56,7 +56,7 @@ def _kinds(node: Node) -> str:
 
 def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
     """Raises UserError for the first (name, path) that is not below one of the directories that all nodes see."""
-    shared = [Path(item).resolve() for item in profile.get("SHARED_PATHS").split()]
+    shared = [Path(item).expanduser().resolve() for item in profile.get("SHARED_PATHS").split()]
     if not shared:
         return
     for name, path in paths:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.metrics import read_metrics
 from mepa_ds.slurm.profile import ROOT, Profile
 from mepa_ds.slurm.scheduler import slurm
 
@@ -110,5 +111,4 @@ def submit(job: Job, profile: Profile, record: Path) -> str:
 
 def recorded_jobs(record: Path) -> list[dict[str, Any]]:
     """What was submitted for a run, oldest first."""
-    path = record / JOBS_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return list(read_metrics(record / JOBS_NAME))  # lines of JSON too, of which a lost node may leave a torn one

@@ -21,7 +21,7 @@ def results(state: Path, parts: int) -> dict[int, str]:
 def read_result(state: Path) -> str:
     """The last word of the job whose state lies in a directory; empty before its first."""
     path = state / RESULT
-    return path.read_text().strip() if path.is_file() else ""
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
 def open_parts(state: Path, parts: int) -> list[int]:

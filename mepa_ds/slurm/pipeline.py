@@ -17,8 +17,10 @@ from pydantic import Field
 
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.values import UserPath
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.checks import check_exists, check_paths
+from mepa_ds.slurm.command_words import command_words, path_words
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
@@ -35,9 +37,6 @@ from mepa_ds.slurm.submit import (
 
 Tool = Literal["build_shards", "precompute", "sample"]
 PositiveInt = Annotated[int, Field(gt=0)]
-_PATHS = ("--out", "--tar", "--root", "--labels", "--tokenizer", "--weights")
-_IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}
-"""Commands of precompute.py, and where their image set stands."""
 
 
 class ArrayConfig(Section):
@@ -56,7 +55,7 @@ class ArrayConfig(Section):
 class TrainingConfig(Section):
     """A training run."""
 
-    recipe: Path
+    recipe: UserPath
     """YAML file."""
     overrides: tuple[str, ...] = ()
     """key=value words."""
@@ -67,9 +66,9 @@ class TrainingConfig(Section):
 class EvaluateConfig(Section):
     """Scores of the samples, by one GPU."""
 
-    reference: Path
+    reference: UserPath
     """Real images, such as ADM's VIRTUAL_imagenet256_labeled.npz."""
-    inception: Path
+    inception: UserPath
     """torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
 
 
@@ -204,16 +203,8 @@ def _array_stages(config: PipelineConfig) -> list[ArrayConfig]:
 def _paths(array: ArrayConfig) -> Iterator[tuple[str, Path]]:
     """Files and directories that the commands name, each after its option; image sets stand without one."""
     for command in array.commands:
-        words = shlex.split(command)
-        place = _IMAGES.get(words[0], len(words))
-        for number, word in enumerate(words):
-            name, _, value = word.partition("=")
-            if number == place and not word.startswith("-"):
-                yield "images", Path(word)
-            elif name in _PATHS:
-                path = value or " ".join(words[number + 1 : number + 2])
-                if path != "hub":
-                    yield name, Path(path)
+        for _, name, path in path_words(command_words(command)):
+            yield name, Path(path)
 
 
 def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bool) -> list[str]:
@@ -274,7 +265,7 @@ def _training(kind: str, training: TrainingConfig) -> Iterator[tuple[Job, Job | 
 def _arrays(script: str, name: str, config: ArrayConfig, record: Path) -> Iterator[tuple[Job, Job | None]]:
     for number, command in enumerate(config.commands):
         state = record / f"{name}-{number}-{_digest(command, config.parts)}"
-        words = (str(state), str(config.parts), *shlex.split(command))
+        words = (str(state), str(config.parts), *command_words(command))
         yield from _array(Job(script, words, state, f"mepa-{name}", 1, config.gpus, config.cpus), config.parts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mepa_ds.config.base import read_text
 from mepa_ds.errors import UserError
+from mepa_ds.paths import given_path
 
 ROOT = Path(__file__).parents[2]
 """The clone of the repository: batch scripts and profiles are not part of the installed package."""
@@ -41,7 +42,7 @@ class Profile:
     def number(self, name: str, default: int) -> int:
         """Raises UserError for what is no whole number above 0."""
         text = self.get(name, str(default))
-        if not text.isdigit() or int(text) < 1:
+        if not re.fullmatch("[1-9][0-9]*", text):  # bash reads 0100 as 64
             raise UserError(f"{self.path}: MEPA_{name}={text}: expected a whole number above 0")
         return int(text)
 
@@ -60,7 +61,7 @@ def read_profile(name: str | None) -> Profile:
     remedy = f"known clusters: {', '.join(known)}; copy slurm/clusters/h100.env to make one"
     if name is None:
         raise UserError(f"--cluster: name the cluster's profile (or set MEPA_CLUSTER); {remedy}")
-    path = Path(name).resolve() if name.endswith(".env") else CLUSTERS / f"{name}.env"
+    path = given_path(name, "--cluster").resolve() if name.endswith(".env") else CLUSTERS / f"{name}.env"
     if not path.is_file():
         raise UserError(f"--cluster {name}: no profile {path}; {remedy}")
     values = {}

@@ -19,6 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mepa_ds.errors import UserError
+from mepa_ds.files import make_way
+from mepa_ds.paths import given_path
 from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_value
 
 _INDEX, _REMOTE = "index.json", "remote.json"
@@ -56,7 +58,7 @@ def copy_set(source: Path, target: Path) -> int:
                 "MEPA_SCRATCH or set MEPA_STAGE=off"
             )
         temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        make_way(temporary)
         temporary.mkdir()
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"staging {source.name}", disable=None) as bar:
             for path in files:
@@ -68,7 +70,7 @@ def copy_set(source: Path, target: Path) -> int:
 
 def main(argv: Sequence[str]) -> None:
     action, scratch, recipe, *overrides = argv
-    for key, source, target in staged_sets(Path(scratch), Path(recipe), overrides):
+    for key, source, target in staged_sets(Path(scratch), given_path(recipe, "recipe"), overrides):
         if action == "overrides":
             print(f"{key}={target}")
         elif copied := copy_set(source, target):

@@ -57,8 +57,9 @@ def _job_of(record: Path) -> str | None:
     # A pipeline records all its jobs beside the run; those of other stages have their state elsewhere.
     jobs = [job for job in recorded_jobs(record) if Path(job["state"]).resolve() == record.resolve()]
     owner = record / "owner"
-    if owner.exists() and not (jobs and jobs[-1]["time"] > owner.stat().st_mtime):
-        return owner.read_text().split()[0]
+    words = owner.read_text().split() if owner.exists() else []
+    if words and not (jobs and jobs[-1]["time"] > owner.stat().st_mtime):
+        return words[0]
     return jobs[-1]["job"] if jobs else None
 
 

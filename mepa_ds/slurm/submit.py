@@ -14,6 +14,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.paths import given_path
 from mepa_ds.slurm.checks import (
     check_data,
     check_exists,
@@ -173,7 +174,7 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
     looked_at = set[str]()
     for number, (recipe, *overrides) in enumerate(lines, start=1):
         try:
-            member = replace(request, job="pretrain", recipe=Path(recipe), overrides=tuple(overrides))
+            member = replace(request, job="pretrain", recipe=given_path(recipe, "recipe"), overrides=tuple(overrides))
             check_recipe(member, profile, looked_at=looked_at)
             run = output_dir(member).resolve()
             if run in runs:

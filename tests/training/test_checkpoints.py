@@ -93,6 +93,19 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(folder: Pa
     assert events.count("damaged_checkpoint") == 2
 
 
+def test_best_weights_that_were_not_copied_along_are_looked_for_anew(folder: Path) -> None:
+    """By this start's first evaluation, here that of the finished run's last step; the link to them is replaced."""
+    copy_of(folder, "branched", 12)
+    best = folder / "branched/best"
+    best.symlink_to(folder / "another_disk")
+    log = finish(arguments(folder, "branched"), 1, folder / "branched.log")
+    assert log.count(f"warning: {best}: no weights there, though this run had evaluated some as its best") == 1
+    assert f"warning: {best} was a link to {folder / 'another_disk'}" in log
+    assert json.loads((best / "training.json").read_text()) == {"step": 12}
+    ours, theirs = read_state_dict(best), read_state_dict(folder / "whole/best")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_every_byte_of_every_file_counts(folder: Path, tmp_path: Path) -> None:
     source = folder / "whole/checkpoints" / checkpoint_name(8)
     names = sorted(path.name for path in source.iterdir())

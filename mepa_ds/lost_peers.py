@@ -1,0 +1,22 @@
+"""How errors of PyTorch's collectives read where a peer is gone: another rank, or the system, knows the cause."""
+
+from __future__ import annotations
+
+import re
+
+# Of gloo, the store, and NCCL: connections that were there and ended, and peers that never came. What merely has the
+# name of a library in it ("gloo: unable to find address for: ib7", "NCCL error: duplicate GPU") is an error of its own.
+_ENDING = re.compile(
+    r"connection (?:was (?:likely )?)?closed|closed by (?:remote )?peer|peer closed|connection reset|broken pipe"
+    r"|pair closure|(?:recv|send)\w* failed on|failed to (?:recv|send), (?:got|sent) 0"
+    r"|timed out (?:waiting \d|after \d+ seconds waiting)|remote process exit|communicator was aborted"
+    r"|collective operation timeout|connectFullMesh failed|connection refused|failed to connect to"
+    r"|socket (?:unexpectedly )?closed|socket timeout|wait timeout|timeout waiting for key"
+    r"|(?:read|write) (?:error|timeout) \[|writev \[|connect(?:ion)? time(?:d )?out",
+    re.IGNORECASE,
+)
+
+
+def is_lost_peer(message: str) -> bool:
+    """Whether this is the message of an error that another rank's end has caused."""
+    return _ENDING.search(message) is not None
