@@ -36,5 +36,5 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"error: no command {name!r}\n{usage()}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}")
-    entry.run(lambda: module.main(arguments[1:]))
+    module = f"mepa_ds.cli.{name.replace('-', '_')}"
+    entry.run(lambda: importlib.import_module(module).main(arguments[1:]))

@@ -34,7 +34,7 @@ from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.start_record import record_start
 from mepa_ds.loops.step_records import StepRecords
-from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, undisturbed
+from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, stopped, undisturbed
 from mepa_ds.loops.training_data import Loader, data_identity, heldout_identity, open_checked
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
@@ -291,13 +291,9 @@ class PretrainRun:
         """Everything is on disk: leaves word for whoever starts the run again."""
         self.saver.settle(self.state)
         if self.recorder:
-            reason = self.requests.reason or "another rank was asked to stop"
-            line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
-            saved = self.saver.last_step_saved
-            if saved != self.state.step:
-                line += " anew: there is no checkpoint" if saved is None else f" from step {saved}, the last checkpoint"
-                line += " (that of this step could not be written)"
-            self.recorder.close("requeue", self.state.step, line)
+            reason, step = self.requests.reason, self.state.step
+            line = stopped(step, self.num_steps, reason, self.saver.last_step_saved)
+            self.recorder.close("requeue", step, line)
 
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""

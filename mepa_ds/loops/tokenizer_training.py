@@ -26,7 +26,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.loops.output import owned
 from mepa_ds.loops.recorder import RunStatus, write_status
-from mepa_ds.loops.stopping import Agreement, StopRequests, undisturbed
+from mepa_ds.loops.stopping import Agreement, StopRequests, stopped, undisturbed
 from mepa_ds.loops.tokenizer_checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
 from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
@@ -135,8 +135,8 @@ class _Loop:
         progress.close()
         finished = trainer.step_index >= trainer.num_steps
         if not finished:
-            reason = self.requests.reason or "another rank was asked to stop"
-            _say(f"tokenizer: stopped at step {trainer.step_index} of {trainer.num_steps} ({reason}); start again")
+            step = trainer.step_index
+            _say(f"tokenizer: {stopped(step, trainer.num_steps, self.requests.reason, from_step=step)}")
         self._say_status("finished" if finished else "requeue")
         return finished
 

@@ -17,7 +17,7 @@ import psutil
 from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.files import write_text
-from mepa_ds.loops.stopping import SIGNALS
+from mepa_ds.interrupts import SIGNALS
 
 # What is still to be sent at the end of a run takes a while; what a killed process leaves to do does not.
 _CLOSE_SECONDS, _KILLED_SECONDS = 60.0, 5.0
