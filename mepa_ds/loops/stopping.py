@@ -78,7 +78,7 @@ undisturbed = blocked
 
 
 def stopped(step: int, num_steps: int, reason: str | None, from_step: int | None) -> str:
-    """The line with which a run that was asked to stop ends. `from_step`: its last checkpoint's; None: there is none."""
+    """What a run that was asked to stop says at its end. `from_step`: its last checkpoint's; None: there is none."""
     line = f"stopped at step {step} of {num_steps} ({reason or 'another rank was asked to stop'}); start again to go on"
     if from_step is None:
         line += " anew: there is no checkpoint (that of this step could not be written)"
