@@ -141,7 +141,9 @@ class PretrainRun:
         config, log = self.config, self.config.log
         stop = self._evaluate_if_due()  # a run that was stopped has saved first and left the evaluation to this start
         self.saver.export_best(self.state)
-        records = StepRecords(config, self.num_samples, self._teacher_width, self.recorder)
+        self.records = records = StepRecords(
+            config, self.num_samples, self._teacher_width, self.recorder, self.state.window
+        )
         loader, batches = self._batches()
         while self.state.step < self.num_steps and not stop:
             self.agreement.begin()
@@ -155,16 +157,16 @@ class PretrainRun:
             self.state.position = micro_batches[-1].next_position
             stop = self.agreement.end()
             self.watchdog.beat()
-            records.note(self.state.step, report)
+            records.note(self.state.step, report, scales)
             if self._is_bad(report, micro_batches):
                 self._roll_back()
-                records.rolled_back()
+                records.restart(self.state.window)
                 loader, batches = self._batches()
                 if stop:  # or the next start would read the same images again
                     self._save()
                 continue
             if self.recorder:
-                self.recorder.advance()
+                self.recorder.advance(self.state.step)
             if logs:
                 records.write(self.state, report, lr, scales, loader, self.bad_steps.total)
             stop = stop or self._evaluate_if_due() or self._sample_if_due()
@@ -178,7 +180,6 @@ class PretrainRun:
             self._finish()
         else:
             self._stop()
-        self.watchdog.stop()
         return finished
 
     def _batches(self) -> tuple[Loader, Iterator[TrainingBatch]]:
@@ -284,20 +285,22 @@ class PretrainRun:
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
-        self.state.skipped_steps = self.bad_steps.total
+        self.state.skipped_steps, self.state.window = self.bad_steps.total, self.records.cut()
         self.saver.save(self.state)
 
     def _stop(self) -> None:
         """Everything is on disk: leaves word for whoever starts the run again."""
         self.saver.settle(self.state)
+        self.watchdog.stop()
         if self.recorder:
             reason, step = self.requests.reason, self.state.step
             line = stopped(step, self.num_steps, reason, self.saver.last_step_saved)
-            self.recorder.close("requeue", step, line)
+            self.recorder.close("requeue", step, line, reason=reason or "another rank")
 
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""
         self.saver.export_last(self.state)
+        self.watchdog.stop()
         if self.recorder:
             last = self.config.output_dir / "last"
             self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

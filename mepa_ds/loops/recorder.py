@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +17,10 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.loops.trackers import TensorBoard, Wandb
 from mepa_ds.memory import peak_resident_bytes
-from mepa_ds.metrics import MetricsWriter, read_metrics
+from mepa_ds.metrics import MetricsWriter, finite, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
+_STATUS_SECONDS = 1.0
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
@@ -46,6 +48,9 @@ class Recorder:
         self._path = config.output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
+        self._recent: dict[str, Any] = {}
+        """Of the last record, for status.json."""
+        self._status_due, self._status_failed = 0.0, False
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
         self._status("running", step)
@@ -64,11 +69,15 @@ class Recorder:
         self._bar.refresh()
 
     def past_losses(self) -> list[float]:
-        """Training losses of earlier starts."""
-        return [r["loss"] for r in read_metrics(self._path) if r["event"] == "train" and isinstance(r["loss"], float)]
+        """Of single steps, one a record of earlier starts."""
+        losses = [r.get("step_loss", r["loss"]) for r in read_metrics(self._path) if r["event"] == "train"]
+        return [loss for loss in losses if isinstance(loss, float)]
 
-    def advance(self) -> None:
+    def advance(self, step: int) -> None:
+        """A step is done; status.json says so within a second or two."""
         self._bar.update()
+        if time.monotonic() >= self._status_due:
+            self._status("running", step)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         self._metrics.write({"event": event, "step": step, **values})
@@ -90,7 +99,9 @@ class Recorder:
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self.record("train", step, values)
-        left = (self._num_steps - step) * values["step_seconds"]
+        left = (self._num_steps - step) * values["mean_step_seconds"]
+        facts = {"loss": values["loss"], "images_per_second": values["images_per_second"], "seconds_left": round(left)}
+        self._recent = finite(facts)
         text = (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  ce {values['ce']:.4f}  "
             f"lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {values['images_per_second']:.0f} images/s  "
@@ -98,20 +109,29 @@ class Recorder:
         )
         self.say(text)
 
-    def close(self, state: RunStatus, step: int, line: str) -> None:
+    def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
         """Says and stores how the run ended."""
         self.say(line)
         self._bar.close()
         self._metrics.close()
-        self._status(state, step)
+        self._status(state, step, **facts)
         for tracker in self._trackers:
             tracker.close()
 
-    def _status(self, state: RunStatus, step: int) -> None:
+    def _status(self, state: RunStatus, step: int, **facts: Any) -> None:
+        began = time.monotonic()
+        if state == "running":
+            facts |= self._recent
         try:
-            write_status(self._directory, state, step=step, num_steps=self._num_steps)
+            write_status(self._directory, state, step=step, num_steps=self._num_steps, **facts)
         except OSError as error:  # a full disk does not end a run
-            self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
+            if not self._status_failed:
+                self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
+            self._status_failed = True
+        else:
+            self._status_failed = False
+        ended = time.monotonic()
+        self._status_due = ended + max(_STATUS_SECONDS, 50 * (ended - began))  # a slow disk does not slow the run
 
 
 def peak_memory_bytes() -> int:
