@@ -12,6 +12,7 @@ import torch
 
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
+from mepa_ds.config.changes import recipe_changes
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
@@ -29,7 +30,7 @@ from mepa_ds.loops.online import OnlineSets
 from mepa_ds.loops.output import prepared_output
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import any_nonfinite
-from mepa_ds.loops.sample_grids import SampleGrids
+from mepa_ds.loops.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.start_record import record_start
@@ -97,7 +98,8 @@ class PretrainRun:
         if config.log.sample_every is not None:
             samples = config.output_dir / "samples"
             tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(device)
-            self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed)
+            alone = config.parallel.ep_size == 1
+            self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
@@ -105,6 +107,7 @@ class PretrainRun:
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
         loaded = self.saver.load_newest(self.state.data)
+        changed = {} if loaded is None else recipe_changes(loaded.state.recipe, self.state.recipe)
         heldout_changed = loaded is not None and loaded.state.heldout not in ("", self.state.heldout)
         if loaded is not None:
             self._take_up(loaded.state)
@@ -118,7 +121,7 @@ class PretrainRun:
         self.saver.recorder = self.recorder
         facts = {"num_steps": self.num_steps, "num_samples": self.num_samples}
         facts["memory_before_bytes"] = self._memory_before
-        record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts)
+        record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts, changed)
         if loaded is not None:
             self._warn_of_damage(loaded)
             if heldout_changed:
@@ -267,7 +270,7 @@ class PretrainRun:
                 path = self.grids.write(model, step, self._beat_or_stop)
         except _StopError:
             return True
-        except OSError as error:  # of the main rank's file, when all ranks are done
+        except UnwrittenError as error:  # on the main rank, when all ranks are done
             if self.recorder:
                 self.recorder.warn("write_failed", step, f"a picture could not be written ({error})", what="samples")
             return False
@@ -276,7 +279,9 @@ class PretrainRun:
                 self.recorder.warn("samples_failed", step, f"no picture: {error}")
             return False
         if self.recorder:
-            self.recorder.record("samples", step, {"path": str(path.relative_to(self.config.output_dir))})
+            where = str(path.relative_to(self.config.output_dir))
+            self.recorder.record("samples", step, {"path": where, "classes": self.grids.classes})
+            self.recorder.say(f"step {step}  picture: {path}, {self.grids.shown}")
         return False
 
     def _save_is_due(self) -> bool:

@@ -6,8 +6,10 @@ The output directory holds `config.json` and `model.safetensors` (Tokenizer.load
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
+from mepa_ds.config.changes import changes_in_words, recipe_changes
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.in_step import in_step
@@ -64,6 +67,8 @@ def _train(config: TokenizerTrainingConfig, device: torch.device, requests: Stop
         return True
     if trainer.step_index:
         _say(f"tokenizer: resuming {config.output_dir} at step {trainer.step_index} of {trainer.num_steps}")
+    if start.changes:
+        _say(f"tokenizer: {changes_in_words(start.changes)}")
     if distributed.is_main():
         write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
     return _Loop(config, start, requests).run(start.unevaluated)
@@ -79,6 +84,8 @@ class _Start(NamedTuple):
     """A stop came before the evaluation of this step."""
     num_replaced: int
     """Damaged images since the last record, over all ranks."""
+    changes: dict[str, list[Any]]
+    """Of the recipe, since the checkpoint."""
 
 
 class _Loop:
@@ -94,6 +101,8 @@ class _Loop:
         if distributed.is_main():
             anew = "heldout" if start.unevaluated else None
             self.writer = MetricsWriter(config.output_dir / "metrics.jsonl", self.trainer.step_index, anew)
+        if start.changes:
+            self._write("recipe_changed", {"changes": start.changes})
 
     def run(self, unevaluated: bool) -> bool:
         """Whether the run is finished. unevaluated: the step it begins at is to be evaluated first."""
@@ -106,25 +115,27 @@ class _Loop:
         )  # fmt: skip
         if unevaluated:
             self._evaluate(progress)
-        since, since_step = time.perf_counter(), trainer.step_index
+        since_step, seconds = trainer.step_index, 0.0
         stop = False
         while trainer.step_index < trainer.num_steps and not stop:
+            began = time.perf_counter()
             self.agreement.begin()
             trainer.step(batches)
             stop = self.agreement.end()
             progress.update()
+            seconds += time.perf_counter() - began
             last = trainer.step_index == trainer.num_steps
             if last or trainer.step_index % log.every == 0:
                 trainer.check_finite()
                 record = trainer.metrics()
-                seconds = time.perf_counter() - since
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
                 if self.config.data.on_damaged == "skip":
                     record["replaced_samples"], self.num_replaced = self._all_replaced(), 0
                 self._write("train", record)
                 progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
-                since, since_step = time.perf_counter(), trainer.step_index
+                since_step, seconds = trainer.step_index, 0.0
+                self._say_status("running")
             evaluation_due = last or trainer.step_index % log.evaluate_every == 0
             if evaluation_due and (last or not stop):
                 self._evaluate(progress)
@@ -164,7 +175,8 @@ class _Loop:
     def _say_status(self, state: RunStatus) -> None:
         if distributed.is_main():
             facts = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
-            write_status(self.config.output_dir, state, **facts)
+            with suppress(OSError):  # a full disk is told of where weights do not fit
+                write_status(self.config.output_dir, state, **facts)
 
     def _evaluate(self, progress: tqdm[Any]) -> None:
         if self.config.data.heldout_images is None:
@@ -181,8 +193,11 @@ class _Loop:
         metrics, grid = evaluate_tokenizer(self.trainer.tokenizer, batches, self.config.log.evaluate_images)
         self._write("heldout", metrics)
         if distributed.is_main():
-            save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
-            save_image(grid, self.config.output_dir / "reconstructions.png")
+            try:
+                save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
+                save_image(grid, self.config.output_dir / "reconstructions.png")
+            except Exception as error:  # pictures end no run
+                progress.write(f"warning: a picture could not be written ({error})")
             progress.write(
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
                 f"images, {100 * metrics['codebook_use']:.0f} % of the codes in use"
@@ -250,9 +265,10 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
         _start_from(tokenizer, config.start_from)
     trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(len(shards)), device)
     if checkpoint is None:
-        return _Start(trainer, images, unevaluated=False, num_replaced=0)
+        return _Start(trainer, images, unevaluated=False, num_replaced=0, changes={})
     trainer.load_state_dict(checkpoint)
-    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"])
+    changes = recipe_changes(json.loads(checkpoint["config"]), json.loads(config.model_dump_json()))
+    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"], changes)
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:

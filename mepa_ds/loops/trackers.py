@@ -139,7 +139,8 @@ def _rests(what: str) -> None:
 
 
 def _in_a_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:300]
 
 
 def _kill_service() -> None:
