@@ -71,6 +71,7 @@ class Wandb:
     def __init__(self, config: PretrainConfig):
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._resting = False
+        self._library: Any = None
         self._run: Any = None
         self._jobs.put(lambda: self._start(config))
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -101,15 +102,15 @@ class Wandb:
         except (Exception, SystemExit) as error:
             self._rest(f"fails ({_in_a_line(error)})")
         with suppress(Exception, SystemExit):  # or it would do so when Python ends, and tell of a process that is gone
-            import wandb
-
-            wandb.teardown()
+            if self._library is not None:
+                self._library.teardown()
 
     def _start(self, config: PretrainConfig) -> None:
         if os.environ.get("WANDB_MODE") == "":
             del os.environ["WANDB_MODE"]  # which is what is meant, but the library finds it misspelt
         import wandb
 
+        self._library = wandb
         identifier = config.output_dir / "wandb_id"
         if not identifier.exists():
             write_text(identifier, secrets.token_hex(4))
