@@ -81,7 +81,9 @@ def test_an_interrupt_of_the_whole_group_completes_what_is_being_written(tmp_pat
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
-        assert process.stderr.readline() == "stopping, when what is being written is complete; at once, if asked again\n"
+        assert (
+            process.stderr.readline() == "stopping, when what is being written is complete; at once, if asked again\n"
+        )
         (tmp_path / "gate").touch()
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
