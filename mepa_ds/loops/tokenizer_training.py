@@ -148,7 +148,8 @@ class _Loop:
         if not finished:
             step = trainer.step_index
             _say(f"tokenizer: {stopped(step, trainer.num_steps, self.requests.reason, from_step=step)}")
-        self._say_status("finished" if finished else "requeue")
+        reason = {} if finished else {"reason": self.requests.reason or "another rank"}
+        self._say_status("finished" if finished else "requeue", **reason)
         return finished
 
     def _training_batches(self) -> Iterator[ImageBatch]:
@@ -172,11 +173,11 @@ class _Loop:
         """Damaged images that were replaced since the last record, on all ranks. Collective."""
         return int(sum_over_ranks(torch.tensor(self.num_replaced, device=self.trainer.device)))
 
-    def _say_status(self, state: RunStatus) -> None:
+    def _say_status(self, state: RunStatus, **facts: str) -> None:
         if distributed.is_main():
-            facts = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
+            steps = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
             with suppress(OSError):  # a full disk is told of where weights do not fit
-                write_status(self.config.output_dir, state, **facts)
+                write_status(self.config.output_dir, state, **steps, **facts)
 
     def _evaluate(self, progress: tqdm[Any]) -> None:
         if self.config.data.heldout_images is None:
