@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import secrets
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +16,6 @@ import psutil
 from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.files import write_text
-from mepa_ds.interrupts import SIGNALS
 
 # What is still to be sent at the end of a run takes a while; what a killed process leaves to do does not.
 _CLOSE_SECONDS, _KILLED_SECONDS = 60.0, 5.0
@@ -64,8 +62,8 @@ class TensorBoard:
 class Wandb:
     """The Weights & Biases run of an output_dir, the same for every start.
 
-    Its library talks to a process that it starts. A thread does all of it, so that a process that hangs or has died
-    holds nobody up; signals are blocked there, and so in the process, which would end at those that ask a run to stop.
+    Its library talks to a process that it starts. A batch system that asks a run to stop sends its signal to that too,
+    which then ends. A thread does all of it, so that a process that has died or hangs holds nobody up.
     """
 
     def __init__(self, config: PretrainConfig):
@@ -94,7 +92,6 @@ class Wandb:
             self._thread.join(_KILLED_SECONDS)
 
     def _work(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             while (job := self._jobs.get()) is not None:
                 job()

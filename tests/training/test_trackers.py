@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.interrupts import SIGNALS
 from mepa_ds.loops import trackers
 from mepa_ds.loops.recorder import Recorder
 from mepa_ds.metrics import read_metrics
@@ -36,8 +34,7 @@ class FakeWandb(SimpleNamespace):
                 raise self.error
 
     def init(self, **settings: Any) -> FakeWandb:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        self._do("init", settings["mode"], set(SIGNALS) <= blocked)
+        self._do("init", settings["mode"])
         return self
 
     def define_metric(self, *names: str, step_metric: str) -> None:
@@ -101,14 +98,12 @@ def test_a_failure_is_one_warning(
     fake.hang.set()
 
 
-def test_the_process_of_the_library_gets_no_signals_and_an_empty_mode_is_none(
-    config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_empty_mode_is_none(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "")
     fake = FakeWandb("nothing", None)
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     record_three_steps(config)
-    assert fake.seen == [("init", "offline", True), ("log", 1), ("log", 2), ("log", 3), ("finish",), ("teardown",)]
+    assert fake.seen == [("init", "offline"), ("log", 1), ("log", 2), ("log", 3), ("finish",), ("teardown",)]
 
 
 def test_the_status_is_written_before_trackers_are_closed(
