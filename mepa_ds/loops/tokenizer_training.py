@@ -113,10 +113,8 @@ class _Loop:
             total=trainer.num_steps, initial=trainer.step_index, desc="tokenizer", unit="step",
             disable=not distributed.is_main(), mininterval=1.0,
         )  # fmt: skip
-        if unevaluated:
-            self._evaluate(progress)
+        stop = unevaluated and not self._evaluate(progress)
         since_step, seconds = trainer.step_index, 0.0
-        stop = False
         while trainer.step_index < trainer.num_steps and not stop:
             began = time.perf_counter()
             self.agreement.begin()
@@ -138,7 +136,7 @@ class _Loop:
                 self._say_status("running")
             evaluation_due = last or trainer.step_index % log.evaluate_every == 0
             if evaluation_due and (last or not stop):
-                self._evaluate(progress)
+                stop = not self._evaluate(progress, to_the_end=last)
             if last:
                 self._finish()
             if last or stop or trainer.step_index % log.checkpoint_every == 0:
@@ -179,9 +177,10 @@ class _Loop:
             with suppress(OSError):  # a full disk is told of where weights do not fit
                 write_status(self.config.output_dir, state, **steps, **facts)
 
-    def _evaluate(self, progress: tqdm[Any]) -> None:
+    def _evaluate(self, progress: tqdm[Any], to_the_end: bool = False) -> bool:
+        """False: given up, since a rank was asked to stop. The same on every rank."""
         if self.config.data.heldout_images is None:
-            return
+            return True
         batches = image_batches(
             self.config.data.heldout_images,
             batch_size=self.trainer.local_batch,
@@ -191,7 +190,15 @@ class _Loop:
             num_workers=self.config.data.num_workers,
             train=False,
         )
-        metrics, grid = evaluate_tokenizer(self.trainer.tokenizer, batches, self.config.log.evaluate_images)
+        evaluated = evaluate_tokenizer(
+            self.trainer.tokenizer,
+            batches,
+            self.config.log.evaluate_images,
+            lambda: not to_the_end and self.requests.reason is not None,
+        )
+        if evaluated is None:
+            return False
+        metrics, grid = evaluated
         self._write("heldout", metrics)
         if distributed.is_main():
             try:
@@ -203,6 +210,7 @@ class _Loop:
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
                 f"images, {100 * metrics['codebook_use']:.0f} % of the codes in use"
             )
+        return True
 
     def _finish(self) -> None:
         if distributed.is_main():
