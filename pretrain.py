@@ -3,7 +3,13 @@
 import sys
 
 from mepa_ds.cli import entry
-from mepa_ds.cli.pretrain import main
+
+
+def main() -> None:
+    from mepa_ds.cli import pretrain
+
+    pretrain.main(sys.argv[1:])
+
 
 if __name__ == "__main__":
-    entry.run(lambda: main(sys.argv[1:]))
+    entry.run(main)

@@ -7,6 +7,11 @@ run that was killed goes on where it stopped; the result is the same to the byte
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes long to import
+    from mepa_ds.interrupts import raise_interrupts
+
+    raise_interrupts()
+
 import hashlib
 import io
 import shutil

@@ -7,6 +7,11 @@ remote  a set that lies behind a URL: fetch its index, so that the loader can fe
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes long to import
+    from mepa_ds.interrupts import raise_interrupts
+
+    raise_interrupts()
+
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial

@@ -7,13 +7,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar, cast
 
+from mepa_ds import log
 from mepa_ds.cpus import usable_cpus
 from mepa_ds.errors import UserError
+from mepa_ds.interrupts import blocked, obey_only
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -40,13 +42,16 @@ def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], 
     with ProcessPoolExecutor(workers, context, _start, (function, os.getpid())) as pool:
         try:
             # No more items than workers are handed out, so that none is begun after one has failed.
-            running = {pool.submit(_call, item) for item in islice(waiting, workers)}
+            running = {_submit(pool, item) for item in islice(waiting, workers)}
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     result = future.result()
-                    running |= {pool.submit(_call, item) for item in islice(waiting, 1)}
+                    running |= {_submit(pool, item) for item in islice(waiting, 1)}
                     yield cast(ResultT, result)
+        except KeyboardInterrupt:  # to leave the pool is to wait for its workers
+            log.note("stopping, when what is being written is complete; at once, if asked again")
+            raise
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, perhaps for want of memory; run again with fewer --workers: what is "
@@ -54,8 +59,15 @@ def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], 
             ) from error
 
 
+def _submit(pool: ProcessPoolExecutor, item: object) -> Future[object]:
+    """May start a process, which leaves signals to this one from its first line on."""
+    with blocked():
+        return pool.submit(_call, item)
+
+
 def _start(function: Callable[..., object], parent: int) -> None:
     global _function
+    obey_only(parent)
     _function = function
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
 

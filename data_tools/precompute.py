@@ -6,6 +6,11 @@ run that was killed goes on with the shards that are missing, and a rerun ends t
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes long to import
+    from mepa_ds.interrupts import raise_interrupts
+
+    raise_interrupts()
+
 import sys
 import time
 from collections.abc import Callable, Sequence

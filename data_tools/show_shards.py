@@ -8,6 +8,11 @@ Legend: B samples shown, L tokens, N patches, C teacher width.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes long to import
+    from mepa_ds.interrupts import raise_interrupts
+
+    raise_interrupts()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

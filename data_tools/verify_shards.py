@@ -7,6 +7,11 @@ there twice. `--repair` re-makes the damaged shards of token and feature sets fr
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before all that takes long to import
+    from mepa_ds.interrupts import raise_interrupts
+
+    raise_interrupts()
+
 import sys
 from collections import Counter
 from dataclasses import dataclass, field

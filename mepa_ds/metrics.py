@@ -33,7 +33,7 @@ class MetricsWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""
-        self._unwritten += json.dumps(_finite(record)).encode() + b"\n"
+        self._unwritten += json.dumps(finite(record)).encode() + b"\n"
         self._flush()
 
     def rewind(self, count: int, keep_warnings: bool) -> int:
@@ -80,11 +80,12 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same, with strings for floats that JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

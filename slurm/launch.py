@@ -6,7 +6,7 @@ rank       sets RANK and its like from srun's variables (torchrun has set them a
            counts as "start me again". When STATE/owner names another start of the run, COMMAND is killed: SLURM has
            given the run to other nodes.
 torchrun   runs `launch.py rank` on all local ranks under torchrun. torchrun would die of SIGUSR1 and kill its ranks
-           half a minute after SIGTERM, so it is kept from both; the ranks get SIGUSR1 from here.
+           half a minute after SIGTERM, so it is kept from these; the ranks get SIGUSR1 from here.
 
 Only the standard library: this runs in every rank, before anything else.
 """
@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OWNER_CHECK_SECONDS = 10.0
 REQUEUE_CODE = 75  # as in lib.sh: "not done yet, start me again"
 RETRY_SECONDS = 0.2  # far below the second within which a rank takes two signals for one request
@@ -76,7 +76,7 @@ def torchrun(state: Path, command: list[str]) -> int:
         worker = [sys.executable, __file__, "rank", str(state), *command]
         agent = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", *options, *worker],
-            env=env | {"MEPA_PIDS": pids, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP,SIGINT,SIGQUIT"},
+            env=env | {"MEPA_PIDS": pids, "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT"},
             preexec_fn=_ignore_stop_signals,
         )
         stop = False

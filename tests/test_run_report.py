@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mepa_ds.errors import UserError
-from mepa_ds.loops.run_report import run_report
+from mepa_ds.loops.run_report import format_report, run_report
 
 
 def train(step: int, speed: float, memory: int) -> dict[str, Any]:
@@ -34,6 +34,13 @@ def test_speed_is_the_last_starts_and_scores_are_those_of_the_best_weights(tmp_p
     report = run_report(write(tmp_path, *first, *scores, *second, heldout(4, 2.5, True), heldout(5, 2.6, False)))
     assert (report["world_size"], report["samples_per_second"], report["peak_memory_bytes"]) == (16, 1550.0, 6)
     assert (report["heldout_ce"], report["best_step"], report["steps"]) == (2.5, 4, 4)
+    assert report["starts"] == [
+        {"from_step": 0, "to_step": 2, "samples_per_second": 800.0, "peak_memory_bytes": 9, "world_size": 8},
+        {"from_step": 2, "to_step": 4, "samples_per_second": 1550.0, "peak_memory_bytes": 6, "world_size": 16},
+    ]
+    table = format_report(report)
+    assert "start 1                        steps 0 to 2, samples per second 800, " in table
+    assert "start 2                        steps 2 to 4, " in table
     # A start that has not come to a record yet.
     report = run_report(write(tmp_path, *first, {"event": "start", "step": 2, "world_size": 4}))
     assert (report["world_size"], report["samples_per_second"]) == (4, 800.0)

@@ -1,4 +1,7 @@
-"""What every entry point shares: one clear message for a user's mistake, exit status 2, on every rank."""
+"""What every entry point shares: one clear message for a user's mistake, exit status 2, on every rank.
+
+It imports PyTorch when a command runs, not before: an interrupt while that is imported is a line too.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-import torch.distributed as dist
-
-from mepa_ds import distributed, log
-from mepa_ds.cli.paths import REGISTRY
-from mepa_ds.cpus import limit_threads
+from mepa_ds import log
 from mepa_ds.errors import UserError
+from mepa_ds.interrupts import Interrupted, raise_interrupts, tell
 
 _LEAVE_SECONDS = 30.0
 _MAKE_ROOM = "free some space there and run again"
@@ -32,19 +32,31 @@ _OF_THE_SYSTEM = {errno.ENOSPC: _MAKE_ROOM, errno.EDQUOT: _MAKE_ROOM} | dict.fro
 def run(main: Callable[[], object]) -> None:
     """Runs `main`; a UserError is printed once and ends every rank with status 2.
 
+    A signal that asks to end (Ctrl-C) makes one line and the status of others that it ends; a second one ends at once.
     When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
     """
     log.open_streams()
-    limit_threads()
     try:
+        raise_interrupts()
+        from mepa_ds.cli.paths import REGISTRY
+        from mepa_ds.cpus import limit_threads
+
+        limit_threads()
         with REGISTRY:
             _run(main)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        tell(number)
+        sys.exit(128 + number)
     except BrokenPipeError as error:  # a network's connections raise it too
         if error.filename != log.STDOUT:
             raise
         sys.exit(128 + signal.SIGPIPE)
     finally:
-        distributed.stop()
+        if "torch.distributed" in sys.modules:
+            from mepa_ds import distributed
+
+            distributed.stop()
 
 
 def _run(main: Callable[[], object]) -> None:
@@ -61,11 +73,13 @@ def _run(main: Callable[[], object]) -> None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _end(UserError(f"{where}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def _end(error: UserError) -> NoReturn:
+    import torch.distributed as dist
+
+    from mepa_ds import distributed
+
     # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
     # Afterwards one may stand alone with its error.
     met, launch = dist.is_initialized(), distributed.read_launch()
@@ -81,7 +95,8 @@ def _leave_together(status: int) -> None:
     threads are left out (a rank that was the last to end was seen to abort in them, and once to hang). The wait for
     the others is the process group's, with its time-out: one rank may have minutes more to do.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
         sys.stdout.flush()  # a reader that has gone is met here, not where the interpreter ends
         return
     dist.barrier()  # no rank leaves while another still needs it; a launcher ends the others when the first one exits
@@ -93,6 +108,8 @@ def _leave_together(status: int) -> None:
 
 
 def _leave_anyway(status: int) -> None:
+    from mepa_ds import distributed
+
     print(f"rank {distributed.rank()}: does not end; stacks of all threads:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     _exit(status)

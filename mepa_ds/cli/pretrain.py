@@ -24,8 +24,9 @@ srun          srun python pretrain.py recipes/mepa_d16.yaml     (MASTER_ADDR and
               are there are checked against the recipe and each other. N defaults to the ranks that are started, GB to
               this machine's, the samples to those of data.tokens if it is there.
 
-SIGUSR1 or SIGTERM on any rank: the step ends, all ranks save a checkpoint and exit with status 75, which means "start
-me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second signal exits at once.
+Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP on any rank: the step ends, all ranks save a checkpoint and exit with status 75,
+which means "start me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second one, a second
+later or more, exits at once.
 
 exit status   0 finished; 75 stopped, start again to go on; 2 something in the recipe or the data is wrong;
               124 no step for guards.hang_timeout seconds; 1 a crash

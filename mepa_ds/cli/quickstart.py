@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.errors import UserError
 from mepa_ds.files import make_way, write_json
+from mepa_ds.interrupts import Interrupted
 from mepa_ds.memory import peak_resident_bytes
 
 RUNS = Path("runs/quickstart")
@@ -176,8 +178,16 @@ def _python(command: str) -> tuple[int, int]:
     """Runs Python with these words; its exit status, and the bytes of memory of its largest process."""
     # Threads that wait by spinning slow everything down several times when other programs want the cores too.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    if command.startswith(TORCHRUN):  # which sets it to that itself, and says so in five lines
+        environment.setdefault("OMP_NUM_THREADS", "1")
     with subprocess.Popen([sys.executable, *shlex.split(command)], env=environment) as process:
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except Interrupted as interrupt:  # it saves what it has; a terminal's Ctrl-C has reached it too
+            if interrupt.number != signal.SIGINT or not sys.stdin.isatty():
+                process.send_signal(interrupt.number)
+            process.wait()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_maxrss * 1024
 

@@ -13,8 +13,9 @@ from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
 DESCRIPTION = """Trains a multi-scale VQVAE by a recipe such as recipes/tokenizer_quickstart.yaml, or resumes the run in
 its output_dir. Runs alone, under torchrun, or from srun's variables.
 
-SIGUSR1 or SIGTERM on any rank: the step ends, the run is saved, and all ranks exit with status 75, which means "start
-me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second signal exits at once.
+Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP on any rank: the step ends, the run is saved, and all ranks exit with status 75,
+which means "start me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second one, a second
+later or more, exits at once.
 """
 
 

@@ -157,7 +157,7 @@ class LogConfig(Section):
     evaluate_batch: PositiveInt = 64
     """Images a rank and forward pass in evaluation."""
     sample_every: PositiveInt | None = None
-    """A grid of sampled images, one row a class, in <output_dir>/samples; null: none."""
+    """A grid of sampled images, one row a class (8 of more than 16), in <output_dir>/samples; null: none."""
     checkpoint_every: PositiveInt = 1000
     """A checkpoint that any number of ranks can resume from."""
     keep_checkpoints: PositiveInt = 2

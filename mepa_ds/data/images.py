@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import signal
 import threading
 import warnings
@@ -31,13 +30,13 @@ from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.distributed import read_launch
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.image_decoding import decode_image
+from mepa_ds.interrupts import obey_only
 from mepa_ds.log import note
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
 _MAX_ASPECT = 16
 _END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OnDamaged = Literal["stop", "skip"]
 
 
@@ -266,21 +265,12 @@ def _note_few_cpus(num_workers: int) -> None:
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """SLURM asks every process of a step to stop. A worker that did would take its rank along before it has saved.
-
-    Signals are blocked, not ignored: a rank that exits ends its workers by SIGTERM, and waits for them.
-    """
+    """A worker that ended at a signal to all processes would take its rank along before it has saved."""
     rank = multiprocessing.parent_process()
     assert rank is not None
+    assert rank.pid is not None
     signal.set_wakeup_fd(-1)  # a forked worker would note signals in the rank's socket
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_end_with, args=(rank.pid,), daemon=True).start()
-
-
-def _end_with(rank: int | None) -> None:
-    while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != rank:
-        pass
-    os._exit(0)
+    obey_only(rank.pid)
 
 
 class _Tasks:

@@ -62,6 +62,8 @@ class RunState:
     """Steps that were skipped because something was not finite, also those of which a rollback took the rest back."""
     replaced_samples: int = 0
     """Damaged samples that others took the place of (data.on_damaged = "skip"), up to the last logged step."""
+    window: dict[str, Any] = field(default_factory=dict)
+    """Sums of the steps since the last record in metrics.jsonl (loops.window); empty where a record has just been."""
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """fp16's dynamic loss scale."""
     data: dict[str, str] = field(default_factory=dict)

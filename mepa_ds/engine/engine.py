@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,10 @@ from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.transformer import Block, NextScaleTransformer
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+
+_RETIRED_COLLECTIVES = (
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_all_gather_base|_reduce_scatter_base)` "
+)
 
 
 @dataclass
@@ -80,6 +85,8 @@ class PretrainEngine:
     def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device, resumes: bool = False):
         self.device = device
         deepspeed_logger.setLevel(logging.ERROR)
+        # DeepSpeed's own calls: newer versions of PyTorch would tell of each anew, after every evaluation and export.
+        warnings.filterwarnings("ignore", _RETIRED_COLLECTIVES, FutureWarning)
         # On a CPU the shared-memory op would be compiled at start (33 s), and crash without g++.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, even for one process

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import OnlineTeacher, PretrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.loops.memory_trace import LiveBytes, give_memory
 from mepa_ds.teachers import patch_pca
@@ -22,6 +24,7 @@ from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.registry import TIMM_NAMES, build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.weights import CONFIG_NAME
 
 # Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
 _ASSUMED_WIDTH, _ASSUMED_PATCHES = 768, 256
@@ -84,7 +87,7 @@ def _stored(features: Path | None, assumed: list[str]) -> tuple[int, int]:
 def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
     """The teacher of that name, without its weights."""
     if teacher.name == patch_pca.KIND:
-        if Path(teacher.weights).exists():
+        if Path(teacher.weights).exists() and not is_unfinished(Path(teacher.weights)):
             return build_teacher(teacher.name, teacher.weights)
         assumed.append(f"{teacher.name} of its default size (no {teacher.weights} to read it from)")
         return patch_pca.PatchPca(patch_pca.PatchPcaConfig())
@@ -97,14 +100,28 @@ def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
 
 
 def _tokenizer(config: PretrainConfig, assumed: list[str]) -> Tokenizer:
-    model = config.model
-    if config.tokenizer.exists():
-        return Tokenizer.open(config.tokenizer, model.scales)
-    assumed.append(f"a tokenizer of the size of VAR's (no {config.tokenizer} to read it from)")
+    model, path = config.model, config.tokenizer
+    if is_unfinished(path):
+        recipe = path / "resolved.yaml"
+        if recipe.exists():
+            assumed.append(f"the tokenizer that {recipe} describes: its training has not finished")
+            settings = load_config(TokenizerTrainingConfig, recipe).tokenizer.with_scales(model.scales, str(recipe))
+            with torch.device("meta"):
+                return Tokenizer(settings)
+    elif path.exists():
+        return Tokenizer.open(path, model.scales)
+    assumed.append(f"a tokenizer of the size of VAR's (no {path} to read it from)")
     with torch.device("meta"):
         return Tokenizer(
             TokenizerConfig(scales=model.scales, codebook_size=model.codebook_size, code_width=model.code_width)
         )
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a network is still being made there: nothing but what its training leaves before its end."""
+    if not directory.is_dir() or (directory / CONFIG_NAME).exists():
+        return False
+    return (directory / "resolved.yaml").exists() or all(path.name.startswith(".") for path in directory.iterdir())
 
 
 def _bytes_of(network: nn.Module) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
+from mepa_ds.config.changes import recipe_changes
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.in_step import in_step
 from mepa_ds.data.training import TrainingBatch, TrainingSets
@@ -29,12 +30,12 @@ from mepa_ds.loops.online import OnlineSets
 from mepa_ds.loops.output import prepared_output
 from mepa_ds.loops.recorder import Recorder, peak_memory_bytes
 from mepa_ds.loops.reports import any_nonfinite
-from mepa_ds.loops.sample_grids import SampleGrids
+from mepa_ds.loops.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.loops.saving import RunSaver
 from mepa_ds.loops.schedule import learning_rate, scales_in_step
 from mepa_ds.loops.start_record import record_start
 from mepa_ds.loops.step_records import StepRecords
-from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, undisturbed
+from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, stopped, undisturbed
 from mepa_ds.loops.training_data import Loader, data_identity, heldout_identity, open_checked
 from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.precision import refusal
@@ -99,7 +100,8 @@ class PretrainRun:
         if config.log.sample_every is not None:
             samples = config.output_dir / "samples"
             tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(device)
-            self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed)
+            alone = config.parallel.ep_size == 1
+            self.grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.recorder: Recorder | None = None
@@ -107,6 +109,7 @@ class PretrainRun:
     def resume(self) -> None:
         """Goes on from the newest whole checkpoint in output_dir, if there is one. Collective."""
         loaded = self.saver.load_newest(self.state.data)
+        changed = {} if loaded is None else recipe_changes(loaded.state.recipe, self.state.recipe)
         heldout_changed = loaded is not None and loaded.state.heldout not in ("", self.state.heldout)
         if loaded is not None:
             self._take_up(loaded.state)
@@ -120,7 +123,7 @@ class PretrainRun:
         self.saver.recorder = self.recorder
         facts = {"num_steps": self.num_steps, "num_samples": self.num_samples}
         facts["memory_before_bytes"] = self._memory_before
-        record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts)
+        record_start(self.recorder, self.state.step, self.config, self.engine, self._teacher_width, facts, changed)
         if loaded is not None:
             self._warn_of_damage(loaded)
             if heldout_changed:
@@ -143,7 +146,9 @@ class PretrainRun:
         config, log = self.config, self.config.log
         stop = self._evaluate_if_due()  # a run that was stopped has saved first and left the evaluation to this start
         self.saver.export_best(self.state)
-        records = StepRecords(config, self.num_samples, self._teacher_width, self.recorder)
+        self.records = records = StepRecords(
+            config, self.num_samples, self._teacher_width, self.recorder, self.state.window
+        )
         loader, batches = self._batches()
         while self.state.step < self.num_steps and not stop:
             self.agreement.begin()
@@ -157,16 +162,16 @@ class PretrainRun:
             self.state.position = micro_batches[-1].next_position
             stop = self.agreement.end()
             self.watchdog.beat()
-            records.note(self.state.step, report)
+            records.note(self.state.step, report, scales)
             if self._is_bad(report, micro_batches):
                 self._roll_back()
-                records.rolled_back()
+                records.restart(self.state.window)
                 loader, batches = self._batches()
                 if stop:  # or the next start would read the same images again
                     self._save()
                 continue
             if self.recorder:
-                self.recorder.advance()
+                self.recorder.advance(self.state.step)
             if logs:
                 records.write(self.state, report, lr, scales, loader, self.bad_steps.total)
             stop = stop or self._evaluate_if_due() or self._sample_if_due()
@@ -180,7 +185,6 @@ class PretrainRun:
             self._finish()
         else:
             self._stop()
-        self.watchdog.stop()
         return finished
 
     def _batches(self) -> tuple[Loader, Iterator[TrainingBatch]]:
@@ -268,7 +272,7 @@ class PretrainRun:
                 path = self.grids.write(model, step, self._beat_or_stop)
         except _StopError:
             return True
-        except OSError as error:  # of the main rank's file, when all ranks are done
+        except UnwrittenError as error:  # on the main rank, when all ranks are done
             if self.recorder:
                 self.recorder.warn("write_failed", step, f"a picture could not be written ({error})", what="samples")
             return False
@@ -277,7 +281,9 @@ class PretrainRun:
                 self.recorder.warn("samples_failed", step, f"no picture: {error}")
             return False
         if self.recorder:
-            self.recorder.record("samples", step, {"path": str(path.relative_to(self.config.output_dir))})
+            where = str(path.relative_to(self.config.output_dir))
+            self.recorder.record("samples", step, {"path": where, "classes": self.grids.classes})
+            self.recorder.say(f"step {step}  picture: {path}, {self.grids.shown}")
         return False
 
     def _save_is_due(self) -> bool:
@@ -286,24 +292,22 @@ class PretrainRun:
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
-        self.state.skipped_steps = self.bad_steps.total
+        self.state.skipped_steps, self.state.window = self.bad_steps.total, self.records.cut()
         self.saver.save(self.state)
 
     def _stop(self) -> None:
         """Everything is on disk: leaves word for whoever starts the run again."""
         self.saver.settle(self.state)
+        self.watchdog.stop()
         if self.recorder:
-            reason = self.requests.reason or "another rank was asked to stop"
-            line = f"stopped at step {self.state.step} of {self.num_steps} ({reason}); start again to go on"
-            saved = self.saver.last_step_saved
-            if saved != self.state.step:
-                line += " anew: there is no checkpoint" if saved is None else f" from step {saved}, the last checkpoint"
-                line += " (that of this step could not be written)"
-            self.recorder.close("requeue", self.state.step, line)
+            reason, step = self.requests.reason, self.state.step
+            line = stopped(step, self.num_steps, reason, self.saver.last_step_saved)
+            self.recorder.close("requeue", step, line, reason=reason or "another rank")
 
     def _finish(self) -> None:
         """Exports the last weights. Nothing happens when a finished run is started again, but a line that says so."""
         self.saver.export_last(self.state)
+        self.watchdog.stop()
         if self.recorder:
             last = self.config.output_dir / "last"
             self.recorder.close("finished", self.state.step, f"done: {self.state.step} steps, weights in {last}")

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json, write_text
+from mepa_ds.files import write_json
+from mepa_ds.loops.trackers import TensorBoard, Wandb
 from mepa_ds.memory import peak_resident_bytes
-from mepa_ds.metrics import MetricsWriter, read_metrics
+from mepa_ds.metrics import MetricsWriter, finite, read_metrics
 
 METRICS_NAME = "metrics.jsonl"
+_STATUS_SECONDS = 1.0
 RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
@@ -36,6 +36,8 @@ def check_packages(config: PretrainConfig) -> None:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise UserError("log.tensorboard: needs the tensorboard package; run: pip install tensorboard") from error
+        except Exception:  # of its own imports; the run will say so, and go on without it
+            return
 
 
 class Recorder:
@@ -46,35 +48,43 @@ class Recorder:
         self._path = config.output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
+        self._recent: dict[str, Any] = {}
+        """Of the last record, for status.json."""
+        self._status_due, self._status_failed = 0.0, False
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
-        self._wandb = self._start_wandb(config) if config.log.wandb_project else None
-        self._tensorboard = TensorBoard(config.output_dir / "tensorboard", step) if config.log.tensorboard else None
         self._status("running", step)
+        self._trackers: list[Wandb | TensorBoard] = []
+        if config.log.wandb_project:
+            self._trackers.append(Wandb(config))
+        if config.log.tensorboard:
+            self._trackers.append(TensorBoard(config.output_dir / "tensorboard", step))
 
     def rewind(self, step: int, num_kept: int) -> None:
         """Back to a checkpoint: what was recorded after it is recorded again; warnings stay."""
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=True)
-        if self._tensorboard is not None:
-            self._tensorboard.rewind(step)
+        for tracker in self._trackers:
+            tracker.rewind(step)
         self._bar.n = step
         self._bar.refresh()
 
     def past_losses(self) -> list[float]:
-        """Training losses of earlier starts."""
-        return [r["loss"] for r in read_metrics(self._path) if r["event"] == "train" and isinstance(r["loss"], float)]
+        """Of single steps, one a record of earlier starts."""
+        losses = [r.get("step_loss", r["loss"]) for r in read_metrics(self._path) if r["event"] == "train"]
+        return [loss for loss in losses if isinstance(loss, float)]
 
-    def advance(self) -> None:
+    def advance(self, step: int) -> None:
+        """A step is done; status.json says so within a second or two."""
         self._bar.update()
+        if time.monotonic() >= self._status_due:
+            self._status("running", step)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         self._metrics.write({"event": event, "step": step, **values})
         self.num_records += 1
         scalars = {f"{event}/{key}": value for key, value in _scalars(values)}
-        if self._wandb is not None:
-            self._wandb.log({"step": step, **scalars})
-        if self._tensorboard is not None:
-            self._tensorboard.add(scalars, step)
+        for tracker in self._trackers:
+            tracker.add(scalars, step)
 
     def say(self, line: str) -> None:
         """A line on the terminal, above the progress bar."""
@@ -89,7 +99,9 @@ class Recorder:
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self.record("train", step, values)
-        left = (self._num_steps - step) * values["step_seconds"]
+        left = (self._num_steps - step) * values["mean_step_seconds"]
+        facts = {"loss": values["loss"], "images_per_second": values["images_per_second"], "seconds_left": round(left)}
+        self._recent = finite(facts)
         text = (
             f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  ce {values['ce']:.4f}  "
             f"lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {values['images_per_second']:.0f} images/s  "
@@ -97,45 +109,29 @@ class Recorder:
         )
         self.say(text)
 
-    def close(self, state: RunStatus, step: int, line: str) -> None:
+    def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
         """Says and stores how the run ended."""
         self.say(line)
         self._bar.close()
         self._metrics.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        self._status(state, step)
+        self._status(state, step, **facts)
+        for tracker in self._trackers:
+            tracker.close()
 
-    def _status(self, state: RunStatus, step: int) -> None:
+    def _status(self, state: RunStatus, step: int, **facts: Any) -> None:
+        began = time.monotonic()
+        if state == "running":
+            facts |= self._recent
         try:
-            write_status(self._directory, state, step=step, num_steps=self._num_steps)
+            write_status(self._directory, state, step=step, num_steps=self._num_steps, **facts)
         except OSError as error:  # a full disk does not end a run
-            self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
-
-    def _start_wandb(self, config: PretrainConfig) -> Any:
-        """The same run for every start of this output_dir. A wandb that fails is no reason not to train."""
-        import wandb
-
-        identifier = config.output_dir / "wandb_id"
-        if not identifier.exists():
-            write_text(identifier, secrets.token_hex(4))
-        try:
-            run = wandb.init(
-                project=config.log.wandb_project,
-                id=identifier.read_text().strip(),
-                resume="allow",
-                mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-                dir=str(config.output_dir),
-                config=config.model_dump(mode="json"),
-            )
-        except wandb.Error as error:
-            self.say(f"warning: wandb does not start ({error}); numbers go to {self._path} only")
-            return None
-        # Its own counter cannot go back, but a resumed run takes some steps again.
-        run.define_metric("*", step_metric="step")
-        return run
+            if not self._status_failed:
+                self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
+            self._status_failed = True
+        else:
+            self._status_failed = False
+        ended = time.monotonic()
+        self._status_due = ended + max(_STATUS_SECONDS, 50 * (ended - began))  # a slow disk does not slow the run
 
 
 def peak_memory_bytes() -> int:
@@ -143,43 +139,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
-
-
-class TensorBoard:
-    """Scalars for TensorBoard. Its writer is of no use after an error (a full disk): none until a rewind or a start."""
-
-    def __init__(self, directory: Path, step: int):
-        self._directory = directory
-        self._writer: Any = None
-        self.rewind(step)
-
-    def rewind(self, step: int) -> None:
-        """TensorBoard shows nothing of later steps that was written before."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.close()
-        with self._giving_up():
-            self._writer = SummaryWriter(str(self._directory), purge_step=step + 1)
-
-    def add(self, scalars: dict[str, float], step: int) -> None:
-        if self._writer is not None:
-            with self._giving_up():
-                for key, value in scalars.items():
-                    self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            with self._giving_up():
-                self._writer.close()
-        self._writer = None
-
-    @contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # of its thread's last write, told at the next one
-            self._writer = None
-            log.note(f"warning: {self._directory} cannot be written ({error}); metrics.jsonl has all numbers")
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

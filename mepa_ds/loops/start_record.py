@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from mepa_ds import distributed
+from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.engine import PretrainEngine
@@ -21,8 +23,12 @@ def record_start(
     engine: PretrainEngine,
     teacher_width: int | None,
     facts: dict[str, int],
+    changes: dict[str, list[Any]],
 ) -> None:
-    """`facts` are the run's own numbers: num_steps, num_samples and what else belongs into the record."""
+    """`facts` are the run's own numbers: num_steps, num_samples and what else belongs into the record.
+
+    `changes` are those of the recipe since the checkpoint that the run goes on from.
+    """
     counts = count_parameters(config.model)
     projector = engine.objective.projector
     head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
@@ -45,6 +51,9 @@ def record_start(
         f"ZeRO-{zero_stage}, {precision}; {facts['num_steps']} steps of {config.train.global_batch} images, "
         f"{facts['num_samples']} images an epoch"
     )
+    if changes:
+        recorder.record("recipe_changed", step, {"changes": changes})
+        recorder.say(changes_in_words(changes))
     if config.guards.stop_before_end is not None and JOB_END not in os.environ:
         line = f"guards.stop_before_end: {JOB_END} is not set, so it cannot stop the run; set guards.time_limit"
         recorder.warn("no_job_end", step, line)

@@ -1,7 +1,7 @@
 """Ends a run between two steps, on all ranks at once: by a signal, or before the time runs out.
 
-SIGUSR1 or SIGTERM on any rank lets the step end; then all ranks save a checkpoint and exit with REQUEUE_EXIT_CODE.
-A second signal exits at once.
+SIGUSR1, SIGTERM, SIGINT (Ctrl-C) or SIGHUP on any rank lets the step end; then all ranks save a checkpoint and exit
+with REQUEUE_EXIT_CODE. A second signal exits at once.
 """
 
 from __future__ import annotations
@@ -11,20 +11,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
+from mepa_ds.interrupts import blocked, handled, same_request_seconds, to_go_on
 
 # EX_TEMPFAIL of sysexits.h: "not done yet, start me again and I go on".
 REQUEUE_EXIT_CODE = 75
 JOB_END = "SLURM_JOB_END_TIME"
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-# Launchers pass a signal on to ranks that have it from the batch system already: one request, delivered twice.
-_SAME_REQUEST_SECONDS = 1.0
 
 
 class StopRequests:
@@ -38,7 +35,8 @@ class StopRequests:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in SIGNALS:
+        self._signals = handled()
+        for number in self._signals:
             signal.signal(number, _noted)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
@@ -56,33 +54,37 @@ class StopRequests:
     def _listen(self) -> None:
         first: float | None = None
         while True:
-            for number in self._reader.recv(64):
-                if number not in SIGNALS:
-                    continue
-                now = time.monotonic()
-                if first is None:
-                    first = now
-                    self._reason = signal.Signals(number).name
-                elif now - first > _SAME_REQUEST_SECONDS:
-                    os._exit(128 + number)
+            received = [number for number in self._reader.recv(64) if number in self._signals]
+            if not received:
+                continue
+            name, now = signal.Signals(received[0]).name, time.monotonic()
+            if first is None:
+                first, self._reason = now, name
+                if distributed.read_launch().is_main:
+                    log.note(f"{name}: the step ends, the run is saved and stops; a second one ends it at once")
+            elif now - first > same_request_seconds():
+                log.note(f"{name}: ended at once")
+                os._exit(128 + received[0])
 
 
 def _noted(number: int, frame: object) -> None:
     """The listener does the work; without a Python handler the signal would end the process."""
 
 
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals do not interrupt this thread's system calls meanwhile; StopRequests' own thread notes them as ever.
+# StopRequests' own thread notes signals as ever while this blocks them in the main one. A signal cuts short PyTorch's
+# pause between two attempts to reach rank 0's store: it prints a stack, and the next attempt is some 10 s away, which
+# an allocation that ends may not have.
+undisturbed = blocked
 
-    A signal cuts short PyTorch's pause between two attempts to reach rank 0's store: it prints a stack, and the next
-    attempt is some 10 s away, which an allocation that ends may not have.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+def stopped(step: int, num_steps: int, reason: str | None, from_step: int | None) -> str:
+    """What a run that was asked to stop says at its end. `from_step`: its last checkpoint's; None: there is none."""
+    line = f"stopped at step {step} of {num_steps} ({reason or 'another rank was asked to stop'}); start again to go on"
+    if from_step is None:
+        line += " anew: there is no checkpoint (that of this step could not be written)"
+    elif from_step != step:
+        line += f" from step {from_step}, the last checkpoint (that of this step could not be written)"
+    return line + to_go_on()
 
 
 def deadline(

@@ -5,7 +5,7 @@ Shape legend: B batch, H = W the image's side, S scales, V codebook size, L toke
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ _GRID_IMAGES = 16
 
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: Tokenizer, batches: Iterable[ImageBatch], max_images: int
-) -> tuple[dict[str, Any], Tensor]:
+    tokenizer: Tokenizer,
+    batches: Iterable[ImageBatch],
+    max_images: int,
+    gives_up: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, Any], Tensor] | None:
     """Encodes and decodes up to `max_images` images over all ranks. Collective at its end alone.
 
-    Returns:
+    Returns None, on every rank, when `gives_up` was true on one before a batch; else:
         - `psnr`: dB, mean over images of `10 log10(1 / mse)`, pixels in [0, 1];
         - `codebook_use_by_scale`, `codebook_use`: share of codes in [0, 1] that occur at all, at each scale and over
           all scales;
@@ -41,22 +44,27 @@ def evaluate_tokenizer(
     # decay 0 and one update: the frequencies of exactly these images
     usage = CodebookUsage(tokenizer.schedule, tokenizer.config.codebook_size, decay=0.0).to(device)
     hits_SV = torch.zeros_like(usage.mean_SV)
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
     budget = -(-max_images // distributed.world_size())
     grid = torch.zeros(3, 0, 0)
     for batch in batches:
+        if gives_up():
+            totals[2] += 1
+            break
         images_B3HW = batch.to(device).images_B3HW[:budget]
         budget -= len(images_B3HW)
         tokens_BL = tokenizer.encode(images_B3HW)
         reconstruction_B3HW = tokenizer.decode(tokens_BL)
         mse_B = ((reconstruction_B3HW - images_B3HW) / 2).double().square().mean((1, 2, 3)).clamp(min=1e-10)
-        totals += torch.stack([(-10 * mse_B.log10()).sum(), totals.new_tensor(len(mse_B))])
+        totals[:2] += torch.stack([(-10 * mse_B.log10()).sum(), totals.new_tensor(len(mse_B))])
         hits_SV += usage.hits_of(tokens_BL)
         if not grid.numel():
             grid = reconstruction_grid(images_B3HW[:_GRID_IMAGES], reconstruction_B3HW[:_GRID_IMAGES])
         if not budget:
             break
     hits_SV, totals = sum_over_ranks(hits_SV), sum_over_ranks(totals)
+    if totals[2]:
+        return None
     usage.update(hits_SV)
     metrics = {
         "psnr": float(totals[0] / totals[1]),

@@ -6,6 +6,7 @@ The output directory holds `config.json` and `model.safetensors` (Tokenizer.load
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.config.base import dump_yaml
+from mepa_ds.config.changes import changes_in_words, recipe_changes
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.in_step import in_step
@@ -26,7 +28,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.loops.output import owned
 from mepa_ds.loops.recorder import RunStatus, write_status
-from mepa_ds.loops.stopping import Agreement, StopRequests, undisturbed
+from mepa_ds.loops.stopping import Agreement, StopRequests, stopped, undisturbed
 from mepa_ds.loops.tokenizer_checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.loops.tokenizer_evaluation import evaluate_tokenizer, save_image
 from mepa_ds.loops.tokenizer_reduce import sum_over_ranks
@@ -65,6 +67,8 @@ def _train(config: TokenizerTrainingConfig, device: torch.device, requests: Stop
         return True
     if trainer.step_index:
         _say(f"tokenizer: resuming {config.output_dir} at step {trainer.step_index} of {trainer.num_steps}")
+    if start.changes:
+        _say(f"tokenizer: {changes_in_words(start.changes)}")
     if distributed.is_main():
         write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
     return _Loop(config, start, requests).run(start.unevaluated)
@@ -80,6 +84,8 @@ class _Start(NamedTuple):
     """A stop came before the evaluation of this step."""
     num_replaced: int
     """Damaged images since the last record, over all ranks."""
+    changes: dict[str, list[Any]]
+    """Of the recipe, since the checkpoint."""
 
 
 class _Loop:
@@ -95,6 +101,8 @@ class _Loop:
         if distributed.is_main():
             anew = "heldout" if start.unevaluated else None
             self.writer = MetricsWriter(config.output_dir / "metrics.jsonl", self.trainer.step_index, anew)
+        if start.changes:
+            self._write("recipe_changed", {"changes": start.changes})
 
     def run(self, unevaluated: bool) -> bool:
         """Whether the run is finished. unevaluated: the step it begins at is to be evaluated first."""
@@ -105,30 +113,30 @@ class _Loop:
             total=trainer.num_steps, initial=trainer.step_index, desc="tokenizer", unit="step",
             disable=not distributed.is_main(), mininterval=1.0,
         )  # fmt: skip
-        if unevaluated:
-            self._evaluate(progress)
-        since, since_step = time.perf_counter(), trainer.step_index
-        stop = False
+        stop = unevaluated and not self._evaluate(progress)
+        since_step, seconds = trainer.step_index, 0.0
         while trainer.step_index < trainer.num_steps and not stop:
+            began = time.perf_counter()
             self.agreement.begin()
             trainer.step(batches)
             stop = self.agreement.end()
             progress.update()
+            seconds += time.perf_counter() - began
             last = trainer.step_index == trainer.num_steps
             if last or trainer.step_index % log.every == 0:
                 trainer.check_finite()
                 record = trainer.metrics()
-                seconds = time.perf_counter() - since
                 images = (trainer.step_index - since_step) * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
                 if self.config.data.on_damaged == "skip":
                     record["replaced_samples"], self.num_replaced = self._all_replaced(), 0
                 self._write("train", record)
                 progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
-                since, since_step = time.perf_counter(), trainer.step_index
+                since_step, seconds = trainer.step_index, 0.0
+                self._say_status("running")
             evaluation_due = last or trainer.step_index % log.evaluate_every == 0
             if evaluation_due and (last or not stop):
-                self._evaluate(progress)
+                stop = not self._evaluate(progress, to_the_end=last)
             if last:
                 self._finish()
             if last or stop or trainer.step_index % log.checkpoint_every == 0:
@@ -136,9 +144,10 @@ class _Loop:
         progress.close()
         finished = trainer.step_index >= trainer.num_steps
         if not finished:
-            reason = self.requests.reason or "another rank was asked to stop"
-            _say(f"tokenizer: stopped at step {trainer.step_index} of {trainer.num_steps} ({reason}); start again")
-        self._say_status("finished" if finished else "requeue")
+            step = trainer.step_index
+            _say(f"tokenizer: {stopped(step, trainer.num_steps, self.requests.reason, from_step=step)}")
+        reason = {} if finished else {"reason": self.requests.reason or "another rank"}
+        self._say_status("finished" if finished else "requeue", **reason)
         return finished
 
     def _training_batches(self) -> Iterator[ImageBatch]:
@@ -162,17 +171,18 @@ class _Loop:
         """Damaged images that were replaced since the last record, on all ranks. Collective."""
         return int(sum_over_ranks(torch.tensor(self.num_replaced, device=self.trainer.device)))
 
-    def _say_status(self, state: RunStatus) -> None:
+    def _say_status(self, state: RunStatus, **facts: str) -> None:
         if distributed.is_main():
-            facts = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
+            steps = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
             try:
-                write_status(self.config.output_dir, state, **facts)
+                write_status(self.config.output_dir, state, **steps, **facts)
             except OSError as error:  # does not end a run
                 log.note(f"warning: {self.config.output_dir / 'status.json'} cannot be written: {error}")
 
-    def _evaluate(self, progress: tqdm[Any]) -> None:
+    def _evaluate(self, progress: tqdm[Any], to_the_end: bool = False) -> bool:
+        """False: given up, since a rank was asked to stop. The same on every rank."""
         if self.config.data.heldout_images is None:
-            return
+            return True
         batches = image_batches(
             self.config.data.heldout_images,
             batch_size=self.trainer.local_batch,
@@ -182,15 +192,27 @@ class _Loop:
             num_workers=self.config.data.num_workers,
             train=False,
         )
-        metrics, grid = evaluate_tokenizer(self.trainer.tokenizer, batches, self.config.log.evaluate_images)
+        evaluated = evaluate_tokenizer(
+            self.trainer.tokenizer,
+            batches,
+            self.config.log.evaluate_images,
+            lambda: not to_the_end and self.requests.reason is not None,
+        )
+        if evaluated is None:
+            return False
+        metrics, grid = evaluated
         self._write("heldout", metrics)
         if distributed.is_main():
-            save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
-            save_image(grid, self.config.output_dir / "reconstructions.png")
+            try:
+                save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
+                save_image(grid, self.config.output_dir / "reconstructions.png")
+            except Exception as error:  # pictures end no run
+                progress.write(f"warning: a picture could not be written ({error})")
             progress.write(
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
                 f"images, {100 * metrics['codebook_use']:.0f} % of the codes in use"
             )
+        return True
 
     def _finish(self) -> None:
         if distributed.is_main():
@@ -254,9 +276,10 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
         _start_from(tokenizer, config.start_from)
     trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(len(shards)), device)
     if checkpoint is None:
-        return _Start(trainer, images, unevaluated=False, num_replaced=0)
+        return _Start(trainer, images, unevaluated=False, num_replaced=0, changes={})
     trainer.load_state_dict(checkpoint)
-    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"])
+    changes = recipe_changes(json.loads(checkpoint["config"]), json.loads(config.model_dump_json()))
+    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"], changes)
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:

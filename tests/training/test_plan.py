@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,7 @@ from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector
 from mepa_ds.teachers.registry import TEACHERS
+from mepa_ds.tokenizer.tokenizer import Tokenizer
 from tests.tiny_run import launch, make_run
 from tests.training.ranks import Ranks
 
@@ -180,6 +182,26 @@ def test_the_tokenizer_of_sample_grids_counts(folder: Path) -> None:
     ]
     size = (folder / "tokenizer/model.safetensors").stat().st_size
     assert plans[1].allocated - plans[0].allocated == pytest.approx(size, rel=0.1)
+
+
+def test_a_tokenizer_that_is_being_trained_is_planned_by_its_recipe(folder: Path, tmp_path: Path) -> None:
+    settings = ["log.sample_every=1", f"tokenizer={tmp_path}"]
+    machine = Machine(1, is_gpu=False, memory=None, process=0)
+
+    def planned() -> Plan:
+        return plan_run(load_config(PretrainConfig, folder / "recipe.yaml", settings), machine)
+
+    (tmp_path / ".lock").touch()
+    assert planned().assumed == [f"a tokenizer of the size of VAR's (no {tmp_path} to read it from)"]
+    done = Tokenizer.open(folder / "tokenizer")
+    recipe = {"output_dir": "x", "data": {"images": "y"}, "train": {"global_batch": 8, "steps": 1}}
+    recipe["tokenizer"] = done.config.model_dump(mode="json")
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(recipe))
+    plan = planned()
+    (line,) = plan.assumed
+    assert line == f"the tokenizer that {tmp_path}/resolved.yaml describes: its training has not finished"
+    size = sum(tensor.nbytes for tensor in done.state_dict().values())
+    assert plan.backward["tokenizer of sample grids"] == size
 
 
 def test_the_buffers_of_all_to_alls_are_a_part_of_their_own() -> None:

@@ -39,6 +39,13 @@ def test_a_length_in_samples_is_rounded_up_to_steps(run: Path) -> None:
     assert len(losses(run)) == 10
 
 
+def test_dependencies_say_nothing(run: Path) -> None:
+    """DeepSpeed calls what PyTorch retires, and Weights & Biases is chatty."""
+    log = run.with_suffix(".log").read_text()
+    assert "done: 10 steps" in log
+    assert [line for line in log.splitlines() if "Warning" in line or "wandb" in line] == []
+
+
 def test_every_part_of_a_step_is_timed_on_every_rank(run: Path) -> None:
     train = [record for record in read_metrics(run / "metrics.jsonl") if record["event"] == "train"]
     for record in train:

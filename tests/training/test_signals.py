@@ -36,7 +36,7 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
     finish([str(folder / "recipe.yaml"), f"output_dir={folder / 'whole'}"], 2, folder / "whole.log")
     output = folder / "stopped"
     stopped_at = []
-    for rank, number in ((1, signal.SIGUSR1), (0, signal.SIGTERM)):
+    for rank, number in ((1, signal.SIGUSR1), (0, signal.SIGINT)):
         with start(folder, "stopped") as ranks:
             wait_for_step(ranks, output, last_step(output) + 5)
             ranks.signal(number, rank)
@@ -44,9 +44,12 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
         status = json.loads((output / "status.json").read_text())
         assert status["state"] == "requeue"
         assert status["step"] == last_step(output) < STEPS
+        assert status["reason"] in (number.name, "another rank")
         stopped_at.append(status["step"])
     log = finish([str(folder / "recipe.yaml"), f"output_dir={output}"], 2, folder / "stopped.log")
-    assert f"stopped at step {stopped_at[1]} of {STEPS} (SIGTERM); start again to go on" in log
+    assert f"stopped at step {stopped_at[1]} of {STEPS} (SIGINT); start again to go on:\n" in log
+    assert log.count("SIGINT: the step ends, the run is saved and stops; a second one ends it at once\n") == 1
+    assert "Traceback" not in log
     assert f"at step {stopped_at[0]} of {STEPS}" in log
     assert losses(output) == losses(folder / "whole")
     assert json.loads((output / "status.json").read_text())["state"] == "finished"
