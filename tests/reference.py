@@ -21,8 +21,8 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 # Of VAR: matrices and the class embedding decay, nothing else.
 DECAYING = (
-    "word_embed.weight", "class_embed.weight", "adaln.weight", "qkv.weight", "proj.weight", "gate.weight", "head.weight",
-    "fc1.weight", "fc2.weight", "fc1_weight", "fc2_weight", "projector.0.weight", "projector.2.weight",
+    "word_embed.weight", "class_embed.weight", "adaln.weight", "qkv.weight", "proj.weight", "gate.weight",
+    "head.weight", "fc1.weight", "fc2.weight", "fc1_weight", "fc2_weight", "projector.0.weight", "projector.2.weight",
     "projector.4.weight",
 )  # fmt: skip
 
@@ -177,10 +177,9 @@ def read_samples(directory: Path) -> list[dict[str, np.ndarray]]:
                 file = tar.extractfile(member)
                 assert file is not None
                 sample = samples.setdefault(key, {})
+                content = file.read()
                 try:
-                    sample[extension] = (
-                        np.array(int(file.read())) if extension == "cls" else np.load(io.BytesIO(file.read()))
-                    )
+                    sample[extension] = np.array(int(content)) if extension == "cls" else np.load(io.BytesIO(content))
                 except ValueError:
                     continue
     return list(samples.values())

@@ -85,6 +85,21 @@ def test_the_cache_stays_within_its_bound(tmp_path: Path) -> None:
     assert len(shards._files) <= 2
 
 
+def test_what_was_used_last_stays(tmp_path: Path) -> None:
+    """Fetched first, but used again: the one that was not used since goes."""
+    cache = ShardSet(make_remote(tmp_path, "tokens", cache_bytes=3 * SHARD_BYTES, window=1)).cache
+    assert cache is not None
+    paths = [cache.path(shard) for shard in (0, 1, 2)]
+    for age, path in zip((300, 200, 100), paths, strict=True):  # nothing here takes as long as a clock's tick
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+    cache.path(0)
+    used = paths[0].stat().st_mtime - paths[2].stat().st_mtime
+    assert 90 < used < 110, "a use is noted"
+    for shard in (3, 4, 5):
+        cache.path(shard)
+    assert [path.exists() for path in paths[:2]] == [True, False]
+
+
 def test_shards_of_any_name_leave_the_cache(tmp_path: Path) -> None:
     """Foreign shards behind URLs such as https://host/0.tar?download=true."""
     make_set(tmp_path / "far", "images", SIZES)

@@ -110,6 +110,30 @@ def test_a_label_beyond_int64_is_named_when_it_is_read(tmp_path: Path) -> None:
     assert ShardSet(tmp_path).read_labels(np.array([1])) == [1]
 
 
+def test_a_shard_that_is_replaced_has_no_table_until_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between tar and table: that of before would give other samples' places in a tar of the same size."""
+    name = "shard-000000.tar"
+    writer = ShardWriter(tmp_path, Plan(kind="images", shard_names=(name,), classes=("a",), made_by=MadeBy(name="x")))
+
+    def samples(key: str) -> list[Any]:
+        return [(f"{key}0", {"png": b"1" * 600, "cls": b"0"}), (f"{key}1", {"png": b"2" * 10, "cls": b"0"})]
+
+    writer.write_shard(name, samples("a"))
+    before = (tmp_path / name).stat().st_size
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mepa_ds.data.writer.write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        writer.write_shard(name, samples("b")[::-1])
+    assert (tmp_path / name).stat().st_size == before
+    assert writer.missing() == [name]
+    assert [bytes(key) for key in read_table(tmp_path / name).keys_N] == [b"b1", b"b0"]
+
+
 @pytest.mark.parametrize("name", [PLAN_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])
 def test_a_full_disk_is_named_and_a_rerun_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

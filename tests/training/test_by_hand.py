@@ -30,7 +30,7 @@ from tests.training.ranks import arguments, finish
 
 STEPS, BATCH, COUNT, SEED = 8, 8, 40, 5
 POISONED = 7
-# Residual gates, head and rates large enough that every term shows; eps large enough that Adam does not amplify rounding.
+# Residual gates, head and rates are large enough that every term shows, eps so large that Adam amplifies no rounding.
 SETTINGS = [
     f"seed={SEED}", f"train.steps={STEPS}", "data.on_damaged=skip",
     "model.head_init=5.0", "model.adaln_gamma_init=1.0", "model.class_dropout=0", "model.drop_path=0",
@@ -95,21 +95,15 @@ def train_by_hand(folder: Path) -> tuple[list[dict[str, Any]], AdamW, torch.Tens
         applied = bool(np.isfinite(norm))
         if applied:
             steps_E = steps_E + torch.sign(counts_E.float().mean() - counts_E.float())
-        hits_BL = (out.logits_BLV.argmax(-1) == tokens_BL).double()
-        record = {
-            "lr": lr,
-            "applied": applied,
-            "grad_norm": norm,
-            "loss": loss.item(),
-            "accuracy": hits_BL.mean().item(),
-        }
+        terms |= {"loss": loss, "accuracy": (out.logits_BLV.argmax(-1) == tokens_BL).double().mean()}
+        record = {"lr": lr, "applied": applied, "grad_norm": norm}
         records.append(record | {name: term.item() for name, term in terms.items()})
     return records, optimizer, steps_E
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(2, 1), (2, 2)])
 def test_a_run_is_what_the_formulas_say(folder: Path, ranks: int, ep_size: int) -> None:
-    """Order of images, losses and their weights, global norm, clipping, AdamW, decay, rates, bias, average, skipping."""
+    """Order of images, losses and their weights, global norm, clipping, AdamW, decay, rates, bias, average, a skip."""
     name = f"run{ranks}{ep_size}"
     features = f"data.features={folder}/poisoned.features"
     log = finish(

@@ -19,7 +19,8 @@ from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.data.writer import npy_bytes
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
-from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetector, SpikeDetector
+from mepa_ds.errors import UserError
+from mepa_ds.loops.guards import HANG_EXIT_CODE, BadSteps, CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.pretraining import PretrainRun
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, Agreement
@@ -217,6 +218,25 @@ def test_a_run_that_cannot_be_mended_ends(folder: Path, features: str, settings:
     assert ranks.log.read_text().count(message) == 1
     assert "Look at these, or lower optim.base_lr" in ranks.log.read_text()
     assert json.loads((folder / name / "status.json").read_text())["state"] == "failed"
+    rollbacks = events(folder / name, "rollback")
+    assert [record["step"] for record in rollbacks] == ([4, 4, 4] if features == "one" else [])
+
+
+def test_a_checkpoint_is_gone_back_to_three_times(tmp_path: Path) -> None:
+    """Each checkpoint by itself; steps in a row are counted from 0 after each, all of them for the run."""
+    bad = BadSteps(2, tmp_path)
+    for rollback in range(1, 4):
+        for to_step in (10, 20):
+            assert not bad.note(21, False, [], [], "it")
+            assert not bad.note(22, True, [], [], ""), "a good step ends the row"
+            assert [bad.note(step, False, [], [], "it") for step in (23, 24)] == [False, True]
+            bad.rolled_back(to_step)
+        assert bad.total == 6 * rollback
+    with pytest.raises(UserError, match="also after 3 rollbacks"):
+        bad.rolled_back(20)
+    bad.rolled_back(30)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        bad.rolled_back(None)
 
 
 def make_it_the_data_of(run_json: Path, features: Path) -> None:
