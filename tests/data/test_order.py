@@ -158,9 +158,9 @@ def test_shuffle_quality_knows_good_from_bad() -> None:
 def test_imagenet_takes_under_a_second() -> None:
     order = SampleOrder((1000,) * 1281, 0)
     stream = OrderedStream(order)
-    start = time.perf_counter()
+    start = time.process_time()
     stream.samples_at(np.arange(256))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
+from tests.gates import Gates, install
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
-from tests.training.ranks import Ranks, arguments, finish, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish
 
 COUNT = 40
 
@@ -419,15 +421,17 @@ def test_an_overflow_at_the_smallest_scale_is_a_bad_step(folder: Path) -> None:
 
 
 def test_a_hang_dumps_all_stacks_and_exits(folder: Path) -> None:
-    """Rank 1 is stopped; rank 0 waits for it in vain."""
-    settings = ["train.steps=100000", "guards.hang_timeout=2", "log.every=10"]
-    with Ranks(arguments(folder, "hung", *settings), 2, folder / "hung.log") as ranks:
-        wait_for_step(ranks, folder / "hung", 10)
+    """Rank 1 is stopped at a gate; rank 0 waits for it in vain. It has more patience than a start takes."""
+    settings = ["train.steps=100000", "guards.hang_timeout=5", "log.every=10"]
+    gates = Gates(folder / "hung.gates", "step_11")
+    with Ranks(arguments(folder, "hung", *settings), 2, folder / "hung.log", partial(install, gates.folder)) as ranks:
+        gates.wait("step_11", 2, ranks.check)
         ranks.signal(signal.SIGSTOP, 1)
-        ranks.processes[0].join(20)
+        gates.open("step_11")
+        ranks.processes[0].join(100)
         assert ranks.processes[0].exitcode == HANG_EXIT_CODE
     log = ranks.log.read_text()
-    assert "rank 0: no step for 2 seconds (guards.hang_timeout)" in log
+    assert "rank 0: no step for 5 seconds (guards.hang_timeout)" in log
     assert "pretraining.py" in log
     assert "pretraining.py" in (folder / "hung/hang_rank_00000.txt").read_text()
 
@@ -466,9 +470,12 @@ def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> Non
     The last one may learn of it only when the first one has ended.
     """
     settings = ["train.steps=100000", "train.global_batch=9", "log.checkpoint_every=100000"]
-    with Ranks(arguments(folder, "killed", *settings), 3, folder / "killed.log") as ranks:
-        wait_for_step(ranks, folder / "killed", 3)
+    gates, log = Gates(folder / "killed.gates", "step_4"), folder / "killed.log"
+    with Ranks(arguments(folder, "killed", *settings), 3, log, partial(install, gates.folder)) as ranks:
+        gates.wait("step_4", 3, ranks.check)
         ranks.signal(signal.SIGKILL, 1)
+        ranks.processes[1].join()
+        gates.open("step_4")
         assert ranks.wait() == [1, -signal.SIGKILL, 1]
     log = ranks.log.read_text()
     assert log.count("Traceback (most recent call last)") == 1, log
