@@ -10,6 +10,7 @@ import io
 import json
 import math
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,9 +81,13 @@ def experts(
 
 def forward(
     w: Weights, labels_B: Tensor, inputs_BLZ: Tensor, *, scales: tuple[int, ...], num_heads: int, top_k: int = 2,
-    biases: list[Tensor] | None = None,
+    biases: list[Tensor] | None = None, kept_D2B: Tensor | None = None,
 ) -> Forward:  # fmt: skip
-    """`w` has the transformer's own names. `biases`: of the choice of experts, one (E,) a MoE layer."""
+    """`w` has the transformer's own names.
+
+    biases: of the choice of experts, one (E,) a MoE layer. kept_D2B: stochastic depth's factors of attention and FFN,
+    block by block and image by image.
+    """
     scale_L = torch.cat([torch.full((side * side,), index) for index, side in enumerate(scales)])
     class_BC = w["class_embed.weight"][labels_B]
     words = inputs_BLZ.double() @ w["word_embed.weight"].T + w["word_embed.bias"]
@@ -90,10 +95,14 @@ def forward(
     x = x + w["position_embed"] + w["scale_embed.weight"][scale_L]
     condition, result = class_BC * torch.sigmoid(class_BC), Forward(torch.empty(0), [])
     depth = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
-    for block in (f"blocks.{index}" for index in range(depth)):
+    if kept_D2B is None:
+        kept_D2B = torch.ones(depth, 2, len(labels_B))
+    for block, kept_2B11 in zip((f"blocks.{index}" for index in range(depth)), kept_D2B[..., None, None], strict=True):
         ada = condition @ w[f"{block}.adaln.weight"].T + w[f"{block}.adaln.bias"]
         gate1, gate2, scale1, scale2, shift1, shift2 = ada[:, None].chunk(6, -1)
-        x = x + gate1 * attention(w, modulated(x, scale1, shift1), f"{block}.attention", num_heads, scale_L)
+        x = x + kept_2B11[0] * gate1 * attention(
+            w, modulated(x, scale1, shift1), f"{block}.attention", num_heads, scale_L
+        )
         normed = modulated(x, scale2, shift2)
         if f"{block}.ffn.router.gate.weight" in w:
             bias_E = torch.zeros(1) if biases is None else biases[len(result.layers)]
@@ -101,7 +110,7 @@ def forward(
             result.layers.append(statistics)
         else:
             y = feed_forward(w, normed, f"{block}.ffn")
-        x = x + gate2 * y
+        x = x + kept_2B11[1] * gate2 * y
         result.hidden_BLC.append(x)
     scale, shift = (condition @ w["head_adaln.weight"].T + w["head_adaln.bias"])[:, None].chunk(2, -1)
     result.logits_BLV = modulated(x, scale, shift) @ w["head.weight"].T + w["head.bias"]
@@ -137,6 +146,7 @@ class AdamW:
     decay: float
     clip: float
     ema: float
+    decays: Callable[[str, Tensor], bool] = lambda name, _: name.endswith(DECAYING)
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -147,7 +157,10 @@ class AdamW:
     def step(self, loss: Tensor, lr: float) -> float:
         """Returns the norm before clipping; does nothing to the weights when it is not finite."""
         names = list(self.weights)
-        gradients = dict(zip(names, torch.autograd.grad(loss, [self.weights[name] for name in names]), strict=True))
+        gradients = torch.autograd.grad(loss, [self.weights[name] for name in names])
+        return self.apply(dict(zip(names, gradients, strict=True)), lr)
+
+    def apply(self, gradients: Weights, lr: float) -> float:
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
         if not math.isfinite(norm):
             return norm
@@ -159,7 +172,7 @@ class AdamW:
             self.first[name] = beta1 * self.first[name] + (1 - beta1) * clipped
             self.second[name] = beta2 * self.second[name] + (1 - beta2) * clipped**2
             m, v = self.first[name] / (1 - beta1**t), self.second[name] / (1 - beta2**t)
-            if name.endswith(DECAYING):
+            if self.decays(name, value):
                 value = value - lr * self.decay * value
             value = value - lr * m / (v.sqrt() + self.eps)
             self.weights[name] = value.requires_grad_()

@@ -154,6 +154,23 @@ def test_smooth_with_one_code_left_is_greedy(tokenizer: Tokenizer, drawn: list[T
     torch.testing.assert_close(smooth, torch.cat(drawn, dim=1), atol=1e-6, rtol=0)
 
 
+def test_every_place_draws_for_itself(tokenizer: Tokenizer, drawn: list[Tensor]) -> None:
+    """From a flat distribution all codes come equally often, and no scale, place or image repeats another's draws."""
+    model = model_of("adaln")
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    count = 24
+    sample(model, tokenizer, [3] * count, cfg=0.0, top_k=0, top_p=0.0)
+    tokens_BL = tokens_of(drawn, tokenizer)
+    places, codes = tokens_BL.shape[1], model.config.codebook_size
+    times = tokens_BL.flatten().bincount(minlength=codes)
+    chi_square = ((times - count * places / codes) ** 2).sum() / (count * places / codes)
+    assert chi_square < codes + 5 * (2 * codes) ** 0.5
+    for rows in (tokens_BL, tokens_BL.T):  # images at a place; places of an image
+        same = (rows[:, None] == rows).float().mean(-1)
+        assert (same - torch.eye(len(rows))).max() < 0.35, "1 of 64 by chance"
+
+
 def test_seed_decides(tokenizer: Tokenizer) -> None:
     model = model_of("adaln")
     first, again, other = (sample(model, tokenizer, [2], seed=seed) for seed in (0, 0, 1))

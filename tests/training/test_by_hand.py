@@ -22,10 +22,11 @@ from mepa_ds.engine.fragment_store import read_tensors
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import PretrainingObjective
+from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights import read_state_dict
 from tests.reference import AdamW, alignment, epoch_order, forward, read_samples
-from tests.tiny_run import FEATURE_WIDTH, SCALES, make_run, recipe_values, write_set
+from tests.tiny_run import CLASSES, FEATURE_WIDTH, SCALES, make_run, recipe_values, write_set
 from tests.training.ranks import arguments, finish
 
 STEPS, BATCH, COUNT, SEED = 8, 8, 40, 5
@@ -33,7 +34,7 @@ POISONED = 7
 # Residual gates, head and rates are large enough that every term shows, eps so large that Adam amplifies no rounding.
 SETTINGS = [
     f"seed={SEED}", f"train.steps={STEPS}", "data.on_damaged=skip",
-    "model.head_init=5.0", "model.adaln_gamma_init=1.0", "model.class_dropout=0", "model.drop_path=0",
+    "model.head_init=5.0", "model.adaln_gamma_init=1.0", "model.class_dropout=0.2", "model.drop_path=0.4",
     "model.moe.every=2", "model.moe.bias_rate=0.02",
     "objective.ce_weight=1.5", "objective.alignment.weight=0.7", "objective.balance_weight=0.3",
     "objective.router_z_weight=0.1", "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3",
@@ -80,9 +81,15 @@ def train_by_hand(folder: Path) -> tuple[list[dict[str, Any]], AdamW, torch.Tens
         tokens_BL = torch.tensor(np.stack([tokens[n]["tokens.npy"] for n in numbers]).astype(np.int64))
         labels_B = torch.tensor([int(tokens[n]["cls"]) for n in numbers])
         features_BNP = torch.tensor(np.stack([features[n]["features.npy"] for n in numbers])).double()
+        positions_B = np.arange(step * BATCH, (step + 1) * BATCH)
+        labels_B[torch.from_numpy(uniforms(SEED, "class_dropout", positions_B, 1)[:, 0] < 0.2)] = CLASSES
+        drawn_D2B = torch.from_numpy(uniforms(SEED, "drop_path", positions_B, 4)).T.reshape(2, 2, BATCH)
+        kept_D11 = torch.tensor([1.0, 0.6])[:, None, None]  # the first block always runs, the last one at 1 - 0.4
+        kept_D2B = (drawn_D2B < kept_D11) / kept_D11
         model = {n.removeprefix("transformer."): w for n, w in weights.items() if n.startswith("transformer.")}
         inputs = quantizer.inputs_from_tokens(tokens_BL)
-        out = forward(model, labels_B, inputs, scales=SCALES, num_heads=2, biases=[0.02 * steps_E])
+        biases = [0.02 * steps_E]
+        out = forward(model, labels_B, inputs, scales=SCALES, num_heads=2, biases=biases, kept_D2B=kept_D2B)
         ((counts_E, probs_E, z),) = out.layers
         terms = {
             "ce": F.cross_entropy(out.logits_BLV.flatten(0, 1), tokens_BL.flatten()),
