@@ -23,7 +23,7 @@ if [[ -s $FAKE/outage ]]; then # an answer fewer is missing
     exit 1
 fi
 if [[ $1 == requeue ]]; then # SLURM ends the job's processes
-    (until pkill --parent "$SCRIPT" sleep; do sleep 0.1; done) &>/dev/null &
+    (while kill -0 "$SCRIPT" && ! pkill --parent "$SCRIPT" sleep; do sleep 0.1; done) &>/dev/null &
 fi
 echo "   JobState=RUNNING"
 """
