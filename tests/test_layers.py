@@ -69,13 +69,15 @@ def test_imports_go_down(path: Path) -> None:
 
 
 def test_import_needs_no_deepspeed_and_is_quick() -> None:
+    """On top of torch, which takes most of the time; both in the processor time of one process."""
     code = (
-        "import time, sys; start = time.perf_counter(); import mepa_ds; mepa_ds.NextScaleTransformer; "
-        "print(time.perf_counter() - start, 'deepspeed' in sys.modules, 'timm' in sys.modules)"
+        "import time, sys; start = time.process_time(); import torch; torchs = time.process_time() - start; "
+        "import mepa_ds; mepa_ds.NextScaleTransformer; "
+        "print((time.process_time() - start) / torchs, 'deepspeed' in sys.modules, 'timm' in sys.modules)"
     )
-    command = [sys.executable, "-c", code]
-    runs = [
-        subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split() for _ in range(3)
-    ]
-    assert {tuple(run[1:]) for run in runs} == {("False", "False")}
-    assert min(float(run[0]) for run in runs) < 3, runs  # the best: others share the machine
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    ).stdout
+    times, *foreign = output.split()
+    assert foreign == ["False", "False"]
+    assert float(times) < 2, "as long again as torch's own import"

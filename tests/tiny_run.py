@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +123,12 @@ def write_recipe(folder: Path, *overrides: str, name: str = "recipe.yaml") -> Pa
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """Below those that the system gives to connections (from 32768 on): no connection takes it before a rank does."""
+    while True:
+        with socket.socket() as server, suppress(OSError):
+            port = random.SystemRandom().randrange(15_000, 32_000)
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def launch(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -262,23 +261,37 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     assert result.stderr.strip() == f"error: --root: {tmp_path / 'nowhere'}: no such directory"
 
 
+KILLED = """
+import multiprocessing, os, signal, sys
+from data_tools import build_shards
+
+every = build_shards.unordered_map
+
+def three(*arguments):
+    for number, written in enumerate(every(*arguments), start=1):
+        yield written
+        if number == 3:
+            print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build_shards.unordered_map = three
+build_shards.main()
+"""
+
+
 def test_killed_tools_leave_complete_shards_and_reruns_end_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """kill -9 on the whole tool with its workers, as soon as the first shards are there."""
+    """kill -9 on the tool when the third shard is there; its workers may write another one each."""
     undisturbed = build(Digits("train"), options(tmp_path / "undisturbed", shard_samples=20))
     assert undisturbed is not None
     whole, out = contents(tmp_path / "undisturbed"), tmp_path / "killed"
     arguments = command("digits", "--shard-samples", "20", "--workers", "2", "--out", str(out))
-    running = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("shard-*.tar"))) < 3:
-        assert time.monotonic() < deadline
-        assert running.poll() is None
-        time.sleep(0.005)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
-    time.sleep(1.5)  # the workers see that their parent is gone
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments[2:]], capture_output=True, text=True, cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    for worker in killed.stdout.split():  # they see that their parent is gone
+        while Path(f"/proc/{worker}").exists() and " (zombie)" not in Path(f"/proc/{worker}/status").read_text():
+            time.sleep(0.05)
     left = {name: digest for name, digest in contents(out).items() if name.endswith(".tar")}
     assert 3 <= len(left) < len(undisturbed.shards)
     assert all(whole[name] == digest for name, digest in left.items())

@@ -24,7 +24,7 @@ def refuse(noted: Path, number: int) -> int:
     (noted / str(number)).touch()
     if number == 3:
         raise UserError("number 3 is damaged")
-    time.sleep(0.01)
+    time.sleep(0.05)
     return number
 
 

@@ -217,8 +217,8 @@ def test_a_set_of_imagenets_size_opens_without_touching_a_shard(tmp_path: Path) 
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
     for path in tmp_path.glob("shard-*"):
         path.unlink()
-    start = time.perf_counter()
+    start = time.process_time()
     shards = ShardSet(tmp_path)
     samples = OrderedStream(SampleOrder(shards.shard_sizes, 0)).samples_at(np.arange(768))
     assert len(set((samples // 1000).tolist())) > 500
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5

@@ -17,7 +17,7 @@ from mepa_ds.data.index import INDEX_NAME, MadeBy
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.training import TrainingBatch, evaluation_batches, training_batches
 from mepa_ds.data.training_sets import open_training_sets
-from mepa_ds.data.views import Views, sample_boxes
+from mepa_ds.data.views import Views, choose_views, sample_boxes
 from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import CLASSES, features_of, make_set, tokens_of
@@ -89,7 +89,7 @@ def test_any_world_sizes_workers_and_interruptions_read_the_same_stream(
         assert len(set(seen[start : start + TOTAL])) == TOTAL
 
 
-@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 3), (1, 5), (50, 2)])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 3), (1, 5), (50, 2), (2, 1), (11, 2)])
 def test_evaluation_counts_each_sample_once_in_step(sets: tuple[Path, Path], batch_size: int, world_size: int) -> None:
     ranks = [
         list(evaluation_batches(*sets, batch_size=batch_size, rank=rank, world_size=world_size))
@@ -156,6 +156,10 @@ def test_tokens_and_features_of_one_view_go_together(tmp_path: Path) -> None:
     assert [b.tokens_BL.tolist() for b in take(5, (tokens, features), position=12)] == [
         b.tokens_BL.tolist() for b in take(7, (tokens, features))[2:]
     ]
+    for seed in (3, 4):
+        batches = itertools.islice(training_batches(tokens, None, global_batch=8, seed=seed, position=40), 5)
+        views = np.concatenate([batch.tokens_BL[:, 0].numpy() % 10 for batch in batches])
+        assert views.tolist() == choose_views(seed, np.arange(40, 80), 3).tolist(), "the run's own seed decides"
     (first,) = evaluation_batches(tokens, features, batch_size=8)
     assert (first.tokens_BL[:, 0] % 10 == 0).all()
 

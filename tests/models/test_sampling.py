@@ -14,7 +14,7 @@ from mepa_ds.loops.sampling import NonFiniteLogitsError, Rng, _SmoothDraw, draw_
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from tests.var_fixtures import TINY_SCALES, fixture_state, vars_threads, vector
+from tests.var_fixtures import PIXEL_ATOL, TINY_SCALES, fixture_state, vector
 
 LAYOUTS = ["adaln", "shared", "adaln_nol2"]
 
@@ -74,9 +74,8 @@ def test_tokens_and_image_are_vars(tokenizer: Tokenizer, drawn: list[Tensor], la
     """Random draws too, in VAR's order. The forward that makes the tokens here gives VAR's logits: another test."""
     top_k, top_p = {"greedy": (1, 0.0), "sample": (20, 0.9)}[kind]
     model, labels_B = model_of(layout), vector("labels")
-    with vars_threads():
-        images = sample(model, tokenizer, labels_B, cfg=1.5, top_k=top_k, top_p=top_p, seed=3, rng="var")
-    torch.testing.assert_close(images, vector(f"{kind}_{layout}"), atol=1e-5, rtol=0)
+    images = sample(model, tokenizer, labels_B, cfg=1.5, top_k=top_k, top_p=top_p, seed=3, rng="var")
+    torch.testing.assert_close(images, vector(f"{kind}_{layout}"), atol=PIXEL_ATOL, rtol=0)
     tokens_BL = tokens_of(drawn, tokenizer)
     assert torch.equal(tokens_BL, tokens_without_a_cache(model, tokenizer, labels_B, top_k, top_p, seed=3))
     if kind == "greedy":
@@ -155,6 +154,23 @@ def test_smooth_with_one_code_left_is_greedy(tokenizer: Tokenizer, drawn: list[T
     torch.testing.assert_close(smooth, torch.cat(drawn, dim=1), atol=1e-6, rtol=0)
 
 
+def test_every_place_draws_for_itself(tokenizer: Tokenizer, drawn: list[Tensor]) -> None:
+    """From a flat distribution all codes come equally often, and no scale, place or image repeats another's draws."""
+    model = model_of("adaln")
+    torch.nn.init.zeros_(model.head.weight)
+    torch.nn.init.zeros_(model.head.bias)
+    count = 24
+    sample(model, tokenizer, [3] * count, cfg=0.0, top_k=0, top_p=0.0)
+    tokens_BL = tokens_of(drawn, tokenizer)
+    places, codes = tokens_BL.shape[1], model.config.codebook_size
+    times = tokens_BL.flatten().bincount(minlength=codes)
+    chi_square = ((times - count * places / codes) ** 2).sum() / (count * places / codes)
+    assert chi_square < codes + 5 * (2 * codes) ** 0.5
+    for rows in (tokens_BL, tokens_BL.T):  # images at a place; places of an image
+        same = (rows[:, None] == rows).float().mean(-1)
+        assert (same - torch.eye(len(rows))).max() < 0.35, "1 of 64 by chance"
+
+
 def test_seed_decides(tokenizer: Tokenizer) -> None:
     model = model_of("adaln")
     first, again, other = (sample(model, tokenizer, [2], seed=seed) for seed in (0, 0, 1))
@@ -176,14 +192,43 @@ def test_without_guidance_only_the_conditional_half_runs(tokenizer: Tokenizer) -
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (3, 0.0), (0, 0.7), (4, 0.8), (1, 0.0)])
 def test_draws_follow_the_kept_probabilities(top_k: int, top_p: float) -> None:
     """Draws at evenly spaced uniform numbers against the distribution that VAR's filter leaves."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, 1, 6) * 2
-    logits[..., 3] = -torch.inf
+    logits = torch.tensor([[[0.9, 0.2, 1.3, -torch.inf, 0.6, 0.0]]])  # flat: top_p cuts between codes, not at the first
     expected = keep_top(logits, top_k, top_p).softmax(-1)[0, 0]
     uniform = (torch.arange(10000) + 0.5) / 10000
     codes = draw_top(logits.expand(10000, 1, 6), top_k, top_p, uniform[:, None])
     found = codes.flatten().bincount(minlength=6) / 10000
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
+
+
+# Of five codes with probabilities 0.30, 0.25, 0.20, 0.15 and 0.10: how many stay.
+FLAT = [0.30, 0.25, 0.20, 0.15, 0.10]
+KEPT = [
+    ((0, 0.0), 5),
+    ((0, 1.0), 5),
+    ((3, 0.0), 3),
+    ((9, 0.0), 5),
+    ((0, 0.29), 1),
+    ((0, 0.54), 2),
+    ((0, 0.56), 3),
+    ((0, 0.91), 5),
+    ((2, 0.5), 1),  # of what top_k leaves, the first has 0.545: with top_p before top_k two would stay
+    ((2, 0.6), 2),
+    ((4, 0.6), 2),  # 0.333 + 0.278 of what is left; of all codes it would be three
+    ((4, 0.9), 4),
+]
+
+
+@pytest.mark.parametrize(("limits", "count"), KEPT)
+def test_top_k_comes_first_and_top_p_counts_what_it_leaves(limits: tuple[int, float], count: int) -> None:
+    """Which codes stay, and how often each is drawn: numbers worked out by hand, from codes in no order."""
+    order = [3, 0, 4, 1, 2]
+    probs = torch.tensor([FLAT[rank] for rank in order])
+    expected = torch.tensor([FLAT[rank] / sum(FLAT[:count]) if rank < count else 0.0 for rank in order])
+    kept = keep_top(probs.log()[None, None], *limits)[0, 0]
+    torch.testing.assert_close(kept.softmax(-1), expected)
+    uniform = (torch.arange(20000) + 0.5) / 20000
+    codes = draw_top(probs.log().expand(20000, 1, 5), *limits, uniform[:, None])
+    torch.testing.assert_close(codes.flatten().bincount(minlength=5) / 20000, expected, atol=1e-4, rtol=0)
 
 
 def test_the_largest_uniform_number_draws_a_possible_code() -> None:

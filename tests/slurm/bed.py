@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.metrics import read_metrics
+from tests.gates import Gates
 from tests.slurm.cluster import ROOT, Cluster
 from tests.tiny_run import losses
 
@@ -91,14 +92,31 @@ class Bed:
         options: tuple[str, ...] = (),
         script: str = "pretrain",
         recipe: Path | None = None,
+        gates: Gates | None = None,
         **env: str,
     ) -> Run:
-        """Submits one of slurm/*.sbatch with plain sbatch."""
+        """Submits one of slurm/*.sbatch with plain sbatch. A pretraining run's ranks wait at `gates`."""
+        if gates is not None:
+            env["MEPA_PYTHON"] = str(self.python_with(gates))
         output, log = self.folder / name, self.folder / f"{name}.log"
         size = [f"--nodes={nodes}", f"--ntasks-per-node={ranks}", f"--gpus-per-node={ranks}", "--cpus-per-task=1"]
         words = [f"slurm/{script}.sbatch", str(recipe or self.recipe), f"output_dir={output}", *overrides]
         command = ["sbatch", "--parsable", *size, f"--output={log}", *options, *words]
         return Run(self, self.cluster.check(*command, env=self.environment | env).strip(), output, log)
+
+    def gates(self, name: str, *places: str) -> Gates:
+        return Gates(self.folder / f"{name}.gates", *places)
+
+    def python_with(self, gates: Gates) -> Path:
+        """What to name as Python, so that pretrain.py runs with gates."""
+        path = gates.folder / "python"
+        path.write_text(
+            "#!/bin/bash\n"
+            f'[[ $1 != pretrain.py ]] || set -- -m tests.gates {gates.folder} "$@"\n'
+            f'exec {sys.executable} "$@"\n'
+        )
+        path.chmod(0o755)
+        return path
 
     def mepa(self, *words: str | Path, **env: str) -> tuple[int, str]:
         """Runs `mepa slurm ...` on the login node; exit status and output."""
@@ -117,6 +135,8 @@ class Bed:
                 words = path.read_bytes().decode().split("\0")
             except OSError:
                 continue
+            if words[1:3] == ["-m", "tests.gates"]:
+                words = words[3:]
             if words[1:2] == [program] and f"output_dir={run.output}" in words:
                 found.append(int(path.parent.name))
         return found
@@ -134,11 +154,6 @@ class Bed:
         return ranks
 
 
-def thaw(pids: list[int]) -> None:
-    for pid in pids:
-        os.kill(pid, signal.SIGCONT)
-
-
 def scenario(function: Callable[[Bed], Any]) -> Callable[[Bed], Any]:
     """Registers what `test_<name>` wants to have happened; it runs in the background from the start of the session."""
     SCENARIOS[function.__name__] = function
@@ -153,4 +168,4 @@ def broken_deepspeed(folder: Path) -> Path:
     return path.parents[1]
 
 
-__all__ = ["ROOT", "SCENARIOS", "STEPS", "Bed", "Run", "broken_deepspeed", "scenario", "thaw"]
+__all__ = ["ROOT", "SCENARIOS", "STEPS", "Bed", "Run", "broken_deepspeed", "scenario"]

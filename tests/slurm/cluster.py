@@ -133,7 +133,7 @@ class Cluster:
         """slurmd, its steps and tasks die together, at once."""
         process = self._nodes.pop(node)
         os.kill(_innermost(process.pid), signal.SIGKILL)
-        process.wait(timeout=10)
+        process.wait(timeout=60)
 
     def power_on(self, node: str) -> None:
         number = int(node.removeprefix("n"))
@@ -173,9 +173,9 @@ class Cluster:
         self._stopped = True
         assert self._init.stdin is not None
         self._init.stdin.close()
-        self._init.wait(timeout=20)
+        self._init.wait(timeout=60)
         for process in self._nodes.values():
-            process.wait(timeout=20)
+            process.wait(timeout=60)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- making
@@ -299,7 +299,7 @@ PartitionName=urgent Nodes=n[{half + 1}-{last}] MaxTime=INFINITE State=UP Priori
 
 def _innermost(pid: int) -> int:
     """The first shell below a chain of nsenter and unshare: the init of the namespaces they made."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while time.monotonic() < end:
         if Path(f"/proc/{pid}/comm").read_text().strip() == "bash":
             return pid

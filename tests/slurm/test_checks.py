@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -120,6 +121,20 @@ def test_the_plan_is_the_clusters(cluster: Path) -> None:
         UserError, match=r"does not fit: a rank needs .* GB of host memory, but has 1 GB \(MEPA_MEM_PER"
     ):
         check_plan(Profile(path, values | {"MEPA_MEM_PER_GPU_GB": "1"}), path, wide, 2)
+
+
+def test_the_memory_of_cpu_ranks_is_compared_with_what_a_job_asks_for(cluster: Path) -> None:
+    """Weights, gradients, moments and activations of a rank without a GPU are all host memory."""
+    wide = ["--", "model.width=2048"]
+    (cluster / "fake.env").write_text(PROFILE + "MEPA_MEM_PER_GPU_GB=4\n")
+    said = refused(cluster, "submit", cluster / "recipe.yaml", *wide)
+    found = re.search(
+        r"does not fit: a rank needs ([\d.]+) GB of host memory, but has 4 GB \(MEPA_MEM_PER_GPU_GB", said
+    )
+    assert found is not None, said
+    assert 4 < float(found[1]) < 20
+    (cluster / "fake.env").write_text(PROFILE + f"MEPA_MEM_PER_GPU_GB={int(float(found[1])) + 1}\n")
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run", *wide)
 
 
 def test_a_recipe_is_the_callers_and_jobs_to_wait_for_are_named(

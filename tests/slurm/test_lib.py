@@ -23,7 +23,7 @@ if [[ -s $FAKE/outage ]]; then # an answer fewer is missing
     exit 1
 fi
 if [[ $1 == requeue ]]; then # SLURM ends the job's processes
-    (sleep 0.5; pkill --parent "$SCRIPT" sleep) &>/dev/null &
+    (while kill -0 "$SCRIPT" && ! pkill --parent "$SCRIPT" sleep; do sleep 0.1; done) &>/dev/null &
 fi
 echo "   JobState=RUNNING"
 """
@@ -336,5 +336,5 @@ def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
         while not begun.exists():
             time.sleep(0.02)
         launcher.send_signal(number)
-        assert launcher.wait(timeout=10) == code
+        assert launcher.wait(timeout=100) == code
     assert (job / "state/exit-7/3").read_text() == f"{code}\n"

@@ -12,7 +12,7 @@ import yaml
 
 from mepa_ds.config.base import dump_yaml
 from tests import tiny_run
-from tests.slurm.bed import ROOT, STEPS, Bed, Run, broken_deepspeed, scenario, thaw
+from tests.slurm.bed import ROOT, STEPS, Bed, Run, broken_deepspeed, scenario
 from tests.tokenizer import training_run as tokenizer_run
 
 Outcome = Callable[[str], Any]
@@ -29,24 +29,25 @@ def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
 def stop_by_time_limit(run: Run) -> None:
     """The limit comes so near that SLURM sends the signal when it next looks, which it does every 30 s."""
     cluster, before = run.bed.cluster, run.text.count("asked to stop")
-    frozen = run.bed.freeze(run)
     hours, minutes, seconds = map(int, cluster.job(run.job)["RunTime"].split(":"))
     # Whole minutes, and never so near that the job would end before the signal.
     limit = 60 * hours + minutes + (1 if seconds < 20 else 2)
     cluster.check("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
     cluster.wait_for(lambda: run.text.count("asked to stop") > before, 120, lambda: run.text)
     cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
-    thaw(frozen)
 
 
 @scenario
 def interrupted(bed: Bed) -> Run:
     """Asked to stop by the time limit, three times."""
-    run = bed.train("interrupted", EP2, options=("--time=60", "--signal=B:USR1@60"))
-    for start, step in ((1, 8), (2, 16), (3, 24)):
-        run.wait_start(start)
-        run.wait_step(step)
+    places = ("step_9", "step_17", "step_25")
+    gates = bed.gates("interrupted", *places)
+    run = bed.train("interrupted", EP2, options=("--time=60", "--signal=B:USR1@60"), gates=gates)
+    for place in places:
+        gates.wait(place, 2)
         stop_by_time_limit(run)
+        gates.wait_noted(0)
+        gates.open(place)
     run.wait_start(4)
     run.wait()
     return run
@@ -90,23 +91,26 @@ def lost_nodes(bed: Bed) -> dict[str, Run]:
     cluster = bed.cluster
     # SLURM goes on sending a lost node the order to end the job, up to a minute after it is back: that kills the next
     # start too, now and then. Checkpoints are close together here, so that such starts make progress.
-    powered = bed.train("powered", EP2, "log.checkpoint_every=4", nodes=2, ranks=1, options=(FAILING,))
-    powered.wait_step(5)
+    gates = bed.gates("powered", "step_6")
+    powered = bed.train("powered", EP2, "log.checkpoint_every=4", nodes=2, ranks=1, options=(FAILING,), gates=gates)
+    gates.wait("step_6", 2)
     cluster.power_off("n4")
+    gates.open("step_6")
     # Not sinfo: it says "comp" of a node that is down while a job's end is still to be told to it.
     cluster.wait_for(lambda: "DOWN" in cluster.run("scontrol", "show", "node", "n4").stdout, 60, cluster.logs)
     cluster.power_on("n4")
     powered.wait()
 
-    cut = bed.train("cut", "log.checkpoint_every=4", ranks=1, options=(FAILING,))
-    cut.wait_step(5)
+    gates = bed.gates("cut", "step_6", "step_11")
+    cut = bed.train("cut", "log.checkpoint_every=4", ranks=1, options=(FAILING,), gates=gates)
+    gates.wait("step_6")
     bed.kill(cut)  # as for want of memory: nobody is left to say why
-    cut.wait_start(2)
-    bed.cluster.wait_for(lambda: bed.ranks_of(cut), 60)
-    cut.wait_step(cut.step + 4)
+    gates.open("step_6")
+    gates.wait("step_11")
     node = cluster.job(cut.job)["NodeList"]
     old = bed.freeze(cut)  # as if it were in a long step; it knows nothing of what happens to the run
     cluster.cut(node)
+    gates.open("step_11")
     cut.wait_start(3)
     cluster.wait_for(lambda: not set(old) & set(bed.ranks_of(cut)), 15)  # it sees the run's files, and has ended
     cut.wait()
@@ -114,11 +118,14 @@ def lost_nodes(bed: Bed) -> dict[str, Run]:
     cluster.heal(node)
     cluster.power_on(node)
 
-    preempted = bed.train("preempted", ranks=1, options=(FAILING,))
-    preempted.wait_step(8)
+    gates = bed.gates("preempted", "step_9")
+    preempted = bed.train("preempted", ranks=1, options=(FAILING,), gates=gates)
+    gates.wait("step_9")
     node = cluster.job(preempted.job)["NodeList"]
     urgent = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     cluster.check("sbatch", *urgent)
+    gates.wait_noted(0)
+    gates.open("step_9")
     preempted.wait_start(2)
     preempted.wait()
     return {"powered": powered, "cut": cut, "preempted": preempted}
@@ -157,9 +164,12 @@ def test_two_nodes(outcome: Outcome, reference: Run) -> None:
 
 @scenario
 def torchrun(bed: Bed) -> Run:
-    run = bed.train("torchrun", EP2, nodes=2, ranks=1, MEPA_LAUNCHER="torchrun")
-    run.wait_step(8)
+    gates = bed.gates("torchrun", "step_9")
+    run = bed.train("torchrun", EP2, nodes=2, ranks=1, gates=gates, MEPA_LAUNCHER="torchrun")
+    gates.wait("step_9", 2)
     bed.cluster.check("scancel", "--signal=USR1", "--batch", run.job)
+    gates.wait_noted(0)
+    gates.open("step_9")
     run.wait_start(2)
     run.wait()
     return run

@@ -22,7 +22,7 @@ from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.slurm.profile import read_profile
 from tests import tiny_run
 from tests.inception_weights import write_random_weights
-from tests.slurm.bed import ROOT, STEPS, Bed, Run, scenario, thaw
+from tests.slurm.bed import ROOT, STEPS, Bed, Run, scenario
 from tests.tokenizer import training_run as tokenizer_run
 
 SCRIPTS = ("pretrain", "train_tokenizer", "build_shards", "precompute", "generate_evaluate", "scaling_study")
@@ -148,16 +148,16 @@ class Submitted:
 @scenario
 def submitted(bed: Bed) -> Submitted:
     """`slurm/submit.sh` with staging, a second try while the first is at work, and the status at the end."""
-    output = bed.folder / "submitted"
-    words = [bed.recipe, "--cluster", "ci", "--stage", "--", f"output_dir={output}", "parallel.ep_size=2"]
+    output, gates = bed.folder / "submitted", bed.gates("submitted", "step_6")
+    cluster = profile_file(bed.folder, "submitted", PYTHON=bed.python_with(gates))
+    words = [bed.recipe, "--cluster", cluster, "--stage", "--", f"output_dir={output}", "parallel.ep_size=2"]
     first = bed.cluster.check("slurm/submit.sh", *words, env=bed.environment, timeout=240)
     number = first.split("job ")[1].split()[0]
     run = Run(bed, number, output, output / "slurm" / f"mepa-submitted-{number}.log")
-    run.wait_step(5)
-    ranks = bed.freeze(run)
+    gates.wait("step_6", 2)
     _, second = bed.mepa("submit", *words)
     _, during = bed.mepa("status", output)
-    thaw(ranks)
+    gates.open("step_6")
     run.wait()
     return Submitted(run, first, second, during)
 

@@ -16,6 +16,7 @@ from mepa_ds.loops.tokenizer_revival import Revival
 from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import hinge_loss
+from tests.reference import AdamW
 from tests.tokenizer import training_run as tiny
 
 ADVERSARIAL = "{weight: 0.5, adaptive: false, num_layers: 1, channels: 32, start_step: 1}"
@@ -137,6 +138,53 @@ def test_a_step_before_the_adversarys_leaves_it_alone(tmp_path: Path) -> None:
         trainer.step(iter([make_batch(8, seed=number)]))
         now = trainer.adversary.discriminator.state_dict()
         assert any(not torch.equal(now[name], start[name]) for name in start) == moved
+
+
+def test_steps_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping, Adam's moments, decay of kernels alone and the rates of a warm-up, for tokenizer and discriminator."""
+    optim = ["base_lr=0.32", "betas=[0.8,0.9]", "eps=1e-3", "weight_decay=0.5", "clip=0.05"]
+    optim += ["warmup=0.2", "warmup_start=0.1"]
+    adversarial = ADVERSARIAL.replace("start_step: 1", "start_step: 0, lr_factor: 0.25")
+    settings = [
+        "start_from=weights",
+        "tokenizer.num_phi=3",
+        f"loss.adversarial={adversarial}",
+        *(f"optim.{value}" for value in optim),
+    ]
+    trainer = make_trainer(tmp_path, *settings)
+    assert trainer.adversary is not None
+    modules = {"tokenizer": trainer.tokenizer, "discriminator": trainer.adversary.discriminator}
+    by_hand = {
+        name: AdamW(
+            {key: value.detach().double() for key, value in module.named_parameters()},
+            betas=(0.8, 0.9), eps=1e-3, decay=0.5, clip=0.05, ema=0.0, decays=lambda _, value: value.ndim == 4,
+        )
+        for name, module in modules.items()
+    }  # fmt: skip
+    gradients: dict[str, Any] = {}
+    accumulate = TokenizerTrainer._accumulate
+
+    def noting(self: TokenizerTrainer, *arguments: Any) -> Any:
+        quantized = accumulate(self, *arguments)
+        for name, module in modules.items():
+            found = {key: p.grad for key, p in module.named_parameters()}
+            gradients[name] = {
+                key: torch.zeros_like(by_hand[name].weights[key]) if grad is None else grad.double().clone()
+                for key, grad in found.items()
+            }
+        return quantized
+
+    monkeypatch.setattr(TokenizerTrainer, "_accumulate", noting)
+    peak = 0.32 * 8 / 256
+    for number, rate in enumerate((0.1, 0.55)):
+        trainer.step(iter([make_batch(8, seed=number)]))
+        for name, factor in (("tokenizer", 1.0), ("discriminator", 0.25)):
+            norm = by_hand[name].apply(gradients[name], factor * rate * peak)
+            assert norm > 0.06, f"{name}: nothing is clipped"
+            for key, value in modules[name].named_parameters():
+                expected = by_hand[name].weights[key].detach().float()
+                where = f"{name} {key} in step {number}"
+                torch.testing.assert_close(value.detach(), expected, rtol=1e-5, atol=1e-6, msg=where)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.9])

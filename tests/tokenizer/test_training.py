@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
 from mepa_ds.loops.tokenizer_training import _start_from, train_tokenizer
 from mepa_ds.metrics import read_metrics
 from mepa_ds.tokenizer import Tokenizer
+from tests.gates import Gates
 from tests.tiny_run import ROOT, free_port, launch
 from tests.tokenizer import training_run as tiny
 
@@ -177,33 +177,36 @@ def test_start_from_weights_of_another_phi_ratio(tmp_path: Path) -> None:
 
 def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -> None:
     """The stopped run goes on exactly; an evaluation that was due at the stop comes first."""
-    settings = ["train.steps=60", "log.evaluate_every=1", "log.checkpoint_every=1000"]
+    settings = ["train.steps=9", "log.evaluate_every=1", "log.checkpoint_every=1000"]
     script, recipe = tiny.write_script(folder), tiny.write_recipe(folder, *settings)
     result = launch([str(recipe), f"output_dir={folder / 'whole'}"], ranks=2, script=script)
     assert result.returncode == 0, result.stderr
-    run = folder / "run"
+    run, gates = folder / "run", Gates(folder / "gates", "step_4")
+    gated = tiny.write_script(folder, gates.folder)
     port, ranks = str(free_port()), []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
         with open(folder / f"log{rank}", "w") as log:
-            command = [sys.executable, str(script), str(recipe)]
+            command = [sys.executable, str(gated), str(recipe)]
             ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def alive() -> None:
+        assert all(rank.poll() is None for rank in ranks), (folder / "log0").read_text()
+
     try:
-        end = time.monotonic() + 120
-        while not any(record["step"] >= 3 for record in read_metrics(run / "metrics.jsonl")):
-            assert time.monotonic() < end
-            assert all(rank.poll() is None for rank in ranks), (folder / "log0").read_text()
-            time.sleep(0.02)
+        gates.wait("step_4", 2, alive)
         ranks[1].send_signal(signal.SIGUSR1)
-        assert [rank.wait(60) for rank in ranks] == [REQUEUE_EXIT_CODE] * 2, (folder / "log1").read_text()
+        gates.wait_noted(1)
+        gates.open("step_4")
+        assert [rank.wait(200) for rank in ranks] == [REQUEUE_EXIT_CODE] * 2, (folder / "log1").read_text()
     finally:
         for rank in ranks:
             rank.kill()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "requeue"
-    assert 3 <= status["step"] < 60
-    assert f"stopped at step {status['step']} of 60 (another rank was asked to stop)" in (folder / "log0").read_text()
+    assert status["step"] in (4, 5)
+    assert f"stopped at step {status['step']} of 9 (another rank was asked to stop)" in (folder / "log0").read_text()
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == status["step"]
     assert [record["step"] for record in records(run, "heldout")] == list(range(1, status["step"]))
     result = launch([str(recipe)], ranks=2, script=script)

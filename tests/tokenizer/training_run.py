@@ -104,7 +104,11 @@ def write_recipe(folder: Path, *overrides: str) -> Path:
     return path
 
 
-def write_script(folder: Path) -> Path:
-    path = folder / "train_tokenizer.py"
-    path.write_text(SCRIPT)
+def write_script(folder: Path, gates: Path | None = None) -> Path:
+    """`gates`: the folder of tests.gates at which its ranks wait."""
+    path, head = folder / ("train_tokenizer.py" if gates is None else "gated_train_tokenizer.py"), ""
+    if gates is not None:
+        head = "from pathlib import Path\nfrom tests.gates import install_in_tokenizer_training\n"
+        head += f"install_in_tokenizer_training(Path({str(gates)!r}))\n"
+    path.write_text(head + SCRIPT)
     return path

@@ -65,12 +65,16 @@ class Ranks:
         for process in self.processes:
             process.join()
 
-    def wait(self, timeout: float = 100) -> list[int | None]:
+    def wait(self, timeout: float = 240) -> list[int | None]:
         """Exit status of every rank; None for one that is still running after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(deadline - time.monotonic(), 0.1))
         return [process.exitcode for process in self.processes]
+
+    def check(self) -> None:
+        """Raises when a rank has ended."""
+        assert self.running, self.log.read_text()
 
     @property
     def running(self) -> bool:
@@ -102,9 +106,9 @@ def last_step(output_dir: Path) -> int:
     return max((r["step"] for r in read_metrics(output_dir / "metrics.jsonl") if r["event"] == "train"), default=0)
 
 
-def wait_for_step(ranks: Ranks, output_dir: Path, step: int, timeout: float = 60) -> None:
+def wait_for_step(ranks: Ranks, output_dir: Path, step: int, timeout: float = 240) -> None:
     end = time.monotonic() + timeout
     while last_step(output_dir) < step:
-        assert ranks.running, ranks.log.read_text()
+        ranks.check()
         assert time.monotonic() < end, f"step {step} not reached: {ranks.log.read_text()}"
         time.sleep(0.02)

@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.data.writer import npy_bytes
 from mepa_ds.engine.checkpoint_files import checkpoint_name, list_checkpoints, read_state
-from mepa_ds.loops.guards import HANG_EXIT_CODE, CollapseDetector, SlowRankDetector, SpikeDetector
+from mepa_ds.errors import UserError
+from mepa_ds.loops.guards import HANG_EXIT_CODE, BadSteps, CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.loops.inputs import InputMaker
 from mepa_ds.loops.pretraining import PretrainRun
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, Agreement
@@ -27,9 +29,10 @@ from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
+from tests.gates import Gates, install
 from tests.hardware import needs_fp16
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
-from tests.training.ranks import Ranks, arguments, finish, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish
 
 COUNT = 40
 
@@ -218,6 +221,25 @@ def test_a_run_that_cannot_be_mended_ends(folder: Path, features: str, settings:
     assert ranks.log.read_text().count(message) == 1
     assert "Look at these, or lower optim.base_lr" in ranks.log.read_text()
     assert json.loads((folder / name / "status.json").read_text())["state"] == "failed"
+    rollbacks = events(folder / name, "rollback")
+    assert [record["step"] for record in rollbacks] == ([4, 4, 4] if features == "one" else [])
+
+
+def test_a_checkpoint_is_gone_back_to_three_times(tmp_path: Path) -> None:
+    """Each checkpoint by itself; steps in a row are counted from 0 after each, all of them for the run."""
+    bad = BadSteps(2, tmp_path)
+    for rollback in range(1, 4):
+        for to_step in (10, 20):
+            assert not bad.note(21, False, [], [], "it")
+            assert not bad.note(22, True, [], [], ""), "a good step ends the row"
+            assert [bad.note(step, False, [], [], "it") for step in (23, 24)] == [False, True]
+            bad.rolled_back(to_step)
+        assert bad.total == 6 * rollback
+    with pytest.raises(UserError, match="also after 3 rollbacks"):
+        bad.rolled_back(20)
+    bad.rolled_back(30)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        bad.rolled_back(None)
 
 
 def make_it_the_data_of(run_json: Path, features: Path) -> None:
@@ -253,6 +275,8 @@ def test_a_spike_is_far_above_the_recent_losses() -> None:
     assert detector(6.0)
     assert not detector(4.4), "a spike does not move what is usual"
     assert detector(float("nan"))
+    wide = SpikeDetector([4.7, 5.3] * 10)  # 6 x 1.4826 x 0.3 above 5 is 7.67
+    assert [wide(loss) for loss in (7.6, 7.7)] == [False, True]
     assert not SpikeDetector([5.0] * 9)(50.0), "too few to judge"
 
 
@@ -403,15 +427,17 @@ def test_an_overflow_at_the_smallest_scale_is_a_bad_step(folder: Path) -> None:
 
 
 def test_a_hang_dumps_all_stacks_and_exits(folder: Path) -> None:
-    """Rank 1 is stopped; rank 0 waits for it in vain."""
-    settings = ["train.steps=100000", "guards.hang_timeout=2", "log.every=10"]
-    with Ranks(arguments(folder, "hung", *settings), 2, folder / "hung.log") as ranks:
-        wait_for_step(ranks, folder / "hung", 10)
+    """Rank 1 is stopped at a gate; rank 0 waits for it in vain. It has more patience than a start takes."""
+    settings = ["train.steps=100000", "guards.hang_timeout=5", "log.every=10"]
+    gates = Gates(folder / "hung.gates", "step_11")
+    with Ranks(arguments(folder, "hung", *settings), 2, folder / "hung.log", partial(install, gates.folder)) as ranks:
+        gates.wait("step_11", 2, ranks.check)
         ranks.signal(signal.SIGSTOP, 1)
-        ranks.processes[0].join(20)
+        gates.open("step_11")
+        ranks.processes[0].join(100)
         assert ranks.processes[0].exitcode == HANG_EXIT_CODE
     log = ranks.log.read_text()
-    assert "rank 0: no step for 2 seconds (guards.hang_timeout)" in log
+    assert "rank 0: no step for 5 seconds (guards.hang_timeout)" in log
     assert "pretraining.py" in log
     assert "pretraining.py" in (folder / "hung/hang_rank_00000.txt").read_text()
 
@@ -450,9 +476,12 @@ def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> Non
     The last one may learn of it only when the first one has ended.
     """
     settings = ["train.steps=100000", "train.global_batch=9", "log.checkpoint_every=100000"]
-    with Ranks(arguments(folder, "killed", *settings), 3, folder / "killed.log") as ranks:
-        wait_for_step(ranks, folder / "killed", 3)
+    gates, log = Gates(folder / "killed.gates", "step_4"), folder / "killed.log"
+    with Ranks(arguments(folder, "killed", *settings), 3, log, partial(install, gates.folder)) as ranks:
+        gates.wait("step_4", 3, ranks.check)
         ranks.signal(signal.SIGKILL, 1)
+        ranks.processes[1].join()
+        gates.open("step_4")
         assert ranks.wait() == [1, -signal.SIGKILL, 1]
     log = ranks.log.read_text()
     assert log.count("Traceback (most recent call last)") == 1, log

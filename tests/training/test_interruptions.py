@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ from mepa_ds.engine.checkpoint_files import checkpoint_name, differences
 from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
+from tests.gates import Gates, install
 from tests.tiny_run import losses, make_run
-from tests.training.ranks import Ranks, arguments, finish, last_step, wait_for_step
+from tests.training.ranks import Ranks, arguments, finish, last_step
 
 FULL = os.environ.get("MEPA_FULL_TESTS") == "1"
 NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)
@@ -41,21 +43,34 @@ def test_kills_and_signals_at_any_moment_change_nothing(folder: Path) -> None:
     chance = random.Random(0)
     events = ["kill"] * NUM_KILLS + ["signal"] * NUM_SIGNALS
     chance.shuffle(events)
-    output, half_written = folder / "cut", 0
-    for event in events:
-        with Ranks(arguments(folder, "cut", "parallel.ep_size=2"), 2, folder / "cut.log") as ranks:
-            wait_for_step(ranks, output, last_step(output) + chance.randint(1, 4))
-            time.sleep(chance.uniform(0, 0.05))
-            if event == "kill":
+    output, gates, half_written = folder / "cut", Gates(folder / "gates"), 0
+    for number, event in enumerate(events):
+        step = 6 * number + chance.randint(5, 8)
+        in_a_write = event == "kill" and number % 2 == 0
+        place = f"writing_{checkpoint_name(step - step % 2)}" if in_a_write else f"step_{step}"
+        gates.close(place)
+        words = arguments(folder, "cut", "parallel.ep_size=2")
+        with Ranks(words, 2, folder / "cut.log", partial(install, gates.folder)) as ranks:
+            gates.wait(place, 2, ranks.check)
+            if event == "signal":
+                rank = chance.randrange(2)
+                ranks.signal(signal.SIGUSR1, rank)
+                gates.wait_noted(rank)
+                gates.open(place)
+                assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
+                assert last_step(output) == step + 1, "that step, and the one in which all ranks agree"
+            else:
+                if not in_a_write:
+                    gates.close(f"step_{step + 2}")  # not beyond the next event's place
+                    gates.open(place)
+                    time.sleep(chance.uniform(0, 0.05))  # any moment will do
                 ranks.kill()
                 half_written += any((output / "checkpoints").glob(".*.tmp"))
-            else:
-                ranks.signal(signal.SIGUSR1, chance.randrange(2))
-                assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, ranks.log.read_text()
-        assert last_step(output) < STEPS, "the run was too short for all events"
+                gates.open(place if in_a_write else f"step_{step + 2}")
     finish(arguments(folder, "cut", "parallel.ep_size=2"), 2, folder / "cut.log")
     print(f"{NUM_KILLS} kills ({half_written} in the middle of a checkpoint), {NUM_SIGNALS} signals, {STEPS} steps")
-    assert half_written > 0, "no kill hit a checkpoint being written: the test does not test that"
+    expected = sum(event == "kill" and number % 2 == 0 for number, event in enumerate(events))
+    assert half_written >= expected > 0, "kills in the middle of a checkpoint"
     assert losses(output) == losses(folder / "whole")
     assert len(losses(output)) == STEPS
     name = f"checkpoints/{checkpoint_name(STEPS)}"

@@ -108,6 +108,36 @@ def test_mfu_is_the_share_of_all_gpus_peaks(monkeypatch: pytest.MonkeyPatch) -> 
     assert flops.peak_flops_per_second("bf16") is None
 
 
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("Tesla V100-SXM2-32GB", 125),
+        ("AMD Instinct MI300X", 1307),
+        ("AMD Instinct MI250X", 191.5),
+        ("NVIDIA L4", None),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_peak_of_every_device_by_its_full_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None
+) -> None:
+    """Names as drivers give them, dense bf16 peaks as the vendors' data sheets do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    for precision in ("bf16", "fp16"):
+        assert flops.peak_flops_per_second(precision) == (None if teraflops is None else teraflops * 1e12)
+
+
 def test_records_that_do_not_fit_on_the_disk_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
