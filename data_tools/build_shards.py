@@ -15,24 +15,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, cast
 
 import numpy as np
 import tyro
-from PIL import Image
+from PIL import Image, ImageColor
 from tqdm import tqdm
 
 from data_tools.pool import unordered_map
 from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.cli import entry
-from mepa_ds.data.images import crop_square, decode_image, resize_shorter
+from mepa_ds.data.images import crop_square, resize_shorter
 from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
+from mepa_ds.data.left_out import printable
 from mepa_ds.data.order import permutation
 from mepa_ds.data.samples import LABEL_EXTENSION
-from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.image_decoding import WHITE, Colour, decode_image
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
@@ -52,17 +53,32 @@ class Encoding:
     """Of resized JPEG and WebP images (WebP 100 is lossless)."""
     crop: Literal["centre", "none"] = "centre"
     """none: keep the whole resized image, so that random crops reach what VAR's reach."""
+    background: str = "white"
+    """Colour that transparent images are laid over, by name or as '#rrggbb'."""
+
+    @property
+    def colour(self) -> Colour:
+        """Raises UserError for what is no colour."""
+        try:
+            return cast(Colour, ImageColor.getcolor(self.background, "RGB"))
+        except ValueError as error:
+            raise UserError(
+                f"--background: {self.background!r} is no colour; give a name such as black, or '#rrggbb'"
+            ) from error
 
     def apply(self, extension: str, data: bytes, where: str) -> tuple[str, bytes]:
         """(extension, bytes) to store. Raises DamagedError for what is no image."""
-        image = decode_image(data, where)
+        colour = self.colour
+        image = decode_image(data, where, colour, remedy="replace it")
         if self.image_side is not None:
             image = resize_shorter(image, self.image_side)
             if self.crop == "centre":
                 image = crop_square(image, self.image_side)
             return self.format, _encode(image, self.format, self.quality)
         extension = "jpg" if extension == "jpeg" else extension
-        if extension not in _PILLOW_FORMATS:  # BMP, TIFF...: not what WebDataset's users expect in shards
+        is_common = extension in _PILLOW_FORMATS  # BMP, TIFF...: not what WebDataset's users expect in shards
+        # Who reads original bytes lays them over white.
+        if not is_common or (colour != WHITE and image.tobytes() != decode_image(data, where).tobytes()):
             return "png", _encode(image, "png", self.quality)
         return extension, data
 
@@ -81,7 +97,8 @@ class BuildOptions:
     shuffle_seed: int = 0
     """The order in which images are spread over the shards."""
     on_damaged: Literal["stop", "skip"] = "stop"
-    """A file that is no readable image: stop and name it, or leave it out and record it in index.json."""
+    """A file that is no readable image: stop and name it, or leave it out and record it in index.json. A build that
+    stopped goes on with skip."""
     workers: int = DEFAULT_WORKERS
     """Processes; 0 works in this one."""
     num_parts: int = 1
@@ -101,6 +118,7 @@ class BuildOptions:
             raise UserError(f"--crop {self.encoding.crop}: original bytes are whole; leave it, or give --image-side")
         if self.encoding.quality > 100:
             raise UserError(f"--quality: expected 1 to 100, got {self.encoding.quality}")
+        _ = self.encoding.colour
         if not 0 <= self.part < self.num_parts:
             raise UserError(f"--part: expected 0 to {self.num_parts - 1}, got {self.part}")
 
@@ -124,7 +142,7 @@ class Job:
                 extension, data = self.options.encoding.apply(*self.source.load(number), where)
             except DamagedError as error:
                 if self.options.on_damaged == "stop":
-                    raise UserError(f"{error}; or run with --on-damaged skip") from error
+                    raise UserError(f"{error}; or run again with --on-damaged skip, which leaves it out") from error
                 skipped.append(str(error))
                 continue
             label = str(self.source.label(number)).encode()
@@ -170,10 +188,12 @@ def _finished(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     if copied_from is None or not (options.out / INDEX_NAME).exists():
         return None
     index = ShardIndex.read(options.out)
-    wanted = {COPIED_FROM: copied_from, **_option_settings(options)}
+    settings, wanted = index.made_by.settings, {COPIED_FROM: copied_from, **_option_settings(options)}
+    if settings.get("on_damaged") == "stop":  # nothing was damaged, which is the same under "skip"
+        del wanted["on_damaged"]
     if options.shard_megabytes is None:
         wanted["shard_samples"] = options.shard_samples
-    same = all(index.made_by.settings.get(name) == value for name, value in wanted.items())
+    same = all(settings.get(name) == value for name, value in wanted.items())
     return index if same and all(read_description(options.out / shard.name) for shard in index.shards) else None
 
 
@@ -184,11 +204,19 @@ def _option_settings(options: BuildOptions) -> dict[str, Any]:
         stored = {"image_side": encoding.image_side, "format": encoding.format, "quality": encoding.quality}
         if encoding.crop != "centre":
             stored["crop"] = encoding.crop
+    if encoding.colour != WHITE:
+        stored["background"] = "#{:02x}{:02x}{:02x}".format(*encoding.colour)
     return {**stored, "shuffle_seed": options.shuffle_seed, "on_damaged": options.on_damaged}
 
 
 def plan_job(source: Source, options: BuildOptions) -> Job:
     """Fixes which image goes where."""
+    for name in source.classes:
+        if (shown := printable(name)) != name:
+            raise UserError(
+                f"{source.name}: the class name '{shown}' is not UTF-8, as index.json must be; rename the class (the "
+                "program convmv does it for whole folders)"
+            )
     order = permutation(options.shuffle_seed, 0, len(source))
     shard_samples = options.shard_samples
     if options.shard_megabytes is not None:

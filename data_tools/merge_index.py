@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data_tools.build_shards import DEFAULT_WORKERS
 from data_tools.pool import unordered_map
-from data_tools.readers.text_lines import read_lines
+from data_tools.readers.class_names import read_class_names
+from data_tools.readers.patterns import check_files, expand_braces
 from mepa_ds.cli import entry
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
@@ -91,7 +91,7 @@ class Scan:
     out: Path | None = None
     """Where index.json goes [default: the directory of the tars]; needed for URLs."""
     classes: Path | None = None
-    """Text file of class names, one a line in the order of the labels."""
+    """Text file of class names, one a line in the order of the labels, or a shard set that has them."""
     workers: int = DEFAULT_WORKERS
     """Processes."""
     cache: Cache = field(default_factory=CacheOptions)
@@ -99,7 +99,7 @@ class Scan:
     def __call__(self) -> ShardIndex:
         left_out = LeftOut()
         out, urls = self._places(left_out)
-        classes = () if self.classes is None else tuple(read_lines(self.classes, "--classes"))
+        classes = () if self.classes is None else read_class_names(self.classes, "--classes")
         _check_foreign(out)
         if is_remote(self.shards):
             _check_near(out)
@@ -136,17 +136,15 @@ class Scan:
         if is_remote(self.shards):
             if self.out is None:
                 raise UserError("--out: where should the index of these remote shards go?")
-            return self.out, list(braceexpand(self.shards))
+            return self.out, expand_braces(self.shards, "shards")
         if Path(self.shards).is_dir():
             directory, tars = Path(self.shards), [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:
-            tars = list(braceexpand(self.shards))
+            tars = expand_braces(self.shards, "shards")
             directory = Path(tars[0]).parent
             if any(Path(tar).parent != directory for tar in tars):
                 raise UserError(f"{self.shards}: lies in several directories; a set is one directory")
-        missing = [tar for tar in tars if not Path(tar).is_file()]
-        if missing or not tars:
-            raise UserError(f"{missing[0] if missing else directory}: no tar files there")
+        check_files(tars or [str(directory)], "shards")
         if self.out not in (None, directory):
             raise UserError("--out: the index of local shards lies beside them; leave --out away")
         return directory, tars

@@ -20,14 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mepa_ds import distributed
-from mepa_ds.data.images import decode_image, image_member
+from mepa_ds.data.images import image_member
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.views import Boxes
 from mepa_ds.data.writer import Sample, ShardWriter, npy_bytes
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.image_decoding import decode_image
 
 Pixels = npt.NDArray[np.uint8]
 Prepare = Callable[[Image.Image, str], tuple[Pixels, Boxes | None]]

@@ -6,17 +6,24 @@ import errno
 import hashlib
 import json
 import os
+import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mepa_ds.errors import UserError
 
+ResultT = TypeVar("ResultT")
+
 _PROBE_BYTES = 4096  # an empty file has a place on a full disk too
+_PASSING = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN)
+"""What a network file system says while a server changes or a file is moved; the next try may find all well."""
+_PAUSES = (0.1, 1.0)
 
 
 @contextmanager
@@ -64,6 +71,49 @@ def naming_full_disks(path: Path) -> Iterator[None]:
             f"{path}: the disk or quota is full ({error.strerror}); free some space there and run again: "
             "what is complete is kept"
         ) from error
+
+
+def again(read: Callable[[], ResultT]) -> ResultT:
+    """What `read` gives. It is called up to three times where a network file system may get over what it met.
+
+    `read` opens its file itself: an open one stays stale.
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not may_pass(error):
+                raise
+        time.sleep(pause)
+    return read()
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether a network file system may get over it."""
+    return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file, read by `again`. Raises OSError; for pipes too, which would never end."""
+    return again(lambda: _read_file(path))
+
+
+def _read_file(path: Path) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
+
+
+def why_unreadable(path: Path, error: OSError) -> str:
+    """What to tell of a file that could not be read: of a link, where it leads to."""
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return f"it is a link to {os.readlink(path)}, which is not there"
+    return error.strerror or str(error)
 
 
 def fsync_directory(path: Path) -> None:

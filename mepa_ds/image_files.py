@@ -1,7 +1,8 @@
-"""Many images on disk: an .npz with `arr_0` as ADM's evaluation suite reads it, or a directory of PNGs."""
+"""Many images on disk: an .npz with `arr_0` as ADM's evaluation suite reads it, or a directory of image files."""
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -10,18 +11,22 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path
+from mepa_ds import log
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.files import atomic_path, read_file, why_unreadable
+from mepa_ds.image_decoding import decode_image, is_image_name
 
 _MEMBER = "arr_0.npy"
-_WANTED = "expected a directory of PNG files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
+_WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
+_SHOWN = 5
 
 
 class ImageFiles:
     """uint8 images of one size, `shape` (N, H, W, 3). Holds none of them: 50 000 of 256 pixels are 10 GB.
+
+    Of a directory all image files count, in the order of their names; what else is there is named in the log.
 
     Raises:
         UserError: at construction, for what is no such set; while reading, for an image of another size.
@@ -31,9 +36,7 @@ class ImageFiles:
         self._path = path
         self._names: Sequence[Path] = ()
         if path.is_dir():
-            self._names = sorted(path.glob("*.png"))
-            if not self._names:
-                raise UserError(f"{path}: no PNG files in this directory; {_WANTED}")
+            self._names = _images_in(path)
             self.shape: tuple[int, ...] = (len(self._names), *read_pixels(self._names[0]).shape)
             return
         with _open_member(path) as file:
@@ -66,17 +69,32 @@ class ImageFiles:
         return data
 
 
+def _images_in(directory: Path) -> list[Path]:
+    names, others = list[Path](), list[str]()
+    for entry in os.scandir(directory):
+        if is_image_name(entry.name) and not entry.is_dir():
+            names.append(directory / entry.name)
+        else:
+            others.append(entry.name.encode("utf-8", "backslashreplace").decode())
+    if others:
+        shown = ", ".join(sorted(others)[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+        log.note(f"{directory}: {len(others)} files or folders not named as images are left out ({shown})")
+    if not names:
+        raise UserError(f"{directory}: no image files in this directory; {_WANTED}")
+    return sorted(names)
+
+
 def read_pixels(path: Path) -> NDArray[np.uint8]:
-    """(H, W, 3) of an image file.
+    """(H, W, 3) of an image file, the same as training sees (`decode_image`).
 
     Raises:
-        UserError: it cannot be read.
+        DamagedError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        data = read_file(path)
     except OSError as error:
-        raise UserError(f"{path}: not an image that can be read: {error}") from error
+        raise DamagedError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
+    return np.asarray(decode_image(data, str(path)))
 
 
 def write_npz(path: Path, images: Sequence[Path]) -> None:

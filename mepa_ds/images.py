@@ -40,9 +40,12 @@ def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = No
 
 
 def made_by_of(path: Path) -> str | None:
-    """What `save_png` noted in a file; None for a PNG that says nothing."""
-    with Image.open(path) as image:
-        return image.info.get(_MADE_BY)
+    """What `save_png` noted in a file; None for one that says nothing, or is no PNG."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            return image.info.get(_MADE_BY)
+    except (OSError, SyntaxError, ValueError):  # not one of ours, or cut short
+        return None
 
 
 def save_images(images_B3HW: Tensor, paths: Sequence[Path], made_by: str | None = None) -> None:

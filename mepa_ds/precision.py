@@ -1,4 +1,4 @@
-"""Products of fp32 numbers in full, on GPUs that would round their factors to TF32's ten bits."""
+"""What hardware can do in a precision, and fp32 products in full on GPUs that would round their factors to TF32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from mepa_ds.errors import UserError
+
+_LEAST_CAPABILITY = 7
+"""CUDA compute capability (major) with fp16 that DeepSpeed accepts."""
+
+
+def is_supported(precision: str, device: torch.device) -> bool:
+    """Whether this processor or GPU trains in `precision` ("fp32", "bf16" or "fp16"). DeepSpeed asks the same of it.
+
+    Most CPUs have no fp16: oneDNN wants AVX-512 FP16 or AMX FP16.
+    """
+    if precision == "fp16":
+        if device.type == "cuda":
+            return torch.cuda.get_device_capability(device)[0] >= _LEAST_CAPABILITY
+        try:
+            return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        except (AttributeError, RuntimeError):  # a build of PyTorch without oneDNN
+            return False
+    return precision != "bf16" or device.type != "cuda" or torch.cuda.is_bf16_supported()
+
+
+def refusal(precision: str, device: torch.device) -> UserError | None:
+    """What is wrong with `parallel.precision` on this rank's device; None if it can be used."""
+    if is_supported(precision, device):
+        return None
+    name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    others = [other for other in ("bf16", "fp32") if is_supported(other, device)]
+    return UserError(f"parallel.precision: {name} cannot train in {precision}; set it to {' or '.join(others)}")
 
 
 @contextmanager

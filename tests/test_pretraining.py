@@ -13,6 +13,7 @@ import torch
 from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.weights import read_state_dict
+from tests.hardware import needs_fp16
 from tests.tiny_run import ROOT, launch, losses, make_run, make_sets, make_tokenizer, write_recipe
 from tests.training.ranks import Ranks, finish
 
@@ -98,7 +99,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, single: Path) -> N
         assert torch.equal(read_state_dict(output / "last")[name], tensor), name
 
 
-@pytest.mark.parametrize("setting", ["parallel.precision=bf16", "parallel.precision=fp16", "zero1"])
+@pytest.mark.parametrize(
+    "setting", ["parallel.precision=bf16", pytest.param("parallel.precision=fp16", marks=needs_fp16), "zero1"]
+)
 def test_other_precisions_and_zero_1_resume_exactly_too(folder: Path, setting: str) -> None:
     """fp16 with a loss scale that has fallen and is to rise: its state is part of the checkpoint."""
     if setting == "zero1":
@@ -146,7 +149,7 @@ def test_export_gives_the_weights_without_deepspeed(folder: Path, single: Path) 
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=needs_fp16)])
 def test_half_precision_follows_fp32(folder: Path, single: Path, precision: str) -> None:
     output = run(folder, precision, f"parallel.precision={precision}", "parallel.ep_size=2", ranks=2)
     np.testing.assert_allclose(losses(output)[:5], losses(single)[:5], atol=0.03)

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.readers.class_names import read_class_names
 from mepa_ds.data.left_out import few, printable
-from mepa_ds.data.samples import is_hidden, is_image_name
+from mepa_ds.data.samples import is_hidden
 from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.files import read_file, why_unreadable
+from mepa_ds.image_decoding import is_image_name
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,25 @@ class ImageFolder:
 
     root: Path
     """The folder of class folders, such as ILSVRC2012/train."""
+    classes: Path | None = None
+    """For a folder that lacks classes, such as a small validation set: the shard set of the training images, or a text
+    file of all class names, one a line in the order of the labels."""
 
     def open(self, scratch: Path | None) -> ImageFolderSource:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
         _, folders, left_out = next(os.walk(self.root, onerror=_unreadable))
-        classes = sorted(name for name in folders if not is_hidden(name))
+        _check_links(self.root, left_out)
+        names = sorted(name for name in folders if not is_hidden(name))
         left_out += [f"{name}/" for name in folders if is_hidden(name)]
-        if not classes:
+        if not names:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
+        classes = self._classes(names)
         files, labels, empty = list[str](), list[int](), list[str]()
-        for label, name in enumerate(classes):
+        for name in names:
             found = sorted(_images_below(self.root, name, left_out))
             files += found
-            labels += [label] * len(found)
+            labels += [classes.index(name)] * len(found)
             if not found:
                 empty.append(name)
         if left_out:
@@ -39,12 +47,35 @@ class ImageFolder:
                 f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, hidden, or "
                 f"links to what is listed already ({few(left_out)})"
             )
-        if empty:
+        if empty and self.classes is None:
             raise UserError(
                 f"--root: {self.root}: {len(empty)} class folders have no images ({few(empty)}); "
-                "fill or remove them: leaving them out silently would shift the labels"
+                "fill or remove them, or name all classes with --classes"
             )
-        return ImageFolderSource(self.root, tuple(classes), files, labels)
+        if absent := sorted(set(classes) - {classes[label] for label in labels}):
+            print(f"{self.root}: {len(absent)} of {len(classes)} classes have no images here ({few(absent)})")
+        return ImageFolderSource(self.root, classes, files, labels)
+
+    def _classes(self, folders: list[str]) -> tuple[str, ...]:
+        if self.classes is None:
+            return tuple(folders)
+        classes = read_class_names(self.classes, "--classes")
+        if unknown := [name for name in folders if name not in classes]:
+            raise UserError(
+                f"--root: {self.root}: {len(unknown)} folders are none of the {len(classes)} classes of "
+                f"{self.classes} ({few(unknown)}); remove them, or give --classes that has them"
+            )
+        return classes
+
+
+def _check_links(root: Path, files: list[str]) -> None:
+    """A link that leads nowhere may have been a class: without it the others would have other labels."""
+    for name in files:
+        if (path := root / name).is_symlink() and not path.exists() and not is_hidden(name):
+            raise UserError(
+                f"--root: {printable(str(path))}: it is a link to {os.readlink(path)}, which is not there; "
+                "mend or remove it"
+            )
 
 
 def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
@@ -92,6 +123,7 @@ class ImageFolderSource:
     def load(self, number: int) -> tuple[str, bytes]:
         path = self._root / self._files[number]
         try:
-            return path.suffix[1:].lower(), path.read_bytes()
+            return path.suffix[1:].lower(), read_file(path)
         except OSError as error:
-            raise DamagedError(f"{path}: cannot be read: {error.strerror}") from error
+            reason = why_unreadable(path, error)
+            raise DamagedError(f"{printable(str(path))}: cannot be read: {reason}; mend that") from error

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.readers.patterns import check_files
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.webdataset import WebDataset
@@ -21,6 +25,7 @@ from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.samples import HIDDEN, is_hidden
 from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
+from mepa_ds.files import again, may_pass
 
 _OF_A_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 
@@ -54,6 +59,7 @@ class Parquet:
                     f"{path}: has no column {sorted(missing)[0]!r}, only {table.schema_arrow.names}; "
                     "give --image-column and --label-column"
                 )
+            _check_label_type(path, table, self.label_column)
         names = _class_names(tables[0], self.label_column)
         self._copy(files, tables, scratch, names)
         source = WebDataset(str(scratch)).open(None)
@@ -76,21 +82,30 @@ class Parquet:
                 f"--root: {self.root}: holds files of several splits ({', '.join(splits)}); choose one, such as "
                 f"--pattern '{splits[-1]}-*.parquet'"
             )
+        check_files(list(map(str, files)), "--root", "parquet file")
         return files
 
     def _copy(self, files: list[Path], tables: list[Any], scratch: Path, names: tuple[str, ...]) -> None:
         """One tar of original bytes for each file; files that are copied already are not read again."""
-        made_by = MadeBy(name="parquet", settings={"files": [f"{path.name} {path.stat().st_size}" for path in files]})
+        made_by = MadeBy(name="parquet", settings={"copied_from": self.copied_from()})
         shards = tuple(shard_name(number) for number in range(len(files)))
-        writer = ShardWriter(scratch, Plan(kind="images", shard_names=shards, made_by=made_by))
+        plan = Plan(kind="images", shard_names=shards, made_by=made_by)
+        writer = _scratch_writer(scratch, plan)
         total = sum(table.metadata.num_rows for table in tables)
         with tqdm(total=total, desc="copying parquet", unit="row") as progress:
             for path, table, shard in zip(files, tables, shards, strict=True):
                 if not writer.is_complete(shard):
-                    writer.write_shard(shard, self._samples(path, table, len(names), progress))
+                    self._copy_file(path, writer, shard, len(names), progress)
                 else:
                     progress.update(table.metadata.num_rows)
         writer.finish()
+
+    def _copy_file(self, path: Path, writer: ShardWriter, shard: str, num_classes: int, progress: Any) -> None:
+        """A shard is written as a whole or not at all, so that it can be begun again."""
+        try:
+            again(lambda: writer.write_shard(shard, self._samples(path, _open(path), num_classes, progress)))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be copied: {error.strerror or error}; mend that, and run again") from error
 
     def _samples(self, path: Path, table: Any, num_classes: int, progress: Any) -> Iterator[Sample]:
         row = 0
@@ -102,12 +117,19 @@ class Parquet:
                         f"{where}: column {self.image_column!r} holds no image bytes; export the dataset with "
                         "embedded images, or give another --image-column"
                     )
-                number = label.as_py()
-                if not isinstance(number, int) or number < 0 or (num_classes and number >= num_classes):
-                    raise UserError(f"{where}: label {number} is out of range; is this a split without labels?")
+                number = _label_number(label.as_py(), num_classes, where)
                 yield f"{path.stem.replace('.', '-')}-{row:09d}", {_kind(data): data, "cls": str(number).encode()}
                 row += 1
                 progress.update()
+
+
+def _scratch_writer(scratch: Path, plan: Plan) -> ShardWriter:
+    """What a killed build copied from other files or columns is of no use any more."""
+    try:
+        return ShardWriter(scratch, plan)
+    except UserError:
+        shutil.rmtree(scratch)
+        return ShardWriter(scratch, plan)
 
 
 def _open(path: Path) -> Any:
@@ -115,21 +137,26 @@ def _open(path: Path) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(path)
+        return again(lambda: ParquetFile(path))
     except (ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 
 
 def _batches(path: Path, table: Any, columns: list[str]) -> Iterator[Any]:
+    """Raises OSError for what may pass (`again`)."""
     from pyarrow import ArrowException
 
     try:
         yield from table.iter_batches(batch_size=64, columns=columns)
     except (ArrowException, OSError) as error:
+        if may_pass(error):
+            raise
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if isinstance(error, OSError) and error.errno is not None:  # of the system; what is in the file has no number
+        return UserError(f"{path}: cannot be read: {os.strerror(error.errno)}; mend that, and run again")
     return UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}; download it again")
 
 
@@ -154,7 +181,32 @@ def _kind(data: bytes) -> str:
 def _class_names(table: Any, column: str) -> tuple[str, ...]:
     """From the `datasets` library's note in the file; empty if there is none."""
     note = (table.schema_arrow.metadata or {}).get(b"huggingface")
-    if note is None:
+    try:
+        names = json.loads(note or b"")["info"]["features"][column]["names"]
+    except (ValueError, LookupError, TypeError):  # no note, or one of another kind: labels are numbers then
         return ()
-    feature = json.loads(note).get("info", {}).get("features", {}).get(column, {})
-    return tuple(feature.get("names", ()))
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list else ()
+
+
+def _check_label_type(path: Path, table: Any, column: str) -> None:
+    from pyarrow import types
+
+    kind = table.schema_arrow.field(column).type
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    if not any(is_kind(values) for is_kind in (types.is_integer, types.is_boolean, types.is_floating, types.is_null)):
+        raise UserError(
+            f"{path}: column {column!r} holds {kind} values, but labels are numbers from 0 up; number the classes "
+            f"(with `datasets`: dataset.class_encode_column({column!r})), or give another --label-column"
+        )
+
+
+def _label_number(label: Any, num_classes: int, where: str) -> int:
+    """Floats that are whole numbers are labels too: pandas makes them of a column that once had a gap."""
+    if label is None:
+        raise UserError(f"{where}: has no label; is this a split without labels?")
+    if not math.isfinite(label) or label != int(label):
+        raise UserError(f"{where}: label {label} is no whole number; mend it, or give another --label-column")
+    if label < 0 or (num_classes and label >= num_classes):
+        raise UserError(f"{where}: label {label} is out of range; is this a split without labels?")
+    return int(label)

@@ -8,6 +8,7 @@ from typing import Any
 
 from mepa_ds.data.left_out import printable
 from mepa_ds.errors import DamagedError
+from mepa_ds.files import again, why_unreadable
 
 
 @dataclass
@@ -40,11 +41,16 @@ class TarMembers:
     def load(self, number: int) -> tuple[str, bytes]:
         path, offset, size = self._members[number]
         try:
-            with open(self.paths[path], "rb") as file:
-                file.seek(offset)
-                data = file.read(size)
+            data = again(lambda: _read(self.paths[path], offset, size))
         except OSError as error:
-            raise DamagedError(f"{self.describe(number)}: cannot be read: {error.strerror}") from error
+            reason = why_unreadable(self.paths[path], error)
+            raise DamagedError(f"{self.describe(number)}: cannot be read: {reason}") from error
         if len(data) != size:
             raise DamagedError(f"{self.describe(number)}: the tar ends inside it; copy it again")
         return self._names[number].rpartition(".")[2].lower(), data
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)

@@ -7,18 +7,19 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import braceexpand
 from tqdm import tqdm
 
+from data_tools.readers.class_names import read_class_names
+from data_tools.readers.patterns import check_files, expand_braces
 from data_tools.readers.source import COPIED_FROM
 from data_tools.readers.tar_members import TarMembers
-from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.left_out import LeftOut, printable
 from mepa_ds.data.remote import fetch, is_remote
 from mepa_ds.data.samples import LABEL_EXTENSION, image_samples, tar_files
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.errors import UserError
+from mepa_ds.files import why_unreadable
 
 _MANY_CLASSES = 100_000
 """More than any known dataset has: a label from here on that even exceeds the number of images is a mistake."""
@@ -31,8 +32,8 @@ class WebDataset:
     shards: str
     """A directory, a glob, or a brace pattern such as /data/train-{0000..0099}.tar or https://host/{00..63}.tar."""
     classes: Path | None = None
-    """Text file of class names, one a line in the order of the labels. By default those of an index.json beside the
-    shards, or their numbers."""
+    """Text file of class names, one a line in the order of the labels, or a shard set that has them. By default those
+    of an index.json beside the shards, or their numbers."""
 
     def open(self, scratch: Path | None) -> TarMembers:
         names = self._names()
@@ -40,7 +41,11 @@ class WebDataset:
         paths = [self._local(url, scratch) for url in self._urls(left_out)]
         source = TarMembers("webdataset", (), paths=paths)
         for number in tqdm(range(len(paths)), "listing"):
-            _list_tar(source, number, len(names or ()), left_out)
+            try:
+                _list_tar(source, number, len(names or ()), left_out)
+            except OSError as error:
+                reason = why_unreadable(paths[number], error)
+                raise UserError(f"--shards: {paths[number]}: cannot be read: {reason}; mend that") from error
         left_out.note(self.shards)
         source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:
@@ -49,7 +54,7 @@ class WebDataset:
 
     def _names(self) -> tuple[str, ...] | None:
         if self.classes is not None:
-            return tuple(read_lines(self.classes, "--classes"))
+            return read_class_names(self.classes, "--classes")
         directory = Path(self.shards)
         if is_remote(self.shards) or not (directory / INDEX_NAME).exists():
             return None
@@ -62,14 +67,13 @@ class WebDataset:
 
     def _urls(self, left_out: LeftOut | None = None) -> list[str]:
         if is_remote(self.shards):
-            return list(braceexpand(self.shards))
+            return expand_braces(self.shards, "--shards")
         if Path(self.shards).is_dir():
             found = [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:
-            found = [path for pattern in braceexpand(self.shards) for path in sorted(glob.glob(pattern)) or [pattern]]
-        missing = [path for path in found if not Path(path).is_file()]
-        if missing or not found:
-            raise UserError(f"--shards: {(missing or [self.shards])[0]}: no tar files there")
+            patterns = expand_braces(self.shards, "--shards")
+            found = [path for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
+        check_files(found or [self.shards], "--shards")
         return found
 
     def _local(self, url: str, scratch: Path | None) -> Path:

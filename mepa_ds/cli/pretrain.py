@@ -19,8 +19,9 @@ srun          srun python pretrain.py recipes/mepa_d16.yaml     (MASTER_ADDR and
 
 --dry-run [--world-size N] [--memory GB] [--num-samples N]
               prints the plan and trains nothing: parameters, FLOPs, memory a rank by part, bytes exchanged, checkpoint
-              size, steps, and what would not fit in GB of memory a rank. Needs neither data nor GPUs. N defaults to
-              the ranks that are started, GB to this machine's, the samples to those of data.tokens if it is there.
+              size, steps, and what would not fit in GB of memory a rank. Needs neither data nor GPUs; shard sets that
+              are there are checked against the recipe and each other. N defaults to the ranks that are started, GB to
+              this machine's, the samples to those of data.tokens if it is there.
 
 SIGUSR1 or SIGTERM on any rank: the step ends, all ranks save a checkpoint and exit with status 75, which means "start
 me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second signal exits at once.
@@ -56,9 +57,11 @@ def main(argv: list[str]) -> None:
 
 def _dry_run(config: PretrainConfig, options: argparse.Namespace) -> None:
     from mepa_ds.loops.plan import format_plan, plan_run, this_machine
+    from mepa_ds.loops.training_data import check_made_sets
 
     world_size = options.world_size or distributed.read_launch().world_size
     config.check_world(world_size)
+    check_made_sets(config)
     machine = this_machine(config, world_size, None if options.memory is None else options.memory * 1e9)
     if distributed.read_launch().is_main:
         print(format_plan(plan_run(config, machine, options.num_samples)))

@@ -163,10 +163,12 @@ def _check_others(directory: Path, paths: list[Path], made_by: str) -> None:
     Raises:
         UserError: an image that this start would leave there, and that is none of such a job's.
     """
+    from mepa_ds.image_decoding import is_image_name
     from mepa_ds.images import made_by_of
 
     mine, my_classes = {path.name for path in paths}, {_class_of(path) for path in paths}
-    others = {_class_of(path): path for path in sorted(directory.glob("*.png")) if path.name not in mine}
+    images = sorted(path for path in directory.glob("*") if is_image_name(path.name))
+    others = {_class_of(path): path for path in images if path.name not in mine}
     for name, path in others.items():
         if name in my_classes or _shared_facts(made_by_of(path)) != _shared_facts(made_by):
             raise UserError(

@@ -5,19 +5,19 @@ Legend: B batch of this rank, H = W image side.
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -25,12 +25,13 @@ from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batch
 from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.data.shard_set import ShardSet, parse_label
-from mepa_ds.data.tar import DamagedError
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.image_decoding import decode_image
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
 _MAX_ASPECT = 16
+_END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OnDamaged = Literal["stop", "skip"]
 
@@ -63,55 +64,6 @@ class ImageBatch:
 
     def pin_memory(self) -> ImageBatch:
         return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), labels_B=self.labels_B.pin_memory())
-
-
-_ORIENTATION = 274
-_BY_ORIENTATION = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def decode_image(data: bytes, where: str) -> Image.Image:
-    """The image as RGB, upright (EXIF). Greyscale, palette, CMYK and 16-bit are converted; alpha is laid over white.
-
-    Raises:
-        DamagedError: the bytes are no image, are cut short, or hold more pixels than Pillow takes for safe.
-    """
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data))
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow's own words here hold the address of an object, and what a build leaves out is written down.
-        reason = "cannot identify its format" if isinstance(error, UnidentifiedImageError) else error
-        raise DamagedError(f"{where}: not a readable image: {reason}; replace or remove it") from error
-    image = _upright(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        levels = np.asarray(image, np.float32)  # 16-bit greyscale; PIL's own conversion clips it at 255
-        image = Image.fromarray((levels / 257).clip(0, 255).round().astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as EXIF says. Pillow's own function also writes the EXIF anew, and fails where that is malformed."""
-    try:
-        method = _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged note makes no damaged image
-        return image
-    return image if method is None else image.transpose(method)
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
@@ -259,10 +211,43 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_rank,
     )
-    for batch in loader:
-        if isinstance(batch, DamagedError):
-            raise batch
-        yield batch
+    on_child, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise UserError(
+            f"{num_workers} processes that decode images cannot be started ({error.strerror}); use fewer "
+            "data.num_workers, or give the job more memory"
+        ) from error
+    if on_child is not None and threading.current_thread() is threading.main_thread():
+        # PyTorch's handler raises at a worker's death wherever the rank is then; asked for a batch, the loader
+        # notices it as well.
+        signal.signal(signal.SIGCHLD, on_child)
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    try:
+        for batch in batches:
+            if isinstance(batch, DamagedError):
+                raise batch
+            yield batch
+    except (OSError, EOFError, RuntimeError) as error:  # of a bug in a worker too, which lives on then
+        wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
+        codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+        if not codes:
+            raise
+        raise UserError(
+            f"a worker process that decodes images {_how_it_ended(codes[0])}; use fewer data.num_workers, or give the "
+            "job more memory"
+        ) from error
+    finally:
+        del batches  # now, not when nobody looks at the error any more: the workers end with it
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended by itself with status {code}"
+    name = signal.Signals(-code).name
+    lacking = "room in /dev/shm" if name == "SIGBUS" else "memory"
+    return f"was killed ({name}), perhaps for want of {lacking}"
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:

@@ -8,6 +8,7 @@ they come from, shard by shard: their `keys_sha256` are equal.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.sample_table import SampleTable, scan_tar
 from mepa_ds.data.samples import Kind
 from mepa_ds.errors import DamagedError, UserError
-from mepa_ds.files import atomic_path, naming_full_disks, write_json
+from mepa_ds.files import atomic_path, naming_full_disks, read_file, write_json
 
 INDEX_NAME = "index.json"
 
@@ -208,7 +209,7 @@ def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
     """Raises DamagedError for whatever is wrong with the file."""
     path = table_path(shard)
     try:
-        with np.load(path) as stored:
+        with np.load(io.BytesIO(read_file(path))) as stored:
             return {name: stored[name] for name in ("keys", "extensions", "offsets", "sizes", "labels", "description")}
     except Exception as error:  # zipfile and NumPy raise a dozen kinds for bytes that changed; CRCs are checked
         reason = str(error) or type(error).__name__

@@ -57,6 +57,10 @@ class OpenFiles:
         for _ in range(sum(map(len, files)) - num_allowed()):
             max(files, key=len)._drop_first()
 
+    def drop(self, number: int) -> None:
+        """Forgets a file; the next one who asks opens it anew."""
+        self._files.pop(number, None)
+
     def _drop_first(self) -> None:
         with suppress(KeyError):  # another thread has just dropped the last one
             self._files.popitem(last=False)

@@ -33,8 +33,7 @@ from pydantic import Field
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.index import ShardEntry
 from mepa_ds.data.order import BatchTask, SampleOrder, WindowWatch
-from mepa_ds.data.tar import DamagedError
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 REMOTE_NAME = "remote.json"

@@ -15,11 +15,12 @@ from typing import Literal
 from mepa_ds.data.left_out import LeftOut, printable
 from mepa_ds.data.tar import TarMember, list_members
 from mepa_ds.errors import DamagedError
+from mepa_ds.image_decoding import EXTENSIONS
 
 Kind = Literal["images", "tokens", "features"]
 
 LABEL_EXTENSION = "cls"
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+IMAGE_EXTENSIONS = EXTENSIONS
 
 HIDDEN = "hidden names, as macOS packs them beside files"
 NO_SAMPLE = "members that are neither image nor label"
@@ -36,12 +37,6 @@ Samples = dict[str, dict[str, tuple[int, TarMember]]]
 def is_hidden(name: str) -> bool:
     """Whether a path, or a folder on it, is of an editor or a file manager: .ipynb_checkpoints, __MACOSX, ._1.jpg."""
     return _HIDDEN_PART.search(name) is not None
-
-
-def is_image_name(name: str) -> bool:
-    """By its extension, in small letters or capitals. Whether the bytes are an image is found when they are decoded."""
-    stem, extension = _split_at_last_dot(name.rpartition("/")[2])
-    return bool(stem) and extension in IMAGE_EXTENSIONS
 
 
 def image_extension(extensions: Collection[str], where: str) -> str:

@@ -31,6 +31,7 @@ from mepa_ds.data.sample_table import SampleTable, label_number
 from mepa_ds.data.samples import LABEL_EXTENSION, tar_files
 from mepa_ds.data.writer import PLAN_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
+from mepa_ds.files import again
 
 
 class ShardSet:
@@ -217,12 +218,19 @@ class ShardSet:
 
     def _read_into(self, buffers: list[Any], size: int, sample: int, shard: int, offset: int) -> None:
         try:
-            file = self._files.get(shard) or self._open(shard)  # held while reading: another thread may drop it
-            done = os.preadv(file.descriptor, buffers, offset)
+            done = again(lambda: self._read_once(buffers, shard, offset))
         except OSError as error:
             raise DamagedError(f"{self._where(sample)}: cannot be read: {error.strerror}; {REMEDY}") from error
         if done != size:
             raise DamagedError(f"{self._where(sample)}: the shard ends inside it; {REMEDY}")
+
+    def _read_once(self, buffers: list[Any], shard: int, offset: int) -> int:
+        file = self._files.get(shard) or self._open(shard)  # held while reading: another thread may drop it
+        try:
+            return os.preadv(file.descriptor, buffers, offset)
+        except OSError:
+            self._files.drop(shard)  # the next try opens it anew
+            raise
 
     def _open(self, shard: int) -> OpenFile:
         path = self._paths[shard]

@@ -18,6 +18,7 @@ from mepa_ds.data import tar_headers as headers
 from mepa_ds.data.left_out import LeftOut, printable
 from mepa_ds.data.tar_headers import BLOCK, END, Header
 from mepa_ds.errors import DamagedError
+from mepa_ds.files import again
 
 DEAD_LINKS = "links to what is not in the tar"
 DEVICES = "devices and pipes"
@@ -69,15 +70,21 @@ def list_members(path: Path, left_out: LeftOut, start: int = 0, size: int | None
             file or the rest of one from another volume.
     """
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size if size is None else start + size
-            if end == start:
-                raise DamagedError(f"{path}: the file is empty, not a tar")
-            read = partial(_read, file.fileno(), str(path))
-            entries = list(_step(read, start, end, str(path), left_out))
+        entries, others = again(lambda: _entries(path, start, size))
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror or error}; {_AGAIN}") from error
+    left_out.update(others)
     return _files(entries, left_out)
+
+
+def _entries(path: Path, start: int, size: int | None) -> tuple[list[_Entry], LeftOut]:
+    left_out = LeftOut()
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size if size is None else start + size
+        if end == start:
+            raise DamagedError(f"{path}: the file is empty, not a tar")
+        read = partial(_read, file.fileno(), str(path))
+        return list(_step(read, start, end, str(path), left_out)), left_out
 
 
 def _read(descriptor: int, where: str, size: int, position: int) -> bytes:

@@ -19,10 +19,9 @@ from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, r
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.remote import fetched_ahead
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
 
 OnDamaged = Literal["stop", "skip"]
 

@@ -93,15 +93,22 @@ class ShardWriter:
             names = tuple(shard.name for shard in index.shards)
             found = Plan(kind=index.kind, shard_names=names, classes=index.classes, made_by=index.made_by)
             self._check_same(found)
-        elif (directory / PLAN_NAME).exists():
-            self._check_same(read_plan(directory))
-        else:
-            with naming_full_disks(directory / PLAN_NAME):
-                write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
+            self.plan = found
+            return
+        if (directory / PLAN_NAME).exists():
+            found = read_plan(directory)
+            self._check_same(found)
+            if found.made_by.settings.get("on_damaged") == plan.made_by.settings.get("on_damaged"):
+                return
+        with naming_full_disks(directory / PLAN_NAME):
+            write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
 
     def _check_same(self, found: Plan) -> None:
         # Compared as JSON, so that a list and a tuple in free-form settings are the same.
         ours, theirs = (json.loads(plan.model_dump_json()) for plan in (self.plan, found))
+        our_settings, their_settings = (plan["made_by"]["settings"] for plan in (ours, theirs))
+        if (their_settings.get("on_damaged"), our_settings.get("on_damaged")) == ("stop", "skip"):
+            their_settings["on_damaged"] = "skip"  # a build that met damage goes on: its shards so far have none
         if ours == theirs:
             return
         flat_ours, flat_theirs = _flat(ours), _flat(theirs)

@@ -37,6 +37,7 @@ from mepa_ds.loops.step_records import StepRecords
 from mepa_ds.loops.stopping import Agreement, StopRequests, deadline, undisturbed
 from mepa_ds.loops.training_data import Loader, data_identity, heldout_identity, open_checked
 from mepa_ds.objective.pretraining import nonfinite_routers
+from mepa_ds.precision import refusal
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
         deepspeed_config.read_knobs(config.parallel.deepspeed)
         with undisturbed():
             device = distributed.start(launch)
+        distributed.agree(refusal(config.parallel.precision, device))
         sets = open_checked(config)
         with prepared_output(config):
             run = PretrainRun(config, sets, device, requests)

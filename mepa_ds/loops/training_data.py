@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,13 @@ import torch.distributed as dist
 from mepa_ds import distributed, log
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.images import ImageBatch
+from mepa_ds.data.index import INDEX_NAME
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import TrainingBatch, TrainingSets, open_training_sets, training_batches
 from mepa_ds.errors import UserError
-from mepa_ds.loops.online import OnlineSets
+from mepa_ds.loops.online import OnlineSets, open_images
 from mepa_ds.tokenizer.tokenizer import identity_of
+from mepa_ds.weights import CONFIG_NAME
 
 
 def open_checked(config: PretrainConfig) -> TrainingSets | OnlineSets:
@@ -40,14 +43,50 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
         sets = OnlineSets.open(config)
     else:
         sets = open_training_sets(config.data.tokens, config.data.features)
-        check_sets(config, sets)
+        _check_fit(config, sets, "data.tokens")
+        _check_maker(config, sets, "data.tokens")
     if config.data.heldout_tokens is not None:
-        key = "data.heldout_tokens"
-        heldout = open_training_sets(config.data.heldout_tokens, None, key)
-        check_sets(config, heldout, key)
-        images = sets.images if isinstance(sets, OnlineSets) else sets.tokens
-        _check_same_classes(images, heldout.tokens)
+        heldout = _open_heldout(config, sets.images if isinstance(sets, OnlineSets) else sets.tokens)
+        _check_maker(config, heldout, "data.heldout_tokens")
     return sets
+
+
+def check_made_sets(config: PretrainConfig) -> None:
+    """For a plan: what `open_sets` would say of the sets that are there. What is still to be made is left out.
+
+    Raises UserError as that does.
+    """
+    data, training = config.data, None
+    if data.images is not None:
+        training = open_images(config) if _is_made(data.images) else None
+    elif data.tokens is not None and _is_made(data.tokens):
+        sets = open_training_sets(data.tokens, data.features if _is_made(data.features) else None)
+        _check_fit(config, sets, "data.tokens")
+        training = sets.tokens
+        if _is_tokenizer_made(config.tokenizer):
+            _check_maker(config, sets, "data.tokens")
+    if _is_made(data.heldout_tokens):
+        heldout = _open_heldout(config, training)
+        if _is_tokenizer_made(config.tokenizer):
+            _check_maker(config, heldout, "data.heldout_tokens")
+
+
+def _is_tokenizer_made(path: Path) -> bool:
+    return path.is_file() or (path / CONFIG_NAME).exists()  # the last file of a directory that is written
+
+
+def _is_made(path: Path | None) -> bool:
+    return path is not None and (path / INDEX_NAME).exists()
+
+
+def _open_heldout(config: PretrainConfig, training: ShardSet | None) -> TrainingSets:
+    """Checked, as far as can be said without the tokenizer."""
+    assert config.data.heldout_tokens is not None
+    heldout = open_training_sets(config.data.heldout_tokens, None, "data.heldout_tokens")
+    if training is not None:
+        _check_same_classes(training, heldout.tokens)
+    _check_fit(config, heldout, "data.heldout_tokens")
+    return heldout
 
 
 def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
@@ -56,33 +95,43 @@ def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
     Numbers are no names: readers give them where there are none.
     """
     named = [shards.index.classes for shards in (first, second)]
-    are_names = [names and names != tuple(map(str, range(len(names)))) for names in named]
-    if all(are_names) and named[0] != named[1]:
+    if all(map(_are_names, named)) and named[0] != named[1]:
         label = next((n for n, (a, b) in enumerate(zip(*named, strict=False)) if a != b), min(map(len, named)))
         meaning = [names[label] if label < len(names) else "nothing" for names in named]
         raise UserError(
             f"{first.what} {first.directory} and {second.what} {second.directory} have other classes: label {label} is "
-            f"{meaning[0]!r} there and {meaning[1]!r} here; make one of them again with the classes of the other"
+            f"{meaning[0]!r} there and {meaning[1]!r} here; make one of them again with the classes of the other: "
+            "data_tools/build_shards.py has --classes for that"
         )
 
 
-def check_sets(config: PretrainConfig, sets: TrainingSets, key: str = "data.tokens") -> None:
-    """Raises UserError unless the tokens are the run's tokenizer's and fit the model."""
+def _are_names(classes: tuple[str, ...]) -> bool:
+    return bool(classes) and classes != tuple(map(str, range(len(classes))))
+
+
+def _check_fit(config: PretrainConfig, sets: TrainingSets, key: str) -> None:
     model = config.model
     facts = (("scales", sets.scales, model.scales), ("codebook_size", sets.codebook_size, model.codebook_size))
     for name, theirs, ours in facts:
         if theirs != ours:
             raise UserError(f"model.{name}: {ours}, but {key} {sets.tokens.directory} has {theirs}; set model.{name}")
-    identity = identity_of(config.tokenizer, model.scales)
+    # Labels that are bare numbers mean the same in every set: a held-out one may lack the last classes.
+    may_lack = key != "data.tokens" and not _are_names(sets.tokens.index.classes)
+    if sets.num_classes > model.num_classes or (0 < sets.num_classes < model.num_classes and not may_lack):
+        raise UserError(
+            f"model.num_classes: {model.num_classes}, but {key} {sets.tokens.directory} has {sets.num_classes} "
+            "classes; set model.num_classes, or make the set again with all classes (data_tools/build_shards.py has "
+            "--classes for that)"
+        )
+
+
+def _check_maker(config: PretrainConfig, sets: TrainingSets, key: str) -> None:
+    identity = identity_of(config.tokenizer, config.model.scales)
     if sets.tokenizer.identity != identity:
         raise UserError(
             f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} "
             f"({sets.tokenizer.identity}), but tokenizer: {config.tokenizer} is {identity}; precompute the tokens "
             "again with that tokenizer (data_tools/precompute.py tokens), or point tokenizer: to their maker"
-        )
-    if sets.num_classes and sets.num_classes != model.num_classes:
-        raise UserError(
-            f"model.num_classes: {model.num_classes}, but {key} {sets.tokens.directory} has {sets.num_classes} classes"
         )
 
 

@@ -38,7 +38,7 @@ def _has_fused_kernel(x: Tensor) -> bool:
 @cache
 def fused_gelu_types() -> tuple[torch.dtype, ...]:
     """Types in which a CPU's oneDNN has a linear layer and GELU in one kernel."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
     low = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
     return torch.float32, *low

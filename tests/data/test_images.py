@@ -17,9 +17,8 @@ from PIL import Image, ImageOps
 
 from mepa_ds.data.images import ImageBatch, crop_square, decode_image, fit_image, image_batches, resize_shorter
 from mepa_ds.data.index import MadeBy
-from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.writer import Plan, ShardWriter
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mepa_ds.data.in_step import in_step
-from mepa_ds.data.tar import DamagedError
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
 
 
 def batches_of_rank(rank: int) -> Iterator[int]:

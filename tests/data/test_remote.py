@@ -22,10 +22,9 @@ from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import REMOTE_NAME, RemoteShards, ShardCache, fetch, is_remote
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.tar import DamagedError
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, tokens_of
 
 SIZES = (3, 4, 2, 5, 3, 4)

@@ -21,9 +21,10 @@ from data_tools.verify_shards import verify
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.left_out import LeftOut
 from mepa_ds.data.sample_table import scan_tar
-from mepa_ds.data.samples import image_samples, is_hidden, is_image_name, split_member_name
+from mepa_ds.data.samples import image_samples, is_hidden, split_member_name
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.image_decoding import is_image_name
 from tests.data.build_fixtures import images_of, options, picture
 from tests.data.tar_fixtures import add
 

@@ -18,6 +18,7 @@ from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.objective.pretraining import ModelInputs
 from tests.engine.ranks import run_on_ranks
+from tests.hardware import needs_fp16
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, FEATURE_WIDTH, NUM_TOKENS, recipe_values
 
 # --- the layer ---------------------------------------------------------------------------------------------------
@@ -353,6 +354,7 @@ def run_balance_alone(folder: str) -> None:
     torch.save(record, Path(folder) / "balance.pt")
 
 
+@needs_fp16
 def test_the_balance_gradient_is_scaled_with_the_loss(tmp_path: Path) -> None:
     """fp16 against fp32, to 2 % of the largest element: unscaled it would be smaller by the loss scale."""
     run_on_ranks(1, run_balance_alone, str(tmp_path))

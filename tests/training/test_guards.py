@@ -27,6 +27,7 @@ from mepa_ds.loops.training_data import Loader
 from mepa_ds.metrics import read_metrics
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.slurm.cause import cause_of
+from tests.hardware import needs_fp16
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
 from tests.training.ranks import Ranks, arguments, finish, wait_for_step
 
@@ -232,6 +233,7 @@ def make_it_the_data_of(run_json: Path, features: Path) -> None:
     run_json.with_name("manifest.json").write_text(json.dumps(manifest))
 
 
+@needs_fp16
 def test_fp16_overflows_are_not_bad_steps_while_the_scale_can_fall(folder: Path) -> None:
     """The first loss scale, 2^16, times a cross-entropy weighted 10^4 fold overflows; with max_bad_steps=1 it may."""
     settings = ["parallel.precision=fp16", "guards.max_bad_steps=1", "objective.ce_weight=10000"]
@@ -368,6 +370,7 @@ def test_a_spike_between_logged_steps_is_seen(folder: Path) -> None:
     assert spike["step"] == 11
 
 
+@needs_fp16
 def test_a_nan_batch_is_bad_under_fp16_though_the_scale_could_fall(folder: Path) -> None:
     """NaN features make the loss itself NaN on one rank of two, whatever the loss scale."""
     settings = [f"data.features={folder}/one.features", "parallel.precision=fp16"]
@@ -389,6 +392,7 @@ def start_at_the_smallest_scale() -> None:
     DynamicLossScaler.__init__ = init
 
 
+@needs_fp16
 def test_an_overflow_at_the_smallest_scale_is_a_bad_step(folder: Path) -> None:
     settings = ["parallel.precision=fp16", "objective.ce_weight=1e9", "guards.max_bad_steps=4"]
     log = folder / "smallest.log"

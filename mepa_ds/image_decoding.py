@@ -1,0 +1,227 @@
+"""The one decoder of images: encoded bytes -> RGB pixels, the same for shards, training and scores.
+
+What it does with each kind of image (docs/data.md has the rules for users):
+
+- 8-bit grey, palettes, CMYK (as Photoshop writes it), YCbCr and LAB are converted; embedded profiles are not used.
+- Integers of 16 and 32 bits are taken for 8-bit levels where none is above 255, else for 16-bit ones; floats for 0 to
+  1, or for 8-bit levels where all are whole numbers. Others have no scale that could be known, and are refused.
+- Whatever is transparent (an alpha channel, a palette's entries, one colour) is laid over a background.
+- Of several frames or pages the first is taken.
+- Photos are turned upright by their EXIF orientation.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import (
+    Image,
+    TiffImagePlugin,  # noqa: F401  (of the formats below Pillow would import these two with all others it has)
+    UnidentifiedImageError,
+    WebPImagePlugin,  # noqa: F401
+)
+
+from mepa_ds.errors import DamagedError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""What is decoded, by Pillow's names. Its other plugins are never asked: EPS, for one, starts another program."""
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
+"""File name endings of these formats, in lower case."""
+
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+WHITE: Colour = (255, 255, 255)
+
+# Pillow warns of metadata that it cannot read, and of large images, which `_check_size` refuses. A filter set for each
+# call would not be safe: images are decoded in threads, which share the filters.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+_ORIENTATION = 274
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+
+
+class _UnsuitableError(Exception):
+    """The image is whole, but cannot be taken; with the remedy."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file is an image by its name, a path or not; hidden ones, such as the `._1.jpg` of macOS, are not."""
+    base = name.rpartition("/")[2]
+    return "." in base and base.rpartition(".")[2].lower() in EXTENSIONS and not base.startswith(".")
+
+
+def decode_image(
+    data: bytes, where: str, background: Colour = WHITE, remedy: str = "replace or remove it"
+) -> Image.Image:
+    """The image as RGB, upright, transparent parts laid over `background`.
+
+    Args:
+        where: names the image in messages.
+        remedy: what the caller's user can do about an image that is damaged.
+
+    Raises:
+        DamagedError: whatever is wrong with the image: the bytes are none that is read, are cut short, hold more pixels
+            than Pillow takes for safe, or values of an unknown scale.
+    """
+    try:
+        return _decode(data, background)
+    except _UnsuitableError as error:
+        raise DamagedError(f"{where}: {error}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DamagedError(f"{where}: the image is too large: {_one_line(str(error))}; resize it first") from error
+    except Exception as error:  # a plugin raises whatever its parsing meets: KeyError, struct.error, MemoryError...
+        raise DamagedError(f"{where}: not a readable image: {_reason(error)}; {remedy}") from error
+
+
+def _decode(data: bytes, background: Colour) -> Image.Image:
+    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image)
+    raw_mode = _raw_mode(image)
+    image.load()
+    turn = _turn(image)
+    image = _to_rgb(image, raw_mode, background)
+    return image if turn is None else image.transpose(turn)
+
+
+def _check_size(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise _UnsuitableError(
+            f"the image is too large: {image.width} x {image.height} pixels, more than {limit}; resize it first"
+        )
+    if image.width == 0 or image.height == 0:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How a PNG's pixels are stored, such as `L;4`: its transparent colour is given in those units."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What EXIF asks for. Pillow's own function also writes the EXIF anew, and fails where that is malformed."""
+    try:
+        return _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a damaged note makes no damaged image
+        return None
+
+
+def _to_rgb(image: Image.Image, raw_mode: str, background: Colour) -> Image.Image:
+    mode, colour = image.mode, image.info.get("transparency")
+    if mode == "RGB" and colour is None:
+        return image
+    if colour is not None and (mode in ("1", "L", "RGB") or mode.startswith("I;16")):
+        return _without_colour(image, raw_mode, colour, background)
+    if image.has_transparency_data:
+        return _laid_over(image, background)
+    return _opaque_to_rgb(image)
+
+
+def _opaque_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return Image.fromarray(_levels(image)).convert("RGB")
+    if image.mode == "LAB":
+        return _lab_to_rgb(image)
+    return image.convert("RGB")
+
+
+def _without_colour(image: Image.Image, raw_mode: str, colour: Any, background: Colour) -> Image.Image:
+    """One colour of an image without alpha means "nothing here" (a PNG's tRNS)."""
+    if raw_mode in ("L;2", "L;4"):
+        colour *= {"L;2": 85, "L;4": 17}[raw_mode]
+    elif raw_mode == "RGB;16B":  # of which Pillow keeps the high bytes
+        colour = tuple(value >> 8 for value in colour)
+    elif image.mode == "1":
+        colour = bool(colour)
+    is_colour = np.asarray(image) == colour
+    pixels_HW3 = np.array(_opaque_to_rgb(image))
+    pixels_HW3[is_colour.all(axis=2) if image.mode == "RGB" else is_colour] = background
+    return Image.fromarray(pixels_HW3)
+
+
+def _laid_over(image: Image.Image, background: Colour) -> Image.Image:
+    if image.mode == "La":  # premultiplied, which Pillow converts to LA alone
+        image = image.convert("LA")
+    ground = Image.new("RGBA", image.size, (*background, 255))
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
+def _levels(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W) 8-bit levels of greyscale values that have more bits; Pillow's own conversion clips them at 255."""
+    values_HW = np.asarray(image)
+    levels_HW = (values_HW.astype(np.float32) / _values_per_level(image, values_HW)).round().astype(np.uint8)
+    is_inverted = _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO
+    return 255 - levels_HW if is_inverted else levels_HW
+
+
+def _values_per_level(image: Image.Image, values_HW: NDArray[Any]) -> float:
+    """What one of 255 levels is in the image's own units."""
+    low, high = float(values_HW.min()), float(values_HW.max())
+    if image.mode == "F":
+        if low >= 0 and high <= 1:
+            return 1 / 255
+        if low >= 0 and high <= 255 and (values_HW == values_HW.round()).all():
+            return 1
+        raise _UnsuitableError(
+            f"its floats run from {low:g} to {high:g}, of which nobody knows what is white: only 0 to 1, and whole "
+            "numbers up to 255, are read; save it as 8- or 16-bit integers"
+        )
+    if low < 0 or high > 65535:
+        raise _UnsuitableError(
+            f"its 32-bit integers run from {low:.0f} to {high:.0f}, of which nobody knows what is white: only 0 to 255 "
+            "and 0 to 65535 are read; save it as 8- or 16-bit integers"
+        )
+    if image.format == "PPM":
+        return 257  # Pillow has scaled it to 16 bits
+    if high <= 255:  # 8-bit levels in a wider file; as 16-bit ones they would all be black
+        return 1
+    bits = _tag(image, _BITS_PER_SAMPLE)
+    return 4095 / 255 if bits == (12,) else 257
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    """A field of a TIFF; None if there is none, or it is another format."""
+    return getattr(image, "tag_v2", {}).get(number)
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    assert converted is not None
+    return converted
+
+
+def _reason(error: Exception) -> str:
+    """What a plugin said, in one line. It is written down for what a build leaves out, so it is the same every time."""
+    if isinstance(error, UnidentifiedImageError):  # whose own words hold the address of an object
+        return f"cannot identify its format (read are {', '.join(FORMATS)})"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    said = _one_line(str(error))
+    if not said or not isinstance(error, (OSError, SyntaxError, ValueError)):  # such as the mere key of a KeyError
+        said = f"{type(error).__name__} {said}".strip()
+    return said
+
+
+def _one_line(text: str) -> str:
+    return _ADDRESS.sub("", " ".join(text.split()))[:300]
