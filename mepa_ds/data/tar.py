@@ -175,9 +175,10 @@ def _member(header: Header, records: dict[str, str], read: Read, data: int, end:
     """
     name, kind = records.get("path") or header.name, header.kind
     if kind == headers.SPARSE or any(key.startswith(_SPARSE_RECORDS) and records[key] for key in records):
+        name = records.get("GNU.sparse.name") or name
         raise DamagedError(
             f"{where}: member {printable(name)!r} is stored as a sparse file, whose bytes do not lie in one piece; "
-            "unpack the tar and pack it again without --sparse"
+            "unpack the tar and pack it again without --sparse (bsdtar: with --no-read-sparse)"
         )
     if kind == headers.CONTINUED:
         raise DamagedError(

@@ -52,6 +52,34 @@ def test_imagenet_training_archive(tmp_path: Path) -> None:
     assert sorted(images_of(tmp_path / "out")) == sorted(labelled(files))
 
 
+def test_what_archives_hold_besides_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted in the outer, the inner and the validation tar: macOS's files, a README; links are followed."""
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        add(tar, "._n01440764_1.JPEG", b"Mac OS X")
+        add(tar, "n01440764_1.JPEG", picture(1))
+        add(tar, "list.txt", b"n01440764_1")
+        link = tarfile.TarInfo("n01440764_2.JPEG")
+        link.type, link.linkname = tarfile.LNKTYPE, "n01440764_1.JPEG"
+        tar.addfile(link)
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name in ("._n01440764.tar", "README"):
+            add(tar, name, b"Mac OS X")
+        add(tar, "n01440764.tar", inner.getvalue())
+    build(ImageNet(tmp_path / "train.tar"), options(tmp_path / "train"))
+    assert images_of(tmp_path / "train") == [(picture(1), 0)] * 2
+    printed = capsys.readouterr().out
+    assert "2 hidden names, as macOS packs them beside files (._n01440764.tar, ._n01440764_1.JPEG)" in printed
+    assert "1 members that are no class tars (README); 1 members that are no images (list.txt)" in printed
+    with tarfile.open(tmp_path / "val.tar", "w") as tar:
+        for name in ("._ILSVRC2012_val_00000001.JPEG", "README", "ILSVRC2012_val_00000001.JPEG"):
+            add(tar, name, picture(1))
+    (tmp_path / "labels.txt").write_text("n01440764\n")
+    build(ImageNet(tmp_path / "val.tar", tmp_path / "labels.txt"), options(tmp_path / "val"))
+    assert images_of(tmp_path / "val") == [(picture(1), 0)]
+    assert "left out: 1 hidden names" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", ["synsets", "kaggle", "caffe", "csv of numbers", "devkit"])
 def test_imagenet_validation_archive(tmp_path: Path, form: str) -> None:
     truth = [2, 0, 1, 1, 2, 0, 0]

@@ -59,6 +59,14 @@ def test_a_parquet_export(tmp_path: Path) -> None:
     assert sorted(images_of(tmp_path / "out")) == sorted(rows)
 
 
+def test_hidden_files_of_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parquet(tmp_path / "in" / "train-0.parquet", [(picture(0), 0)])
+    (tmp_path / "in" / "._train-0.parquet").write_bytes(b"Mac OS X")
+    build(Parquet(tmp_path / "in"), options(tmp_path / "out"))
+    assert images_of(tmp_path / "out") == [(picture(0), 0)]
+    assert "left out: 1 hidden names, as macOS packs them beside files (._train-0.parquet)" in capsys.readouterr().out
+
+
 def test_splits_of_an_export_are_not_mixed(tmp_path: Path) -> None:
     for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
         write_parquet(tmp_path / "in" / name, [(picture(0), 0), (picture(1), 1)])

@@ -91,6 +91,7 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
         ([sample_of("tokens", 1), sample_of("tokens", 1)], "key '000000001' comes twice"),
         ([("../a", {"cls": b"1"})], "unsafe path"),
         ([("a.b", {"cls": b"1"})], "has a dot"),
+        ([("__MACOSX/a", {"cls": b"1"})], "or is hidden"),
         ([("a", {"x.npy": npy_bytes(np.zeros(2))}), ("b", {"x.npy": npy_bytes(np.zeros(3))})], "differ"),
     ],
 )
