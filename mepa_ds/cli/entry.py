@@ -33,8 +33,8 @@ def run(main: Callable[[], object]) -> None:
 
     When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
     """
-    limit_threads()
     try:
+        limit_threads()
         _run(main)
     except BrokenPipeError:  # a network's connections raise it too
         if not _reader_has_gone():
