@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -18,22 +19,26 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 def usable_cpus() -> int:
     """CPUs for this process, at least 1; counted anew at every call. torchrun's ranks of a node share theirs."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tasks = _variable("SLURM_STEP_TASKS_PER_NODE") or 1
     of_task = [_variable("SLURM_CPUS_PER_TASK"), (_variable("SLURM_CPUS_ON_NODE") or 0) // tasks]
     ranks_of_task = max((_variable("LOCAL_WORLD_SIZE") or 1) // tasks, 1)  # srun may start a task for each rank
-    return max(min([affinity, *filter(None, of_task), *_quotas()]) // ranks_of_task, 1)
+    return max(min([_affinity(), *filter(None, of_task), *_quotas()]) // ranks_of_task, 1)
 
 
 def limit_threads() -> None:
-    """PyTorch's threads: no more than `usable_cpus`, unless the user says how many.
+    """Threads of PyTorch and others: no more than `usable_cpus`, unless the user says how many.
 
     OpenMP looks at the affinity mask, but knows neither quotas nor SLURM.
     """
-    import torch
+    if "OMP_NUM_THREADS" in os.environ or (most := usable_cpus()) >= _affinity():
+        return
+    os.environ["OMP_NUM_THREADS"] = str(most)  # for what is loaded later, and processes that are started
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(min(most, torch.get_num_threads()))
 
-    if "OMP_NUM_THREADS" not in os.environ and (most := usable_cpus()) < torch.get_num_threads():
-        torch.set_num_threads(most)
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _variable(name: str) -> int | None:

@@ -111,17 +111,28 @@ def test_tools_start_as_many_processes_as_the_job_may_use() -> None:
     assert processes == max(cpus_of_task - 1, 1)
 
 
-def test_threads_are_lowered_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[int] = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", said.append)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+@pytest.mark.parametrize(
+    ("variables", "threads", "said"),
+    [
+        ({}, 8, None),
+        ({"SLURM_CPUS_PER_TASK": "3"}, 8, 3),
+        ({"SLURM_CPUS_PER_TASK": "12"}, 8, 8),  # cores are half of what SLURM counts
+        ({"SLURM_CPUS_PER_TASK": "3", "OMP_NUM_THREADS": "8"}, 8, None),
+    ],
+)
+def test_threads_are_lowered_only(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], threads: int, said: int | None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.delenv("OMP_NUM_THREADS")  # put back after the test, whatever was set
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     limit_threads()
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
-    limit_threads()
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    limit_threads()
-    assert said == [3]
+    assert asked == ([said] if said else [])
+    assert os.environ.get("OMP_NUM_THREADS") == variables.get("OMP_NUM_THREADS", variables.get("SLURM_CPUS_PER_TASK"))
 
 
 def test_more_decoding_processes_than_cpus_are_one_line(

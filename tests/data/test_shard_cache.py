@@ -80,6 +80,19 @@ def test_it_stays_within_its_bound(tmp_path: Path) -> None:
     assert len(shards._files) <= 2
 
 
+def test_what_was_used_last_stays(tmp_path: Path) -> None:
+    """Fetched first, but used again: the one that was not used since goes."""
+    cache = cache_of(make_remote(tmp_path, cache_bytes=3 * SHARD_BYTES))
+    paths = [cache.directory / f"shard-{shard:06d}.tar" for shard in range(3)]
+    for age, shard in zip((300, 200, 100), range(3), strict=True):
+        cache.open(shard)
+        os.utime(paths[shard], (time.time() - age,) * 2)
+    cache.open(0)
+    for shard in (3, 4, 5):
+        cache.open(shard)
+    assert [path.exists() for path in paths[:2]] == [True, False]
+
+
 def test_shards_are_fetched_ahead_in_the_order_of_use(tmp_path: Path) -> None:
     tokens = make_remote(tmp_path)
     batches = training_batches(tokens, None, global_batch=1, seed=4)
