@@ -31,13 +31,12 @@ from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_
 from mepa_ds.data.order import permutation
 from mepa_ds.data.shard_set import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.data.tar import DamagedError, printable
-from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
+from mepa_ds.data.writer import SCRATCH_NAME, Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
 from mepa_ds.image_decoding import WHITE, Colour, decode_image
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
-SCRATCH_NAME = ".scratch"
 DEFAULT_WORKERS = max((os.cpu_count() or 1) - 1, 1)
 
 

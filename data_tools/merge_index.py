@@ -197,7 +197,12 @@ def _describe(path: Path, shard: Path) -> _Scanned:
             file.seek(int(table.offsets_NM[row, column]))
             members[extension] = Member()
             if extension.endswith("npy"):
-                members[extension] = read_npy_header(file.read(_NPY_HEADER))[0]
+                try:
+                    members[extension] = read_npy_header(file.read(_NPY_HEADER))[0]
+                except ValueError as error:
+                    raise UserError(
+                        f"{path}: sample {table.key(row)!r}: .{extension} is no array: {error}; make the shard again"
+                    ) from error
     entry_ = ShardEntry(
         name=shard.name,
         num_samples=len(table),

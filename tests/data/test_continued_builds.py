@@ -12,10 +12,10 @@ from PIL import Image
 
 from data_tools.build_shards import Encoding, build
 from data_tools.readers.imagefolder import ImageFolder
-from mepa_ds.data.index import INDEX_NAME, ShardIndex
-from mepa_ds.data.writer import PLAN_NAME
+from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardIndex
+from mepa_ds.data.writer import PLAN_NAME, Plan, ShardWriter
 from mepa_ds.errors import UserError
-from tests.data.build_fixtures import SYNSETS, contents, images_of, make_folder, options
+from tests.data.build_fixtures import SYNSETS, contents, images_of, make_folder, options, picture
 
 
 def stopped(root: Path, out: Path) -> None:
@@ -99,3 +99,29 @@ def test_white_is_no_setting(tmp_path: Path) -> None:
     assert "background" not in ShardIndex.read(tmp_path / "plain").made_by.settings
     with pytest.raises(UserError, match="--background: 'whitish' is no colour; give a name such as black"):
         build(reader, options(tmp_path / "other", encoding=Encoding(background="whitish")))
+
+
+def test_a_plan_of_which_nothing_was_made_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """The damaged image is removed: another listing, and so another set."""
+    folder, out = tmp_path / "in" / "c", tmp_path / "out"
+    folder.mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="not a readable image"):
+        build(ImageFolder(folder.parent), options(out))
+    assert [path.name for path in out.iterdir()] == [PLAN_NAME]
+    (folder / "a.jpg").unlink()
+    (folder / "b.jpg").write_bytes(picture(1))
+    build(ImageFolder(folder.parent), options(out))
+    assert images_of(out) == [(picture(1), 0)]
+
+
+def test_two_builds_that_begin_at_once_do_not_mix(tmp_path: Path) -> None:
+    plans = [
+        Plan(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="x", settings={"seed": seed}))
+        for seed in (0, 1)
+    ]
+    first, second = (ShardWriter(tmp_path, plan) for plan in plans)
+    with pytest.raises(UserError, match=r"other settings \(made_by\.settings\.seed 1 there, 0 now\)"):
+        first.write_shard("a.tar", [("0", {"cls": b"0"})])
+    second.write_shard("a.tar", [("0", {"cls": b"0"})])
+    assert second.finish() is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -73,5 +74,4 @@ def test_a_killed_worker_is_named_where_its_batch_is_asked_for(tmp_path: Path) -
         r"a worker process that decodes images was killed \(SIGKILL\), perhaps for want of memory; use fewer data\.n"
     )
     with pytest.raises(UserError, match=message):
-        for _ in range(1000):
-            next(batches)
+        list(itertools.islice(batches, 1000))
