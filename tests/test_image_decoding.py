@@ -149,6 +149,15 @@ def test_values_of_an_unknown_scale_are_refused(values: NDArray[Any]) -> None:
         decode_image(saved(Image.fromarray(values), "TIFF"), "scan.tif")
 
 
+def test_kinds_of_tiff_that_are_not_read() -> None:
+    """Their format is known: the file of 64-bit floats that NumPy's users have, here of a made-up width."""
+    data = saved(Image.fromarray(RAMP), "TIFF")
+    bits = data.index(struct.pack("<HHIH", 258, 3, 1, 32))
+    changed = data[: bits + 8] + struct.pack("<H", 64) + data[bits + 10 :]
+    with pytest.raises(DamagedError, match=r"begins as TIFF, but is cut short, damaged or of a kind that is not read"):
+        decode_image(changed, "x.tif")
+
+
 def test_a_dark_pgm_stays_dark() -> None:
     """Its format says what white is."""
     assert pixels_of(saved(Image.fromarray((RAMP * 200).astype(np.int32)), "PPM")).max() == 1

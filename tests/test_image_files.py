@@ -78,3 +78,18 @@ def test_files_that_do_not_say_who_made_them(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "photo.jpg")
     (tmp_path / "text.png").write_text("no image")
     assert [made_by_of(tmp_path / name) for name in ("cut.png", "photo.jpg", "text.png")] == [None] * 3
+
+
+def test_archives_that_cannot_be_read(tmp_path: Path) -> None:
+    """Whatever byte of them is another."""
+    np.savez_compressed(tmp_path / "good.npz", arr_0=np.zeros((3, 4, 4, 3), np.uint8))
+    data, rng, said = (tmp_path / "good.npz").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        changed = bytearray(data)
+        changed[int(rng.integers(len(data)))] = int(rng.integers(256))
+        (tmp_path / "changed.npz").write_bytes(changed)
+        try:
+            assert sum(map(len, ImageFiles(tmp_path / "changed.npz").batches(2))) == 3
+        except UserError:
+            said += 1
+    assert said > 30
