@@ -36,13 +36,12 @@ from mepa_ds.data.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_
 from mepa_ds.data.left_out import printable
 from mepa_ds.data.order import permutation
 from mepa_ds.data.samples import LABEL_EXTENSION
-from mepa_ds.data.writer import Plan, Sample, ShardWriter, shard_name
+from mepa_ds.data.writer import SCRATCH_NAME, Plan, Sample, ShardWriter, shard_name
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.image_decoding import WHITE, Colour, decode_image
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
-SCRATCH_NAME = ".scratch"
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,13 @@ from tqdm import tqdm
 from mepa_ds import distributed
 from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.fetched_ahead import AHEAD
-from mepa_ds.data.images import image_member
+from mepa_ds.data.images import decode_sample
 from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.views import Boxes
 from mepa_ds.data.writer import Sample, ShardWriter, npy_bytes
-from mepa_ds.errors import DamagedError, UserError
-from mepa_ds.image_decoding import decode_image
+from mepa_ds.errors import UserError
 
 Pixels = npt.NDArray[np.uint8]
 Prepare = Callable[[Image.Image, str], tuple[Pixels, Boxes | None]]
@@ -82,17 +81,9 @@ def open_images(directory: Path) -> ShardSet:
 
 
 def load_item(images: ShardSet, sample: int, prepare: Prepare) -> Item:
-    """Raises DamagedError, naming the shard and key, for an image that cannot be decoded."""
+    """Raises DamagedError, naming the set and key, for an image that cannot be decoded."""
     key, members = images.read(sample)
-    where = f"images: {images.directory}: sample {key!r}"
-    try:
-        image = decode_image(image_member(members, where)[1], where)
-    except DamagedError as error:
-        raise DamagedError(
-            f"{error}; or make a set without it: data_tools/build_shards.py webdataset --shards {images.directory} "
-            "--out NEW --on-damaged skip"
-        ) from error
-    return Item(key, members, *prepare(image, key))
+    return Item(key, members, *prepare(decode_sample(images, key, members), key))
 
 
 def stored_square(images: ShardSet) -> int:

@@ -27,12 +27,11 @@ from data_tools.precompute_sets import open_images
 from mepa_ds import log
 from mepa_ds.cli import entry
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
-from mepa_ds.data.images import fit_image, image_member
+from mepa_ds.data.images import decode_sample, fit_image
 from mepa_ds.data.samples import LABEL_EXTENSION
 from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, check_siblings, open_training_sets
 from mepa_ds.errors import UserError
-from mepa_ds.image_decoding import decode_image
 from mepa_ds.images import save_png, to_uint8
 from mepa_ds.pca import RunningCovariance
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -85,7 +84,7 @@ def contact_sheet(options: Options) -> Pixels:
 
 def _image(images: ShardSet, number: int, side: int) -> Pixels:
     key, members = images.read(number)
-    return np.asarray(fit_image(decode_image(image_member(members, key)[1], key), side))
+    return np.asarray(fit_image(decode_sample(images, key, members), side))
 
 
 def _caption(images: ShardSet, number: int) -> str:

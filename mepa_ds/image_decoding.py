@@ -87,7 +87,7 @@ def decode_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DamagedError(f"{where}: the image is too large: {_one_line(str(error))}; resize it first") from error
     except Exception as error:  # a plugin raises whatever its parsing meets: KeyError, struct.error, MemoryError...
-        raise DamagedError(f"{where}: not a readable image: {_reason(error)}; {remedy}") from error
+        raise DamagedError(f"{where}: not a readable image: {_reason(error, data)}; {remedy}") from error
 
 
 def _decode(data: bytes, background: Colour) -> Image.Image:
@@ -211,9 +211,13 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     """What a plugin said, in one line. It is written down for what a build leaves out, so it is the same every time."""
     if isinstance(error, UnidentifiedImageError):  # whose own words hold the address of an object
+        for name in FORMATS:
+            accepts = Image.OPEN[name][1]
+            if accepts is not None and accepts(data[:16]) is True:
+                return f"begins as {name}, but is cut short, damaged or of a kind that is not read (64-bit floats?)"
         return f"cannot identify its format (read are {', '.join(FORMATS)})"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"

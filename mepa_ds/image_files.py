@@ -21,6 +21,8 @@ from mepa_ds.image_decoding import decode_image, is_image_name
 _MEMBER = "arr_0.npy"
 _WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
 _SHOWN = 5
+# Runtime errors are those of encrypted archives and of unknown compression.
+_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageFiles:
@@ -62,7 +64,7 @@ class ImageFiles:
     def _read(self, file: IO[bytes], count: int) -> bytes:
         try:
             data = file.read(count)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self._path}: arr_0 cannot be read ({error}); make the file again") from error
         if len(data) < count:
             raise UserError(f"{self._path}: arr_0 is cut off; make the file again")
@@ -125,7 +127,7 @@ def _sized(name: Path, shape: tuple[int, ...], model: Path) -> NDArray[np.uint8]
 def _open_member(path: Path) -> IO[bytes]:
     try:
         return zipfile.ZipFile(path).open(_MEMBER)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (*_UNREADABLE, KeyError) as error:
         raise UserError(f"{path}: {error}; {_WANTED}") from error
 
 
@@ -134,7 +136,7 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[int, ...]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(file)
-    except ValueError as error:
+    except (*_UNREADABLE, ValueError) as error:
         raise UserError(f"{path}: arr_0 is no array: {error}; {_WANTED}") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or not shape[0]:
         raise UserError(f"{path}: arr_0 is {dtype} of shape {shape}; {_WANTED}")

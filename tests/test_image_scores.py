@@ -241,7 +241,7 @@ def test_bad_input(weights: Path, tmp_path: Path) -> None:
         (tmp_path / "float.npz", weights): "arr_0 is float64",
         (tmp_path / "other.npz", weights): "no item named 'arr_0.npy'",
         (tmp_path / "text.npz", weights): "not a zip file",
-        (empty, weights): "no PNG files",
+        (empty, weights): "no image files",
         (good, tmp_path / "wrong.pth"): "not the weights of Inception v3",
         (good, tmp_path / "nowhere.pth"): "cannot read the weights",
     }

@@ -184,5 +184,11 @@ def _synsets_of_devkit(path: Path) -> dict[int, str]:
     except ImportError as error:
         raise UserError("--labels: meta.mat is read by SciPy; pip install scipy") from error
     # Each row: ILSVRC2012_ID, WNID, words, gloss, num_children, ...; inner nodes of WordNet have children.
-    rows = loadmat(path, squeeze_me=True)["synsets"]
-    return {int(row[0]): str(row[1]) for row in rows if int(row[4]) == 0}
+    try:
+        rows = loadmat(path, squeeze_me=True)["synsets"]
+        return {int(row[0]): str(row[1]) for row in rows if int(row[4]) == 0}
+    except Exception as error:  # SciPy raises half a dozen kinds for bytes that are no such file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"--labels: {path}: cannot be read as the devkit's meta.mat: {reason}; unpack the devkit again"
+        ) from error

@@ -18,7 +18,7 @@ class EvaluateOptions:
     """Compares images with a reference by the protocol of ADM's evaluation suite. A GPU is used where there is one."""
 
     samples: tyro.conf.Positional[Path]
-    """Images: an .npz with `arr_0` (uint8, N H W 3), or a directory of PNG files. Papers take 50 of each class."""
+    """Images: an .npz with `arr_0` (uint8, N H W 3), or a directory of image files. Papers take 50 of each class."""
     reference: Path
     """Real images of the same size, in either form; ADM's VIRTUAL_imagenet256_labeled.npz brings its own statistics."""
     inception: Path

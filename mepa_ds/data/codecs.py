@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
@@ -43,8 +43,13 @@ class PcaBasis:
     def load(cls, path: Path) -> PcaBasis:
         if not path.is_file():
             raise UserError(f"{path}: the PCA basis of the shard set is missing; precompute the features again")
-        with safe_open(path, framework="pt") as file:
-            return cls(file.get_tensor("mean"), file.get_tensor("components"), file.metadata()["teacher"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(file.get_tensor("mean"), file.get_tensor("components"), file.metadata()["teacher"])
+        except (OSError, SafetensorError, LookupError, TypeError) as error:
+            raise UserError(
+                f"{path}: the PCA basis of the shard set cannot be read: {error}; precompute the features again"
+            ) from error
 
     def to(self, device: torch.device | str) -> PcaBasis:
         return replace(self, mean=self.mean.to(device), components=self.components.to(device))

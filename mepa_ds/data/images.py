@@ -116,6 +116,16 @@ def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
     return extension, members[extension]
 
 
+def decode_sample(shards: ShardSet, key: str, members: dict[str, bytes]) -> Image.Image:
+    """The image of a sample. Raises DamagedError, which names set and key."""
+    where = f"{shards.what}: {shards.directory}: sample {key!r}"
+    remedy = (
+        f"make a set without it: data_tools/build_shards.py webdataset --shards {shards.directory} --out NEW "
+        "--on-damaged skip"
+    )
+    return decode_image(image_member(members, where)[1], where, remedy=remedy)
+
+
 class _ImageDataset(Dataset[Any]):
     """Reads whole batches. An error is returned, not raised, so that it crosses processes as it is."""
 
@@ -155,7 +165,7 @@ class _ImageDataset(Dataset[Any]):
             at = uniform_pair(self._seed, crop_position)
         key, members = self._shards.read(sample)
         where = f"{self._shards.directory}: sample {key!r}"
-        image = fit_image(decode_image(image_member(members, where)[1], where), self._side, at)
+        image = fit_image(decode_sample(self._shards, key, members), self._side, at)
         if LABEL_EXTENSION not in members:
             return key, -1, image
         return key, parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where), image

@@ -42,6 +42,8 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 PLAN_NAME = "index.plan.json"
+SCRATCH_NAME = ".scratch"
+"""What a reader of data_tools/ copies first."""
 
 Sample = tuple[str, Mapping[str, bytes]]
 """Key and members by extension (`png`, `cls`, `tokens.npy`)."""
@@ -95,7 +97,7 @@ class ShardWriter:
             self._check_same(found)
             self.plan = found
             return
-        if (directory / PLAN_NAME).exists():
+        if (directory / PLAN_NAME).exists() and not self._is_abandoned():
             found = read_plan(directory)
             self._check_same(found)
             if found.made_by.settings.get("on_damaged") == plan.made_by.settings.get("on_damaged"):
@@ -103,12 +105,17 @@ class ShardWriter:
         with naming_full_disks(directory / PLAN_NAME):
             write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
 
-    def _check_same(self, found: Plan) -> None:
+    def _is_abandoned(self) -> bool:
+        """Nothing came of the plan that is there: it is in nobody's way who has mended what stopped it."""
+        return {path.name for path in self.directory.iterdir()} <= {PLAN_NAME, SCRATCH_NAME}
+
+    def _check_same(self, found: Plan, under_way: bool = False) -> None:
         # Compared as JSON, so that a list and a tuple in free-form settings are the same.
         ours, theirs = (json.loads(plan.model_dump_json()) for plan in (self.plan, found))
         our_settings, their_settings = (plan["made_by"]["settings"] for plan in (ours, theirs))
-        if (their_settings.get("on_damaged"), our_settings.get("on_damaged")) == ("stop", "skip"):
-            their_settings["on_damaged"] = "skip"  # a build that met damage goes on: its shards so far have none
+        goes_on = (their_settings.get("on_damaged"), our_settings.get("on_damaged")) == ("stop", "skip")
+        if goes_on or (under_way and "on_damaged" in our_settings):  # shards that were written under "stop" are whole
+            their_settings["on_damaged"] = our_settings["on_damaged"]
         if ours == theirs:
             return
         flat_ours, flat_theirs = _flat(ours), _flat(theirs)
@@ -143,6 +150,8 @@ class ShardWriter:
             UserError: a key that comes twice, members whose type changes, or a full disk.
         """
         assert name in self.plan.shard_names, name
+        if (self.directory / PLAN_NAME).exists():  # another's, if one with other settings began at the same time
+            self._check_same(read_plan(self.directory), under_way=True)
         path = self.directory / name
         table_path(path).unlink(missing_ok=True)
         with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:

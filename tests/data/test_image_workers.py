@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mepa_ds.data.images import image_batches
+from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set
 from tests.tiny_run import ROOT
 
@@ -54,3 +58,20 @@ def test_a_signal_to_the_whole_step_lets_the_rank_save(tmp_path: Path, number: s
     assert errors == f"{number.name}: the step ends, the run is saved and stops; a second one ends it at once\n"
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(rank.pid, 0)
+
+
+def test_a_killed_worker_is_named_where_its_batch_is_asked_for(tmp_path: Path) -> None:
+    """PyTorch's own exception would come at once, in the middle of whatever the rank does then."""
+    make_set(tmp_path, "images", [12, 11])
+    others = multiprocessing.active_children()
+    batches = image_batches(tmp_path, batch_size=4, image_side=8, num_workers=2)
+    next(batches)
+    worker = next(child for child in multiprocessing.active_children() if child not in others)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and nothing has been raised
+    message = (
+        r"a worker process that decodes images was killed \(SIGKILL\), perhaps for want of memory; use fewer data\.n"
+    )
+    with pytest.raises(UserError, match=message):
+        list(itertools.islice(batches, 1000))

@@ -13,93 +13,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, crop_square, decode_image, fit_image, image_batches, resize_shorter
+from mepa_ds.data.images import ImageBatch, crop_square, fit_image, image_batches, resize_shorter
 from mepa_ds.data.index import MadeBy
 from mepa_ds.data.writer import Plan, ShardWriter
-from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 
 def gradient(width: int, height: int) -> Image.Image:
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
     return Image.fromarray(ramp.astype(np.uint8))
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "I", "RGB"])
-def test_every_mode_becomes_rgb_of_the_same_picture(mode: str) -> None:
-    grey = Image.fromarray(np.repeat(np.linspace(0, 255, 24).astype(np.uint8)[None], 10, 0))
-    if mode in ("I;16", "I"):
-        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).convert(mode)
-    else:
-        image = grey.convert(mode)
-    decoded = decode_image(encode(image, "TIFF" if mode in ("CMYK", "I") else "PNG"), "here")
-    assert decoded.mode == "RGB"
-    assert decoded.size == (24, 10)
-    tolerance = 255 if mode == "1" else 3
-    assert np.abs(np.asarray(decoded)[..., 0].astype(int) - np.asarray(grey)).max() <= tolerance
-
-
-def test_alpha_is_laid_over_white() -> None:
-    image = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    assert np.asarray(decode_image(encode(image, "PNG"), "here")).tolist() == [[[0, 0, 255], [255, 255, 255]]]
-
-
-def test_jpeg_in_cmyk() -> None:
-    buffer = io.BytesIO()
-    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(buffer, "JPEG", quality=95)
-    red = np.asarray(decode_image(buffer.getvalue(), "here"))[4, 4]
-    assert red[0] > 200
-    assert max(red[1:]) < 60
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"This is a text file.", "cannot identify"),
-        (b"", "cannot identify"),
-        (png(0)[:200], "truncated|broken|cannot"),
-        (encode(gradient(64, 64), "JPEG")[:400], "truncated"),
-    ],
-)
-def test_what_is_no_image_is_named(data: bytes, message: str) -> None:
-    with pytest.raises(DamagedError, match=f"(?i)cat.jpg: not a readable image: .*({message})"):
-        decode_image(data, "cat.jpg")
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photos_are_turned_as_pillow_turns_them(orientation: int) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[274] = orientation
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG", exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(buffer.getvalue())))
-    np.testing.assert_array_equal(np.asarray(decode_image(buffer.getvalue(), "photo")), np.asarray(expected))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of what it cannot read there
-def test_a_damaged_note_is_no_damaged_image() -> None:
-    """Any byte of the EXIF may be anything."""
-    exif = Image.Exif()
-    exif[274], exif[271], exif[282] = 6, "camera", 72.0
-    buffer = io.BytesIO()
-    Image.new("RGB", (6, 4)).save(buffer, "JPEG", exif=exif)
-    data, rng = buffer.getvalue(), np.random.default_rng(0)
-    start = data.index(b"Exif")
-    for _ in range(400):
-        changed = bytearray(data)
-        for place in rng.integers(start + 6, start + len(exif.tobytes()), 3).tolist():
-            changed[place] = int(rng.integers(256))
-        assert decode_image(bytes(changed), "photo").size in ((6, 4), (4, 6))
-
-
-def test_huge_images_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DamagedError, match=r"cat\.jpg: the image is too large"):
-        decode_image(png(0, (20, 30)), "cat.jpg")
 
 
 @given(width=st.integers(1, 70), height=st.integers(1, 70), at=st.floats(0, 0.999))

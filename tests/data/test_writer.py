@@ -77,7 +77,7 @@ def test_a_set_is_incomplete_until_its_last_shard(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
-    ShardWriter(tmp_path, plan_of(side=8))
+    ShardWriter(tmp_path, plan_of(side=8)).write_shard("shard-000000.tar", [sample_of("tokens", 1)])
     with pytest.raises(UserError, match=r"other settings \(made_by.settings.side 8 there, 9 now\)"):
         ShardWriter(tmp_path, plan_of(side=9))
     make_set(tmp_path / "done", "tokens", [1])
