@@ -324,7 +324,9 @@ def test_samples_of_weights_that_are_not_there(job: Path) -> None:
     assert (job / "array/part-1/result").read_text().startswith(f"failed: {cause}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)]
+)
 def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
     job: Path, number: signal.Signals, code: int
 ) -> None:
