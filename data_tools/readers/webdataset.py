@@ -87,9 +87,10 @@ class WebDataset:
         # Two URLs may end in one name, and what a killed build of other URLs left is not to be taken for these.
         folders = [scratch / hashlib.sha256(unsigned(url).encode()).hexdigest()[:12] for url in urls]
         paths = [folder / file_names([url])[0] for folder, url in zip(folders, urls, strict=True)]
-        missing = [(url, path) for url, path in zip(urls, paths, strict=True) if not path.exists()]
-        if len(missing) < len(paths):
-            print(f"{scratch}: {len(paths) - len(missing)} of {len(paths)} shards are copied already")
+        places = dict(zip(paths, urls, strict=True))  # a pattern may name a shard twice
+        missing = [(url, path) for path, url in places.items() if not path.exists()]
+        if len(missing) < len(places):
+            print(f"{scratch}: {len(places) - len(missing)} of {len(places)} shards are copied already")
         fetch_all(_copy, missing, "copying shards")
         return paths
 

@@ -126,6 +126,14 @@ def test_copies_that_are_there_are_not_asked_for_again(tmp_path: Path, store: St
     assert not (tmp_path / ".scratch").exists()
 
 
+def test_a_pattern_that_names_a_shard_twice(tmp_path: Path, store: Store) -> None:
+    """It is copied once, and read twice, as from local files."""
+    index = build(WebDataset(f"{store.url}/c/shard-00000{{0,0,0,0}}.tar?{SHORT}"), options(tmp_path))
+    assert store.asked == ["shard-000000.tar"]
+    assert index is not None
+    assert index.num_samples == 4 * SIZES[0]
+
+
 def test_a_scan_that_was_interrupted_goes_on(tmp_path: Path, store: Store) -> None:
     near = tmp_path / "near"
     store.broken = {"shard-000001.tar": b"<html>"}
