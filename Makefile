@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 # that run tests side by side
 PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint types clean-quickstart
+.PHONY: setup quickstart test lint types mutants clean-quickstart
 
 setup: $(STAMP)
 
@@ -32,6 +32,12 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Alters core modules, one expression at a time, in a copy (mutants/), and counts what their tests notice.
+mutants: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[mutants]'
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(PROCESSES)
+	$(BIN)/mutmut results
 
 clean-quickstart:
 	rm -rf runs/quickstart data/digits-32 data/digits-32.*

@@ -18,15 +18,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 240.0  # of a test: on a busy machine a run starts in a minute
 _POLL_SECONDS = 0.01
 
 
 class Gates:
-    """The test's side."""
+    """The test's side. On a busy machine a run takes minutes to start: `patience`, in seconds."""
 
-    def __init__(self, folder: Path, *places: str):
-        self.folder = folder
+    def __init__(self, folder: Path, *places: str, patience: float = 240.0):
+        self.folder, self.patience = folder, patience
         folder.mkdir(parents=True, exist_ok=True)
         for place in places:
             self.close(place)
@@ -50,7 +49,7 @@ class Gates:
         (self.folder / f"noted.rank{rank}").unlink()
 
     def _wait_for(self, pattern: str, count: int, alive: Callable[[], object]) -> None:
-        end = time.monotonic() + PATIENCE_SECONDS
+        end = time.monotonic() + self.patience
         while len(list(self.folder.glob(pattern))) < count:
             alive()
             assert time.monotonic() < end, f"{pattern} has not come"

@@ -55,15 +55,15 @@ class Run:
         """Lines of steps in the log: a step that was done twice stands there twice."""
         return sum(line.startswith("step ") and "/" in line.split()[1] for line in self.text.splitlines())
 
-    def wait_step(self, step: int, timeout: float = 240) -> None:
+    def wait_step(self, step: int, timeout: float = 600) -> None:
         self.bed.cluster.wait_for(lambda: self.step >= step, timeout, self._explain)
 
-    def wait_start(self, number: int, timeout: float = 240) -> None:
+    def wait_start(self, number: int, timeout: float = 600) -> None:
         """Until the job has started for the so-and-so-many-th time."""
         text = f"job {self.job}, start {number}:"
         self.bed.cluster.wait_for(lambda: text in self.text, timeout, self._explain)
 
-    def wait(self, timeout: float = 300) -> str:
+    def wait(self, timeout: float = 900) -> str:
         return self.bed.cluster.wait_job(self.job, timeout)
 
     def _explain(self) -> str:
@@ -105,7 +105,7 @@ class Bed:
         return Run(self, self.cluster.check(*command, env=self.environment | env).strip(), output, log)
 
     def gates(self, name: str, *places: str) -> Gates:
-        return Gates(self.folder / f"{name}.gates", *places)
+        return Gates(self.folder / f"{name}.gates", *places, patience=900)
 
     def python_with(self, gates: Gates) -> Path:
         """What to name as Python, so that pretrain.py runs with gates."""

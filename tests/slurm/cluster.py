@@ -76,7 +76,7 @@ class Cluster:
     # --- use
 
     def run(
-        self, *command: str | Path, env: dict[str, str] | None = None, timeout: float = 60, cwd: Path = ROOT
+        self, *command: str | Path, env: dict[str, str] | None = None, timeout: float = 240, cwd: Path = ROOT
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command as on the login node. The exit status is not checked."""
         return subprocess.run(
@@ -89,7 +89,7 @@ class Cluster:
         )
 
     def check(
-        self, *command: str | Path, env: dict[str, str] | None = None, timeout: float = 60, cwd: Path = ROOT
+        self, *command: str | Path, env: dict[str, str] | None = None, timeout: float = 240, cwd: Path = ROOT
     ) -> str:
         """`run`, but a failure raises, and standard output is returned."""
         result = self.run(*command, env=env, timeout=timeout, cwd=cwd)
@@ -104,7 +104,7 @@ class Cluster:
         lines = self.check("scontrol", "--oneliner", "show", "job", job).splitlines()
         return [dict(re.findall(r"(\w[\w/:]*)=(\S*)", line)) for line in lines]
 
-    def wait_job(self, job: str, timeout: float = 120) -> str:
+    def wait_job(self, job: str, timeout: float = 300) -> str:
         """Waits for the end of a job, an array's members included: COMPLETED, or the state of one that is not."""
         ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "OUT_OF_MEMORY"}
 
@@ -161,7 +161,7 @@ class Cluster:
     def heal(self, node: str) -> None:
         self._ip(f"link set v{node} up")
 
-    def wait_idle(self, timeout: float = 60) -> None:
+    def wait_idle(self, timeout: float = 240) -> None:
         """Until all nodes are up and free."""
         self.wait_for(self._idle, timeout, lambda: self.run("sinfo", "-N", "-l").stdout + self.logs())
 

@@ -17,7 +17,7 @@ from tests.tiny_run import make_run
 AT_ONCE = 4
 LONG = ("pipeline", "lost_nodes", "interrupted")
 """Scenarios that wait for one thing after another: they start first, and the others run meanwhile."""
-TIMEOUT = 560
+TIMEOUT = 1200
 """Seconds: the first test that waits for scenarios waits for most of them."""
 
 

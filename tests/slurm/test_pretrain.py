@@ -33,7 +33,7 @@ def stop_by_time_limit(run: Run) -> None:
     # Whole minutes, and never so near that the job would end before the signal.
     limit = 60 * hours + minutes + (1 if seconds < 20 else 2)
     cluster.check("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit}")
-    cluster.wait_for(lambda: run.text.count("asked to stop") > before, 120, lambda: run.text)
+    cluster.wait_for(lambda: run.text.count("asked to stop") > before, 300, lambda: run.text)
     cluster.check("scontrol", "update", f"JobId={run.job}", "TimeLimit=60")
 
 

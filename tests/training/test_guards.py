@@ -275,8 +275,8 @@ def test_a_spike_is_far_above_the_recent_losses() -> None:
     assert detector(6.0)
     assert not detector(4.4), "a spike does not move what is usual"
     assert detector(float("nan"))
-    wide = SpikeDetector([4.7, 5.3] * 10)  # 6 x 1.4826 x 0.3 above 5 is 7.67
-    assert [wide(loss) for loss in (7.6, 7.7)] == [False, True]
+    wide = [4.7, 5.3] * 10  # 6 x 1.4826 x 0.3 above 5 is 7.67
+    assert [SpikeDetector(wide)(loss) for loss in (7.6, 7.7)] == [False, True]
     assert not SpikeDetector([5.0] * 9)(50.0), "too few to judge"
 
 

@@ -138,6 +138,20 @@ def test_the_peak_of_every_device_by_its_full_name(
         assert flops.peak_flops_per_second(precision) == (None if teraflops is None else teraflops * 1e12)
 
 
+def test_operations_are_those_of_all_products() -> None:
+    """Every matrix product of a forward pass as (rows, inner, columns), with 3 experts of hidden 128 a token."""
+    L, C = 14, 32
+    block = [(L, C, 3 * C), (L, C, C), (1, C, 6 * C), (L, C, 4), *[(L, C, 128), (L, 128, C)] * 3]
+    for length, end in ((1, 1), (4, 5), (9, 14)):
+        block += [(length, C, end), (length, end, C)]
+    around = [(L - 1, CODE_WIDTH, C), (1, C, 2 * C), (L, C, CODEBOOK)]
+    products = 2 * block + around
+    assert flops.forward_flops(model_config(depth=2)) == sum(2 * m * n * k for m, n, k in products)
+    alignment = AlignmentConfig(scales=(1, 2), projector_hidden=48)
+    projector = [(5, C, 48), (5, 48, 48), (5, 48, 6)]
+    assert flops.projector_flops(model_config(), alignment, 6) == sum(2 * m * n * k for m, n, k in projector)
+
+
 def test_records_that_do_not_fit_on_the_disk_are_written_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
