@@ -61,6 +61,22 @@ def test_lin0_is_vars_schedule() -> None:
         assert learning_rate(config, batch, step, steps) == pytest.approx(peak * expected)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("cosine", [1, 0.2 + 0.8 * 0.75, 0.2 + 0.8 * 0.25, 0.2]),
+        ("lin0", [1, 0.2 + 0.8 * (2 / 3) / 0.95, 0.2 + 0.8 * (1 / 3) / 0.95, 0.2]),
+    ],
+)
+def test_rates_by_hand(schedule: str, after: list[float]) -> None:
+    """13 steps, 3 of them warm-up from a tenth; then at 0, 1/3, 2/3 and 1 of the rest, down to a fifth of the peak."""
+    config = OptimConfig(base_lr=0.5, schedule=schedule, warmup=0.25, warmup_start=0.1, final_lr=0.2)
+    found = [learning_rate(config, 512, step, 13) for step in (0, 1, 2, 3, 6, 9, 12)]
+    assert found == pytest.approx([0.1, 0.4, 0.7, *after])  # the peak is 0.5 x 512 / 256
+    assert learning_rate(config, 512, 1, 2) == pytest.approx(after[-1])
+
+
 @pytest.mark.parametrize("schedule", ["lin0", "cosine"])
 def test_schedules_end_at_their_final_rate(schedule: str) -> None:
     config = OptimConfig(schedule=schedule, final_lr=0.1)

@@ -34,11 +34,6 @@ class Run:
         return [r for r in read_metrics(self.output / "metrics.jsonl") if r["event"] == "train"]
 
     @property
-    def step(self) -> int:
-        records = self.records
-        return records[-1]["step"] if records else 0
-
-    @property
     def text(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
@@ -54,9 +49,6 @@ class Run:
     def steps_computed(self) -> int:
         """Lines of steps in the log: a step that was done twice stands there twice."""
         return sum(line.startswith("step ") and "/" in line.split()[1] for line in self.text.splitlines())
-
-    def wait_step(self, step: int, timeout: float = 600) -> None:
-        self.bed.cluster.wait_for(lambda: self.step >= step, timeout, self._explain)
 
     def wait_start(self, number: int, timeout: float = 600) -> None:
         """Until the job has started for the so-and-so-many-th time."""
