@@ -13,7 +13,6 @@ import torch
 from data_tools.build_shards import BuildOptions
 from data_tools.merge_index import Scan
 from data_tools.pool import DEFAULT_WORKERS
-from data_tools.precompute_sets import RunOptions
 from data_tools.verify_shards import Options as VerifyOptions
 from mepa_ds import cpus
 from mepa_ds.cpus import limit_threads, usable_cpus
@@ -98,16 +97,16 @@ def test_quotas_decide(node: Path, own: str, files: dict[str, str], expected: in
 
 def test_tools_start_as_many_processes_as_the_job_may_use() -> None:
     assert BuildOptions.workers == Scan.workers == VerifyOptions.workers == DEFAULT_WORKERS
-    assert RunOptions.workers == min(usable_cpus(), 16)
     code = (
         "import os; os.sched_getaffinity = lambda _: range(64)\n"
-        "from data_tools.pool import DEFAULT_WORKERS; from mepa_ds.cpus import usable_cpus\n"
-        "print(DEFAULT_WORKERS, usable_cpus())"
+        "from data_tools.pool import DEFAULT_WORKERS; from data_tools.precompute_sets import RunOptions\n"
+        "from mepa_ds.cpus import usable_cpus\n"
+        "print(DEFAULT_WORKERS, RunOptions.workers, usable_cpus())"
     )
     environment = os.environ | {"SLURM_CPUS_PER_TASK": "5"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    processes, cpus_of_task = map(int, done.stdout.split())
-    assert cpus_of_task <= 5  # a quota may be lower
+    processes, threads, cpus_of_task = map(int, done.stdout.split())
+    assert threads == cpus_of_task <= 5  # a quota may be lower
     assert processes == max(cpus_of_task - 1, 1)
 
 
