@@ -55,6 +55,13 @@ def test_any_interruptions_and_world_sizes_read_the_same_stream(
     assert seen == list(itertools.islice(epochs, len(seen)))
 
 
+@pytest.mark.parametrize(("last", "starts"), [(14, [2, 8]), (15, [2, 8, 14]), (20, [2, 8, 14])])
+def test_a_bounded_stream_ends_with_the_batch_of_its_last_position(last: int, starts: list[int]) -> None:
+    tasks = list(rank_batches(2, 6, 1, 2, last=last))
+    assert [task.positions.tolist() for task in tasks] == [[start + 3, start + 4, start + 5] for start in starts]
+    assert [task.next_position for task in tasks] == [start + 6 for start in starts]
+
+
 def test_the_permutation_is_pinned() -> None:
     """The order must not change with NumPy's version: these numbers were written down once."""
     assert permutation(0, 0, 10).tolist() == [0, 8, 9, 3, 7, 5, 1, 2, 6, 4]
