@@ -44,7 +44,8 @@ class Window:
         if not report.applied:
             return
         self._names = list(report.losses[0].terms)
-        terms = torch.stack([torch.stack([x.terms[name].float() for name in self._names]) for x in report.losses])
+        of_each = [{**losses.terms, "total": losses.total.detach()} for losses in report.losses]
+        terms = torch.stack([torch.stack([terms[name].float() for name in self._names]) for terms in of_each])
         scores = add_up([losses.scores for losses in report.losses])
         self._waiting.append(torch.cat([terms.mean(0), *(getattr(scores, name).float() for name in _SCORES)]))
         self._grad_norm += report.grad_norm
