@@ -19,7 +19,7 @@ from mepa_ds.engine import deepspeed_config
 from mepa_ds.errors import UserError
 from tests.tiny_run import ROOT
 
-NO_COMMANDS = ("digits_agreement", "entry", "paths", "recipes")
+NO_COMMANDS = ("digits_agreement", "entry", "paths", "recipes", "scales_option")
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__)])
