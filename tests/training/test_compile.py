@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
+from tests.on_request import slow
 from tests.tiny_run import losses, make_run
 from tests.training.ranks import Ranks, finish
 
@@ -31,7 +31,7 @@ def count_compiled_graphs() -> None:
     inductor.compile_fx = compile_fx
 
 
-@pytest.mark.skipif(os.environ.get("MEPA_FULL_TESTS") != "1", reason="compiles for a minute: MEPA_FULL_TESTS=1")
+@slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
     recipe = str(make_run(tmp_path, "train.steps=3", "log.evaluate_every=2", "parallel.ep_size=2"))

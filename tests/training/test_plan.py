@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector
 from mepa_ds.teachers.registry import TEACHERS
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from tests.on_request import slow
 from tests.tiny_run import launch, make_run
 from tests.training.ranks import Ranks
 
@@ -83,8 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, []),
         (2, ["parallel.ep_size=2"]),
         (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"]),
-        (1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"]),
-        (1, ["train.accumulation=2"]),
+        pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=slow),
+        pytest.param(1, ["train.accumulation=2"], marks=slow),
     ],
     ids=["1", "2", "blocks", "zero1", "accumulation"],
 )
@@ -114,7 +116,7 @@ def test_memory_is_that_of_real_ranks(
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, []), (2, ["parallel.ep_size=2"]), (1, ["train.accumulation=2"])],
+    [(1, []), (2, ["parallel.ep_size=2"]), pytest.param(1, ["train.accumulation=2"], marks=slow)],
     ids=["1", "2", "accumulation"],
 )
 def test_the_commands_own_number_is_that_of_an_untouched_run(
@@ -134,9 +136,15 @@ def test_the_commands_own_number_is_that_of_an_untouched_run(
     assert float(number) * {"GB": 1e9, "MB": 1e6}[unit] == pytest.approx(measured, rel=0.15)
 
 
-def test_the_large_recipe_fits_on_8_gpus_of_80_gb() -> None:
+@cache
+def plan_of_the_large_recipe() -> Plan:
+    """As it stands, on 8 GPUs of 80 GB. A plan takes seconds: the model's own code runs, without numbers."""
     config = load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml")
-    plan = plan_run(config, Machine(8, is_gpu=True, memory=80e9, process=0), num_samples=1_281_167)
+    return plan_run(config, Machine(8, is_gpu=True, memory=80e9, process=0), num_samples=1_281_167)
+
+
+def test_the_large_recipe_fits_on_8_gpus_of_80_gb() -> None:
+    plan = plan_of_the_large_recipe()
     assert plan.problems == []
     assert plan.peak < 0.85 * 80e9, "the allocator and NCCL need some too"
 
@@ -230,11 +238,9 @@ ONLINE = ["data.tokens=null", "data.features=null", "data.images=nowhere", "data
 @pytest.mark.parametrize(("name", "width"), [("dinov2-b", 768), ("dinov3-l", 1024), ("vit_small_patch16_224", 384)])
 def test_tokenizer_and_teacher_of_an_online_run_count(name: str, width: int) -> None:
     """Neither their weights nor images are there: sizes are those of VAR's tokenizer and timm's architectures."""
-    machine = Machine(8, is_gpu=True, memory=80e9, process=0)
-    stored, online = (
-        plan_run(load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings), machine, num_samples=1)
-        for settings in ([], [*ONLINE, f"data.teacher.name={name}"])
-    )
+    stored, machine = plan_of_the_large_recipe(), Machine(8, is_gpu=True, memory=80e9, process=0)
+    settings = [*ONLINE, f"data.teacher.name={name}"]
+    online = plan_run(load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings), machine, num_samples=1)
     assert not stored.encoding
     parameters = {"dinov2-b": 86.6e6, "dinov3-l": 303.1e6, "vit_small_patch16_224": 21.7e6}[name]
     for parts in (online.backward, online.optimizer, online.encoding):

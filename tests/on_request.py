@@ -1,0 +1,9 @@
+"""Tests that `make test` leaves out: they take long, and see what shorter ones see too, in more settings."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+slow = pytest.mark.skipif(os.environ.get("MEPA_FULL_TESTS") != "1", reason="slow: MEPA_FULL_TESTS=1 runs it")
