@@ -6,4 +6,5 @@ import os
 
 import pytest
 
-slow = pytest.mark.skipif(os.environ.get("MEPA_FULL_TESTS") != "1", reason="slow: MEPA_FULL_TESTS=1 runs it")
+FULL = os.environ.get("MEPA_FULL_TESTS") == "1"
+slow = pytest.mark.skipif(not FULL, reason="slow: MEPA_FULL_TESTS=1 runs it")

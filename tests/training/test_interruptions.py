@@ -6,7 +6,6 @@ The counts here are for every day; MEPA_FULL_TESTS=1 runs all kills and the whol
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import signal
@@ -22,10 +21,10 @@ from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.metrics import read_metrics
 from mepa_ds.weights import read_state_dict
 from tests.gates import Gates, install
+from tests.on_request import FULL
 from tests.tiny_run import losses, make_run
 from tests.training.ranks import Ranks, arguments, finish, last_step
 
-FULL = os.environ.get("MEPA_FULL_TESTS") == "1"
 NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)
 STEPS = 20 + 6 * (NUM_KILLS + NUM_SIGNALS)
 
