@@ -2,7 +2,7 @@
 
 import sys
 
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ import tyro
 from tqdm import tqdm
 
 from mepa_ds import distributed
+from mepa_ds.checkpoint.background_writer import Written
+from mepa_ds.checkpoint.files import RunState, find_damage, list_checkpoints
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.engine.background_writer import Written
 from mepa_ds.engine.checkpoint import Checkpoints
-from mepa_ds.engine.checkpoint_files import RunState, find_damage, list_checkpoints
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.objective.pretraining import ModelInputs
 

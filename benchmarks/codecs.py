@@ -25,16 +25,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_tools.precompute_sets import batches_of, open_images
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 from mepa_ds.data.codecs import FeatureDecoder, PcaBasis, codec_named
-from mepa_ds.data.tar_headers import BLOCK
+from mepa_ds.data.shards.tar_headers import BLOCK
+from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.views import RESIZE_RATIO, Views, sample_boxes, whole_grid
-from mepa_ds.data.writer import npy_bytes
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
-from mepa_ds.pca import RunningCovariance
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
+from mepa_ds.teachers.pca import RunningCovariance
 from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 

@@ -40,13 +40,13 @@ from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import fit_image, image_batches
-from mepa_ds.data.index import Description, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
-from mepa_ds.data.sample_table import SampleTable
-from mepa_ds.data.samples import Kind
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shards.index import Description, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
+from mepa_ds.data.shards.offset_index import SampleTable
+from mepa_ds.data.shards.samples import Kind
+from mepa_ds.data.shards.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 from mepa_ds.data.training import training_batches
-from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 
 NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
 IMAGENET_SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = 1282, 1000, 768

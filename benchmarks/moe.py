@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.moe_layers import TOP_K, Layer, OneImplementation, Parameters, dense, mask_loop, ours, stock_deepspeed
-from mepa_ds.memory import keep_freed_memory
+from mepa_ds.machine import keep_freed_memory
 from mepa_ds.models.moe.dispatch import LocalDispatcher
 from mepa_ds.models.moe.experts import has_grouped_kernel
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.loops import sampling
+from mepa_ds.generation import sampling
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 

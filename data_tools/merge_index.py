@@ -26,10 +26,11 @@ from data_tools.readers.class_names import read_class_names
 from data_tools.readers.patterns import check_files, expand_braces
 from data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds import log
-from mepa_ds.cli import entry
-from mepa_ds.cli.paths import PathOrName
-from mepa_ds.data.fetching import Transfer, fetch, fetch_all, whole_tar
-from mepa_ds.data.index import (
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import PathOrName
+from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
+from mepa_ds.data.remote.urls import is_remote, redacted
+from mepa_ds.data.shards.index import (
     FOREIGN,
     INDEX_NAME,
     Description,
@@ -41,13 +42,12 @@ from mepa_ds.data.index import (
     stored_description,
     write_table,
 )
-from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.sample_table import scan_tar
-from mepa_ds.data.samples import tar_files
-from mepa_ds.data.writer import PLAN_NAME, finish_index, read_plan
+from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.offset_index import scan_tar
+from mepa_ds.data.shards.samples import tar_files
+from mepa_ds.data.shards.writer import PLAN_NAME, finish_index, read_plan
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.urls import is_remote, redacted
 
 
 @dataclass(frozen=True)

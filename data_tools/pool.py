@@ -13,9 +13,9 @@ from itertools import islice
 from typing import TypeVar, cast
 
 from mepa_ds import log
-from mepa_ds.cpus import usable_cpus
 from mepa_ds.errors import UserError
 from mepa_ds.interrupts import blocked, obey_only
+from mepa_ds.machine import usable_cpus
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

@@ -40,22 +40,22 @@ from data_tools.precompute_sets import (
     to_device,
 )
 from mepa_ds import distributed, log
-from mepa_ds.cli import entry
-from mepa_ds.cli.paths import PathOrName
-from mepa_ds.cli.scales_option import Scales
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import PathOrName
+from mepa_ds.command_line.scales import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
-from mepa_ds.data.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
+from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
-from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from mepa_ds.weights import CONFIG_NAME, read_config
+from mepa_ds.weights.directories import CONFIG_NAME, read_config
 
 CLS_TOKEN_EXT = "cls_token.npy"
 _BASIS_IMAGES = 1024

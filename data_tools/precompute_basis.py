@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis
-from mepa_ds.data.writer import ShardWriter
+from mepa_ds.data.shards.writer import ShardWriter
 from mepa_ds.errors import UserError
-from mepa_ds.pca import RunningCovariance
 from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.pca import RunningCovariance
 
 
 def shared_basis(

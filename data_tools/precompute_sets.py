@@ -19,15 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mepa_ds import distributed
-from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.fetched_ahead import AHEAD
 from mepa_ds.data.images import decode_sample
-from mepa_ds.data.index import ShardIndex
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.data.shards.writer import Sample, ShardWriter, npy_bytes
 from mepa_ds.data.views import Boxes
-from mepa_ds.data.writer import Sample, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
+from mepa_ds.machine import usable_cpus
 
 Pixels = npt.NDArray[np.uint8]
 Prepare = Callable[[Image.Image, str], tuple[Pixels, Boxes | None]]

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
-from mepa_ds.data.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
-from mepa_ds.data.index import INDEX_NAME, ShardEntry, ShardIndex, table_path
-from mepa_ds.data.remote import REMOTE_NAME, RemoteShards
-from mepa_ds.data.writer import PLAN_NAME
+from mepa_ds.data.remote.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
+from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
+from mepa_ds.data.remote.urls import file_names, is_remote, redacted
+from mepa_ds.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, table_path
+from mepa_ds.data.shards.writer import PLAN_NAME
 from mepa_ds.errors import UserError
-from mepa_ds.urls import file_names, is_remote, redacted
 
 
 @dataclass(frozen=True)

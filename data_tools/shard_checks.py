@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.data.images import image_member
-from mepa_ds.data.index import ShardIndex, keys_digest, read_table, table_path
-from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.sample_table import SampleTable, label_number, scan_tar
-from mepa_ds.data.samples import LABEL_EXTENSION
 from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shards.index import ShardIndex, keys_digest, read_table, table_path
+from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.offset_index import SampleTable, label_number, scan_tar
+from mepa_ds.data.shards.samples import LABEL_EXTENSION
+from mepa_ds.data.shards.writer import read_npy_header
 from mepa_ds.data.training_sets import TOKENS_EXT
-from mepa_ds.data.writer import read_npy_header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.image_decoding import decode_image
+from mepa_ds.images.decoding import decode_image
 
 
 @dataclass

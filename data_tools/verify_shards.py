@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from data_tools.pool import DEFAULT_WORKERS, unordered_map
 from data_tools.shard_checks import ShardReport, check_shard
-from mepa_ds.cli import entry
-from mepa_ds.cli.paths import PathOrName
-from mepa_ds.data.index import source_images, table_path
-from mepa_ds.data.left_out import LeftOut
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shards.index import source_images, table_path
+from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.errors import UserError
 
 _SHOWN = 20

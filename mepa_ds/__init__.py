@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mepa_ds.errors import UserError as UserError
-    from mepa_ds.loops.sampling import sample as sample
+    from mepa_ds.generation.pretrained import load_pretrained as load_pretrained
+    from mepa_ds.generation.pretrained import save_pretrained as save_pretrained
+    from mepa_ds.generation.sampling import sample as sample
     from mepa_ds.models.transformer import NextScaleTransformer as NextScaleTransformer
-    from mepa_ds.pretrained import load_pretrained as load_pretrained
-    from mepa_ds.pretrained import save_pretrained as save_pretrained
     from mepa_ds.scales import ScaleSchedule as ScaleSchedule
     from mepa_ds.tokenizer.tokenizer import Tokenizer as Tokenizer
 
@@ -23,9 +23,9 @@ _PUBLIC = {
     "ScaleSchedule": "mepa_ds.scales",
     "Tokenizer": "mepa_ds.tokenizer.tokenizer",
     "UserError": "mepa_ds.errors",
-    "load_pretrained": "mepa_ds.pretrained",
-    "sample": "mepa_ds.loops.sampling",
-    "save_pretrained": "mepa_ds.pretrained",
+    "load_pretrained": "mepa_ds.generation.pretrained",
+    "sample": "mepa_ds.generation.sampling",
+    "save_pretrained": "mepa_ds.generation.pretrained",
 }
 __all__ = list(_PUBLIC)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mepa_ds.errors import UserError
-from mepa_ds.memory import keep_freed_memory
+from mepa_ds.machine import keep_freed_memory
 
 
 class SetupError(UserError):

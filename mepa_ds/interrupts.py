@@ -49,7 +49,7 @@ def raise_interrupts() -> None:
     """SIGINT, SIGTERM and SIGHUP raise `Interrupted` in the main thread from now on; a second one ends the process.
 
     Amid an import, where nothing is to be put in order and an exception can get lost, the first one ends it.
-    SIGUSR1 is for those that save on request (`loops.stopping`): it ends all others, as ever.
+    SIGUSR1 is for those that save on request (`runtime.stopping`): it ends all others, as ever.
     """
     first: float | None = None
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mepa_ds.paths import given_path
-from mepa_ds.slurm.recipe_value import recipe_paths
+from mepa_ds.config.paths import given_path
+from mepa_ds.slurm.in_job.recipe_value import recipe_paths
 
 MEETING_SECONDS = 120.0
 LEAVING_SECONDS = 10.0

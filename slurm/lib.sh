@@ -263,7 +263,7 @@ finish() {
     if in_good_order "$codes"; then
         requeue "stopped in good order"
     fi
-    cause=$(run_python -m mepa_ds.slurm.cause "$LOG" "$LOG_START" || echo "status $status, no message in $LOG")
+    cause=$(run_python -m mepa_ds.slurm.in_job.cause "$LOG" "$LOG_START" || echo "status $status, no message in $LOG")
     [[ $codes != *" $USER_ERROR_CODE "* ]] || fail $USER_ERROR_CODE "$cause"
     if (($(idle_starts "$(progress)") > MEPA_MAX_RESTARTS)); then
         fail 1 "$cause (gave up: $MEPA_MAX_RESTARTS restarts without progress)"
@@ -299,12 +299,12 @@ mepa_train() {
     local progress=$1 program out text staged=()
     read -r -a program <<<"$2"
     shift 2
-    out=$(ask mepa_ds.slurm.recipe_value output_dir "$@") || cannot_begin $?
+    out=$(ask mepa_ds.slurm.in_job.recipe_value output_dir "$@") || cannot_begin $?
     mepa_begin "$out/slurm" "$out/$progress"
     mepa_check "$@"
     if [[ ${MEPA_STAGE:-off} == on ]]; then
         mepa_stage "$@"
-        text=$(ask mepa_ds.slurm.stage overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
+        text=$(ask mepa_ds.slurm.in_job.stage overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
         [[ -z $text ]] || mapfile -t staged <<<"$text"
     fi
     mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${staged[@]}"
@@ -321,7 +321,7 @@ mepa_stage() {
     local status=0
     say "staging shard sets to $MEPA_SCRATCH of every node"
     step 1 "$CPUS_PER_RANK" "$MEPA_PYTHON" slurm/launch.py rank "$MEPA_STATE" \
-        "$MEPA_PYTHON" -m mepa_ds.slurm.stage copy "$MEPA_SCRATCH" "$@" || status=$?
+        "$MEPA_PYTHON" -m mepa_ds.slurm.in_job.stage copy "$MEPA_SCRATCH" "$@" || status=$?
     ((status == 0)) || finish $status
     rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
 }
@@ -336,7 +336,7 @@ mepa_part() {
 }
 
 # The job after an array names the parts that are not done, and fails: mepa_check_parts DIRECTORY PARTS
-mepa_check_parts() { run_python -m mepa_ds.slurm.parts "$1" "$2" || exit 1; }
+mepa_check_parts() { run_python -m mepa_ds.slurm.in_job.parts "$1" "$2" || exit 1; }
 
 # The word after an option: option_value --out DEFAULT ARGUMENTS...
 option_value() {

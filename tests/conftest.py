@@ -1,8 +1,14 @@
-"""How tests are shared out when several processes run them (`pytest -n 2`, as `make test` does): file by file."""
+"""How tests are shared out between processes (`pytest -n 2`, as `make test` does): file by file. Shared fixtures."""
 
 from __future__ import annotations
 
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -10,13 +16,17 @@ from xdist.scheduler import LoadScopeScheduling
 HERE = Path(__file__).parent
 # The longest first, so that processes end together. The SLURM cluster of tests/slurm comes last and in one process: it
 # tells its nodes from dead ones by how fast they answer, so it should have the machine to itself.
-ORDER = ("training", "test_quickstart.py", "engine", "test_pretraining.py", "tokenizer", "data")
+ORDER = (
+    "cli/test_quickstart.py", "planning", "checkpoint", "pretrain", "runtime", "engine", "train_tokenizer", "tokenizer",
+    "data_tools", "data",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        top = item.path.relative_to(HERE).parts[0]
-        return ORDER.index(top) if top in ORDER else len(ORDER) + (top == "slurm")
+        path = item.path.relative_to(HERE)
+        first = next((number for number, start in enumerate(ORDER) if path.is_relative_to(start)), len(ORDER))
+        return first + path.is_relative_to("slurm")
 
     items.sort(key=place)
 
@@ -31,3 +41,20 @@ class _ByFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
     config.option.loadscopereorder = False
     return _ByFile(config, log)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server that shows `far`."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens http with curl")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(tmp_path / "far"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()

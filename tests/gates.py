@@ -1,7 +1,7 @@
 """Gates: a run waits at a place that a test has chosen, so that a fault comes there however busy the machine is.
 
 The test closes a gate before the run starts, waits until its ranks have come there, does what it wants to do, and opens
-it. In each rank `install` or `install_in_tokenizer_training` puts them in: as `prepare` of tests.training.ranks.Ranks,
+it. In each rank `install` or `install_in_tokenizer_training` puts them in: as `prepare` of tests.pretrain.ranks.Ranks,
 or by this module as a program, `python -m tests.gates FOLDER PROGRAM [ARGUMENT ...]`, which runs PROGRAM with them.
 
 Places are `step_7` (step 7, counted from 1, is about to be computed), `writing_step_00000007` (that checkpoint's
@@ -74,9 +74,9 @@ def stop_at(folder: Path, place: str) -> None:
 
 def install(folder: Path) -> None:
     """Gates of a pretraining run, in this process."""
-    from mepa_ds.engine import background_writer
-    from mepa_ds.loops import pretraining
-    from mepa_ds.loops.inputs import InputMaker
+    from mepa_ds.checkpoint import background_writer
+    from mepa_ds.pretrain import trainer as pretraining
+    from mepa_ds.pretrain.inputs import InputMaker
 
     rate, save, evaluation = pretraining.learning_rate, background_writer.save_fragments, InputMaker.evaluation
     begun = [0]
@@ -103,7 +103,7 @@ def install(folder: Path) -> None:
 
 def install_in_tokenizer_training(folder: Path) -> None:
     """The same for a tokenizer's training; it has steps only."""
-    from mepa_ds.loops.tokenizer_trainer import TokenizerTrainer
+    from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
 
     step = TokenizerTrainer.step
 
@@ -116,7 +116,7 @@ def install_in_tokenizer_training(folder: Path) -> None:
 
 
 def _note_requests() -> None:
-    from mepa_ds.loops.stopping import StopRequests
+    from mepa_ds.runtime.stopping import StopRequests
 
     made = StopRequests.__init__
 

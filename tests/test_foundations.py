@@ -20,9 +20,9 @@ from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.distributed import read_launch
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_text
-from mepa_ds.loops.schedule import learning_rate
-from mepa_ds.metrics import MetricsWriter, read_metrics
 from mepa_ds.random_streams import uniforms
+from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
+from mepa_ds.runtime.schedule import learning_rate
 from mepa_ds.scales import ScaleSchedule
 from tests.tiny_run import ROOT
 
@@ -186,7 +186,7 @@ def printed(program: str) -> list[int]:
 
 
 def test_peak_memory_is_that_of_the_program_not_of_who_started_it() -> None:
-    child = "import mepa_ds.memory as m; print(m.resident_bytes(), m.peak_resident_bytes())"
+    child = "import mepa_ds.machine as m; print(m.resident_bytes(), m.peak_resident_bytes())"
     start = f"import subprocess, sys; large = b'1' * 400_000_000; subprocess.run([sys.executable, '-c', {child!r}])"
     now, peak = printed(start)
     assert 1e6 < now <= peak < 200e6
@@ -194,7 +194,7 @@ def test_peak_memory_is_that_of_the_program_not_of_who_started_it() -> None:
 
 def test_peak_memory_keeps_what_was_freed() -> None:
     now, peak = printed(
-        "import mepa_ds.memory as m; large = b'1' * 400_000_000; del large; "
+        "import mepa_ds.machine as m; large = b'1' * 400_000_000; del large; "
         "print(m.resident_bytes(), m.peak_resident_bytes())"
     )
     assert now < 200e6 < 400e6 < peak

@@ -19,22 +19,17 @@ from mepa_ds.engine import deepspeed_config
 from mepa_ds.errors import UserError
 from tests.tiny_run import ROOT
 
-NO_COMMANDS = ("digits_agreement", "entry", "paths", "recipes", "scales_option")
-
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__)])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_every_module_of_the_command_line_runs_or_says_that_it_does_not(
+def test_every_module_of_the_command_line_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`torchrun -m mepa_ds.cli.train_tokenizer RECIPE` did nothing, and that with status 0."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"mepa_ds.cli.{name}", run_name="__main__", alter_sys=True)
-    if name in NO_COMMANDS:
-        assert end.value.code == f"error: {name} is no command; python -m mepa_ds --help lists them"
-    else:
-        assert (end.value.code, "usage:" in capsys.readouterr().out) == (0, True)
+    assert (end.value.code, "usage:" in capsys.readouterr().out) == (0, True)
 
 
 def test_the_projects_knobs_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

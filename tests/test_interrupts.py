@@ -14,7 +14,7 @@ from mepa_ds import interrupts
 
 WAITING = """
 import signal, sys
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 def main():
     try:
         print("ready", flush=True)
@@ -70,7 +70,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 def test_an_interrupt_amid_an_import_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
-    program = "from mepa_ds.cli import entry\ndef main(): import slow_module\nentry.run(main)"
+    program = "from mepa_ds.command_line import entry\ndef main(): import slow_module\nentry.run(main)"
     with start(tmp_path, program) as process:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)

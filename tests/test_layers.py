@@ -12,25 +12,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mepa_ds"
-# Layer of each part; what is not named here (single files, config) is layer 0.
-LAYERS = {
-    "tokenizer": 1,
-    "models": 1,
-    "teachers": 1,
-    "data": 1,
-    "objective": 2,
-    "pretrained": 2,
-    "engine": 3,
-    "loops": 4,
-    "slurm": 5,
-    "cli": 5,
-    "__main__": 5,
-}
-FILES = sorted(PACKAGE.rglob("*.py"))
+# From the bottom up. A part imports parts of lower layers, and none beside it. What is not named here, the single files
+# of the package, is the foundation of all and imports nothing but itself.
+LAYERS = (
+    ("config",),
+    ("command_line", "images", "runtime", "weights"),
+    ("data", "models", "teachers", "tokenizer"),
+    ("generation", "objective"),
+    ("checkpoint", "data_tools", "evaluation", "reports"),
+    ("engine",),
+    ("pretrain", "train_tokenizer"),
+    ("planning",),  # measures what a pretraining process holds before it begins
+    ("slurm",),
+    ("cli",),
+    ("__main__",),
+)
+LAYER_OF = {part: number for number, parts in enumerate(LAYERS, start=1) for part in parts}
+FILES = sorted([*PACKAGE.rglob("*.py"), *(ROOT / "data_tools").rglob("*.py")])
 
 
-def imports(path: Path) -> Iterator[str]:
-    """All modules that a file imports, inside functions too, but for type checking."""
+def imports(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """All modules that a file imports, inside functions too, but for type checking; and the names taken from them."""
     tree = ast.parse(path.read_text())
     typing_only = {
         id(inner)
@@ -42,30 +44,61 @@ def imports(path: Path) -> Iterator[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, []) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield node.module or ""
+            yield node.module or "", [alias.name for alias in node.names]
 
 
 def part_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    """Of "mepa_ds.data.order": "data"; of "data_tools.pool": "data_tools"."""
+    return module.split(".")[1] if module.startswith("mepa_ds.") else module.split(".")[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path: Path) -> None:
     if path == PACKAGE / "__init__.py":
         return  # the public names, imported on first use
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    own_layer = LAYERS.get(own, 0)
-    for module in imports(path):
-        if not module.startswith("mepa_ds"):
+    own = part_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for module, _ in imports(path):
+        if not module.startswith(("mepa_ds", "data_tools")):
             assert own == "engine" or not module.startswith("deepspeed"), f"{path} imports {module}"
             continue
         other = part_of(module)
-        layer = LAYERS.get(other, 0)
-        assert layer <= own_layer, f"{path} (layer {own_layer}) imports {module} (layer {layer})"
-        assert layer != 1 or own_layer != 1 or other == own, f"{path} imports its sibling {module}"
+        above, below = LAYER_OF.get(own, 0), LAYER_OF.get(other, 0)
+        assert below < above or other == own or above == below == 0, f"{own} imports {module}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Not by imports inside functions either."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in FILES}
+    del modules["mepa_ds"]  # the public names, imported on first use
+    edges = {
+        name: {
+            f"{module}.{taken}" if f"{module}.{taken}" in modules else module
+            for module, names in imports(path)
+            for taken in names or [""]
+        }
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name in modules and name not in done:
+            for other in sorted(edges[name] - {name}):
+                visit(other, (*way, name))
+            done.add(name)
+
+    for name in sorted(modules):
+        visit(name, ())
+
+
+def test_folders_are_small() -> None:
+    """What is in a folder is read at a glance."""
+    for folder in {path.parent for path in FILES}:
+        count = sum(path.is_file() for path in folder.iterdir())
+        assert count <= 12, f"{folder.relative_to(ROOT)}: {count} files"
 
 
 def test_import_needs_no_deepspeed_and_is_quick() -> None:

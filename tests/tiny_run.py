@@ -17,9 +17,9 @@ import yaml
 
 from mepa_ds.config.base import apply_overrides
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.data.index import MadeBy
-from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes, shard_name
-from mepa_ds.metrics import read_metrics
+from mepa_ds.data.shards.index import MadeBy
+from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes, shard_name
+from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from data_tools.readers.text_lines import read_lines
-from mepa_ds.data.index import ShardIndex
+from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.errors import UserError
 
 

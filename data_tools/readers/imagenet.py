@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from data_tools.readers.tar_members import TarMembers
 from data_tools.readers.text_lines import read_lines
-from mepa_ds.data.index import ShardIndex
-from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.samples import HIDDEN, is_hidden
-from mepa_ds.data.tar import TarMember, list_members
+from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.samples import HIDDEN, is_hidden
+from mepa_ds.data.shards.tar import TarMember, list_members
 from mepa_ds.errors import UserError
-from mepa_ds.image_decoding import is_image_name
+from mepa_ds.images.decoding import is_image_name
 
 _SYNSET, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"\d{1,9}")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
 
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def _found(path: Path) -> list[Path]:
     """A checkpoint itself, or those of a run."""
-    from mepa_ds.engine.checkpoint_files import RUN_NAME, is_checkpoint_name, list_checkpoints
+    from mepa_ds.checkpoint.files import RUN_NAME, is_checkpoint_name, list_checkpoints
 
     if (path / RUN_NAME).exists() or (path.is_dir() and is_checkpoint_name(path.name)):
         return [path]
@@ -69,7 +69,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _list(run: Path) -> None:
-    from mepa_ds.engine.checkpoint_files import read_state
+    from mepa_ds.checkpoint.files import read_state
 
     for path in _found(run):
         try:
@@ -82,7 +82,7 @@ def _list(run: Path) -> None:
 
 
 def _verify(paths: tuple[Path, ...]) -> int:
-    from mepa_ds.engine.checkpoint_files import find_damage
+    from mepa_ds.checkpoint.files import find_damage
 
     if not paths:
         raise UserError("give at least one checkpoint, or the output_dir of a run")
@@ -95,7 +95,7 @@ def _verify(paths: tuple[Path, ...]) -> int:
 
 
 def _compare(options: Diff) -> int:
-    from mepa_ds.engine.checkpoint_files import differences
+    from mepa_ds.checkpoint.files import differences
 
     lines = list(differences(options.first, options.second))
     print("\n".join(lines) if lines else "no difference")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
 
 
@@ -35,45 +35,12 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(EvaluateOptions, prog="mepa evaluate", args=argv)
     if options.batch_size < 1:
         raise UserError(f"--batch-size: expected at least 1, got {options.batch_size}")
-    import torch
-    from tqdm import tqdm
+    from mepa_ds.evaluation.score_files import Comparison, score_files
 
-    from mepa_ds.files import check_writable, sha256_of_file, write_json
-    from mepa_ds.image_files import ImageFiles
-    from mepa_ds.loops.image_scores import Inception, ReferenceFile, image_scores
-
-    if options.json is not None:
-        check_writable(options.json.parent, "--json")
-    samples, reference_file = ImageFiles(options.samples), ReferenceFile(options.reference)
-    real = reference_file.images
-    check_sizes(options, samples, real)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    inception = Inception(options.inception, device)
-    with tqdm(total=len(samples) + len(real), desc="evaluating", unit="image", disable=None) as bar:
-        reference = reference_file.read(inception, options.batch_size, bar.update)
-        features = inception.of_all(samples, options.batch_size, bar.update, str(options.samples))
-    print("distances and neighbours ...", flush=True)
-    scores: dict[str, Any] = image_scores(features, reference, options.order, device)
-    for name, value in scores.items():
-        print(f"{name:<20} " + ("- (of one split)" if value is None else f"{value:.4f}"))
-    if options.json is not None:
-        facts = {"num_samples": len(samples), "num_reference": len(real), "order": options.order}
-        paths = {"samples": str(options.samples), "reference": str(options.reference)}
-        write_json(options.json, {**scores, **facts, **paths, "inception_sha256": sha256_of_file(options.inception)})
-
-
-def check_sizes(options: EvaluateOptions, samples: Any, real: Any) -> None:
-    """Raises UserError for images that cannot be compared; warns of too few for a score that others could compare."""
-    if samples.shape[1:] != real.shape[1:]:
-        raise UserError(
-            f"{options.samples}: images of {samples.shape[1:3]}, but {options.reference} has {real.shape[1:3]}; "
-            "a reference of the same size is needed"
-        )
-    least = min(len(samples), len(real))
-    if least < 5:
-        raise UserError(f"{len(samples)} images and {len(real)} real ones: at least 5 of each are needed")
-    if len(samples) < 50_000:
-        print(f"warning: {len(samples)} images; published scores are of 50000, and fewer have a larger FID", flush=True)
+    score_files(
+        Comparison(options.samples, options.reference, options.inception, options.batch_size, options.order),
+        options.json,
+    )
 
 
 if __name__ == "__main__":

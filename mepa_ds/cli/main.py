@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 
 COMMANDS = {
     "quickstart": "the whole system on real images, in minutes, on a CPU",

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from mepa_ds import distributed, log
-from mepa_ds.cli import entry
-from mepa_ds.cli.recipes import read_recipe
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.recipes import read_recipe
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
+from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, StopRequests
 
 DESCRIPTION = """Pretrains a model by a recipe, or resumes the run in its output_dir.
 
@@ -48,15 +48,15 @@ def main(argv: list[str]) -> None:
         parser.error("--world-size, --memory and --num-samples belong to --dry-run")
     log.make_stdout_a_log()
     requests = StopRequests()
-    from mepa_ds.loops.pretraining import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
+    from mepa_ds.pretrain.trainer import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
 
     if not pretrain(config, requests):
         sys.exit(REQUEUE_EXIT_CODE)
 
 
 def _dry_run(config: PretrainConfig, options: argparse.Namespace) -> None:
-    from mepa_ds.loops.plan import format_plan, plan_run, this_machine
-    from mepa_ds.loops.training_data import check_made_sets
+    from mepa_ds.planning.plan import format_plan, plan_run, this_machine
+    from mepa_ds.pretrain.data import check_made_sets
 
     world_size = options.world_size or distributed.read_launch().world_size
     config.check_world(world_size)

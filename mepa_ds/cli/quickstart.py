@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import log
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
 from mepa_ds.files import make_way, write_json
 from mepa_ds.interrupts import Interrupted
-from mepa_ds.memory import peak_resident_bytes
+from mepa_ds.machine import peak_resident_bytes
 
 RUNS = Path("runs/quickstart")
 IMAGES = Path("data/digits-32")
@@ -193,8 +193,8 @@ def _python(command: str) -> tuple[int, int]:
 
 
 def _report(place: str, spent: dict[str, Spent]) -> None:
-    from mepa_ds.cli.digits_agreement import digits_agreement
-    from mepa_ds.loops.run_report import format_report, run_report
+    from mepa_ds.evaluation.digits_agreement import digits_agreement
+    from mepa_ds.reports.run_report import format_report, run_report
 
     print(f"{place} report: 500 more digits, judged by a classifier of real ones", flush=True)
     started = time.perf_counter()
@@ -212,7 +212,7 @@ def _report(place: str, spent: dict[str, Spent]) -> None:
 
 
 def _tokenizer_scores() -> dict[str, float]:
-    from mepa_ds.metrics import read_metrics
+    from mepa_ds.runtime.metrics import read_metrics
 
     records = [r for r in read_metrics(RUNS / "tokenizer/metrics.jsonl") if r.get("event") == "heldout"]
     return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}

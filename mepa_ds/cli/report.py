@@ -9,9 +9,9 @@ from pathlib import Path
 import tyro
 
 from mepa_ds import log
-from mepa_ds.cli import entry
+from mepa_ds.command_line import entry
 from mepa_ds.files import write_json
-from mepa_ds.loops.run_report import format_report, run_report
+from mepa_ds.reports.run_report import format_report, run_report
 
 
 @dataclass

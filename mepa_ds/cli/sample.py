@@ -15,8 +15,8 @@ import tyro
 from tqdm import tqdm
 
 from mepa_ds import log
-from mepa_ds.cli import entry
-from mepa_ds.cli.scales_option import Scales
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks
 
@@ -76,7 +76,7 @@ def parse(argv: list[str]) -> SampleOptions:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     log.make_stdout_a_log()
-    from mepa_ds.images import save_grid
+    from mepa_ds.images.pictures import save_grid
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
@@ -112,7 +112,7 @@ def _batches(count: int, options: SampleOptions) -> list[range]:
 
 def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Callable[[range, tqdm], torch.Tensor]:  # type: ignore[no-untyped-def]
     """Draws the images of a range: (B, 3, H, W) in [0, 1] on the CPU."""
-    from mepa_ds.loops.sampling import sample
+    from mepa_ds.generation.sampling import sample
 
     def draw(part: range, bar: tqdm) -> torch.Tensor:
         try:
@@ -146,7 +146,7 @@ def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[r
     Raises:
         UserError: an image was made with other options.
     """
-    from mepa_ds.images import made_by_of, save_images
+    from mepa_ds.images.pictures import made_by_of, save_images
 
     made_by, drawn = _made_by(options), 0
     paths = [options.out / f"class{label:04d}_{number:05d}.png" for number, label in enumerate(labels)]
@@ -175,8 +175,8 @@ def _check_others(directory: Path, paths: list[Path], made_by: str) -> None:
     Raises:
         UserError: an image that this start would leave there, and that is none of such a job's.
     """
-    from mepa_ds.image_decoding import is_image_name
-    from mepa_ds.images import made_by_of
+    from mepa_ds.images.decoding import is_image_name
+    from mepa_ds.images.pictures import made_by_of
 
     mine, my_classes = {path.name for path in paths}, {_class_of(path) for path in paths}
     images = sorted(path for path in directory.glob("*") if is_image_name(path.name))

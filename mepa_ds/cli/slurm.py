@@ -9,8 +9,8 @@ import shlex
 import sys
 
 from mepa_ds import log
-from mepa_ds.cli import entry
-from mepa_ds.cli.paths import path_argument
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import Tool, run_pipeline
 from mepa_ds.slurm.profile import ROOT, read_profile

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 from mepa_ds import log
-from mepa_ds.cli import entry
-from mepa_ds.cli.recipes import read_recipe
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.recipes import read_recipe
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
-from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
+from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, StopRequests
 
 DESCRIPTION = """Trains a multi-scale VQVAE by a recipe such as recipes/tokenizer_quickstart.yaml, or resumes the run in
 its output_dir. Runs alone, under torchrun, or from srun's variables.
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> None:
     config = read_recipe(argv, "mepa train-tokenizer", DESCRIPTION, TokenizerTrainingConfig)
     log.make_stdout_a_log()
     requests = StopRequests()
-    from mepa_ds.loops.failures import reporting
-    from mepa_ds.loops.tokenizer_training import train_tokenizer
+    from mepa_ds.runtime.failures import reporting
+    from mepa_ds.train_tokenizer.loop import train_tokenizer
 
     if not reporting(config.output_dir, lambda: train_tokenizer(config, requests)):
         sys.exit(REQUEUE_EXIT_CODE)

@@ -10,8 +10,8 @@ from typing import Literal
 import tyro
 
 from mepa_ds import log
-from mepa_ds.cli import entry
-from mepa_ds.cli.scales_option import Scales
+from mepa_ds.command_line import entry
+from mepa_ds.command_line.scales import Scales
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
 

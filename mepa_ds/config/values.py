@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from mepa_ds.paths import expand_path
+from mepa_ds.config.paths import expand_path
 
 HUB = "hub"
 """In place of a path: weights that timm is to download."""

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.weights import write_safetensors
+from mepa_ds.weights.directories import write_safetensors
 
 FEATURES_EXT = "features.npy"
 SCALE_EXT = "scale.npy"

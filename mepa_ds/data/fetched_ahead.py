@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mepa_ds.data.order import BatchTask, SampleOrder, WindowWatch
-from mepa_ds.data.shard_cache import ShardCache
+from mepa_ds.data.remote.shard_cache import ShardCache
 
 AHEAD = 2
 """Shards that are fetched before they are needed, where they are read one after the other."""

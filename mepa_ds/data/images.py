@@ -22,16 +22,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mepa_ds.cpus import usable_cpus
 from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
-from mepa_ds.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.distributed import read_launch
 from mepa_ds.errors import DamagedError, UserError
-from mepa_ds.image_decoding import decode_image
+from mepa_ds.images.decoding import decode_image
 from mepa_ds.interrupts import obey_only
 from mepa_ds.log import note
+from mepa_ds.machine import usable_cpus
 
 RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""

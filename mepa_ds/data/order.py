@@ -15,7 +15,7 @@ positions that starts at sG + rG / W. From this alone follows what resuming need
   is nothing special, since the stream runs on; so nothing is dropped when G does not divide N.
 - The state is one integer: the first position not yet consumed. A run may stop at any batch and go on from there
   with other W, G or workers: the positions before are consumed, those after are not. Seed, shards and window must be
-  the same: a run's checkpoint names them (mepa_ds.loops.training_data.data_identity), and refuses others.
+  the same: a run's checkpoint names them (mepa_ds.pretrain.data.data_identity), and refuses others.
 
 With a window (sets that are fetched) shards are permuted and cut into windows of that many; samples are permuted within
 each. That too is a bijection of the epoch's N samples, so all of the above holds, but nothing is nearer to uniform than

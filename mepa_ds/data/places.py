@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mepa_ds.data.index import FOREIGN, ShardIndex, keys_digest, read_table
 from mepa_ds.data.order import Indices
-from mepa_ds.data.sample_table import SampleTable
+from mepa_ds.data.shards.index import FOREIGN, ShardIndex, keys_digest, read_table
+from mepa_ds.data.shards.offset_index import SampleTable
 from mepa_ds.errors import DamagedError
 
 REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"

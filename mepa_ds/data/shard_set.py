@@ -21,16 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mepa_ds.data.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardIndex, keys_digest, read_table
-from mepa_ds.data.left_out import LeftOut
-from mepa_ds.data.open_files import OpenFile, OpenFiles
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places, remedy
-from mepa_ds.data.remote import RemoteShards
-from mepa_ds.data.sample_table import SampleTable, label_number
-from mepa_ds.data.samples import LABEL_EXTENSION, tar_files
-from mepa_ds.data.shard_cache import ShardCache
-from mepa_ds.data.writer import PLAN_NAME, read_npy_header
+from mepa_ds.data.remote.remote_file import RemoteShards
+from mepa_ds.data.remote.shard_cache import ShardCache
+from mepa_ds.data.shards.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardIndex, keys_digest, read_table
+from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.offset_index import SampleTable, label_number
+from mepa_ds.data.shards.open_files import OpenFile, OpenFiles
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, tar_files
+from mepa_ds.data.shards.writer import PLAN_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again
 
@@ -42,7 +42,7 @@ class ShardSet:
 
     Args:
         directory: with `index.json`, or with WebDataset tars that others made (their headers are stepped over);
-            with `remote.json` too if the tars are to be fetched (mepa_ds.data.remote).
+            with `remote.json` too if the tars are to be fetched (mepa_ds.data.remote.remote_file).
         what: name of the setting that gave the directory, for messages.
 
     Raises:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, FeatureDecoder, PcaBasis, codec_named, pca_components
-from mepa_ds.data.index import MadeBy, source_images
-from mepa_ds.data.shard_cache import ShardCache
+from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shards.index import MadeBy, source_images
 from mepa_ds.data.views import WHOLE, check_same_views
 from mepa_ds.errors import UserError
 

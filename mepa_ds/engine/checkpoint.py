@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mepa_ds import distributed
+from mepa_ds.checkpoint import files
+from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Staging, Written
+from mepa_ds.checkpoint.files import RunState
+from mepa_ds.checkpoint.store import EMA, MASTER, Fragment, load_fragments, stored_tensors
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.engine import checkpoint_files as files
-from mepa_ds.engine.background_writer import BackgroundWriter, Digests, Staging, Written
-from mepa_ds.engine.checkpoint_files import RunState
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.engine.fragment_store import EMA, MASTER, Fragment, load_fragments, stored_tensors
 from mepa_ds.engine.fragments import (
     adam_step,
     buffer_fragments,

@@ -17,10 +17,10 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
+from mepa_ds.checkpoint.store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
-from mepa_ds.engine.fragment_store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer

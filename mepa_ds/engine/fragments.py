@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mepa_ds.checkpoint.store import BUFFER, MASTER, Fragment
 from mepa_ds.engine.expert_parallel import ExpertParallelFeedForward
-from mepa_ds.engine.fragment_store import BUFFER, MASTER, Fragment
 
 
 def parameter_layout(model: nn.Module) -> dict[str, tuple[torch.Size, int]]:

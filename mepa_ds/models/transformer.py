@@ -21,15 +21,18 @@ from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.models.attention import KVCache, SelfAttention
 from mepa_ds.models.feed_forward import FeedForward
+from mepa_ds.models.initialisation import init_weights
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.recomputation import Recompute, run_block
+from mepa_ds.models.transformer_files import KIND, read_transformer
+from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
+from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule
 
 LAYER_NORM_EPS = 1e-6
-KIND = "next_scale_transformer"
 
 
 @dataclass
@@ -143,9 +146,6 @@ class NextScaleTransformer(nn.Module):
 
         Raises UserError for what is neither, and for scales, heads or a depth that the weights do not have.
         """
-        from mepa_ds.models.transformer_files import read_transformer
-        from mepa_ds.models.var_checkpoint import Given, check_given
-
         given = Given(scales, num_heads, depth)
         config, state, name_in_file = read_transformer(Path(path), given)
         check_given(config, given, str(path))
@@ -166,8 +166,6 @@ class NextScaleTransformer(nn.Module):
         that are neither VAR's for 256 px nor for 512 px, `num_heads` without QK normalisation, and a `depth` that is
         not width / 64.
         """
-        from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
-
         given, where = Given(scales, num_heads, depth), name_of(weights)
         config, state = convert_var(weights, given)
         check_given(config, given, where)
@@ -176,23 +174,17 @@ class NextScaleTransformer(nn.Module):
     @classmethod
     def load(cls, directory: Path | str) -> Self:
         """Loads what `save_pretrained` wrote (safetensors + config.json), in evaluation mode."""
-        from mepa_ds.weights import read_pretrained
-
         config, state = read_pretrained(Path(directory), ModelConfig, KIND)
         return cls._with_weights(config, state, str(directory))
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes safetensors and config.json in the Hugging Face layout."""
-        from mepa_ds.weights import save_pretrained
-
         save_pretrained(Path(directory), self.config, self.state_dict(), KIND)
 
     @classmethod
     def _with_weights(
         cls, config: ModelConfig, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
     ) -> Self:
-        from mepa_ds.weights import load_strict
-
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu")
@@ -201,8 +193,6 @@ class NextScaleTransformer(nn.Module):
 
     def init_weights(self, seed: int) -> None:
         """Draws every parameter anew, as VAR does (see `initialisation`)."""
-        from mepa_ds.models.initialisation import init_weights
-
         init_weights(self, seed)
 
     def forward(

@@ -9,10 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.models.transformer import KIND
 from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
-from mepa_ds.var_settings import kind_of_vars
-from mepa_ds.weights import read_pretrained
+from mepa_ds.weights.directories import read_pretrained
+from mepa_ds.weights.var_settings import kind_of_vars
+
+KIND = "next_scale_transformer"
+"""What config.json calls what a directory holds."""
 
 
 class StoredTransformer(NamedTuple):

@@ -17,10 +17,10 @@ from mepa_ds.config.model import SCALES_256, SCALES_512, ModelConfig
 from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
-from mepa_ds.state_dict_files import read_checkpoint
-from mepa_ds.state_dicts import Wanted
-from mepa_ds.var_settings import schedule_in, setting_in
-from mepa_ds.weights import size_in, with_match
+from mepa_ds.weights.directories import size_in, with_match
+from mepa_ds.weights.state_dict_files import read_checkpoint
+from mepa_ds.weights.state_dicts import Wanted
+from mepa_ds.weights.var_settings import schedule_in, setting_in
 
 # VAR's key -> ours; {n} is the block's number.
 KEYS = {

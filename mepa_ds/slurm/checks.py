@@ -75,14 +75,14 @@ def check_exists(name: str, path: Path) -> None:
 
 def is_there(path: Path) -> bool:
     """Whether a file, or a directory that no job is still filling."""
-    from mepa_ds.data.writer import PLAN_NAME
+    from mepa_ds.data.shards.writer import PLAN_NAME
 
     return (ROOT / path).exists() and not (ROOT / path / PLAN_NAME).exists()
 
 
 def is_cached_elsewhere(path: Path) -> bool:
     """Whether a remote set whose cache has a place on the nodes only."""
-    from mepa_ds.data.remote import RemoteShards
+    from mepa_ds.data.remote.remote_file import RemoteShards
 
     remote = RemoteShards.read(path)
     return remote is not None and "$" in remote.directory
@@ -97,8 +97,8 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
     """
     from mepa_ds.data.shard_set import ShardSet
-    from mepa_ds.loops.online import open_images
-    from mepa_ds.loops.training_data import open_sets
+    from mepa_ds.pretrain.data import open_sets
+    from mepa_ds.pretrain.online import open_images
 
     if isinstance(config, TokenizerTrainingConfig):
         for key, path in (("data.images", config.data.images), ("data.heldout_images", config.data.heldout_images)):
@@ -116,7 +116,7 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
 
 def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:
     """What `pretrain.py --dry-run` prints, planned for ranks of the cluster; raises UserError if they are too small."""
-    from mepa_ds.loops.plan import Machine, format_plan, plan_run, this_machine
+    from mepa_ds.planning.plan import Machine, format_plan, plan_run, this_machine
 
     is_gpu = profile.get("ACCELERATOR", "cuda") == "cuda"
     memory = profile.number("GPU_MEMORY_GB", 1) * 1e9 if profile.get("GPU_MEMORY_GB") else None

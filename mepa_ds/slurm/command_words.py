@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 
+from mepa_ds.config.paths import expand_path
 from mepa_ds.config.values import HUB
 from mepa_ds.errors import UserError
-from mepa_ds.paths import expand_path
 
 _PATHS = ("--out", "--tar", "--root", "--labels", "--classes", "--tokenizer", "--weights")
 _IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}

@@ -21,10 +21,10 @@ from mepa_ds.config.values import UserPath
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.command_words import command_words, path_words
+from mepa_ds.slurm.in_job.parts import array_of, open_parts
+from mepa_ds.slurm.in_job.recipe_value import recipe_paths, recipe_value
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
-from mepa_ds.slurm.parts import array_of, open_parts
 from mepa_ds.slurm.profile import ROOT, Profile
-from mepa_ds.slurm.recipe_value import recipe_paths, recipe_value
 from mepa_ds.slurm.submit import (
     Request,
     cancelled_on_error,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mepa_ds.config.base import read_text
+from mepa_ds.config.paths import given_path
 from mepa_ds.errors import UserError
-from mepa_ds.paths import given_path
 
 ROOT = Path(__file__).parents[2]
 """The clone of the repository: batch scripts and profiles are not part of the installed package."""

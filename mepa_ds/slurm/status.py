@@ -10,11 +10,11 @@ from typing import Any
 
 from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
-from mepa_ds.metrics import read_metrics
+from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.slurm import scheduler
-from mepa_ds.slurm.cause import cause_of
+from mepa_ds.slurm.in_job.cause import cause_of
+from mepa_ds.slurm.in_job.parts import read_result
 from mepa_ds.slurm.jobs import recorded_jobs
-from mepa_ds.slurm.parts import read_result
 
 _RECENT = 20
 _CHECKPOINT = re.compile(r"step_\d+")

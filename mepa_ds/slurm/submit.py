@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.config.base import Section, load_config, read_yaml
+from mepa_ds.config.paths import given_path
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
-from mepa_ds.paths import given_path
 from mepa_ds.slurm.checks import (
     check_data,
     check_exists,
@@ -25,10 +25,10 @@ from mepa_ds.slurm.checks import (
     is_cached_elsewhere,
     is_there,
 )
+from mepa_ds.slurm.in_job.parts import DONE, array_of, read_result
+from mepa_ds.slurm.in_job.recipe_value import SET_KEYS, recipe_paths, recipe_value
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
-from mepa_ds.slurm.parts import DONE, array_of, read_result
 from mepa_ds.slurm.profile import ROOT, Profile
-from mepa_ds.slurm.recipe_value import SET_KEYS, recipe_paths, recipe_value
 from mepa_ds.slurm.scheduler import is_active, slurm
 
 JOBS: dict[str, type[Section]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from mepa_ds.files import identity_of_weights
-from mepa_ds.images import check_floats
+from mepa_ds.images.pictures import check_floats
 
 Grid = tuple[int, int]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
-from mepa_ds.pca import RunningCovariance
 from mepa_ds.teachers.base import Teacher, resize
-from mepa_ds.weights import load_strict, read_pretrained, save_pretrained
+from mepa_ds.teachers.pca import RunningCovariance
+from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 KIND = "patch-pca"
 PositiveInt = Annotated[int, Field(gt=0)]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.state_dict_files import read_state_dict
-from mepa_ds.state_dicts import Wanted
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.weights import load_strict
+from mepa_ds.weights.directories import load_strict
+from mepa_ds.weights.state_dict_files import read_state_dict
+from mepa_ds.weights.state_dicts import Wanted
 
 HUB = "hub"
 """Given in place of a weights path: let timm resolve the model's name and download it."""

@@ -11,9 +11,9 @@ from typing import Literal
 from torch import nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.state_dict_files import read_state_dict
-from mepa_ds.state_dicts import Wanted
-from mepa_ds.weights import load_strict
+from mepa_ds.weights.directories import load_strict
+from mepa_ds.weights.state_dict_files import read_state_dict
+from mepa_ds.weights.state_dicts import Wanted
 
 
 def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Module:

@@ -20,7 +20,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer.tokenizer_files import read_tokenizer
-from mepa_ds.weights import load_strict
+from mepa_ds.weights.directories import load_strict
 
 
 class Phi(nn.Conv2d):

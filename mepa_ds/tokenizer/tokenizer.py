@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import identity_of_weights
-from mepa_ds.images import check_floats
+from mepa_ds.images.pictures import check_floats
 from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.tokenizer.layers import Decoder, Encoder
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer_files import KIND, convert_var, read_tokenizer
-from mepa_ds.weights import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 
 class Tokenizer(nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
-from mepa_ds.state_dict_files import read_checkpoint
 from mepa_ds.tokenizer import var_keys
-from mepa_ds.var_settings import kind_of_vars
-from mepa_ds.weights import read_pretrained
+from mepa_ds.weights.directories import read_pretrained
+from mepa_ds.weights.state_dict_files import read_checkpoint
+from mepa_ds.weights.var_settings import kind_of_vars
 
 KIND = "tokenizer"
 

@@ -14,9 +14,9 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.log import note
-from mepa_ds.state_dicts import Wanted
-from mepa_ds.var_settings import schedule_in, setting_in
-from mepa_ds.weights import size_in, with_match
+from mepa_ds.weights.directories import size_in, with_match
+from mepa_ds.weights.state_dicts import Wanted
+from mepa_ds.weights.var_settings import schedule_in, setting_in
 
 # What VAR's names begin with -> what ours begin with. Phi is stored in three ways, by how it is shared.
 KEY_TABLE = (

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mepa_ds.data.index import MadeBy, ShardIndex
-from mepa_ds.data.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
+from mepa_ds.data.shards.index import MadeBy, ShardIndex
+from mepa_ds.data.shards.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
 
 NUM_CLASSES = 5
 CLASSES = tuple(f"class-{label}" for label in range(NUM_CLASSES))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureCodec, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.errors import UserError
-from mepa_ds.pca import RunningCovariance
+from mepa_ds.teachers.pca import RunningCovariance
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:

@@ -21,7 +21,7 @@ RANK = """
 import itertools, sys
 from pathlib import Path
 from mepa_ds.data.images import image_batches
-from mepa_ds.loops.stopping import REQUEUE_EXIT_CODE, StopRequests
+from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, StopRequests
 
 stop = StopRequests()
 batches = image_batches(Path(sys.argv[1]), batch_size=4, image_side=8, num_workers=2)

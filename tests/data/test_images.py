@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mepa_ds.data.images import ImageBatch, crop_square, fit_image, image_batches, resize_shorter
-from mepa_ds.data.index import MadeBy
-from mepa_ds.data.writer import Plan, ShardWriter
+from mepa_ds.data.shards.index import MadeBy
+from mepa_ds.data.shards.writer import Plan, ShardWriter
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 

@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mepa_ds.data.index import INDEX_NAME, MadeBy
 from mepa_ds.data.prefetch import BufferPool, ordered_map
+from mepa_ds.data.shards.index import INDEX_NAME, MadeBy
+from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.data.training import TrainingBatch, evaluation_batches, training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import Views, choose_views, sample_boxes
-from mepa_ds.data.writer import Plan, ShardWriter, npy_bytes
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import CLASSES, features_of, make_set, tokens_of
 

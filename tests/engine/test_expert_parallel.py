@@ -194,7 +194,7 @@ def run_engines(folder: str, layouts: list[int]) -> None:
 
     from mepa_ds.engine.engine import PretrainEngine
     from mepa_ds.engine.fragments import parameter_layout
-    from mepa_ds.loops.reports import reduce_losses, routing_report
+    from mepa_ds.objective.reports import reduce_losses, routing_report
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for ep_size, (variant, overrides) in itertools.product(layouts, variants(world_size).items()):

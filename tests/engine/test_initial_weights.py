@@ -18,12 +18,12 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.deepspeed_config import build, read_knobs
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.errors import UserError
-from mepa_ds.metrics import read_metrics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
 from mepa_ds.models.var_checkpoint import name_in_var
+from mepa_ds.runtime.metrics import read_metrics
+from tests.pretrain.ranks import Ranks
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run, recipe_values
-from tests.training.ranks import Ranks
 
 
 def dense_model(**changes: object) -> NextScaleTransformer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.metrics import read_metrics
+from mepa_ds.runtime.metrics import read_metrics
 from tests.gates import Gates
 from tests.slurm.cluster import ROOT, Cluster
 from tests.tiny_run import losses

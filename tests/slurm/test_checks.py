@@ -14,15 +14,15 @@ import yaml
 from mepa_ds.cli.slurm import check_words, main
 from mepa_ds.config.base import apply_overrides, dump_yaml, load_config
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.remote import RemoteShards
+from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.errors import UserError
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_plan
+from mepa_ds.slurm.in_job.stage import copy_set, staged_sets
 from mepa_ds.slurm.profile import Profile, read_profile
-from mepa_ds.slurm.stage import copy_set, staged_sets
 from mepa_ds.slurm.status import last_error, status
 from tests import tiny_run
-from tests.tokenizer import training_run as tokenizer_run
+from tests.train_tokenizer import training_run as tokenizer_run
 
 _SCONTROL = """#!/bin/bash
 case "$4 $5" in

@@ -241,12 +241,12 @@ def test_every_python_runs_in_the_container(job: Path) -> None:
     box.chmod(0o755)
     (job / "recipe.yaml").write_text(f"output_dir: {job}/run\n")
     (job / "log").write_text("error: all is lost\n")
-    script = f"ask mepa_ds.slurm.recipe_value output_dir {job}/recipe.yaml\nLOG_START=0; finish 2"
+    script = f"ask mepa_ds.slurm.in_job.recipe_value output_dir {job}/recipe.yaml\nLOG_START=0; finish 2"
     end = run(job, script, "MEPA_CONTAINER=box\n")
     assert end.stdout.splitlines()[0] == f"{job}/run"
     boxed = (job / "boxed").read_text()
-    assert "mepa_ds.slurm.recipe_value" in boxed
-    assert "mepa_ds.slurm.cause" in boxed
+    assert "mepa_ds.slurm.in_job.recipe_value" in boxed
+    assert "mepa_ds.slurm.in_job.cause" in boxed
     assert "failed (status 2): all is lost" in end.stdout
 
 

@@ -13,7 +13,7 @@ import yaml
 from mepa_ds.config.base import dump_yaml
 from tests import tiny_run
 from tests.slurm.bed import ROOT, STEPS, Bed, Run, broken_deepspeed, scenario
-from tests.tokenizer import training_run as tokenizer_run
+from tests.train_tokenizer import training_run as tokenizer_run
 
 Outcome = Callable[[str], Any]
 EP2 = "parallel.ep_size=2"

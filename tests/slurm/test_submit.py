@@ -16,14 +16,14 @@ import pytest
 import yaml
 
 from mepa_ds.config.base import apply_overrides, load_config
-from mepa_ds.slurm.cause import cause_of
+from mepa_ds.slurm.in_job.cause import cause_of
 from mepa_ds.slurm.jobs import Job, sbatch_command
 from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.slurm.profile import read_profile
 from tests import tiny_run
-from tests.inception_weights import write_random_weights
+from tests.evaluation.inception_weights import write_random_weights
 from tests.slurm.bed import ROOT, STEPS, Bed, Run, scenario
-from tests.tokenizer import training_run as tokenizer_run
+from tests.train_tokenizer import training_run as tokenizer_run
 
 SCRIPTS = ("pretrain", "train_tokenizer", "build_shards", "precompute", "generate_evaluate", "scaling_study")
 # Many command lines in one process: each would spend seconds on imports.

@@ -1,0 +1,236 @@
+"""Writes tensors to disk while training goes on, and waits for ranks that read there.
+
+The state is copied aside (the only time training stands still), then a thread writes it: all ranks their own pieces,
+then the main rank commits, so that the result appears complete or not at all. A failed write (a full disk) is
+reported and leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mepa_ds import distributed
+from mepa_ds.checkpoint.files import digest
+from mepa_ds.checkpoint.store import Fragment, save_fragments
+from mepa_ds.files import make_way, remove
+
+Digests = dict[str, dict[str, Any]]
+FactT = TypeVar("FactT")
+_PROGRESS_KEY, _TOLD_EVERY_SECONDS = "checkpoint progress", 0.5
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of one job. Training stood still for `stalled_seconds`: copying, and waiting for an earlier job."""
+
+    what: str
+    error: str | None
+    stalled_seconds: float
+    write_seconds: float
+
+
+class Staging:
+    """CPU copies of device state, in memory that is used again (pinned beside a GPU)."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def copy(self, flats: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        copies = {kind: [self._copy(kind, i, t) for i, t in enumerate(tensors)] for kind, tensors in flats.items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _copy(self, kind: str, index: int, source: Tensor) -> Tensor:
+        buffer = self._buffers.get((kind, index))
+        if buffer is None:
+            buffer = torch.empty_like(source, device="cpu", pin_memory=torch.cuda.is_available())
+            self._buffers[kind, index] = buffer
+        return buffer.copy_(source, non_blocking=True)
+
+
+class _Progress:
+    """Counts what all ranks do of a job, so that one that is done early sees that the others are not stuck.
+
+    The count is in the process group's store, since a collective would wait for the slow ones.
+    """
+
+    def __init__(self) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+        self._told = 0.0
+
+    def note(self) -> None:
+        """Something was done; told to the others twice a second at most."""
+        now = time.monotonic()
+        if now - self._told >= _TOLD_EVERY_SECONDS:
+            self._told = now
+            self._store.add(_PROGRESS_KEY, 1)
+
+    def count(self) -> int:
+        return self._store.add(_PROGRESS_KEY, 0)
+
+
+class BackgroundWriter:
+    """One job at a time; its collectives run over a CPU group of their own, beside training's. Collective to make."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._group: Any = dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._done: list[Written] = []
+        self._progress = _Progress()
+
+    def note_progress(self) -> None:
+        """To be called within a job's `commit` and `before` whenever something is done, from the thread they run in."""
+        self._progress.note()
+
+    def submit(
+        self,
+        what: str,
+        stage: Callable[[], list[Fragment]],
+        temporary: Path,
+        commit: Callable[[Digests], None],
+        on_progress: Callable[[], None],
+        before: tuple[str, Callable[[], None]] | None = None,
+    ) -> None:
+        """Waits for the last job, stages, and starts to write into `temporary`. Collective.
+
+        `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests. `before`
+        is a job of its own name that the main rank does from the same files right before; when it fails, `commit`
+        runs nonetheless.
+        """
+        started = time.perf_counter()
+        self.wait(on_progress)
+        fragments = stage()
+        stalled = time.perf_counter() - started
+
+        def job() -> None:
+            begun = time.perf_counter()
+            if self._device.type == "cuda":  # a new thread's is the first GPU, which is another rank's
+                torch.cuda.set_device(self._device)
+            error = self._write(fragments, temporary, commit, before)
+            self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
+
+        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
+        """Returns when nothing is being written; until then calls `on_progress` when any rank has done some of it."""
+        seen = -1
+        while self._thread is not None:
+            self._thread.join(1.0)
+            if not self._thread.is_alive():
+                self._thread = None
+                on_progress()
+            elif (count := self._progress.count()) != seen:
+                seen = count
+                on_progress()
+
+    def gather(self, action: Callable[[], FactT], on_progress: Callable[[], None] = lambda: None) -> list[FactT]:
+        """What `action` returns on each rank; until all are done calls `on_progress` when any rank has done some of it.
+
+        `action` tells of that by `note_progress`, and runs in a thread. Collective.
+        """
+        self.wait(on_progress)
+        errors: list[Exception] = []
+        gathered: list[Any] = [None] * distributed.world_size()
+
+        def job() -> None:
+            try:
+                dist.all_gather_object(gathered, action(), group=self._group)
+            except Exception as error:
+                errors.append(error)
+
+        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
+        self._thread.start()
+        self.wait(on_progress)
+        if errors:
+            raise errors[0]
+        return gathered
+
+    def written(self) -> list[Written]:
+        """Jobs that have ended since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def _write(
+        self,
+        fragments: list[Fragment],
+        temporary: Path,
+        commit: Callable[[Digests], None],
+        before: tuple[str, Callable[[], None]] | None,
+    ) -> str | None:
+        try:
+            self._on_main(lambda: _make_anew(temporary))
+            save_fragments(fragments, temporary, self._group, self._progress.note)
+            digests = self._gather_digests(temporary)
+            if before is not None:
+                self._do_before(*before)
+            self._on_main(lambda: commit(digests))
+        except _RemoteError as error:
+            message = str(error)
+        except CheckpointException as error:  # raised on every rank
+            rank, (cause, _) = next(iter(error.failures.items()))
+            message = f"rank {rank}: {type(cause).__name__}: {cause}"
+        except Exception as error:  # a peer that is gone, say: the main thread learns of it in its own collectives
+            message = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
+        else:
+            return None
+        if distributed.is_main():
+            remove(temporary)
+        return message
+
+    def _do_before(self, what: str, action: Callable[[], None]) -> None:
+        begun, error = time.perf_counter(), None
+        try:
+            self._on_main(action)
+        except _RemoteError as raised:
+            error = str(raised)
+        self._done.append(Written(what, error, 0.0, time.perf_counter() - begun))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Runs `action` on the main rank; an error there is raised on all."""
+        message: list[str | None] = [None]
+        if distributed.is_main():
+            try:
+                action()
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                message = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        if message[0] is not None:
+            raise _RemoteError(message[0])
+
+    def _gather_digests(self, temporary: Path) -> Digests:
+        """Size and digest of every rank's files, on every rank."""
+        own: Digests | str
+        try:
+            own = {path.name: digest(path, self._progress.note) for path in temporary.glob(f"__{distributed.rank()}_*")}
+        except OSError as error:
+            own = f"rank {distributed.rank()}: {error}"
+        gathered: list[Any] = [None] * distributed.world_size()
+        dist.all_gather_object(gathered, own, group=self._group)
+        merged: Digests = {}
+        for part in gathered:
+            if isinstance(part, str):
+                raise _RemoteError(part)
+            merged |= part
+        return merged
+
+
+class _RemoteError(Exception):
+    """A step of the write failed on some rank; raised on all of them."""
+
+
+def _make_anew(directory: Path) -> None:
+    make_way(directory)
+    directory.mkdir(parents=True)

@@ -1,0 +1,122 @@
+"""What every entry point shares: one clear message for a user's mistake, exit status 2, on every rank.
+
+It imports PyTorch when a command runs, not before: an interrupt while that is imported is a line too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import faulthandler
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from mepa_ds import log
+from mepa_ds.errors import UserError
+from mepa_ds.interrupts import Interrupted, raise_interrupts, tell
+
+_LEAVE_SECONDS = 30.0
+_MAKE_ROOM = "free some space there and run again"
+_ELSEWHERE = "give another path, or yourself the right to write there"
+_OF_THE_SYSTEM = {errno.ENOSPC: _MAKE_ROOM, errno.EDQUOT: _MAKE_ROOM} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), _ELSEWHERE
+)
+"""Errors that a place has, not this program: what to do about them."""
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs `main`; a UserError is printed once and ends every rank with status 2.
+
+    A signal that asks to end (Ctrl-C) makes one line and the status of others that it ends; a second one ends at once.
+    When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
+    """
+    log.open_streams()
+    try:
+        raise_interrupts()
+        from mepa_ds.command_line.paths import REGISTRY
+        from mepa_ds.machine import limit_threads
+
+        limit_threads()
+        with REGISTRY:
+            _run(main)
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        tell(number)
+        sys.exit(128 + number)
+    except BrokenPipeError as error:  # a network's connections raise it too
+        if error.filename != log.STDOUT:
+            raise
+        sys.exit(128 + signal.SIGPIPE)
+    finally:
+        if "torch.distributed" in sys.modules:
+            from mepa_ds import distributed
+
+            distributed.stop()
+
+
+def _run(main: Callable[[], object]) -> None:
+    try:
+        main()
+        _leave_together(0)
+    except SystemExit as end:  # a deliberate end (help, "requeue me"), on every rank
+        _leave_together(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
+    except UserError as error:
+        _end(error)
+    except OSError as error:
+        if error.errno not in _OF_THE_SYSTEM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _end(UserError(f"{where}{error.strerror}; {_OF_THE_SYSTEM[error.errno]}"))
+
+
+def _end(error: UserError) -> NoReturn:
+    import torch.distributed as dist
+
+    from mepa_ds import distributed
+
+    # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
+    # Afterwards one may stand alone with its error.
+    met, launch = dist.is_initialized(), distributed.read_launch()
+    if launch.is_main or (not error.agreed if met else launch.local_rank == 0):
+        log.note(f"error: {error}")
+    sys.exit(2)
+
+
+def _leave_together(status: int) -> None:
+    """One of several ranks ends here, when all are done; a single process returns.
+
+    What the run made is on disk, so nothing may keep a rank from ending then: the destructors of process groups and
+    threads are left out (a rank that was the last to end was seen to abort in them, and once to hang). The wait for
+    the others is the process group's, with its time-out: one rank may have minutes more to do.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
+        sys.stdout.flush()  # a reader that has gone is met here, not where the interpreter ends
+        return
+    dist.barrier()  # no rank leaves while another still needs it; a launcher ends the others when the first one exits
+    guard = threading.Timer(_LEAVE_SECONDS, _leave_anyway, (status,))
+    guard.daemon = True
+    guard.start()
+    atexit._run_exitfuncs()
+    _exit(status)
+
+
+def _leave_anyway(status: int) -> None:
+    from mepa_ds import distributed
+
+    print(f"rank {distributed.rank()}: does not end; stacks of all threads:", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    with suppress(OSError):
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

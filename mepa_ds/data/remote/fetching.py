@@ -1,0 +1,188 @@
+"""Files copied from URLs: whole and checked, or not at all; several at once, with a bar."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from mepa_ds.data.remote.openers import StoppedError, chunks_of
+from mepa_ds.data.remote.urls import redacted
+from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.tar import list_members
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.files import atomic_path, naming_full_disks
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+Check = Callable[[Path, str], object]
+"""Looks at a copy before it gets its name: (path, SHA-256). Raises WrongContentError, or what reading it raises."""
+
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 2.0
+_AT_ONCE = 4
+_MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)
+_AGAIN = "check the address and the network, then try again"
+
+
+class WrongContentError(Exception):
+    """What came is not what was asked for; says what it is."""
+
+
+@dataclass
+class Transfer:
+    """What fetches that run at once share."""
+
+    num_bytes: int = 0
+    """That have come so far, for a bar."""
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def whole_tar(path: Path, _: str) -> None:
+    """A check: every header of a tar, up to its end-of-archive mark."""
+    try:
+        list_members(path, LeftOut())
+    except DamagedError as error:
+        raise WrongContentError(_what_it_is(path) or str(error).removeprefix(f"{path}: ")) from error
+
+
+def json_text(path: Path, _: str) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError as error:
+        raise WrongContentError(_what_it_is(path) or f"it is no JSON: {error}") from error
+
+
+def whole_archive(path: Path, _: str) -> None:
+    """A check for what NumPy stores: `.npz`, all of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise WrongContentError(_what_it_is(path) or f"it is no .npz file: {error}") from error
+    if torn is not None:
+        raise WrongContentError(f"its member {torn} is damaged")
+
+
+def content_of(sha256: str, num_bytes: int) -> Check:
+    """A check: that the bytes are an index's, or, where the index has no checksum, that many and a whole tar."""
+
+    def check(path: Path, digest: str) -> None:
+        if sha256 and digest == sha256:
+            return
+        size = path.stat().st_size
+        if size != num_bytes:
+            found = _what_it_is(path)
+            raise WrongContentError(f"{f'{found}, ' if found else ''}it has {size} bytes, the index says {num_bytes}")
+        if sha256:
+            raise WrongContentError("its SHA-256 differs from the index's")
+        whole_tar(path, digest)
+
+    return check
+
+
+def _what_it_is(path: Path) -> str | None:
+    """Names what often comes in place of data, by its first bytes."""
+    with open(path, "rb") as file:
+        first = file.read(64)
+    if not first:
+        return "it is empty"
+    if first.lstrip().startswith(b"<"):
+        return f"a page came in its place ({first[:40]!r}...): does the address need a login, or has it expired?"
+    if first.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "it is compressed, and samples are read by their place; unpack it first ('pipe:curl -sL URL | gunzip')"
+    return None
+
+
+def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) -> None:
+    """Copies what is at a URL to `path`; atomic, tried three times. Whatever the check refuses is thrown away.
+
+    Raises:
+        DamagedError: it cannot be fetched, or is not what the check wants; the message holds no signature.
+        StoppedError: `transfer.stop` was set.
+        UserError: the disk is full (then its cause is the OSError).
+    """
+    transfer, refused = transfer or Transfer(), ""
+    for attempt in range(_ATTEMPTS):
+        if transfer.stop.wait(_PAUSE_SECONDS * attempt):
+            raise StoppedError
+        digest, complaints = "", list[str]()
+        try:
+            with naming_full_disks(path), atomic_path(path) as temporary:
+                digest = _copy(url, temporary, transfer, complaints)
+                check(temporary, digest)
+            return
+        except (UserError, StoppedError):
+            raise
+        except Exception as error:  # the openers raise whatever their transports do
+            if isinstance(error, OSError) and error.errno in _MAY_NOT:
+                remedy = "give yourself the right, or another directory"
+                raise UserError(f"{path.parent}: cannot write there: {error.strerror}; {remedy}") from None
+            reason: Exception = error
+            if digest and digest == refused:  # the same twice: nothing was lost on the way
+                break
+            refused = digest
+    why = redacted(": ".join([str(reason) or type(reason).__name__, *complaints]))
+    raise DamagedError(f"{redacted(url)}: cannot be fetched: {why}; {_remedy(reason)}") from None
+
+
+def _remedy(reason: Exception) -> str:
+    if isinstance(reason, WrongContentError):
+        return "nothing of it was kept: " + _AGAIN
+    if re.search(r"\b(401|403)\b", str(reason)):
+        return "the address may need a login or have expired: get a new one, then try again"
+    return _AGAIN
+
+
+def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str]) -> str:
+    digest = hashlib.sha256()
+    with open(path, "wb") as file, closing(chunks_of(url, transfer.stop, complaints)) as chunks:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            transfer.num_bytes += len(chunk)
+    return digest.hexdigest()
+
+
+def fetch_all(
+    work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT], what: str, at_once: int = _AT_ONCE
+) -> list[ResultT]:
+    """`work` on all items, several at once, with a bar: in the order of the items.
+
+    After an error no more are begun, and what is under way is completed. Ctrl-C ends that too.
+
+    Args:
+        work: fetches with the given `Transfer`.
+        what: is done, for the bar.
+    """
+    transfer, pool = Transfer(), ThreadPoolExecutor(at_once, thread_name_prefix="fetch")
+    try:
+        futures = [pool.submit(work, item, transfer) for item in items]
+        waiting = set(futures)
+        with tqdm(total=len(items), desc=what, unit="file", disable=not items) as progress:
+            while waiting:
+                done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                progress.set_postfix_str(f"{transfer.num_bytes / 1e6:.0f} MB", refresh=sys.stderr.isatty())
+                if done:
+                    progress.update(len(done))
+        return [future.result() for future in futures]
+    except Exception:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        transfer.stop.set()
+        pool.shutdown(cancel_futures=True)

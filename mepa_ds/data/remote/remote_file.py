@@ -1,0 +1,64 @@
+"""Shard sets that lie elsewhere: a local directory with `index.json`, the tables of offsets and `remote.json`.
+
+`remote.json` says where the tars are; `data_tools/merge_index.py remote` and `scan` make it. Samples are then permuted
+within windows of shards (mepa_ds.data.order), and a cache holds a few windows (mepa_ds.data.remote.shard_cache).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from mepa_ds.config.base import Section, validate
+from mepa_ds.data.remote.urls import redacted, unsigned
+from mepa_ds.errors import UserError
+from mepa_ds.files import naming_full_disks, write_json
+
+REMOTE_NAME = "remote.json"
+
+
+class RemoteShards(Section):
+    """The content of `remote.json`."""
+
+    urls: tuple[str, ...]
+    """Where each shard of the index is, in the order of the index; with signatures, where those are needed."""
+    cache: Annotated[str, Field(min_length=1)]
+    """Directory for fetched tars; variables such as $TMPDIR and $UID are expanded where it is used."""
+    cache_gigabytes: Annotated[float, Field(gt=0)]
+    """Older shards are removed when the cache holds more."""
+    window: Annotated[int, Field(gt=0)]
+    """Shards that samples are shuffled over."""
+
+    @property
+    def directory(self) -> str:
+        """`cache`, expanded as far as variables are set here."""
+        text = self.cache.replace("$TMPDIR", tempfile.gettempdir()).replace("$UID", str(os.getuid()))
+        return os.path.expandvars(text)
+
+    @property
+    def places(self) -> list[str]:
+        """The URLs without signatures: equal when these are renewed."""
+        return [unsigned(url) for url in self.urls]
+
+    @classmethod
+    def read(cls, directory: Path) -> RemoteShards | None:
+        path = directory / REMOTE_NAME
+        if not path.exists():
+            return None
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
+        try:
+            return validate(cls, data, str(path))
+        except UserError as error:  # it shows what was given
+            raise UserError(redacted(str(error))) from None
+
+    def write(self, directory: Path) -> None:
+        with naming_full_disks(directory / REMOTE_NAME):
+            write_json(directory / REMOTE_NAME, self.model_dump(mode="json"))

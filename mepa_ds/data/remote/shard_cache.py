@@ -1,0 +1,243 @@
+"""The bounded local cache of a remote set's tars, fetched ahead in the order of use. Processes and jobs may share it.
+
+Any of them may remove any tar at any time, to make room. So a reader is given an open file, not a path: whoever fetches
+a tar opens it before others can see it, and an open file stays readable when its name is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.config.paths import given_path
+from mepa_ds.data.remote.fetching import Check, content_of, fetch
+from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
+from mepa_ds.data.remote.shared_lock import locked
+from mepa_ds.data.remote.urls import short_name
+from mepa_ds.data.shards.index import ShardEntry
+from mepa_ds.data.shards.open_files import OpenFile
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.log import note
+
+_RETRY_AFTER_SECONDS = 300.0
+_BEGAN = time.monotonic()
+_FETCHERS = 2
+_MOST_ROOM_MADE = 3
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR)
+"""Of a cached file that another process removed, replaced, or made unreadable: it is fetched."""
+
+
+class ShardCache:
+    """The local copies of a remote set's tars. Pickles; threads and processes may share the directory.
+
+    Raises:
+        UserError: the cache is too small for the windows it must hold: the last, the current and the next.
+    """
+
+    def __init__(self, remote: RemoteShards, entries: Sequence[ShardEntry], what: str):
+        if len(remote.urls) != len(entries):
+            raise UserError(
+                f"{what}: {REMOTE_NAME} names {len(remote.urls)} shards, the index {len(entries)}; run "
+                "data_tools/merge_index.py again"
+            )
+        self._remote, self._entries = remote, entries
+        self._max_bytes = round(remote.cache_gigabytes * 1e9)
+        self._names = [short_name(entry.name) for entry in entries]
+        self.directory = _cache_directory(remote, entries, what)
+        largest = max((entry.bytes for entry in entries), default=0)
+        needed = 3 * min(remote.window, len(entries)) * largest
+        if self._max_bytes < min(needed, sum(entry.bytes for entry in entries)):
+            raise UserError(
+                f"{what}: cache_gigabytes {remote.cache_gigabytes} in {REMOTE_NAME} is less than three windows of "
+                f"{remote.window} shards ({needed / 1e9:.3g} GB); raise it or lower the window"
+            )
+        self._wanted: queue.SimpleQueue[int] | None = None
+        self._failures: dict[int, tuple[float, str]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_wanted": None}
+
+    def open(self, shard: int) -> OpenFile:
+        """The local copy of a shard, fetched now if it is not there.
+
+        What could not be fetched is not tried again for some minutes: who skips the samples of a shard that is gone
+        (on_damaged="skip") does not wait for each of them.
+
+        Raises:
+            DamagedError: it cannot be fetched.
+            UserError: it cannot be stored.
+        """
+        since, reason = self._failures.get(shard, (-math.inf, ""))
+        if time.monotonic() - since < _RETRY_AFTER_SECONDS:
+            raise DamagedError(reason)
+        try:
+            return self._open(shard)
+        except DamagedError as error:
+            self._failures[shard] = (time.monotonic(), str(error))
+            raise
+
+    def _open(self, shard: int) -> OpenFile:
+        path = self.directory / self._names[shard]
+        file = self._at_hand(shard)
+        if file is None:
+            file = self._fetched(shard)
+            self._evict(self._max_bytes, keep=path)
+        with suppress(OSError):  # removed meanwhile, or another user's
+            os.utime(path)  # the least recently used go first
+        return file
+
+    def _at_hand(self, shard: int) -> OpenFile | None:
+        """The copy in the cache, if there is one of the right size."""
+        try:
+            file = OpenFile(str(self.directory / self._names[shard]))
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            return None
+        return file if os.fstat(file.descriptor).st_size == self._entries[shard].bytes else None
+
+    def _fetched(self, shard: int) -> OpenFile:
+        path = self.directory / self._names[shard]
+        with locked(path):
+            if (file := self._at_hand(shard)) is not None:  # another process was first
+                return file
+            failure = path.with_name(f".{path.name}.failed")
+            if (known := _recent(failure)) is not None:
+                raise DamagedError(known)
+            _remove_leftovers(path)
+            try:
+                file = self._copied(shard, path)
+            except DamagedError as error:
+                with suppress(OSError):
+                    failure.write_text(json.dumps({"boot": _boot(), "at": time.monotonic(), "message": str(error)}))
+                raise
+            failure.unlink(missing_ok=True)
+            return file
+
+    def _copied(self, shard: int, path: Path) -> OpenFile:
+        """Fetches a shard; where the disk is full before the cache is, older shards go first."""
+        opened: list[OpenFile] = []
+        entry = self._entries[shard]
+        check: Check = content_of(entry.sha256, entry.bytes)
+
+        def keep(temporary: Path, digest: str) -> None:
+            check(temporary, digest)
+            opened.append(OpenFile(str(temporary)))
+
+        for attempt in range(_MOST_ROOM_MADE + 1):
+            try:
+                fetch(self._remote.urls[shard], path, keep)
+                break
+            except UserError as error:
+                full = isinstance(error.__cause__, OSError)
+                if not full or attempt == _MOST_ROOM_MADE or not self._evict(self._smaller(entry.bytes), keep=path):
+                    raise
+        return opened[-1]
+
+    def _smaller(self, num_bytes: int) -> int:
+        """What the cache may hold from now on, since its disk has no more room: a shard must find some."""
+        held = sum(size for _, size, _ in self._files())
+        if held < self._max_bytes:
+            note(f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards go")
+        self._max_bytes = min(self._max_bytes, max(held - 2 * num_bytes, num_bytes))
+        return self._max_bytes
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetches shards in the background, in this order."""
+        if self._wanted is None:
+            self._wanted = queue.SimpleQueue()
+            for _ in range(_FETCHERS):
+                threading.Thread(target=self._work, args=(self._wanted,), daemon=True).start()
+        for shard in shards:
+            self._wanted.put(shard)
+
+    def _work(self, wanted: queue.SimpleQueue[int]) -> None:
+        while True:
+            with suppress(Exception):  # whoever reads the shard tries again, and reports
+                self._open(wanted.get())
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        """(time of last use, bytes, path) of the shards that are there, oldest first."""
+        found, names = list[tuple[int, int, Path]](), set(self._names)
+        with suppress(OSError), os.scandir(self.directory) as entries:
+            for entry in entries:
+                if entry.name in names:  # whatever they end in: .tar, .tar.gz
+                    with suppress(OSError):  # removed just now
+                        found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+        return sorted(found)
+
+    def _evict(self, most: int, keep: Path) -> bool:
+        """Removes shards until the cache holds `most` bytes; whether there was one to remove."""
+        removed = False
+        with locked(self.directory / "evict"):
+            self._remove_torn()
+            files = self._files()
+            excess = sum(size for _, size, _ in files) - most
+            for _, size, path in files:
+                if excess <= 0:
+                    break
+                if path != keep:
+                    with suppress(OSError):  # another user's
+                        path.unlink(missing_ok=True)
+                        excess -= size
+                        removed = True
+        return removed
+
+    def _remove_torn(self) -> None:
+        """What processes that were killed had begun, unless somebody is fetching that very shard."""
+        known = {f".{name}.": name for name in self._names}
+        for torn in self.directory.glob(".*.tmp"):
+            owner = max((name for start, name in known.items() if torn.name.startswith(start)), key=len, default=None)
+            if owner is None:
+                continue
+            with locked(self.directory / owner, wait=False) as held:
+                if held:
+                    torn.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Of processes that were killed while they fetched this; to be called by who holds the lock."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
+def _recent(failure: Path) -> str | None:
+    """What a note of a failure says, if a process of this machine made it, since this one began and not long ago.
+
+    Told by the machine's own monotonic clock, which its processes share: the time of a file is a file server's, and the
+    time of day may be set back.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(failure.read_text())
+        now, then = time.monotonic(), float(content["at"])
+        if content["boot"] == _boot() and max(_BEGAN, now - _RETRY_AFTER_SECONDS) <= then <= now:
+            return str(content["message"])
+    return None
+
+
+def _boot() -> str:
+    """Which machine this is, since when."""
+    with suppress(OSError):
+        return _BOOT_ID.read_text().strip()
+    return os.uname().nodename
+
+
+def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: str) -> Path:
+    """Of this set's content alone: other sets, and older versions at the same URLs, have shards of the same names."""
+    text = remote.directory
+    if "$" in text:
+        raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
+    content = "\n".join([*remote.places, *(entry.sha256 for entry in entries)])
+    return given_path(text, f"{what}: cache in {REMOTE_NAME}") / hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -1,0 +1,54 @@
+"""Are generated digits what was asked for? A classifier trained on the real ones judges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mepa_ds.data.images import image_batches
+from mepa_ds.generation.sampling import sample
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+_BATCH = 100
+SIDE = 8  # of scikit-learn's digits, which the shards hold upscaled
+
+
+def digits_agreement(
+    weights: Path, tokenizer: Path, train: Path, heldout: Path, per_class: int = 50, seed: int = 1
+) -> dict[str, float]:
+    """`class_agreement`: the share of generated digits (per_class of each) that an SVC assigns to the class asked for;
+    `svc_heldout_accuracy`: the same SVC's accuracy on real held-out digits, the most one could hope for.
+    """
+    from sklearn.svm import SVC
+
+    model, decoder = NextScaleTransformer.load(weights), Tokenizer.load(tokenizer)
+    real, real_labels = _real(train, decoder.config.image_side)
+    unseen, unseen_labels = _real(heldout, decoder.config.image_side)
+    judge = SVC(gamma=0.001).fit(real, real_labels)
+    asked = [label for label in range(model.config.num_classes) for _ in range(per_class)]
+    parts = []
+    for first in tqdm(range(0, len(asked), _BATCH), "sampling", unit="batch", disable=None):
+        parts.append(sample(model, decoder, asked[first : first + _BATCH], seed=seed, first_index=first))
+    generated = torch.cat(parts)
+    return {
+        "class_agreement": float((judge.predict(_pixels(generated)) == np.array(asked)).mean()),
+        "svc_heldout_accuracy": float((judge.predict(unseen) == unseen_labels).mean()),
+    }
+
+
+def _real(shards: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
+    batches = list(image_batches(shards, batch_size=256, image_side=side, seed=0, train=False))
+    images = torch.cat([batch.images_B3HW for batch in batches]).add(1).mul(0.5)
+    return _pixels(images), torch.cat([batch.labels_B for batch in batches]).numpy()
+
+
+def _pixels(images_B3HW: Tensor) -> np.ndarray:
+    """[0, 1] RGB -> (B, 64) grey values in 0..16, as in scikit-learn's data."""
+    grey_B1HW = images_B3HW.mean(1, keepdim=True)
+    return F.adaptive_avg_pool2d(grey_B1HW, SIDE).flatten(1).mul(16).numpy()

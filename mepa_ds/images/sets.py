@@ -1,0 +1,143 @@
+"""Many images on disk: an .npz with `arr_0` as ADM's evaluation suite reads it, or a directory of image files."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mepa_ds import log
+from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.files import atomic_path, read_file, why_unreadable
+from mepa_ds.images.decoding import decode_image, is_image_name
+
+_MEMBER = "arr_0.npy"
+_WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
+_SHOWN = 5
+# Runtime errors are those of encrypted archives and of unknown compression.
+_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+class ImageFiles:
+    """uint8 images of one size, `shape` (N, H, W, 3). Holds none of them: 50 000 of 256 pixels are 10 GB.
+
+    Of a directory all image files count, in the order of their names; what else is there is named in the log.
+
+    Raises:
+        UserError: at construction, for what is no such set; while reading, for an image of another size.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._names: Sequence[Path] = ()
+        if path.is_dir():
+            self._names = _images_in(path)
+            self.shape: tuple[int, ...] = (len(self._names), *read_pixels(self._names[0]).shape)
+            return
+        with _open_member(path) as file:
+            self.shape = _read_header(file, path)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def batches(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        """(B, H, W, 3) each, in the file's order, or in the order of the files' names."""
+        if self._names:
+            for start in range(0, len(self), size):
+                yield np.stack(
+                    [_sized(name, self.shape[1:], self._names[0]) for name in self._names[start : start + size]]
+                )
+            return
+        with _open_member(self._path) as file:
+            _read_header(file, self._path)
+            for start in range(0, len(self), size):
+                shape = (min(size, len(self) - start), *self.shape[1:])
+                yield np.frombuffer(self._read(file, int(np.prod(shape))), np.uint8).reshape(shape)
+
+    def _read(self, file: IO[bytes], count: int) -> bytes:
+        try:
+            data = file.read(count)
+        except _UNREADABLE as error:
+            raise UserError(f"{self._path}: arr_0 cannot be read ({error}); make the file again") from error
+        if len(data) < count:
+            raise UserError(f"{self._path}: arr_0 is cut off; make the file again")
+        return data
+
+
+def _images_in(directory: Path) -> list[Path]:
+    names, others = list[Path](), list[str]()
+    for entry in os.scandir(directory):
+        if is_image_name(entry.name) and not entry.is_dir():
+            names.append(directory / entry.name)
+        else:
+            others.append(entry.name.encode("utf-8", "backslashreplace").decode())
+    if others:
+        shown = ", ".join(sorted(others)[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
+        log.note(f"{directory}: {len(others)} files or folders not named as images are left out ({shown})")
+    if not names:
+        raise UserError(f"{directory}: no image files in this directory; {_WANTED}")
+    return sorted(names)
+
+
+def read_pixels(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3) of an image file, the same as training sees (`decode_image`).
+
+    Raises:
+        DamagedError: it cannot be read.
+    """
+    try:
+        data = read_file(path)
+    except OSError as error:
+        raise DamagedError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
+    return np.asarray(decode_image(data, str(path)))
+
+
+def write_npz(path: Path, images: Sequence[Path]) -> None:
+    """The images as `arr_0` of `path`, one by one: never more than one of them is in memory.
+
+    Raises:
+        UserError: an image cannot be read or has another size than the first.
+    """
+    first = read_pixels(images[0])
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *first.shape)}
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        archive.open(_MEMBER, "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_2_0(file, header)  # type: ignore[arg-type]
+        for name in tqdm(images, desc="packing", unit="image", disable=None):
+            file.write(_sized(name, first.shape, images[0]).tobytes())
+
+
+def _sized(name: Path, shape: tuple[int, ...], model: Path) -> NDArray[np.uint8]:
+    pixels = read_pixels(name)
+    if pixels.shape != shape:
+        raise UserError(f"{name}: {pixels.shape}, but {model} is {shape}; all images must have one size")
+    return pixels
+
+
+def _open_member(path: Path) -> IO[bytes]:
+    try:
+        return zipfile.ZipFile(path).open(_MEMBER)
+    except (*_UNREADABLE, KeyError) as error:
+        raise UserError(f"{path}: {error}; {_WANTED}") from error
+
+
+def _read_header(file: IO[bytes], path: Path) -> tuple[int, ...]:
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(file)
+    except (*_UNREADABLE, ValueError) as error:
+        raise UserError(f"{path}: arr_0 is no array: {error}; {_WANTED}") from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or not shape[0]:
+        raise UserError(f"{path}: arr_0 is {dtype} of shape {shape}; {_WANTED}")
+    return shape

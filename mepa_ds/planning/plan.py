@@ -1,0 +1,283 @@
+"""`pretrain.py RECIPE --dry-run`: what a run will need, worked out without data, ranks or GPUs.
+
+Sizes of activations come from running the model with fake tensors (`memory_trace`), everything else from counts of
+parameters and from what DeepSpeed's ZeRO-1/2 keeps of them. Memory is what is allocated; a GPU's allocator keeps some
+freed memory on top. On a CPU what the C library keeps is a part of its own, estimated from runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
+from mepa_ds.engine import deepspeed_config
+from mepa_ds.machine import resident_bytes
+from mepa_ds.models.summary import ParameterCounts, count_parameters
+from mepa_ds.objective import flops
+from mepa_ds.planning.frozen_networks import FrozenNetworks, plan_networks
+from mepa_ds.planning.memory_trace import Traced, trace_micro_batch
+
+_FP32 = 4
+# Of what is allocated at the peak. Runs of 15 million parameters under glibc: 0.4 to 0.85.
+_KEPT_BY_C_LIBRARY = 0.6
+_KEPT_NAME = "freed, but kept by the C library"
+_EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
+# Parts that grow with the images of a micro-batch.
+_WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_NAME)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is planned for. `memory` is in bytes a rank; None: unknown, so nothing is compared with it."""
+
+    world_size: int
+    is_gpu: bool
+    memory: float | None
+    process: float
+    """Python, libraries and their threads: host memory that every rank needs before it has a model."""
+
+
+@dataclass
+class Plan:
+    """Bytes are of one rank, `exchanged` of one step. Memory parts add up to `peak`."""
+
+    config: PretrainConfig
+    machine: Machine
+    counts: ParameterCounts
+    held: dict[str, int]
+    """Parameters on each rank, by kind."""
+    micro_batch: int
+    step_flops: float
+    backward: dict[str, float]
+    """Memory at the peak of the backward pass, by part."""
+    optimizer: dict[str, float]
+    """Memory at the peak of the optimizer step, by part."""
+    encoding: dict[str, float]
+    """Memory while a micro-batch of images is encoded (data.images), by part."""
+    host: dict[str, float]
+    """Host memory beside a GPU."""
+    exchanged: dict[str, float]
+    checkpoint: float
+    num_steps: int | None
+    num_samples: int | None
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> float:
+        """Bytes that a rank needs on its device (on a CPU: all it needs)."""
+        return max(sum(parts.values()) for parts in self._moments)
+
+    @property
+    def allocated(self) -> float:
+        """The same without what the C library keeps of freed memory."""
+        return max(sum(parts.values()) - parts.get(_KEPT_NAME, 0.0) for parts in self._moments)
+
+    @property
+    def _moments(self) -> tuple[dict[str, float], ...]:
+        return self.backward, self.optimizer, self.encoding
+
+    @property
+    def problems(self) -> list[str]:
+        """What would not fit, with a remedy."""
+        limit = self.machine.memory
+        if limit is None or self.peak <= limit:
+            return []
+        per_batch = [sum(parts.get(name, 0.0) for name in _WITH_BATCH) for parts in (self.backward, self.encoding)]
+        fixed = [sum(self.backward.values()) - per_batch[0], sum(self.encoding.values()) - per_batch[1]]
+        line = f"a rank needs {self.peak / 1e9:.1f} GB, but has {limit / 1e9:.1f} GB"
+        if max(*fixed, sum(self.optimizer.values())) >= limit:
+            return [
+                f"{line}: more than activations is too much; use more ranks, a larger parallel.ep_size or less model"
+            ]
+        least = max(math.ceil(grows / (limit - stays)) for grows, stays in zip(per_batch, fixed, strict=True))
+        factors = [factor for factor in range(least, self.micro_batch + 1) if self.micro_batch % factor == 0]
+        remedies = [f"train.accumulation={self.config.train.accumulation * factor}" for factor in factors[:1]]
+        if self.config.parallel.activation_checkpointing == "none" and sum(self.encoding.values()) <= limit:
+            remedies.append("parallel.activation_checkpointing=blocks")
+        return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
+
+
+def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None = None) -> Plan:
+    """Works out the plan; `num_samples` is read from data.tokens where that is there.
+
+    Raises UserError when the recipe cannot be spread over the ranks.
+    """
+    config.check_world(machine.world_size)
+    knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)
+    samples = config.data.tokens or config.data.images
+    if num_samples is None and samples is not None and (samples / INDEX_NAME).exists():
+        num_samples = ShardIndex.read(samples).num_samples
+    micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
+    networks = plan_networks(config, micro_batch)
+    width = networks.teacher_width
+    engine = _EngineMemory(config, machine, knobs)
+    traced = trace_micro_batch(config, micro_batch, width, networks.teacher_patches, engine.on_gradient)
+    held = traced.num_elements
+    backward, optimizer, encoding, host = engine.parts(traced, networks)
+    counts = count_parameters(config.model)
+    all_elements = counts.total + held["projector"]
+    known = config.train.steps is not None or config.train.samples is not None or num_samples is not None
+    return Plan(
+        config=config,
+        machine=machine,
+        counts=counts,
+        held=held,
+        micro_batch=micro_batch,
+        step_flops=flops.step_flops(config, width),
+        backward=backward,
+        optimizer=optimizer,
+        encoding=encoding,
+        host=host,
+        exchanged=engine.exchanged(traced, micro_batch),
+        checkpoint=all_elements * _FP32 * (4 if config.optim.ema else 3),
+        num_steps=config.train.num_steps(num_samples or 0) if known else None,
+        num_samples=num_samples,
+        assumed=networks.assumed,
+    )
+
+
+class _EngineMemory:
+    """What ZeRO-1/2 keeps on each rank, and when."""
+
+    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, object]):
+        self._config, self._machine = config, machine
+        zero = knobs["zero_optimization"]
+        assert isinstance(zero, dict)
+        self._stage = zero["stage"]
+        self._bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self._low = _FP32 if config.parallel.precision == "fp32" else 2
+        self._in_bucket = 0
+
+    def on_gradient(self, elements: int) -> int:
+        """Growth of the gradient buffers, in bytes. A GPU's bucket is allocated whole, so it does not grow."""
+        before = self._in_bucket
+        self._in_bucket = min(before + elements, self._bucket) if self._stage == 2 else before + elements
+        return 0 if self._machine.is_gpu and self._stage == 2 else (self._in_bucket - before) * self._low
+
+    def _partitions(self, held: dict[str, int]) -> tuple[float, float]:
+        """Elements of this rank's optimizer partition: experts (shared by the ranks that hold them), all others."""
+        world_size, ep_size = self._machine.world_size, self._config.parallel.ep_size
+        return held["routed experts"] / (world_size / ep_size), (held["transformer"] + held["projector"]) / world_size
+
+    def parts(self, traced: Traced, networks: FrozenNetworks) -> tuple[dict[str, float], ...]:
+        """Memory by part at the peak of the backward pass, at that of the optimizer step, while images are encoded, and
+        on the host of a GPU.
+        """
+        held = sum(traced.num_elements.values())
+        experts, others = self._partitions(traced.num_elements)
+        partition = experts + others
+        # With ep_size 1 the experts' matrices are in one parameter group with all others.
+        largest = partition if self._config.parallel.ep_size == 1 else max(experts, others)
+        average = _FP32 * partition if self._config.optim.ema else 0.0
+        state = networks.weights | {
+            "weights": float(self._low * held),
+            "masters and Adam moments": 3 * _FP32 * partition,
+            "average of the weights": average,
+        }
+        host = {"process": self._machine.process, "copy for checkpoints": 3 * _FP32 * partition + average}
+        if not self._machine.is_gpu:  # the host is the device
+            state |= host
+        waiting = self._low * partition if self._config.train.accumulation > 1 else 0.0
+        bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
+        backward = state | {
+            "gradients": waiting + bucket,
+            "activations": float(traced.kept),
+            "intermediate results": float(traced.intermediate),
+            _EXCHANGED_NAME: float(traced.exchanged),
+        }
+        temporaries = (1 if self._machine.is_gpu else 2) * _FP32 * largest
+        optimizer = state | {
+            "gradients": self._low * partition + _FP32 * largest,
+            "intermediate results": temporaries,
+        }
+        encoding = {}
+        if networks.working is not None:
+            encoding = state | {"gradients": bucket, _WORKING_NAME: networks.working}
+        if not self._machine.is_gpu:
+            for parts in (backward, optimizer, encoding):
+                if parts:
+                    parts[_KEPT_NAME] = _KEPT_BY_C_LIBRARY * (sum(parts.values()) - self._machine.process)
+        return backward, optimizer, encoding, host if self._machine.is_gpu else {}
+
+    def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:
+        """Bytes that each rank sends in a step, with ring algorithms."""
+        config, world_size, ep_size = self._config, self._machine.world_size, self._config.parallel.ep_size
+        copies = world_size // ep_size
+        experts = traced.num_elements["routed experts"]
+        others = sum(traced.num_elements.values()) - experts
+        shared = self._low * (experts * (copies - 1) / copies + others * (world_size - 1) / world_size)
+        times = config.train.accumulation if self._stage == 2 else 1
+        sent = {"gradients, reduced": shared * times, "weights, gathered": shared}
+        if config.model.moe is not None and ep_size > 1:
+            rows = micro_batch * config.model.schedule.num_tokens * config.model.moe.top_k
+            layers = sum(config.model.is_moe_block(index) for index in range(config.model.depth))
+            one_way = rows * config.model.C * self._low * (ep_size - 1) / ep_size
+            again = config.parallel.activation_checkpointing != "none"
+            passes = "2 forward, 2 again, 2 backward" if again else "2 forward, 2 backward"
+            sent[f"tokens, all-to-all ({passes})"] = (6 if again else 4) * layers * one_way * config.train.accumulation
+        return sent
+
+
+def this_machine(config: PretrainConfig, world_size: int, memory: float | None) -> Machine:
+    """Plans for a GPU if there is one or the precision is a GPU's, else for CPU ranks on this machine."""
+    is_gpu = torch.cuda.is_available() or config.parallel.precision != "fp32"
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    elif memory is None and not is_gpu:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
+    # A rank has these in memory too; the second is what DeepSpeed imports when it starts.
+    from torch._inductor import compile_fx  # noqa: F401
+
+    import mepa_ds.pretrain.trainer  # noqa: F401
+
+    return Machine(world_size, is_gpu, memory, float(resident_bytes()))
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as a person reads it."""
+    config, machine, counts = plan.config, plan.machine, plan.counts
+    on = "a GPU" if machine.is_gpu else "a CPU"
+    lines = [
+        f"plan: {machine.world_size} ranks, each with {on}, ep_size {config.parallel.ep_size}, "
+        f"{config.parallel.precision}, {plan.micro_batch} images a rank and pass, {config.train.accumulation} a step",
+        f"parameters: {counts}; on a rank " + ", ".join(f"{n / 1e6:.1f}M {kind}" for kind, n in plan.held.items() if n),
+        f"length: {_length(plan)}",
+        f"FLOPs: {plan.step_flops / 1e12:.3g} TFLOP a step, {plan.step_flops / machine.world_size / 1e12:.3g} a rank",
+        *_table("memory of a rank at the peak of the backward pass", plan.backward),
+        *_table("memory of a rank at the peak of the optimizer step", plan.optimizer),
+    ]
+    if plan.encoding:
+        lines += _table("memory of a rank while images are encoded", plan.encoding)
+    if plan.host:
+        lines += _table("host memory beside a GPU", plan.host)
+    lines += _table("sent by a rank in a step", plan.exchanged)
+    lines.append(f"checkpoint: {_size(plan.checkpoint)}")
+    lines += [f"assumed: {line}" for line in plan.assumed]
+    if machine.memory is None:
+        lines.append("fits: unknown; give --memory, the GB of one GPU")
+    elif not plan.problems:
+        lines.append(f"fits: {_size(plan.peak)} of {_size(machine.memory)}")
+    lines += [f"does not fit: {problem}" for problem in plan.problems]
+    return "\n".join(lines)
+
+
+def _length(plan: Plan) -> str:
+    if plan.num_steps is None:
+        return f"{plan.config.train.epochs} epochs of an unknown number of images; give --num-samples"
+    images = plan.num_steps * plan.config.train.global_batch
+    epochs = f", {images / plan.num_samples:.2f} epochs of {plan.num_samples}" if plan.num_samples else ""
+    return f"{plan.num_steps} steps of {plan.config.train.global_batch} images, {images} in all{epochs}"
+
+
+def _table(title: str, parts: dict[str, float]) -> list[str]:
+    rows = [f"  {name:<42} {_size(value):>10}" for name, value in parts.items() if value]
+    return [f"{title}: {_size(sum(parts.values()))}", *rows]
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,81 @@
+"""The start of a run: its output directory is made ready, and the record `start` says what begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mepa_ds import distributed
+from mepa_ds.checkpoint.files import clean
+from mepa_ds.config.changes import changes_in_words
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.models.summary import count_parameters
+from mepa_ds.objective.flops import step_flops
+from mepa_ds.runtime.output import owned
+from mepa_ds.runtime.recorder import Recorder, check_packages
+from mepa_ds.runtime.stopping import JOB_END
+
+
+@contextmanager
+def prepared_output(config: PretrainConfig) -> Iterator[None]:
+    """The run's, within the context, and without a killed run's leftovers. Collective.
+
+    Raises:
+        UserError: on every rank, when the main rank cannot write there, another does not see it, or another start is
+            at work there.
+    """
+
+    def prepare() -> None:
+        check_packages(config)
+        clean(config.output_dir)
+        clean(config.output_dir / "checkpoints")
+
+    with owned(config.output_dir, prepare):
+        yield
+
+
+def record_start(
+    recorder: Recorder,
+    step: int,
+    config: PretrainConfig,
+    engine: PretrainEngine,
+    teacher_width: int | None,
+    facts: dict[str, int],
+    changes: dict[str, list[Any]],
+) -> None:
+    """`facts` are the run's own numbers: num_steps, num_samples and what else belongs into the record.
+
+    `changes` are those of the recipe since the checkpoint that the run goes on from.
+    """
+    counts = count_parameters(config.model)
+    projector = engine.objective.projector
+    head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
+    world_size, ep_size = distributed.world_size(), config.parallel.ep_size
+    zero_stage, precision = deepspeed_config.zero_stage(config.parallel.deepspeed), config.parallel.precision
+    values = {
+        "world_size": world_size,
+        "ep_size": ep_size,
+        "zero_stage": zero_stage,
+        "precision": precision,
+        "total_parameters": counts.total,
+        "active_parameters": counts.active,
+        "projector_parameters": head,
+        "step_flops": step_flops(config, teacher_width),
+        **facts,
+    }
+    recorder.record("start", step, values)
+    recorder.say(
+        f"model: {counts}, guidance projector {head / 1e6:.1f}M apart; {world_size} ranks, ep_size {ep_size}, "
+        f"ZeRO-{zero_stage}, {precision}; {facts['num_steps']} steps of {config.train.global_batch} images, "
+        f"{facts['num_samples']} images an epoch"
+    )
+    if changes:
+        recorder.record("recipe_changed", step, {"changes": changes})
+        recorder.say(changes_in_words(changes))
+    if config.guards.stop_before_end is not None and JOB_END not in os.environ:
+        line = f"guards.stop_before_end: {JOB_END} is not set, so it cannot stop the run; set guards.time_limit"
+        recorder.warn("no_job_end", step, line)

@@ -1,0 +1,167 @@
+"""A crash of one rank, told once: the first cause in full, the others' broken connections in a line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from mepa_ds import distributed, log
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json
+from mepa_ds.runtime.lost_peers import is_lost_peer
+from mepa_ds.runtime.recorder import write_status
+from mepa_ds.runtime.run_lock import is_held
+
+ResultT = TypeVar("ResultT")
+# A rank that loses its peers learns of it before the peer's report is on disk.
+_PATIENCE_SECONDS = 3.0
+# How often a rank looks whether it is asked for, and how long answers are waited for.
+_LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
+_NAMED = 8
+# NCCL's words for what the launcher or the environment has set wrong: starting again would not help.
+_RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
+
+
+def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
+    """Runs `body`; a crash is written to `output_dir/errors/rank_<rank>.json`, and ends the process with status 1.
+
+    One rank prints its traceback: the one that crashed first or, when a rank is gone without a word (killed by the
+    system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
+
+    The status is 2 where the same would happen again.
+    """
+    started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
+    if launch.is_main and not is_held(output_dir):  # before it meets the others, so before any of them can claim it
+        with suppress(OSError):
+            _claim_path(directory).unlink()
+    if launch.world_size > 1:
+        arguments = (directory, launch.rank, started)
+        threading.Thread(target=_answer, args=arguments, name="roll call", daemon=True).start()
+    try:
+        return body()
+    except UserError as error:
+        # A mistake in a recipe leaves no new output_dir. A held one is another start's to say something of.
+        tells = (launch.is_main and output_dir.is_dir()) or isinstance(error, distributed.SetupError)
+        if tells and not is_held(output_dir):
+            with suppress(OSError):
+                write_status(output_dir, "failed", error=str(error))
+        raise
+    except Exception as error:
+        _tell(error, output_dir, started, launch)
+        # No clean-up that would talk to ranks that may be gone.
+        os._exit(2 if _RECURS.search(str(error)) else 1)
+
+
+def _tell(error: Exception, output_dir: Path, started: float, launch: distributed.Launch) -> None:
+    directory, rank = output_dir / "errors", launch.rank
+    lost_peer = launch.world_size > 1 and isinstance(error, RuntimeError) and is_lost_peer(str(error))
+    message = f"{type(error).__name__}: {error}"
+    report = {"rank": rank, "time": time.time(), "error": message, "lost_peer": lost_peer}
+    with suppress(OSError):  # the disk may be what has failed
+        write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": traceback.format_exc()})
+    heading = f"error: rank {rank} failed: {_in_a_line(message)}"
+    if lost_peer:
+        first = _first_cause(directory, started, _PATIENCE_SECONDS)
+        if first is None and not _claim(directory):
+            log.note(f"rank {rank}: lost a peer: {message.splitlines()[0]}")
+            return
+        if first is None and (silent := _call(directory, started, launch.world_size)):
+            message = _silent(silent)
+            heading = f"error: {message}; rank {rank} has lost its peers:"
+        elif first is None:  # all are there, so this is what went wrong, unless one was slower to say why
+            first = _first_cause(directory, started, 0.0)
+        if first is not None:
+            log.note(f"rank {rank}: ended because rank {first['rank']} failed: {_in_a_line(first['error'])}")
+            return
+    with suppress(OSError):
+        write_status(output_dir, "failed", error=message, rank=rank)
+    log.note(f"{heading}\n{traceback.format_exc()}")
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first one
+        with suppress(OSError):
+            get_error_handler().record_exception(error)
+
+
+def _in_a_line(message: str) -> str:
+    """Without the stack that C++ errors bring along: NCCL says what was wrong in its last line."""
+    lines = [line.strip() for line in message.split("\nException raised from")[0].splitlines()]
+    return " ".join(line for line in lines if line)
+
+
+def _silent(ranks: list[int]) -> str:
+    named = ", ".join(str(rank) for rank in ranks[:_NAMED])
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return (
+        f"no answer from rank{'s' if len(ranks) > 1 else ''} {named}{more}: killed from outside (the system's "
+        "out-of-memory killer, a lost node), or stopped"
+    )
+
+
+def _call(directory: Path, since: float, world_size: int) -> list[int]:
+    """Ranks that neither fail nor answer: some that live may be waiting for one that has failed."""
+    silent, end = set(range(world_size)), time.monotonic() + _ANSWER_SECONDS
+    while silent and time.monotonic() < end:
+        time.sleep(0.2)
+        silent = set(range(world_size)) - {report["rank"] for report in _reports(directory, since)}
+    return sorted(silent)
+
+
+def _answer(directory: Path, rank: int, started: float) -> None:
+    """A rank's thread: when another one has lost its peers, leaves word that this one is there."""
+    while True:
+        time.sleep(_LOOK_SECONDS)
+        with suppress(OSError, ValueError):  # not there, or still empty
+            if float(_claim_path(directory).read_text()) < started:  # of an earlier start
+                continue
+            answer = {"rank": rank, "time": time.time(), "error": "none: waits for others", "lost_peer": True}
+            write_json(directory / f"alive_{rank:05d}.json", answer)
+            return
+
+
+def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
+    """Those of this start of the run, answers too, earliest first."""
+    reports = []
+    for path in directory.glob("*.json"):
+        with suppress(OSError, ValueError):
+            report = json.loads(path.read_text())
+            if report["time"] >= since:
+                reports.append(report)
+    return sorted(reports, key=lambda report: report["time"])
+
+
+def _first_cause(directory: Path, since: float, patience: float) -> dict[str, Any] | None:
+    """The earliest report that is no lost connection, after waiting so many seconds for one."""
+    end = time.monotonic() + patience
+    while True:
+        causes = [report for report in _reports(directory, since) if not report["lost_peer"]]
+        if causes:
+            return causes[0]
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.1)
+
+
+def _claim_path(directory: Path) -> Path:
+    return directory / "first_loss"
+
+
+def _claim(directory: Path) -> bool:
+    """Whether this rank is the one to speak for all that have lost a peer."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(_claim_path(directory), "x") as file:
+            file.write(str(time.time()))
+    except FileExistsError:
+        return False
+    except OSError:  # a full disk: better twice than never
+        return True
+    return True

@@ -1,0 +1,77 @@
+"""A run's output_dir before anything is trained: writable, this run's alone, and seen by all ranks."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from mepa_ds import distributed
+from mepa_ds.errors import UserError
+from mepa_ds.files import check_writable
+from mepa_ds.runtime.run_lock import LOCK_NAME, RunLock
+
+# A network file system shows another node's new file late (NFS: up to its attribute cache's age).
+_VISIBLE_SECONDS = 5.0
+
+
+@contextmanager
+def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """A run's output_dir, in which the main rank has done `prepare`. Two starts would delete each other's files.
+
+    Collective.
+
+    Raises:
+        UserError: on every rank, when another start is at work there, or a rank does not see the directory.
+    """
+    error: UserError | None = None
+    lock, is_new = RunLock(directory), not directory.exists()
+    if distributed.is_main():
+        try:
+            check_writable(directory, "output_dir")
+            lock.take()
+            prepare()
+        except UserError as raised:
+            error = raised
+    try:
+        distributed.agree(error)
+        if distributed.world_size() > 1:
+            _check_shared(directory)
+        yield
+    finally:
+        if distributed.is_main():
+            lock.release()
+            with suppress(OSError):
+                if is_new and os.listdir(directory) == [LOCK_NAME]:  # nothing came of it
+                    (directory / LOCK_NAME).unlink()
+                    directory.rmdir()
+
+
+def _check_shared(directory: Path) -> None:
+    """Every rank writes its part of a checkpoint, or reads one: all must see the same directory."""
+    name = [f".probe.{secrets.token_hex(4)}"]
+    dist.broadcast_object_list(name, src=0)
+    probe = directory / name[0]
+    if distributed.is_main():
+        probe.write_text("")
+    dist.barrier()
+    end = time.monotonic() + _VISIBLE_SECONDS
+    while not probe.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    error: UserError | None = None
+    if not probe.exists():
+        error = UserError(
+            f"output_dir: {directory}: node {socket.gethostname()} does not see what rank 0 writes there; "
+            "it must lie on a file system that all nodes share"
+        )
+    try:
+        distributed.agree(error)
+    finally:
+        if distributed.is_main():
+            probe.unlink(missing_ok=True)

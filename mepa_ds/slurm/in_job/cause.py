@@ -1,0 +1,55 @@
+"""The line of a log that says why a job failed: `python -m mepa_ds.slurm.in_job.cause LOG [BYTES]`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mepa_ds.runtime.lost_peers import is_lost_peer
+
+_SUMMARY = "ChildFailedError"  # torchrun's last line, whatever has failed
+_RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
+# A message of ours, of argparse or tyro, the last line of a traceback, SLURM's own words about a killed process, or the
+# last words of a process that had no time for a traceback (NCCL's watchdog, C++, the interpreter).
+_CAUSE = re.compile(
+    r"^(?:error: (?P<ours>.+)"
+    r"|(?!srun|slurm)[\w./ -]+: error: (?P<usage>.+)"
+    r"|│ (?P<options>(?:Missing from|Unrecognized|Error|Parsing).*?) *│?$"
+    r"|(?P<raised>(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit)(?:: .*)?$)"
+    r"|.*(?P<watchdog>Watchdog caught .+)"
+    r"|\s*what\(\): +(?P<what>.+)"
+    r"|(?P<fatal>Fatal Python error: .+)"
+    r"|(?P<slurm>(?:slurmstepd|srun): error: .*(?:oom|out of memory|memory limit|[Nn]ode failure).*))",
+)
+
+
+def cause_of(text: str) -> str | None:
+    """The first message of an error in a log: what follows are the ranks that it took down. None: there is none.
+
+    A rank that is taken down may be faster to say so than the first one, so what names a lost peer counts last. In our
+    own messages that has been thought of.
+    """
+    weak: str | None = None
+    for line in text.splitlines():
+        found = _CAUSE.match(_RANK.sub("", line))
+        if found:
+            cause = next(text for text in found.groups() if text)
+            if found["ours"] or not (is_lost_peer(cause) or _SUMMARY in cause):
+                return cause
+            weak = weak or cause
+    return weak
+
+
+def main() -> None:
+    path, start = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        cause = cause_of(file.read().decode(errors="replace"))
+    if cause is None:
+        sys.exit(1)
+    print(cause)
+
+
+if __name__ == "__main__":
+    main()

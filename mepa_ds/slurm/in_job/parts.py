@@ -1,0 +1,62 @@
+"""Which members of a job array are done: `python -m mepa_ds.slurm.in_job.parts STATE PARTS` fails and names the others.
+
+Every member writes STATE/part-<number>/result: running, done, requeued: WHY, or failed: CAUSE.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+RESULT = "result"
+DONE = "done"
+_SHOWN = 10
+
+
+def results(state: Path, parts: int) -> dict[int, str]:
+    """What became of every part; a part without a word never started."""
+    return {part: read_result(state / f"part-{part}") or "never started" for part in range(parts)}
+
+
+def read_result(state: Path) -> str:
+    """The last word of the job whose state lies in a directory; empty before its first."""
+    path = state / RESULT
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
+
+
+def open_parts(state: Path, parts: int) -> list[int]:
+    """The parts that still have to run."""
+    return [part for part, result in results(state, parts).items() if result != DONE]
+
+
+def array_of(parts: list[int]) -> str:
+    """SLURM's notation of a list of numbers: 0-3,7."""
+    ranges: list[tuple[int, int]] = []
+    for part in parts:
+        if ranges and ranges[-1][1] == part - 1:
+            ranges[-1] = (ranges[-1][0], part)
+        else:
+            ranges.append((part, part))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def main() -> None:
+    state, parts = Path(sys.argv[1]), int(sys.argv[2])
+    left = {part: result for part, result in results(state, parts).items() if result != DONE}
+    if not left:
+        print(f"{state}: all {parts} parts are done", flush=True)
+        return
+    for part, result in list(left.items())[:_SHOWN]:
+        print(f"part {part}: {result}", flush=True)
+    first, cause = next(iter(left.items()))
+    print(
+        f"error: {len(left)} of {parts} parts are not done: {array_of(list(left))} (part {first}: {cause}); "
+        "their logs are in "
+        f"{state}; the same `mepa slurm` command again starts only these",
+        flush=True,
+    )
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Samples that many jobs drew, as one file for evaluation suites.
+
+classes WEIGHTS PARTS PART             the classes of one part, with commas between
+merge WEIGHTS IMAGES PER_CLASS OUT SCORES REFERENCE INCEPTION
+    OUT.npz with `arr_0`, uint8 (N, H, W, 3), as ADM's evaluation suite reads it, unless it is there; then SCORES, what
+    `mepa evaluate` finds (-: nothing)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mepa_ds.errors import UserError
+from mepa_ds.images.sets import write_npz
+
+_SEED = 0
+
+
+def num_classes(weights: Path) -> int:
+    """Classes of an exported model."""
+    path = weights / "config.json"
+    try:
+        return int(json.loads(path.read_text())["num_classes"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a model's config: {error}") from error
+
+
+def classes_of_part(weights: Path, parts: int, part: int) -> list[int]:
+    """Classes part, part + parts, ...: all parts are of one size, give or take one class."""
+    return list(range(part, num_classes(weights), parts))
+
+
+def pack(weights: Path, images: Path, per_class: int, out: Path) -> int:
+    """Writes all images into `out`, in an order drawn with a fixed seed; returns their number.
+
+    The inception score of the suite is a mean over contiguous splits that it does not shuffle: images in the order of
+    their classes would score about a fifth of their worth.
+
+    Raises:
+        UserError: a class has fewer or more images than `per_class`, or an image has another size or mode.
+    """
+    paths = []
+    for label in range(num_classes(weights)):
+        found = sorted(images.glob(f"class{label:04d}_*.png"))
+        if len(found) != per_class:
+            raise UserError(
+                f"{images}: {len(found)} images of class {label}, not {per_class}; remove the directory if they are "
+                "from another start, and generate again"
+            )
+        paths += found
+    order = np.random.default_rng(_SEED).permutation(len(paths))
+    write_npz(out, [paths[number] for number in order.tolist()])
+    return len(paths)
+
+
+def main(argv: Sequence[str]) -> None:
+    action, weights, *rest = argv
+    if action == "classes":
+        print(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
+        return
+    images, per_class, out, scores, reference, inception = rest
+    if not Path(out).exists():
+        count = pack(Path(weights), Path(images), int(per_class), Path(out))
+        print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
+    if scores != "-":
+        from mepa_ds.evaluation.score_files import Comparison, score_files
+
+        score_files(Comparison(Path(out), Path(reference), Path(inception)), Path(scores))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,160 @@
+"""State dicts into modules, and our own models in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mepa_ds.config.base import Section, validate
+from mepa_ds.errors import UserError
+from mepa_ds.files import atomic_path, write_json
+from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, read_json, read_state_dict
+from mepa_ds.weights.state_dicts import listed
+
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def size_in(state: Mapping[str, Tensor], places: Sequence[tuple[str, int, int]], where: str) -> int:
+    """The size that most of the places have in common: one damaged tensor is then named, and not all the others.
+
+    Args:
+        places: (name, dimensions that the tensor should have, which of them to read), the most reliable first.
+
+    Raises:
+        UserError: none of the tensors is there with so many dimensions.
+    """
+    found = [state[name].shape[dim] for name, ndim, dim in places if name in state and state[name].ndim == ndim]
+    if not found:
+        name, ndim, _ = places[0]
+        given = f"has shape {tuple(state[name].shape)}, expected {ndim} dimensions" if name in state else "is missing"
+        raise UserError(f"{where}: the weights do not fit the model; key {name!r} {given}")
+    return max(found, key=found.count)
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+) -> None:
+    """Copies `state` into `module`; every name and shape must fit.
+
+    Args:
+        name_in_file: what the user's file calls a parameter of ours, for messages.
+
+    Raises:
+        UserError: names the missing and unexpected keys with their nearest match, and the layers whose shapes differ.
+    """
+    expected = module.state_dict()
+    missing = [name_in_file(name) for name in expected if name not in state]
+    unexpected = [name_in_file(name) for name in state if name not in expected]
+    mismatched = [
+        f"{name_in_file(name)}: {tuple(state[name].shape)} in the weights, {tuple(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {listed([with_match(name, unexpected) for name in missing])}")
+    if unexpected:
+        near = [with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
+        problems.append(f"{len(unexpected)} unexpected: {listed(near)}")
+    if mismatched:
+        problems.append(f"{len(mismatched)} of another shape: {listed(mismatched)}")
+    if problems:
+        raise UserError(f"{where}: the weights do not fit the model; " + "; ".join(problems))
+    module.load_state_dict(dict(state))
+
+
+def with_match(name: str, candidates: Sequence[str]) -> str:
+    """The name, and the candidate that looks most like it."""
+    near = difflib.get_close_matches(name, candidates[:2000], n=1)
+    return f"{name} (nearest: {near[0]})" if near else name
+
+
+def save_pretrained(
+    directory: Path | str, config: Section, state: Mapping[str, Tensor], kind: str, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes `config.json` and `model.safetensors` (or shards of at most `max_shard_bytes`, with their index).
+
+    `config.json` is taken away first and comes back last, so a directory that has one is complete.
+
+    Args:
+        kind: what the directory holds ("tokenizer", ...), stored as `model_type`.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    directory = Path(directory)
+    (directory / CONFIG_NAME).unlink(missing_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
+    for file_name, names in plan.filename_to_tensors.items():
+        write_safetensors(directory / file_name, {name: tensors[name] for name in names}, {"format": "pt"})
+    for old in directory.glob("model*.safetensors"):
+        if _OURS.fullmatch(old.name) and old.name not in plan.filename_to_tensors:
+            old.unlink()
+    if plan.is_sharded:
+        write_json(directory / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    else:
+        (directory / INDEX_NAME).unlink(missing_ok=True)
+    write_json(directory / CONFIG_NAME, {"model_type": kind, **json.loads(config.model_dump_json())})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Atomically, with the permissions of any other new file (safetensors alone makes it readable to its owner)."""
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata))
+        except SafetensorError as error:  # the system's error is in its text only
+            if (code := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        temporary.chmod(mode)
+
+
+def read_kind(directory: Path | str) -> str:
+    """What `save_pretrained` wrote into this directory: "tokenizer", ..."""
+    return str(_read_config(Path(directory)).get("model_type"))
+
+
+def read_config(directory: Path | str, config_type: type[ConfigT], kind: str) -> ConfigT:
+    """The config in a directory of `save_pretrained`.
+
+    Raises:
+        UserError: no such directory, it holds something else than `kind`, or its config is not valid.
+    """
+    directory = Path(directory)
+    data = _read_config(directory)
+    found = data.pop("model_type", None)
+    if found != kind:
+        held = "does not say what it holds (no model_type)" if found is None else f"says it holds {found!r}"
+        raise UserError(f"{directory}: expected a {kind}, but {CONFIG_NAME} {held}")
+    return validate(config_type, data, str(directory / CONFIG_NAME))
+
+
+def read_pretrained(
+    directory: Path | str, config_type: type[ConfigT], kind: str, prefix: str = ""
+) -> tuple[ConfigT, dict[str, Tensor]]:
+    """The config and the state dict (of names that start with `prefix`) in a directory of `save_pretrained`."""
+    directory = Path(directory)
+    config = read_config(directory, config_type, kind)
+    return config, read_state_dict(directory, prefix)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not (directory / CONFIG_NAME).exists():
+        raise UserError(
+            f"{directory}: no {CONFIG_NAME} here; expected a directory that save_pretrained wrote to the end, such as "
+            "`best` or `last` of a run; `mepa export` makes one of a checkpoint"
+        )
+    return read_json(directory / CONFIG_NAME)

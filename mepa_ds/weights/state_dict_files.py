@@ -1,0 +1,199 @@
+"""Files with state dicts, foreign ones too, read safely.
+
+Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors (D9).
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mepa_ds import distributed
+from mepa_ds.errors import UserError
+from mepa_ds.log import note
+from mepa_ds.weights.state_dicts import Wanted, averages_not_read, find, listed, nests_of, notes_in
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
+_HUB_NAMES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
+_MAX_NAMED = 5
+
+
+def read_state_dict(
+    source: Path | str | Mapping[str, Tensor], prefix: str = "", wanted: Wanted | None = None
+) -> dict[str, Tensor]:
+    """Reads a state dict, on the CPU.
+
+    Args:
+        source: a state dict in memory, a `.safetensors` file, a directory in Hugging Face's layout
+            (`model.safetensors`, or shards with their index), or a file of `torch.save`, in which the state dict may
+            be nested beside others, optimizer states and settings. Parts of names that wrappers (DDP, FSDP,
+            torch.compile) add are taken out.
+        prefix: read only the tensors whose names start with it.
+        wanted: which of several state dicts is meant; None: the outermost one.
+
+    Raises:
+        UserError: no such file, no state dict in it, several that are meant, or a pickle that holds more than tensors
+            and plain values (refused, not executed).
+    """
+    return _read(source, prefix, wanted)[0]
+
+
+def read_checkpoint(
+    source: Path | str | Mapping[str, Tensor], wanted: Wanted, prefix: str = ""
+) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
+    """The same, and the settings found beside it, nearest first: a training program's `args` or `config` in the file,
+    or the config.json beside weights in Hugging Face's layout.
+    """
+    state, notes = _read(source, prefix, wanted)
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        config_path = path / CONFIG_NAME if path.is_dir() else path.with_name(CONFIG_NAME)
+        if (path.is_dir() or _HUB_NAMES.fullmatch(path.name)) and config_path.exists():
+            notes = [*notes, read_json(config_path)]
+    return state, notes
+
+
+def _read(
+    source: Path | str | Mapping[str, Tensor], prefix: str, wanted: Wanted | None
+) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
+    if isinstance(source, Mapping):
+        return _chosen(source, prefix, wanted, "the state dict", None)
+    path = Path(source)
+    if path.suffix != ".safetensors" and not path.is_dir():
+        return _chosen(_read_pickle(path), prefix, wanted, str(path), path)
+    if path.is_dir() and not (path / WEIGHTS_NAME).exists() and not (path / INDEX_NAME).exists():
+        if (path / _PICKLE_NAME).exists():
+            return _chosen(_read_pickle(path / _PICKLE_NAME), prefix, wanted, str(path), path / _PICKLE_NAME)
+        raise UserError(f"{path}: no {WEIGHTS_NAME} or {INDEX_NAME} in this directory")
+    shards = _shards_in(path)
+    if not shards:
+        return {}, []
+    # A directory's file is the one of its layout: what it tells to be done is done there.
+    file = path if not path.is_dir() else path / WEIGHTS_NAME
+    names = find({(): {name: name for name in shards}}, wanted, str(path), file).entries
+    return _load_from(shards, {name: raw for name, raw in names.items() if name.startswith(prefix)}), []
+
+
+def _chosen(
+    tree: Any, prefix: str, wanted: Wanted | None, where: str, file: Path | None
+) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
+    nests = nests_of(tree)
+    if not nests:
+        held = ", ".join(map(repr, list(tree)[:_MAX_NAMED])) or "nothing" if isinstance(tree, Mapping) else None
+        raise UserError(
+            f"{where}: not a plain state dict of tensors (found {held or type(tree).__name__}). "
+            "Give a mapping from parameter names to tensors, alone or nested in others"
+        )
+    found = find(nests, wanted, where, file)
+    for key in averages_not_read(tree, found, wanted):
+        _say_left_out(where, key, found.label)
+    state = {name: tensor for name, tensor in found.entries.items() if name.startswith(prefix)}
+    return state, notes_in(tree, found.place)
+
+
+@cache
+def _say_left_out(where: str, key: str, taken: str) -> None:
+    """Once for each file: a run opens it several times."""
+    if distributed.is_main():
+        note(f"{where}: took {taken}; the averaged weights under {key!r} are in a form that is not read")
+
+
+def _read_pickle(path: Path) -> Any:
+    return read_torch_file(
+        path,
+        "Load it in the program that wrote it, save the weights alone as torch.save(model.state_dict(), PATH) does, or "
+        "as safetensors, and give that file",
+    )
+
+
+def read_torch_file(path: Path, remedy: str) -> Any:
+    """What `torch.save` wrote, on the CPU; classes and functions in it are refused, not executed.
+
+    Raises:
+        UserError: no such file, a damaged one, or one with more than plain values and tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # on pickle protocols that torch.save does not use
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        # torch's own text says how to read the file unsafely.
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        held = f"it holds {refused[1]}" if refused else "it holds something else"
+        raise UserError(
+            f"{path}: not a plain state dict of tensors ({held}), so it was refused and nothing in it was executed. "
+            f"{remedy}"
+        ) from error
+    except Exception as error:  # damaged bytes raise almost anything: struct.error, IndexError, AssertionError, ...
+        raise UserError(f"{path}: damaged, or not a file of torch.save ({type(error).__name__}). {remedy}") from error
+
+
+def _shards_in(path: Path) -> dict[str, Path]:
+    """Name of each tensor in a `.safetensors` file, or in a directory's -> the file it is in."""
+    if path.is_file() or not path.is_dir():
+        with _opened(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    index_path = path / INDEX_NAME
+    if not index_path.exists():
+        return _shards_in(path / WEIGHTS_NAME)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index_path}: no 'weight_map' in the index of the shards")
+    for shard in weight_map.values():
+        if Path(str(shard)).name != shard:
+            raise UserError(f"{index_path}: a shard must lie beside its index, got {shard!r}")
+    return {name: path / shard for name, shard in weight_map.items()}
+
+
+def _load_from(shards: Mapping[str, Path], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of these names (ours -> the file's), each shard opened once."""
+    state: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(shards[raw] for raw in names.values()):
+        with _opened(shard) as file:
+            inside = set(file.keys())
+            mine = {name: raw for name, raw in names.items() if shards[raw] == shard}
+            if lost := [raw for raw in mine.values() if raw not in inside]:
+                raise UserError(
+                    f"{shard.with_name(INDEX_NAME)}: {listed(lost)} not in the shard that the index names; copy the "
+                    "shards again"
+                )
+            state.update({name: file.get_tensor(raw) for name, raw in mine.items()})
+    return {name: state[name] for name in names}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); copy or write it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError for what is no JSON object."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read it as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
