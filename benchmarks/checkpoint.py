@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.checkpoint.background_writer import Written
-from mepa_ds.checkpoint.files import RunState, find_damage, list_checkpoints
+from mepa_ds.checkpoint.files import find_damage, list_checkpoints
+from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.engine.checkpoint import Checkpoints
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.objective.pretraining import ModelInputs
+from mepa_ds.pretrain.checkpointing import RunCheckpoints
 
 KINDS = ("none", "background", "waited for")
 
@@ -65,18 +66,18 @@ def main(options: Options) -> None:
 def measure(options: Options, device: torch.device, directory: Path) -> dict[str, object]:
     config = make_config(options, device)
     engine = PretrainEngine(config, None, device)
-    checkpoints = Checkpoints(engine, directory, keep=1, keep_every=None)
+    checkpoints = RunCheckpoints(engine, directory, keep=1)
     inputs = make_inputs(config, options.batch, device)
     state = RunState(recipe=json.loads(config.model_dump_json()))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     run_block(engine, checkpoints, inputs, state, 3, "waited for")  # memory is allocated, kernels are warm
-    checkpoints.written()
     written: list[Written] = []
     with tqdm(total=options.rounds * len(KINDS), desc="blocks", disable=None) as bar:
         for _ in range(options.rounds):
             for kind in KINDS:
-                seconds[kind].append(run_block(engine, checkpoints, inputs, state, options.steps, kind))
-                written += checkpoints.written()
+                took, of_block = run_block(engine, checkpoints, inputs, state, options.steps, kind)
+                seconds[kind].append(took)
+                written += of_block
                 bar.update()
     if failed := [item.error for item in written if item.error is not None]:
         raise SystemExit(f"error: a checkpoint could not be written: {failed[0]}")
@@ -86,7 +87,7 @@ def measure(options: Options, device: torch.device, directory: Path) -> dict[str
             f"error: a write took {longest:.2f} s, longer than {options.steps} steps ({min(seconds['none']):.2f} s): "
             "these blocks measure waiting for the disk; give more --steps"
         )
-    (last,) = list_checkpoints(directory)
+    (last,) = list_checkpoints(checkpoints.directory)
     assert find_damage(last) is None
     median = {kind: statistics.median(values) for kind, values in seconds.items()}
     return {
@@ -104,21 +105,24 @@ def measure(options: Options, device: torch.device, directory: Path) -> dict[str
 
 
 def run_block(
-    engine: PretrainEngine, checkpoints: Checkpoints, inputs: ModelInputs, state: RunState, steps: int, kind: str
-) -> float:
-    """Seconds of `steps` steps until the checkpoint, which is taken after the first, is on disk."""
+    engine: PretrainEngine, checkpoints: RunCheckpoints, inputs: ModelInputs, state: RunState, steps: int, kind: str
+) -> tuple[float, list[Written]]:
+    """Seconds of `steps` steps until the checkpoint, taken after the first, is on disk; and what was written."""
     started = time.perf_counter()
+    written: list[Written] = []
     for step in range(steps):
-        engine.step([inputs], lr=1e-4, timed=True)
+        engine.begin_step(lr=1e-4)
+        engine.backward(engine.forward(inputs))
+        engine.update()
         state.step += 1
         if step == 0 and kind != "none":
             checkpoints.save(state)
             if kind == "waited for":
-                checkpoints.wait()
-    checkpoints.wait()
+                written += checkpoints.settle()
+    written += checkpoints.settle()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - started, written
 
 
 def make_config(options: Options, device: torch.device) -> PretrainConfig:

@@ -9,12 +9,15 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from mepa_ds.errors import UserError
 from mepa_ds.machine import keep_freed_memory
+
+FactT = TypeVar("FactT")
 
 
 class SetupError(UserError):
@@ -120,3 +123,12 @@ def agree(error: UserError | None) -> None:
         if message is not None:
             everywhere = all(other == message for other in messages)
             raise UserError(message if everywhere else f"rank {source}: {message}", agreed=True)
+
+
+def of_main(mine: FactT) -> FactT:
+    """The main rank's value, on every rank: other nodes may see a shared file system later. Collective."""
+    if not dist.is_initialized():
+        return mine
+    shared = [mine]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import digest
+from mepa_ds.checkpoint.progress import progress_noted_by
 from mepa_ds.checkpoint.store import Fragment, save_fragments
 from mepa_ds.files import make_way, remove
 
@@ -31,7 +31,7 @@ _PROGRESS_KEY, _TOLD_EVERY_SECONDS = "checkpoint progress", 0.5
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one job. Training stood still for `stalled_seconds`: copying, and waiting for an earlier job."""
+    """What became of one task. Training stood still for `stalled_seconds`: copying, and waiting for an earlier task."""
 
     what: str
     error: str | None
@@ -39,28 +39,8 @@ class Written:
     write_seconds: float
 
 
-class Staging:
-    """CPU copies of device state, in memory that is used again (pinned beside a GPU)."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-
-    def copy(self, flats: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-        copies = {kind: [self._copy(kind, i, t) for i, t in enumerate(tensors)] for kind, tensors in flats.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
-    def _copy(self, kind: str, index: int, source: Tensor) -> Tensor:
-        buffer = self._buffers.get((kind, index))
-        if buffer is None:
-            buffer = torch.empty_like(source, device="cpu", pin_memory=torch.cuda.is_available())
-            self._buffers[kind, index] = buffer
-        return buffer.copy_(source, non_blocking=True)
-
-
 class _Progress:
-    """Counts what all ranks do of a job, so that one that is done early sees that the others are not stuck.
+    """Counts what all ranks do of a task, so that one that is done early sees that the others are not stuck.
 
     The count is in the process group's store, since a collective would wait for the slow ones.
     """
@@ -81,18 +61,17 @@ class _Progress:
 
 
 class BackgroundWriter:
-    """One job at a time; its collectives run over a CPU group of their own, beside training's. Collective to make."""
+    """One task at a time; its collectives run over a CPU group of their own, beside training's. Collective to make.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    `beat` is called while this rank waits for a task, whenever any rank has done some of it: a slow disk is no hang.
+    """
+
+    def __init__(self, device: torch.device, beat: Callable[[], object] = lambda: None) -> None:
+        self._device, self._beat = device, beat
         self._group: Any = dist.new_group(backend="gloo")
         self._thread: threading.Thread | None = None
         self._done: list[Written] = []
         self._progress = _Progress()
-
-    def note_progress(self) -> None:
-        """To be called within a job's `commit` and `before` whenever something is done, from the thread they run in."""
-        self._progress.note()
 
     def submit(
         self,
@@ -100,66 +79,68 @@ class BackgroundWriter:
         stage: Callable[[], list[Fragment]],
         temporary: Path,
         commit: Callable[[Digests], None],
-        on_progress: Callable[[], None],
         before: tuple[str, Callable[[], None]] | None = None,
     ) -> None:
-        """Waits for the last job, stages, and starts to write into `temporary`. Collective.
+        """Waits for the last task, stages, and starts to write into `temporary`. Collective.
 
         `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests. `before`
-        is a job of its own name that the main rank does from the same files right before; when it fails, `commit`
+        is a task of its own name that the main rank does from the same files right before; when it fails, `commit`
         runs nonetheless.
         """
         started = time.perf_counter()
-        self.wait(on_progress)
+        self.wait()
         fragments = stage()
         stalled = time.perf_counter() - started
 
-        def job() -> None:
+        def task() -> None:
             begun = time.perf_counter()
             if self._device.type == "cuda":  # a new thread's is the first GPU, which is another rank's
                 torch.cuda.set_device(self._device)
             error = self._write(fragments, temporary, commit, before)
             self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
 
-        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
+        self._start(task)
+
+    def _start(self, task: Callable[[], None]) -> None:
+        def run() -> None:
+            with progress_noted_by(self._progress.note):
+                task()
+
+        self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self, on_progress: Callable[[], None] = lambda: None) -> None:
-        """Returns when nothing is being written; until then calls `on_progress` when any rank has done some of it."""
+    def wait(self) -> None:
+        """Returns when nothing is being written."""
         seen = -1
         while self._thread is not None:
             self._thread.join(1.0)
             if not self._thread.is_alive():
                 self._thread = None
-                on_progress()
+                self._beat()
             elif (count := self._progress.count()) != seen:
                 seen = count
-                on_progress()
+                self._beat()
 
-    def gather(self, action: Callable[[], FactT], on_progress: Callable[[], None] = lambda: None) -> list[FactT]:
-        """What `action` returns on each rank; until all are done calls `on_progress` when any rank has done some of it.
-
-        `action` tells of that by `note_progress`, and runs in a thread. Collective.
-        """
-        self.wait(on_progress)
+    def gather(self, action: Callable[[], FactT]) -> list[FactT]:
+        """What `action`, which runs in the thread, returns on each rank. Collective."""
+        self.wait()
         errors: list[Exception] = []
         gathered: list[Any] = [None] * distributed.world_size()
 
-        def job() -> None:
+        def task() -> None:
             try:
                 dist.all_gather_object(gathered, action(), group=self._group)
             except Exception as error:
                 errors.append(error)
 
-        self._thread = threading.Thread(target=job, name="checkpoint", daemon=True)
-        self._thread.start()
-        self.wait(on_progress)
+        self._start(task)
+        self.wait()
         if errors:
             raise errors[0]
         return gathered
 
     def written(self) -> list[Written]:
-        """Jobs that have ended since the last call."""
+        """Tasks that have ended since the last call."""
         done, self._done = self._done, []
         return done
 
@@ -172,7 +153,7 @@ class BackgroundWriter:
     ) -> str | None:
         try:
             self._on_main(lambda: _make_anew(temporary))
-            save_fragments(fragments, temporary, self._group, self._progress.note)
+            save_fragments(fragments, temporary, self._group)
             digests = self._gather_digests(temporary)
             if before is not None:
                 self._do_before(*before)
@@ -214,7 +195,7 @@ class BackgroundWriter:
         """Size and digest of every rank's files, on every rank."""
         own: Digests | str
         try:
-            own = {path.name: digest(path, self._progress.note) for path in temporary.glob(f"__{distributed.rank()}_*")}
+            own = {path.name: digest(path) for path in temporary.glob(f"__{distributed.rank()}_*")}
         except OSError as error:
             own = f"rank {distributed.rank()}: {error}"
         gathered: list[Any] = [None] * distributed.world_size()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mepa_ds.checkpoint.progress import current_listener
 from mepa_ds.errors import UserError
 
 # The kinds of what is kept of every parameter: the fp32 master, Adam's moments, the average of the masters (if the
@@ -58,9 +59,9 @@ class Fragment:
 class _SavePlanner(DefaultSavePlanner):
     """Plans one chunk a fragment; DCP itself sees plain 1-D tensors."""
 
-    def __init__(self, fragments: dict[str, Fragment], on_progress: Callable[[], None]):
+    def __init__(self, fragments: dict[str, Fragment]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._fragments, self._on_progress = fragments, on_progress
+        self._fragments, self._note_progress = fragments, current_listener()
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -76,7 +77,7 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        self._on_progress()  # one tensor after the other is looked up and written
+        self._note_progress()  # one tensor after the other is looked up and written
         # DCP copies a tensor that is a part of a larger storage, and keeps all copies until the end. The way through
         # NumPy gives the same memory a storage of its own.
         return torch.from_numpy(self._fragments[index.fqn].data.numpy())
@@ -85,9 +86,9 @@ class _SavePlanner(DefaultSavePlanner):
 class _LoadPlanner(DefaultLoadPlanner):
     """Reads into the fragments' own memory."""
 
-    def __init__(self, fragments: dict[str, Fragment], on_progress: Callable[[], None]):
+    def __init__(self, fragments: dict[str, Fragment]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._fragments, self._on_progress = fragments, on_progress
+        self._fragments, self._note_progress = fragments, current_listener()
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
@@ -101,7 +102,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        self._on_progress()
+        self._note_progress()
         return self._fragments[index.fqn].data
 
 
@@ -154,26 +155,19 @@ class _Reader(dcp.FileSystemReader):
         return metadata
 
 
-def save_fragments(
-    fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup, on_progress: Callable[[], None]
-) -> None:
+def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup) -> None:
     """Writes every rank's fragments, fsynced. Collective over `group`, a CPU group of all ranks."""
     named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
         {name: fragment.data for name, fragment in named.items()},
         # No copying ahead: the tensors are on the CPU, and DCP would wait for a stream of the current GPU nonetheless.
         storage_writer=_Writer(directory, sync_files=True, per_thread_copy_ahead=0),
-        planner=_SavePlanner(named, on_progress),
+        planner=_SavePlanner(named),
         process_group=group,
     )
 
 
-def load_fragments(
-    fragments: Iterable[Fragment],
-    directory: Path,
-    alone: bool = False,
-    on_progress: Callable[[], None] = lambda: None,
-) -> None:
+def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
     """Fills fragments in place. Collective, unless one process reads `alone`.
 
     Raises UserError, the same on every rank, for files that cannot be read or that hold other tensors.
@@ -185,7 +179,7 @@ def load_fragments(
             dcp.load(
                 {name: fragment.data for name, fragment in named.items()},
                 storage_reader=_Reader(directory),
-                planner=_LoadPlanner(named, on_progress),
+                planner=_LoadPlanner(named),
                 no_dist=alone,
             )
     except CheckpointException as error:  # a BaseException, with what went wrong on each rank
@@ -203,9 +197,7 @@ def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
     return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 
-def read_tensors(
-    directory: Path, names: Iterable[str], on_progress: Callable[[], None] = lambda: None
-) -> dict[str, Tensor]:
+def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """The named tensors, flat, in one process and without any process group."""
     stored = stored_tensors(directory)
     if lost := [name for name in names if name not in stored]:
@@ -216,5 +208,5 @@ def read_tensors(
         )
         for name in names
     ]
-    load_fragments(whole, directory, alone=True, on_progress=on_progress)
+    load_fragments(whole, directory, alone=True)
     return {fragment.name: fragment.data for fragment in whole}

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
 
 def _found(path: Path) -> list[Path]:
     """A checkpoint itself, or those of a run."""
-    from mepa_ds.checkpoint.files import RUN_NAME, is_checkpoint_name, list_checkpoints
+    from mepa_ds.checkpoint.files import is_checkpoint_name, list_checkpoints
+    from mepa_ds.checkpoint.state import RUN_NAME
 
     if (path / RUN_NAME).exists() or (path.is_dir() and is_checkpoint_name(path.name)):
         return [path]
@@ -69,7 +70,7 @@ def _found(path: Path) -> list[Path]:
 
 
 def _list(run: Path) -> None:
-    from mepa_ds.checkpoint.files import read_state
+    from mepa_ds.checkpoint.state import read_state
 
     for path in _found(run):
         try:
@@ -95,7 +96,7 @@ def _verify(paths: tuple[Path, ...]) -> int:
 
 
 def _compare(options: Diff) -> int:
-    from mepa_ds.checkpoint.files import differences
+    from mepa_ds.checkpoint.compare import differences
 
     lines = list(differences(options.first, options.second))
     print("\n".join(lines) if lines else "no difference")

@@ -27,8 +27,8 @@ class ExportOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(ExportOptions, prog="mepa export", args=argv)
     log.make_stdout_a_log()
-    from mepa_ds.checkpoint.files import export_checkpoint
     from mepa_ds.checkpoint.store import EMA, MASTER
+    from mepa_ds.checkpoint.weights import export_checkpoint
 
     export_checkpoint(options.checkpoint, options.directory, EMA if options.ema else MASTER)
     print(f"weights of {options.checkpoint} in {options.directory}")

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         parser.error("--world-size, --memory and --num-samples belong to --dry-run")
     log.make_stdout_a_log()
     requests = StopRequests()
-    from mepa_ds.pretrain.trainer import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
+    from mepa_ds.pretrain.run import pretrain  # DeepSpeed is slow to import: not before the recipe is valid
 
     if not pretrain(config, requests):
         sys.exit(REQUEUE_EXIT_CODE)

@@ -1,15 +1,14 @@
-"""One optimizer step under DeepSpeed: ZeRO, expert parallelism, precision, clipping."""
+"""Forward, backward and update under DeepSpeed: ZeRO, expert parallelism, precision, clipping."""
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import deepspeed
 import torch
@@ -34,35 +33,13 @@ _RETIRED_COLLECTIVES = (
 )
 
 
-@dataclass
-class StepReport:
-    """`losses` has one entry a micro-batch of this rank; `grad_norm` is global and before clipping.
+class Update(NamedTuple):
+    """What an optimizer step did."""
 
-    A step whose gradient is not finite on any rank is not `applied`: weights and moments stay as they were.
-    `seconds` are this rank's, by part; on a GPU they are the time to launch the work unless the step was `timed`.
-    """
-
-    losses: list[Losses]
     grad_norm: float
+    """Global, before clipping; NaN where it is not known."""
     applied: bool
-    seconds: dict[str, float]
-
-
-class Clock:
-    """Seconds by part of a step. `synchronous` waits for the GPU at the end of each part."""
-
-    def __init__(self, synchronous: bool):
-        self._wait = synchronous and torch.cuda.is_available()
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """The time since the last lap belongs to `part`."""
-        if self._wait:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self._last = now
+    """False: a gradient was not finite."""
 
 
 def _compile_blocks(transformer: NextScaleTransformer) -> None:
@@ -77,7 +54,7 @@ def _compile_blocks(transformer: NextScaleTransformer) -> None:
 
 
 class PretrainEngine:
-    """Builds the sharded objective and steps it. Needs an initialised process group (one rank is fine).
+    """Builds the sharded objective and trains it. Needs an initialised process group (one rank is fine).
 
     resumes: a checkpoint will be loaded, so that `config.init_weights` need not be there any more.
     """
@@ -113,7 +90,6 @@ class PretrainEngine:
         # Nothing can be wrong with a loss scale that cannot fall any more but the run, which has a guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False
-        self.accumulation = config.train.accumulation
         self._ema_decay = config.optim.ema
         self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)] if self._ema_decay else []
         self._balance_over_step = config.objective.balance_over == "step"
@@ -142,41 +118,49 @@ class PretrainEngine:
         scaler = self.zero.loss_scaler
         return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
-    def step(self, micro_batches: Iterable[ModelInputs], lr: float, timed: bool = False) -> StepReport:
-        """Forward and backward over `accumulation` micro-batches, then one optimizer step at rate `lr`."""
+    def begin_step(self, lr: float, timed: bool = False) -> None:
+        """Before a step's first forward pass: the rate of its update, and whether waiting is to be measured."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        losses = []
-        counts_NE: Tensor | None = None
-        clock = Clock(timed)
+        self._counts_NE: Tensor | None = None
         self._waits.start(timed)
-        forward_waiting = backward_waiting = 0.0
-        for inputs in micro_batches:
-            clock.lap("inputs")
-            if self._balance_over_step:
-                inputs = replace(inputs, earlier_counts_NE=counts_NE)
-            result: Losses = self._engine(inputs)
-            clock.lap("forward")
-            forward_waiting = self._waited() - backward_waiting
-            self._engine.backward(result.total)
-            result = result.detached()
-            clock.lap("backward")
-            backward_waiting = self._waited() - forward_waiting
-            self._engine.step()
-            clock.lap("optimizer")
-            losses.append(result)
-            if result.counts_NE is not None:
-                counts_NE = result.counts_NE if counts_NE is None else counts_NE + result.counts_NE
-        assert len(losses) == self.accumulation
+
+    def forward(self, inputs: ModelInputs) -> Losses:
+        """One micro-batch's losses. Collective: tokens travel to their experts."""
+        if self._balance_over_step:
+            inputs = replace(inputs, earlier_counts_NE=self._counts_NE)
+        losses: Losses = self._engine(inputs)
+        if losses.counts_NE is not None:
+            self._counts_NE = losses.counts_NE if self._counts_NE is None else self._counts_NE + losses.counts_NE
+        return losses
+
+    def backward(self, losses: Losses) -> Losses:
+        """Adds the micro-batch's gradients to the step's; returns the losses without their graph. Collective."""
+        self._engine.backward(losses.total)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # DeepSpeed counts micro-batches here, and does nothing else
+        return losses.detached()
+
+    def update(self) -> Update:
+        """Clips the gradients to a global norm (parallel's DeepSpeed knobs get optim.clip) and updates the weights.
+
+        When a gradient is not finite on any rank, weights and moments stay as they were. Collective.
+        """
+        assert self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
         applied = self._engine.was_step_applied()
         if applied:
-            self._after_update(counts_NE)
+            self._after_update(self._counts_NE)
         norm = self._engine.get_global_grad_norm()
-        waits = {"all_to_all": self._waits.seconds("all_to_all"), "forward_waiting": forward_waiting}
-        return StepReport(losses, float("nan") if norm is None else float(norm), applied, clock.seconds | waits)
+        return Update(float("nan") if norm is None else float(norm), applied)
 
-    def _waited(self) -> float:
+    def waited(self) -> float:
+        """Seconds of this step in which this rank has waited for others' tokens and counts, so far."""
         return self._waits.seconds("all_to_all") + self._waits.seconds("counts")
+
+    def waited_for_tokens(self) -> float:
+        """The part of `waited` that is all-to-alls."""
+        return self._waits.seconds("all_to_all")
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         if dist.get_world_size() > 1:

@@ -233,7 +233,7 @@ def this_machine(config: PretrainConfig, world_size: int, memory: float | None) 
     # A rank has these in memory too; the second is what DeepSpeed imports when it starts.
     from torch._inductor import compile_fx  # noqa: F401
 
-    import mepa_ds.pretrain.trainer  # noqa: F401
+    import mepa_ds.pretrain.run  # noqa: F401
 
     return Machine(world_size, is_gpu, memory, float(resident_bytes()))
 

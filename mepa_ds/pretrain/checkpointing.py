@@ -1,133 +1,125 @@
-"""What a run leaves on disk besides its records: checkpoints, the best weights and the last ones."""
+"""What a run leaves on disk besides its records: checkpoints, the best weights, the last weights."""
 
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
-from mepa_ds import distributed, log
-from mepa_ds.checkpoint.background_writer import Written
-from mepa_ds.checkpoint.files import (
-    WEIGHTS_FACTS_NAME,
-    RunState,
-    has_weights,
-    list_checkpoints,
-    step_of,
-    step_of_weights,
-)
-from mepa_ds.checkpoint.store import EMA, MASTER
-from mepa_ds.config.pretrain import PretrainConfig, PretrainTrainConfig
-from mepa_ds.engine.checkpoint import Checkpoints, Loaded, agreed
+from mepa_ds import distributed
+from mepa_ds.checkpoint import files
+from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Written
+from mepa_ds.checkpoint.progress import progress_noted_by
+from mepa_ds.checkpoint.state import RunState, read_state
+from mepa_ds.checkpoint.store import EMA, MASTER, Fragment
+from mepa_ds.checkpoint.weights import WEIGHTS_FACTS_NAME, convert_fragments, has_weights, step_of_weights
+from mepa_ds.engine.checkpoint import Staging, optimizer_facts, restore, stage
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
-from mepa_ds.runtime.recorder import Recorder
+from mepa_ds.files import make_way, remove
+
+BEST = "best"
+_VERSIONS_OF = ("mepa_ds", "torch", "deepspeed")
 
 
-class RunSaver:
-    """Made on every rank; all but `last_step_saved` is collective."""
+@dataclass(frozen=True)
+class Loaded:
+    """The state of the checkpoint `path`. `damaged`: a line for each newer checkpoint that could not be used."""
 
-    def __init__(self, config: PretrainConfig, engine: PretrainEngine, on_progress: Callable[[], None]):
-        self._output, self._train, self._on_progress = config.output_dir, config.train, on_progress
-        directory, keep = config.output_dir / "checkpoints", config.log.keep_checkpoints
-        self._checkpoints = Checkpoints(engine, directory, keep, config.log.keep_every)
-        self._evaluates = config.data.heldout_tokens is not None
-        self._last = {"last": MASTER} | ({"last_ema": EMA} if config.optim.ema else {})
-        self._best: tuple[int, float] | None = None
-        """Step and held-out cross-entropy of weights that are better than those in `best`, and not yet there."""
-        self.recorder: Recorder | None = None
-        """The main rank's, as soon as there is one."""
+    state: RunState
+    path: Path
+    damaged: list[str]
 
-    def load_newest(self, data: dict[str, str]) -> Loaded | None:
-        """Restores the newest whole checkpoint; None: there is none.
 
-        Last weights of later steps, which are taken again, lose their note of the step: other weights of the same
-        number are to replace them, also when this start does not come to that.
+@dataclass(frozen=True)
+class BestWeights:
+    """Weights of a step that are better than those in `best`, and their held-out cross-entropy."""
+
+    step: int
+    heldout_ce: float
+
+
+class RunCheckpoints:
+    """Checkpoints and exported weights of the run in `output_dir`. Collective, but for `newest_step`.
+
+    Saving and exporting return when the state is copied aside; a thread writes. What became of it: `ended`. `beat` is
+    called while something is waited for that goes on.
+    """
+
+    def __init__(
+        self,
+        engine: PretrainEngine,
+        output_dir: Path,
+        keep: int,
+        keep_every: int | None = None,
+        beat: Callable[[], object] = lambda: None,
+    ):
+        self.directory = output_dir / "checkpoints"
+        self._output, self._engine, self._beat = output_dir, engine, beat
+        self._keep, self._keep_every = keep, keep_every
+        self._staging = Staging()
+        self._writer = BackgroundWriter(engine.device, beat)
+        self._last = {"last": MASTER} | ({"last_ema": EMA} if EMA in engine.kinds else {})
+
+    def save(self, state: RunState, best: BestWeights | None = None) -> None:
+        """Writes `checkpoints/step_<step>`, and deletes old checkpoints.
+
+        `best`: these weights also go to `best`. The checkpoint has their score as its best one if that succeeds;
+        `ended` then has an entry of its own for them.
         """
-        loaded = self._checkpoints.load_newest(data, self._on_progress)
-        if loaded is not None:
-            _check_length(self._train, loaded)
-            self._look_for_best(loaded.state)
-        step = 0 if loaded is None else loaded.state.step
-        for name in self._last if distributed.is_main() else ():
-            if (step_of_weights(self._output / name) or 0) > step:
-                (self._output / name / WEIGHTS_FACTS_NAME).unlink()
-        return loaded
+        facts = optimizer_facts(self._engine)
+        versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
+        state = replace(state, adam_step=facts.adam_step, loss_scaler=facts.loss_scaler, versions=versions)
+        target = self.directory / files.checkpoint_name(state.step)
+        temporary = _beside(target)
+        exported = [False]
 
-    def _look_for_best(self, state: RunState) -> None:
-        """Best weights that are not there (only checkpoints were copied, or `best` was removed) are looked for anew.
+        def export_best() -> None:
+            weights = _beside(self._output / BEST)
+            make_way(weights)
+            self._convert(temporary, weights, MASTER, state.step)
+            files.publish(weights, self._output / BEST)
+            exported[0] = True
 
-        The next evaluation's are the best then; that is this start's first one where the checkpoint's step was
-        evaluated. Collective.
-        """
-        best = self._output / "best"
-        if state.best_heldout_ce == float("inf") or agreed(has_weights(best)):
-            return
-        if distributed.is_main():
-            remedy = "the next evaluation's weights go there, though earlier ones may have been better"
-            if not self._evaluates:
-                remedy = "data.heldout_tokens is not set, so none will come; mepa export writes a checkpoint's weights"
-            log.note(f"warning: {best}: no weights there, though this run had evaluated some as its best: {remedy}")
-        state.best_heldout_ce, state.evaluated_step = float("inf"), 0
+        def commit(digests: Digests) -> None:
+            assert best is not None or not exported[0]
+            written = replace(state, best_heldout_ce=best.heldout_ce) if best is not None and exported[0] else state
+            files.complete(temporary, written, digests)
+            files.publish(temporary, target)
+            files.prune(self.directory, self._keep, self._keep_every)
 
-    def save(self, state: RunState) -> None:
-        """A checkpoint of this step; its weights also to <output_dir>/best, if they were found to be the best."""
-        best = None
-        if self._best is not None and self._best[0] == state.step:
-            best = (self._output / "best", self._best[1])
-        else:
-            self.settle_best(state)
-        if self.recorder:
-            state.metrics_records = self.recorder.num_records
-        self._checkpoints.save(state, self._on_progress, best)
+        before = None if best is None else (BEST, export_best)
+        self._writer.submit(target.name, self._stage(self._engine.kinds), temporary, commit, before)
 
-    def note_best(self, step: int, heldout_ce: float) -> None:
-        """The weights of `step` are the best so far: `save` or `export_best` are to write them."""
-        self._best = (step, heldout_ce)
+    def export(self, name: str, step: int, kind: str = MASTER) -> None:
+        """Writes the fp32 masters, or their average, to `<output_dir>/<name>` as safetensors + config.json."""
+        directory = self._output / name
+        temporary = _beside(directory)
 
-    def export_best(self, state: RunState) -> None:
-        """Weights that this step's evaluation found to be the best go to <output_dir>/best."""
-        if self._best is not None and self._best[0] == state.step:
-            self._checkpoints.export(self._output / "best", state.step, on_progress=self._on_progress)
+        def commit(_: Digests) -> None:
+            self._convert(temporary, temporary / "weights", kind, step)
+            files.publish(temporary / "weights", directory)
+            remove(temporary)
 
-    def settle_best(self, state: RunState) -> None:
-        """All ranks know whether an earlier export of the best weights has succeeded."""
-        if self._best is not None:
-            self.settle(state)
+        self._writer.submit(name, self._stage((kind,)), temporary, commit)
 
-    def settle(self, state: RunState) -> list[Written]:
-        """Waits for what is being written, and reports it."""
-        self._checkpoints.wait(self._on_progress)
-        return self.report(state)
+    def export_last(self, step: int) -> list[Written]:
+        """The weights of the last step, unless they are there; returns when everything is on disk, as `settle` does.
 
-    def report(self, state: RunState) -> list[Written]:
-        """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
-        ended = self._checkpoints.written()
-        for written in ended:
-            if written.what == "best" and self._best is not None:
-                if written.error is None:
-                    state.best_heldout_ce = self._best[1]
-                self._best = None
-        for written in ended if self.recorder else []:
-            assert self.recorder is not None
-            seconds = {"stalled_seconds": written.stalled_seconds, "write_seconds": written.write_seconds}
-            if written.error is None:
-                self.recorder.record("written", state.step, {"what": written.what, **seconds})
-            else:
-                line = f"{written.what} could not be written ({written.error}); what was there before is kept"
-                self.recorder.warn("write_failed", state.step, line, what=written.what, **seconds)
-        return ended
-
-    def export_last(self, state: RunState) -> None:
-        """The weights of the last step, unless they are there.
-
-        Raises UserError, on every rank, when they cannot be written.
+        `check_last` says whether they could be written.
         """
         for name, kind in self._last.items():
-            directory = self._output / name
-            if agreed(step_of_weights(directory)) != state.step:
-                self._checkpoints.export(directory, state.step, kind, self._on_progress)
-        for written in self.settle(state):
+            if distributed.of_main(step_of_weights(self._output / name)) != step:
+                self.export(name, step, kind)
+        return self.settle()
+
+    def check_last(self, ended: list[Written]) -> None:
+        """Raises UserError, on every rank, when last weights are among what could not be written."""
+        for written in ended:
             if written.error is not None and written.what in self._last:  # the same on every rank
                 raise UserError(
                     f"{self._output / written.what}: could not be written ({written.error}); "
@@ -135,23 +127,78 @@ class RunSaver:
                     agreed=True,
                 )
 
+    def settle(self) -> list[Written]:
+        """Waits for everything that is being written; returns what has ended since the last call."""
+        self._writer.wait()
+        return self._writer.written()
+
+    def ended(self) -> list[Written]:
+        """What has been written, or has failed, since the last call. A failure leaves what was there before."""
+        return self._writer.written()
+
     @property
-    def last_step_saved(self) -> int | None:
-        """The newest checkpoint's."""
-        return next((step_of(path) for path in list_checkpoints(self._checkpoints.directory)[-1:]), None)
+    def newest_step(self) -> int | None:
+        """Of the checkpoints on disk; None: there is none."""
+        return next((files.step_of(path) for path in files.list_checkpoints(self.directory)[-1:]), None)
+
+    def has_best(self) -> bool:
+        """Whether `best` holds weights, as the main rank sees it."""
+        return distributed.of_main(has_weights(self._output / BEST))
+
+    def load_newest(self, check: Callable[[Path, RunState], None]) -> Loaded | None:
+        """Restores the newest whole checkpoint, on any number of ranks and at any ep_size; None: there is none.
+
+        Damaged ones are set aside, and the one before them is taken. `check` raises UserError, on every rank, for a
+        checkpoint that the recipe cannot go on from.
+
+        Raises:
+            UserError: on every rank, when all checkpoints are damaged (which then stay where they are).
+        """
+        damaged: dict[Path, str] = {}
+        for path in reversed(distributed.of_main(files.list_checkpoints(self.directory))):
+            look = partial(files.find_damage, path, distributed.rank(), distributed.world_size())
+            damage = next((found for found in self._writer.gather(look) if found is not None), None)
+            if damage is not None:
+                damaged[path] = f"{path} is damaged ({damage})"
+                continue
+            state = read_state(path)
+            check(path, state)
+            with progress_noted_by(self._beat):
+                restore(self._engine, path, state)
+            if distributed.is_main():
+                for unusable in damaged:
+                    files.set_aside(unusable)
+            lines = [f"{line}: set aside, the one before it is used" for line in damaged.values()]
+            return Loaded(state, path, lines)
+        if damaged:
+            raise UserError(
+                f"{self.directory}: every checkpoint is damaged ({'; '.join(damaged.values())}); "
+                "restore one from a backup, or choose another output_dir to start anew",
+                agreed=True,
+            )
+        return None
+
+    def forget_last_weights_after(self, step: int) -> None:
+        """Last weights of later steps, which are taken again, lose their note of the step.
+
+        Other weights of the same number are to replace them, also when this start does not come to that.
+        """
+        for name in self._last if distributed.is_main() else ():
+            if (step_of_weights(self._output / name) or 0) > step:
+                (self._output / name / WEIGHTS_FACTS_NAME).unlink()
+
+    def _stage(self, kinds: tuple[str, ...]) -> Callable[[], list[Fragment]]:
+        return partial(stage, self._engine, self._staging, kinds)
+
+    def _convert(self, fragments: Path, directory: Path, kind: str, step: int) -> None:
+        convert_fragments(fragments, self._engine.objective.transformer.config, directory, kind, step)
+
+
+def _beside(path: Path) -> Path:
+    """Where it is written before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _remedy(error: str) -> str:
     full = any(os.strerror(code) in error for code in (errno.ENOSPC, errno.EDQUOT))
     return "make room" if full else "mend that"
-
-
-def _check_length(train: PretrainTrainConfig, loaded: Loaded) -> None:
-    """Raises UserError, on every rank, when the length of a half-finished run would be another one."""
-    theirs = loaded.state.recipe["train"]["global_batch"]
-    if train.steps is None and theirs != train.global_batch:
-        raise UserError(
-            f"train.global_batch: {theirs} in {loaded.path}, {train.global_batch} now: a length in epochs or samples "
-            "has another number of steps then, and some are done already; restore it, or give train.steps",
-            agreed=True,
-        )

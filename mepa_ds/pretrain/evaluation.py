@@ -1,7 +1,8 @@
-"""Held-out cross-entropy and accuracy. Reads the model, changes nothing."""
+"""What a run looks at between two steps: held-out scores, and pictures of samples. Reads the model, changes nothing."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,18 @@ from typing import Any
 import torch.nn.functional as F
 
 from mepa_ds import distributed
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import lockstep, report_damaged
 from mepa_ds.data.training import OnDamaged, evaluation_batches
+from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.errors import UserError
+from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.pretraining import ScaleScores, sum_scales
 from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
 from mepa_ds.pretrain.inputs import InputMaker
+from mepa_ds.runtime.recorder import Recorder
+from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 
 def heldout_scores(
@@ -60,3 +67,72 @@ def heldout_scores(
     *summed, damaged = sum_over_ranks(sums)
     report = score_report(ScaleScores(*summed))
     return report if damaged == 0 else {**report, "damaged_samples": int(damaged)}
+
+
+class StopError(Exception):
+    """A rank was asked to stop in the middle of an evaluation; raised on all ranks."""
+
+
+class Evaluations:
+    """What a run looks at between two steps: held-out scores and pictures. All methods are collective.
+
+    `on_batch` is called after every batch and every row of a picture; it may raise StopError, on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        engine: PretrainEngine,
+        inputs: InputMaker,
+        on_batch: Callable[[], None],
+    ):
+        self._data, self._batch_size, self._output = config.data, config.log.evaluate_batch, config.output_dir
+        self._engine, self._inputs, self._on_batch = engine, inputs, on_batch
+        self._seconds = 0.0
+        self._grids: SampleGrids | None = None
+        if config.log.sample_every is not None:
+            tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(engine.device)
+            alone = config.parallel.ep_size == 1
+            samples = config.output_dir / "samples"
+            self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
+
+    def heldout_scores(self) -> dict[str, Any]:
+        """Of data.heldout_tokens, which the recipe must name. See `heldout_scores`."""
+        data, started = self._data, time.perf_counter()
+        assert data.heldout_tokens is not None
+        with self._engine.evaluating() as model:
+            scores = heldout_scores(
+                model,
+                self._inputs,
+                data.heldout_tokens,
+                self._batch_size,
+                data.num_workers,
+                data.on_damaged,
+                self._on_batch,
+            )
+        self._seconds = time.perf_counter() - started
+        return scores
+
+    def record(self, recorder: Recorder, step: int, scores: dict[str, Any], is_best: bool) -> None:
+        """The scores of `step`; `is_best`: its weights are to be exported."""
+        recorder.record("heldout", step, {"best": is_best, **scores, "seconds": self._seconds})
+        recorder.say(
+            f"step {step}  held-out ce {scores['ce']:.4f}, last scale {scores['ce_last']:.4f}"
+            + ("  (best so far, exporting the weights)" if is_best else "")
+        )
+
+    def draw(self, recorder: Recorder, step: int) -> None:
+        """A picture of samples of the model as it is (log.sample_every). A failure is told, and ends no run."""
+        assert self._grids is not None
+        try:
+            with self._engine.evaluating() as model:
+                path = self._grids.write(model, step, self._on_batch)
+        except UnwrittenError as error:  # on the main rank, when all ranks are done
+            line = f"a picture could not be written ({error})"
+            recorder.warn("write_failed", step, line, what="samples")
+        except UserError as error:  # of weights that are not finite, on every rank
+            recorder.warn("samples_failed", step, f"no picture: {error}")
+        else:
+            where = str(path.relative_to(self._output))
+            recorder.record("samples", step, {"path": where, "classes": self._grids.classes})
+            recorder.say(f"step {step}  picture: {path}, {self._grids.shown}")

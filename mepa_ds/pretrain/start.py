@@ -16,8 +16,9 @@ from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.flops import step_flops
 from mepa_ds.runtime.output import owned
-from mepa_ds.runtime.recorder import Recorder, check_packages
+from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.runtime.stopping import JOB_END
+from mepa_ds.runtime.trackers import check_packages
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def prepared_output(config: PretrainConfig) -> Iterator[None]:
     """
 
     def prepare() -> None:
-        check_packages(config)
+        check_packages(config.log.tensorboard)
         clean(config.output_dir)
         clean(config.output_dir / "checkpoints")
 

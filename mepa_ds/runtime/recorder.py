@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.metrics import MetricsWriter, finite, read_metrics
@@ -29,23 +27,46 @@ def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
     write_json(output_dir / "status.json", {"state": state, **facts})
 
 
-def check_packages(config: PretrainConfig) -> None:
-    """Raises UserError when what the recipe wants recorded needs a package that is not there."""
-    if config.log.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise UserError("log.tensorboard: needs the tensorboard package; run: pip install tensorboard") from error
-        except Exception:  # of its own imports; the run will say so, and go on without it
-            return
-
-
 class Recorder:
-    """The main rank's; other ranks have none. `num_kept` records of an earlier start stay, later ones are dropped."""
+    """What ranks other than the main one have: it takes everything and records nothing. See `RunRecorder`."""
 
-    def __init__(self, config: PretrainConfig, step: int, num_steps: int, num_kept: int):
-        self._directory = config.output_dir
-        self._path = config.output_dir / METRICS_NAME
+    num_records = 0
+    """Records in metrics.jsonl."""
+
+    def rewind(self, step: int, num_kept: int) -> None:
+        """Back to a checkpoint: what was recorded after it is recorded again; warnings stay."""
+
+    def past_losses(self) -> list[float]:
+        """Of single steps, one a record of earlier starts."""
+        return []
+
+    def advance(self, step: int) -> None:
+        """A step is done; status.json says so within a second or two."""
+
+    def record(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """A record of the kind `event` in metrics.jsonl and the trackers."""
+
+    def say(self, line: str) -> None:
+        """A line on the terminal, above the progress bar."""
+
+    def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
+        """A record `kind` and a line in the log."""
+
+    def training(self, step: int, values: dict[str, Any]) -> None:
+        """The record `train`, and its line in the log."""
+
+    def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
+        """Says and stores how the run ended."""
+
+
+class RunRecorder(Recorder):
+    """The main rank's. `num_kept` records of an earlier start stay; later ones are dropped."""
+
+    def __init__(
+        self, output_dir: Path, step: int, num_steps: int, num_kept: int, trackers: Sequence[Wandb | TensorBoard] = ()
+    ):
+        self._directory = output_dir
+        self._path = output_dir / METRICS_NAME
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
         self._recent: dict[str, Any] = {}
@@ -54,14 +75,9 @@ class Recorder:
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
         self._status("running", step)
-        self._trackers: list[Wandb | TensorBoard] = []
-        if config.log.wandb_project:
-            self._trackers.append(Wandb(config))
-        if config.log.tensorboard:
-            self._trackers.append(TensorBoard(config.output_dir / "tensorboard", step))
+        self._trackers = trackers
 
     def rewind(self, step: int, num_kept: int) -> None:
-        """Back to a checkpoint: what was recorded after it is recorded again; warnings stay."""
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=True)
         for tracker in self._trackers:
             tracker.rewind(step)
@@ -69,12 +85,10 @@ class Recorder:
         self._bar.refresh()
 
     def past_losses(self) -> list[float]:
-        """Of single steps, one a record of earlier starts."""
         losses = [r.get("step_loss", r["loss"]) for r in read_metrics(self._path) if r["event"] == "train"]
         return [loss for loss in losses if isinstance(loss, float)]
 
     def advance(self, step: int) -> None:
-        """A step is done; status.json says so within a second or two."""
         self._bar.update()
         if time.monotonic() >= self._status_due:
             self._status("running", step)
@@ -87,13 +101,11 @@ class Recorder:
             tracker.add(scalars, step)
 
     def say(self, line: str) -> None:
-        """A line on the terminal, above the progress bar."""
         with suppress(OSError):  # a log on a full disk lacks some lines, and ends no run
             self._bar.write(line)
             sys.stdout.flush()
 
     def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
-        """A record `kind` and a line in the log."""
         self.record(kind, step, {**values, "message": line})
         self.say(f"step {step}  warning: {line}")
 
@@ -110,7 +122,6 @@ class Recorder:
         self.say(text)
 
     def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
-        """Says and stores how the run ended."""
         self.say(line)
         self._bar.close()
         self._metrics.close()

@@ -15,11 +15,33 @@ import psutil
 
 from mepa_ds import log
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 
 # What is still to be sent at the end of a run takes a while; what a killed process leaves to do does not.
 _CLOSE_SECONDS, _KILLED_SECONDS = 60.0, 5.0
 _SERVICE = "wandb-core"
+
+
+def open_trackers(config: PretrainConfig, step: int) -> list[Wandb | TensorBoard]:
+    """Those that the recipe names, at a step of the run."""
+    trackers: list[Wandb | TensorBoard] = []
+    if config.log.wandb_project:
+        trackers.append(Wandb(config.log.wandb_project, config.output_dir, config.model_dump(mode="json")))
+    if config.log.tensorboard:
+        trackers.append(TensorBoard(config.output_dir / "tensorboard", step))
+    return trackers
+
+
+def check_packages(tensorboard: bool) -> None:
+    """Raises UserError when what the recipe wants recorded needs a package that is not there."""
+    if tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise UserError("log.tensorboard: needs the tensorboard package; run: pip install tensorboard") from error
+        except Exception:  # of its own imports; the run will say so, and go on without it
+            return
 
 
 class TensorBoard:
@@ -66,25 +88,26 @@ class Wandb:
     which then ends. A thread does all of it, so that a process that has died or hangs holds nobody up.
     """
 
-    def __init__(self, config: PretrainConfig):
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    def __init__(self, project: str, output_dir: Path, recipe: dict[str, Any]):
+        self._project, self._output_dir, self._recipe = project, output_dir, recipe
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._resting = False
         self._library: Any = None
         self._run: Any = None
-        self._jobs.put(lambda: self._start(config))
+        self._tasks.put(self._start)
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def add(self, scalars: dict[str, float], step: int) -> None:
         if not self._resting:
-            self._jobs.put(lambda: self._run.log({"step": step, **scalars}))
+            self._tasks.put(lambda: self._run.log({"step": step, **scalars}))
 
     def rewind(self, step: int) -> None:
         """Nothing: its own counter cannot go back, so `step` is a number like others, and some stand there twice."""
 
     def close(self) -> None:
         """Returns within a minute or so."""
-        self._jobs.put(None)
+        self._tasks.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             self._rest(f"has not finished within {_CLOSE_SECONDS:.0f} seconds")
@@ -93,8 +116,8 @@ class Wandb:
 
     def _work(self) -> None:
         try:
-            while (job := self._jobs.get()) is not None:
-                job()
+            while (task := self._tasks.get()) is not None:
+                task()
             self._run.finish()
         except (Exception, SystemExit) as error:
             self._rest(f"fails ({_in_a_line(error)})")
@@ -102,23 +125,23 @@ class Wandb:
             if self._library is not None:
                 self._library.teardown()
 
-    def _start(self, config: PretrainConfig) -> None:
+    def _start(self) -> None:
         if os.environ.get("WANDB_MODE") == "":
             del os.environ["WANDB_MODE"]  # which is what is meant, but the library finds it misspelt
         import wandb
 
         self._library = wandb
-        identifier = config.output_dir / "wandb_id"
+        identifier = self._output_dir / "wandb_id"
         if not identifier.exists():
             write_text(identifier, secrets.token_hex(4))
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         self._run = wandb.init(
-            project=config.log.wandb_project,
+            project=self._project,
             id=identifier.read_text().strip(),
             resume="allow",
             mode=mode,
-            dir=str(config.output_dir),
-            config=config.model_dump(mode="json"),
+            dir=str(self._output_dir),
+            config=self._recipe,
             settings=wandb.Settings(console="off", silent=True),
         )
         # Its own counter cannot go back, but a resumed run takes some steps again.

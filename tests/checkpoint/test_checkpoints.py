@@ -25,26 +25,26 @@ from mepa_ds.checkpoint import files as checkpoint_files
 from mepa_ds.checkpoint import store as fragment_store
 from mepa_ds.checkpoint.background_writer import BackgroundWriter
 from mepa_ds.checkpoint.files import (
-    RunState,
     checkpoint_name,
     clean,
     complete,
     digest,
-    export_checkpoint,
     find_damage,
     list_checkpoints,
     prune,
     publish,
-    read_state,
 )
+from mepa_ds.checkpoint.state import RunState, read_state
 from mepa_ds.checkpoint.store import Fragment, load_fragments, read_tensors
+from mepa_ds.checkpoint.weights import export_checkpoint, step_of_weights
 from mepa_ds.cli import checkpoint as cli
 from mepa_ds.config.base import load_config
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
-from mepa_ds.pretrain.checkpointing import RunSaver
+from mepa_ds.pretrain import checkpointing
+from mepa_ds.pretrain.checkpointing import RunCheckpoints
 from mepa_ds.pretrain.data import Loader
 from mepa_ds.pretrain.start import prepared_output
 from mepa_ds.runtime.metrics import read_metrics
@@ -234,13 +234,13 @@ def test_a_longer_run_exports_its_own_last_weights(folder: Path) -> None:
         exported = read_state_dict(output / "last")["head.weight"]
         stored = read_tensors(output / "checkpoints" / checkpoint_name(steps), ["master/transformer.head.weight"])
         assert exported.equal(stored["master/transformer.head.weight"].view(exported.shape)), steps
-        assert checkpoint_files.step_of_weights(output / "last") == steps
-        assert checkpoint_files.step_of_weights(output / "last_ema") == steps
+        assert step_of_weights(output / "last") == steps
+        assert step_of_weights(output / "last_ema") == steps
 
 
 def die_before_the_last_weights() -> None:
     """Runs in each rank's process before the run."""
-    RunSaver.export_last = lambda saver, state: os._exit(9)  # type: ignore[method-assign]
+    RunCheckpoints.export_last = lambda checkpoints, step: os._exit(9)  # type: ignore[method-assign]
 
 
 def test_steps_that_are_taken_again_export_their_own_last_weights(folder: Path) -> None:
@@ -315,14 +315,14 @@ def test_the_best_weights_of_a_checkpointed_step_cost_no_second_wait(folder: Pat
 
 def fail_to_write_the_best_weights_of_step_4() -> None:
     """Runs in each rank's process before the run."""
-    original = checkpoint_files.convert_fragments
+    original = checkpointing.convert_fragments
 
-    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int, *others: Any) -> None:
+    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
-        original(fragments, config, directory, kind, step, *others)
+        original(fragments, config, directory, kind, step)
 
-    checkpoint_files.convert_fragments = convert
+    checkpointing.convert_fragments = convert
 
 
 @pytest.mark.parametrize("checkpoint_every", [4, 3])
@@ -339,7 +339,7 @@ def test_weights_are_the_best_only_when_they_are_on_disk(folder: Path, checkpoin
     states = {path.name: read_state(path) for path in list_checkpoints(folder / name / "checkpoints")}
     assert states[checkpoint_name(4 if checkpoint_every == 4 else 6)].best_heldout_ce == float("inf")
     assert states[checkpoint_name(8)].best_heldout_ce == second < first
-    assert checkpoint_files.step_of_weights(folder / name / "best") == 8
+    assert step_of_weights(folder / name / "best") == 8
 
 
 def test_files_of_ranks_that_are_not_there_are_no_checkpoint(tmp_path: Path) -> None:
@@ -546,7 +546,7 @@ def test_what_is_on_the_cpu_is_written_without_a_gpu(tmp_path: Path, monkeypatch
     try:
         writer = BackgroundWriter(torch.device("cuda", 1))
         fragment = Fragment("master/a", 5, 0, torch.arange(5.0))
-        writer.submit("a", lambda: [fragment], tmp_path / "a", lambda digests: None, lambda: None)
+        writer.submit("a", lambda: [fragment], tmp_path / "a", lambda digests: None)
         writer.wait()
     finally:
         dist.destroy_process_group()

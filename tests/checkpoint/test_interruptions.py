@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mepa_ds.checkpoint.files import checkpoint_name, differences
+from mepa_ds.checkpoint.compare import differences
+from mepa_ds.checkpoint.files import checkpoint_name
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.weights.directories import read_state_dict

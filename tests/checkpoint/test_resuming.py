@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from mepa_ds.checkpoint import files as checkpoint_files
-from mepa_ds.checkpoint.files import checkpoint_name, list_checkpoints, read_state
+from mepa_ds.checkpoint.files import checkpoint_name, list_checkpoints
+from mepa_ds.checkpoint.state import read_state
 from mepa_ds.runtime import run_lock
 from mepa_ds.runtime.metrics import read_metrics
 from tests.pretrain.ranks import Ranks, arguments, finish, last_step, refused, wait_for_step

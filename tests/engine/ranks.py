@@ -1,19 +1,36 @@
-"""Runs a function on gloo ranks, each a process of its own."""
+"""Runs a function on gloo ranks, each a process of its own; and an engine's step."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.objective.pretraining import Losses, ModelInputs
 from tests.forked import CONTEXT
+
+
+class Taken(NamedTuple):
+    """An optimizer step: `losses` of each micro-batch, without their graphs."""
+
+    losses: list[Losses]
+    grad_norm: float
+    applied: bool
+
+
+def take_step(engine: PretrainEngine, micro_batches: Sequence[ModelInputs], lr: float) -> Taken:
+    """As the trainer does it."""
+    engine.begin_step(lr)
+    losses = [engine.backward(engine.forward(inputs)) for inputs in micro_batches]
+    return Taken(losses, *engine.update())
 
 
 def _worker(rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ from mepa_ds.models.moe.dispatch import LocalDispatcher
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.objective.pretraining import ModelInputs
-from tests.engine.ranks import run_on_ranks
+from tests.engine.ranks import run_on_ranks, take_step
 from tests.hardware import needs_fp16
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, FEATURE_WIDTH, NUM_TOKENS, recipe_values
 
@@ -231,7 +231,7 @@ def run_engines(folder: str, layouts: list[int]) -> None:
                 step_function()
 
             original, engine._engine.step = engine._engine.step, capture
-            report = engine.step(micro, lr=0.01)
+            report = take_step(engine, micro, lr=0.01)
             engine._engine.step = original
             for losses in report.losses:  # no graph outlives its backward pass, nor what it saved
                 kept = [losses.total, *(value for part in losses.routing.values() for value in vars(part).values())]
@@ -347,9 +347,9 @@ def run_balance_alone(folder: str) -> None:
             original()
 
         engine._engine.step = capture
-        report = engine.step(micro, lr=0.0)
+        report = take_step(engine, micro, lr=0.0)
         while not report.applied:  # the first loss scales may be too large
-            report = engine.step(micro, lr=0.0)
+            report = take_step(engine, micro, lr=0.0)
         record[precision]["norm"] = report.grad_norm
     torch.save(record, Path(folder) / "balance.pt")
 

@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 
 from mepa_ds import distributed
-from mepa_ds.checkpoint.files import checkpoint_name, list_checkpoints, read_state
+from mepa_ds.checkpoint.files import checkpoint_name, list_checkpoints
+from mepa_ds.checkpoint.state import read_state
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.pretrain.bad_steps import BadSteps
 from mepa_ds.pretrain.data import Loader
-from mepa_ds.pretrain.detectors import HANG_EXIT_CODE, BadSteps, CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.pretrain.inputs import InputMaker
+from mepa_ds.pretrain.recording.detectors import CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.pretrain.trainer import PretrainRun
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, Agreement
+from mepa_ds.runtime.watchdog import HANG_EXIT_CODE
 from mepa_ds.slurm.in_job.cause import cause_of
 from tests.gates import Gates, install
 from tests.hardware import needs_fp16
@@ -143,7 +146,7 @@ def damage_the_newest_checkpoint_before_a_rollback() -> None:
     original, damaged = PretrainRun._roll_back, []
 
     def roll_back(run: PretrainRun) -> None:
-        run.saver.settle(run.state)
+        run.settle()
         paths = list_checkpoints(run.config.output_dir / "checkpoints")
         if len(paths) > 1 and not damaged:
             damaged.append(paths[-1])
@@ -230,9 +233,14 @@ def test_a_checkpoint_is_gone_back_to_three_times(tmp_path: Path) -> None:
     bad = BadSteps(2, tmp_path)
     for rollback in range(1, 4):
         for to_step in (10, 20):
-            assert not bad.note(21, False, [], [], "it")
-            assert not bad.note(22, True, [], [], ""), "a good step ends the row"
-            assert [bad.note(step, False, [], [], "it") for step in (23, 24)] == [False, True]
+            bad.note(21, [], [], "it")
+            assert not bad.rollback_due
+            bad.note_good()  # ends the row
+            due = []
+            for step in (23, 24):
+                bad.note(step, [], [], "it")
+                due.append(bad.rollback_due)
+            assert due == [False, True]
             bad.rolled_back(to_step)
         assert bad.total == 6 * rollback
     with pytest.raises(UserError, match="also after 3 rollbacks"):

@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from mepa_ds.checkpoint.files import checkpoint_name, read_state
-from mepa_ds.config.base import validate
+from mepa_ds.checkpoint.files import checkpoint_name
+from mepa_ds.checkpoint.state import read_state
 from mepa_ds.config.changes import recipe_changes
-from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.engine.engine import StepReport
 from mepa_ds.generation import sample_grids
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.objective.pretraining import Losses, ScaleScores
-from mepa_ds.pretrain.window import Window
+from mepa_ds.pretrain.recording.report import StepClock, StepReport
+from mepa_ds.pretrain.recording.window import Window
 from mepa_ds.runtime.metrics import read_metrics
-from mepa_ds.runtime.recorder import Recorder
+from mepa_ds.runtime.recorder import RunRecorder
 from tests.pretrain.ranks import arguments, finish
 from tests.tiny_run import make_run, recipe_values
 
@@ -80,7 +79,8 @@ def test_a_window_that_a_stop_cuts_in_two_has_the_same_mean(folder: Path) -> Non
 def report(loss: float, applied: bool = True) -> StepReport:
     scores = ScaleScores(*(torch.full((2,), value) for value in (loss, 1.0, 2.0)))
     losses = Losses(torch.tensor(loss), {"ce": torch.tensor(loss), "total": torch.tensor(loss)}, scores, {})
-    return StepReport([losses], 10 * loss if applied else math.nan, applied, {})
+    clock = StepClock(False, lambda: 0.0)
+    return StepReport(1, 0.1, 2, [losses], 10 * loss if applied else math.nan, applied, clock)
 
 
 def test_skipped_steps_are_not_averaged_in() -> None:
@@ -111,7 +111,7 @@ def test_a_rollback_takes_the_steps_since_its_checkpoint_again() -> None:
 
 
 def test_the_status_knows_the_current_step_without_a_record(tmp_path: Path) -> None:
-    recorder = Recorder(validate(PretrainConfig, recipe_values(tmp_path), "test"), 0, 50, 0)
+    recorder = RunRecorder(recipe_values(tmp_path)["output_dir"], 0, 50, 0)
     recorder._status_due = 0.0
     recorder.advance(30)
     recorder.advance(31)

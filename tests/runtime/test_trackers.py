@@ -14,7 +14,8 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.runtime import trackers
 from mepa_ds.runtime.metrics import read_metrics
-from mepa_ds.runtime.recorder import Recorder
+from mepa_ds.runtime.recorder import RunRecorder
+from mepa_ds.runtime.trackers import open_trackers
 from tests.tiny_run import recipe_values
 
 
@@ -58,7 +59,7 @@ def config(tmp_path: Path) -> PretrainConfig:
 
 
 def record_three_steps(config: PretrainConfig) -> list[int]:
-    recorder = Recorder(config, 0, 3, 0)
+    recorder = RunRecorder(config.output_dir, 0, 3, 0, open_trackers(config, 0))
     for step in (1, 2, 3):
         recorder.record("written", step, {"write_seconds": 1.0})
     recorder.close("finished", 3, "done")

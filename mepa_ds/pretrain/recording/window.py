@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mepa_ds import distributed
-from mepa_ds.engine.engine import StepReport
 from mepa_ds.objective.pretraining import ScaleScores
 from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
+from mepa_ds.pretrain.recording.report import StepReport
 
 _SCORES = [field.name for field in fields(ScaleScores)]
 

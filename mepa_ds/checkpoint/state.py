@@ -1,0 +1,57 @@
+"""What a run is, besides its tensors: `run.json` of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.errors import UserError
+
+RUN_NAME = "run.json"
+
+
+@dataclass
+class RunState:
+    """What a run is, besides tensors. All of it is independent of the number of ranks.
+
+    There is no state of random generators: every random number of a run is a function of (seed, position).
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    position: int = 0
+    """Images consumed: the position in the endless sample stream."""
+    adam_step: int = 0
+    """Steps that Adam has seen (skipped ones are not among them)."""
+    best_heldout_ce: float = float("inf")
+    """Lowest held-out cross-entropy so far (inf before the first evaluation)."""
+    evaluated_step: int = 0
+    """Step of the last held-out evaluation."""
+    metrics_records: int = 0
+    """Records in metrics.jsonl: those after them belong to steps that are taken again."""
+    skipped_steps: int = 0
+    """Steps that were skipped because something was not finite, also those of which a rollback took the rest back."""
+    replaced_samples: int = 0
+    """Damaged samples that others took the place of (data.on_damaged = "skip"), up to the last logged step."""
+    window: dict[str, Any] = field(default_factory=dict)
+    """Sums of the steps since the last record in metrics.jsonl (pretrain.window); empty if a record has just been."""
+    loss_scaler: dict[str, float] = field(default_factory=dict)
+    """fp16's dynamic loss scale."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Identities of what the order and content of the samples depend on, by key of the recipe."""
+    heldout: str = ""
+    """Identity of the held-out tokens: `best_heldout_ce` is of them."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of this package and the libraries that wrote the checkpoint."""
+
+
+def read_state(path: Path) -> RunState:
+    """Raises UserError for a directory that holds no checkpoint of this project."""
+    try:
+        return RunState(**json.loads((path / RUN_NAME).read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a checkpoint of this project: {error}") from error

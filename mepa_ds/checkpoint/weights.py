@@ -1,0 +1,70 @@
+"""Weights in a directory of their own, which needs no DeepSpeed: exported by a run, or from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from mepa_ds.checkpoint.files import MANIFEST_NAME, find_damage, is_checkpoint_name, list_checkpoints
+from mepa_ds.checkpoint.state import read_state
+from mepa_ds.checkpoint.store import BUFFER, EMA, MASTER, read_tensors
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.models.transformer_files import KIND
+from mepa_ds.weights.directories import CONFIG_NAME, save_pretrained
+
+TRANSFORMER = "transformer."
+"""The objective's name of the transformer: the start of its parameters' names in a checkpoint."""
+WEIGHTS_FACTS_NAME = "training.json"
+
+
+def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
+    """A checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
+    if not is_checkpoint_name(checkpoint.name) and not (checkpoint / MANIFEST_NAME).exists():
+        of_a_run = list_checkpoints(checkpoint / "checkpoints")
+        newest = f"; the newest of this run is {of_a_run[-1]}" if of_a_run else ""
+        raise UserError(f"{checkpoint}: no checkpoint (a directory <output_dir>/checkpoints/step_...){newest}")
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UserError(f"{checkpoint}: damaged: {damage}; export an older checkpoint")
+    state = read_state(checkpoint)
+    if kind == EMA and state.recipe["optim"].get("ema") is None:
+        raise UserError(f"{checkpoint}: has no average of the weights: the run was without optim.ema")
+    config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
+    convert_fragments(checkpoint, config, directory, kind, state.step)
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a whole export is there."""
+    return (directory / CONFIG_NAME).is_file()
+
+
+def step_of_weights(directory: Path) -> int | None:
+    """The step that exported weights are of; None where there are none, or it is not known."""
+    try:
+        return int(json.loads((directory / WEIGHTS_FACTS_NAME).read_text())["step"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def convert_fragments(
+    fragments: Path,
+    config: ModelConfig,
+    directory: Path,
+    kind: str,
+    step: int,
+) -> None:
+    """Fragments of at least `kind` and the buffers -> the Hugging Face layout, with a note of the step."""
+    with torch.device("meta"):
+        model = NextScaleTransformer(config)
+    parameters = {name for name, _ in model.named_parameters()}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    sources = {name: f"{kind if name in parameters else BUFFER}/{TRANSFORMER}{name}" for name in shapes}
+    flat = read_tensors(fragments, sources.values())
+    weights = {name: flat[source].view(shapes[name]) for name, source in sources.items()}
+    save_pretrained(directory, config, weights, KIND)
+    write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})

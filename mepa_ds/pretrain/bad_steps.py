@@ -1,0 +1,70 @@
+"""Steps that were skipped because a gradient was not finite: counted, kept for inspection, and when to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from mepa_ds import distributed, log
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json
+
+_MAX_ROLLBACKS = 3
+
+
+class BadSteps:
+    """Counts steps that were skipped because a gradient was not finite."""
+
+    def __init__(self, limit: int, directory: Path):
+        self._limit, self.directory = limit, directory
+        self.in_a_row = 0
+        self.total = 0
+        """Of the whole run, whatever was started or taken back since."""
+        self._cause = ""
+        self._rollbacks: dict[int, int] = {}
+
+    @property
+    def rollback_due(self) -> bool:
+        """Whether it is time to go back to a checkpoint. The same on every rank."""
+        return self.in_a_row >= self._limit
+
+    def note_good(self) -> None:
+        """A step was applied, which ends a row of bad ones."""
+        self.in_a_row = 0
+
+    def note(self, step: int, batches: Iterable[TrainingBatch], losses: Iterable[Tensor], cause: str) -> None:
+        """A step was skipped. The keys of what it has read go to `directory/step_<step>_rank_<rank>.json`.
+
+        `cause` says what was not finite.
+        """
+        self.in_a_row += 1
+        self.total += 1
+        self._cause = cause
+        content = {
+            "step": step,
+            "not_finite": cause,
+            "losses": [str(float(loss)) for loss in losses],
+            "positions": [batch.positions_B.tolist() for batch in batches],
+            "keys": [list(batch.keys) for batch in batches],
+        }
+        path = self.directory / f"step_{step:08d}_rank_{distributed.rank():05d}.json"
+        try:
+            write_json(path, content)
+        except OSError as error:  # a full disk does not end a run
+            log.note(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}")
+
+    def rolled_back(self, to_step: int | None) -> None:
+        """Raises UserError when going back does not help, or there is nothing to go back to."""
+        count = 0 if to_step is None else self._rollbacks.get(to_step, 0) + 1
+        if to_step is None or count > _MAX_ROLLBACKS:
+            why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
+            raise UserError(
+                f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), "
+                f"{why}; the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr",
+                agreed=True,
+            )
+        self._rollbacks[to_step] = count
+        self.in_a_row = 0

@@ -1,0 +1,86 @@
+"""Whether a recipe can go on from a checkpoint, and what of the checkpoint still holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mepa_ds import distributed, log
+from mepa_ds.checkpoint.state import RunState
+from mepa_ds.config.base import validate
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
+from mepa_ds.pretrain.checkpointing import BEST, RunCheckpoints
+
+
+def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: dict[str, str]) -> None:
+    """`data`: what the run's samples depend on (`data_identity`).
+
+    Raises:
+        UserError: on every rank, with what differs, the way to go on, and the way to start anew.
+    """
+    _check_model(path, state, config)
+    _check_length(path, state, config)
+    if changed := _differences(state.data, data):
+        raise UserError(
+            f"{path}: the checkpoint was trained on other data ({'; '.join(changed)}), so the run "
+            "cannot go on from its place in them; restore the data, or choose another output_dir",
+            agreed=True,
+        )
+
+
+def _check_length(path: Path, state: RunState, config: PretrainConfig) -> None:
+    """Raises UserError, on every rank, when the length of a half-finished run would be another one."""
+    theirs, train = state.recipe["train"]["global_batch"], config.train
+    if train.steps is None and theirs != train.global_batch:
+        raise UserError(
+            f"train.global_batch: {theirs} in {path}, {train.global_batch} now: a length in epochs or samples "
+            "has another number of steps then, and some are done already; restore it, or give train.steps",
+            agreed=True,
+        )
+
+
+def _check_model(path: Path, state: RunState, config: PretrainConfig) -> None:
+    # Keys that are newer than the checkpoint have their defaults there.
+    theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
+    expected, found = (json.loads(model.model_dump_json()) for model in (config.model, theirs))
+    changed = [f"model.{line}" for line in _differences(found, expected)]
+    alignment = config.objective.alignment
+    if alignment is not None:  # the projector is no part of the model's config; one that is not needed may go
+        hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
+        if hidden != alignment.projector_hidden:
+            key = "objective.alignment.projector_hidden"
+            changed.append(f"{key}: {hidden!r} there, {alignment.projector_hidden!r} now")
+    if changed:
+        raise UserError(
+            f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(changed)}); "
+            "restore the recipe or choose another output_dir",
+            agreed=True,
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    keys = sorted(theirs.keys() | ours.keys())
+    return [
+        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys if theirs.get(key) != ours.get(key)
+    ]
+
+
+def without_missing_best(checkpoints: RunCheckpoints, state: RunState, has_heldout: bool) -> RunState:
+    """The state, without a best score whose weights are not there: only checkpoints were copied, or `best` was removed.
+
+    The next evaluation's weights are the best ones then; that is this start's first one where the checkpoint's step was
+    evaluated. `has_heldout`: whether there will be an evaluation. Collective.
+    """
+    if state.best_heldout_ce == float("inf") or checkpoints.has_best():
+        return state
+    if distributed.is_main():
+        remedy = "the next evaluation's weights go there, though earlier ones may have been better"
+        if not has_heldout:
+            remedy = "data.heldout_tokens is not set, so none will come; mepa export writes a checkpoint's weights"
+        best = checkpoints.directory.parent / BEST
+        log.note(f"warning: {best}: no weights there, though this run had evaluated some as its best: {remedy}")
+    return replace(state, best_heldout_ce=float("inf"), evaluated_step=0)

@@ -1,0 +1,49 @@
+"""Ends a process in which nothing moves any more, and shows where it stands."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from mepa_ds import distributed, log
+
+# timeout(1)'s: the run made no step for guards.hang_timeout seconds.
+HANG_EXIT_CODE = 124
+
+
+class Watchdog:
+    """Ends the process when nothing has moved for `timeout` seconds: all stacks to stderr and to a file, exit 124."""
+
+    def __init__(self, timeout: float | None, directory: Path):
+        self._timeout, self._directory = timeout, directory
+        self._beat = time.monotonic()
+        self._stopped = threading.Event()
+        if timeout is not None:
+            threading.Thread(target=self._watch, args=(timeout,), name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """Something has moved."""
+        self._beat = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def _watch(self, timeout: float) -> None:
+        while not self._stopped.wait(min(1.0, timeout / 4)):
+            if time.monotonic() - self._beat <= timeout:
+                continue
+            rank = distributed.rank()
+            log.note(
+                f"error: rank {rank}: no step for {timeout:g} seconds (guards.hang_timeout); stacks of all threads:"
+            )
+            try:
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                self._directory.mkdir(parents=True, exist_ok=True)
+                with open(self._directory / f"hang_rank_{rank:05d}.txt", "w") as file:
+                    faulthandler.dump_traceback(file=file, all_threads=True)
+            finally:
+                os._exit(HANG_EXIT_CODE)
