@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mepa_ds import distributed
+from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import report_damaged
 from mepa_ds.data.shard_set import ShardSet
@@ -43,11 +46,12 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
         sets = OnlineSets.open(config)
     else:
         sets = open_training_sets(config.data.tokens, config.data.features)
-        _check_fit(config, sets, "data.tokens")
-        _check_maker(config, sets, "data.tokens")
+        _check_fit(config.model, sets, "data.tokens")
+        _check_maker(config.tokenizer, config.model.scales, sets, "data.tokens")
     if config.data.heldout_tokens is not None:
-        heldout = _open_heldout(config, sets.images if isinstance(sets, OnlineSets) else sets.tokens)
-        _check_maker(config, heldout, "data.heldout_tokens")
+        training = sets.images if isinstance(sets, OnlineSets) else sets.tokens
+        heldout = _open_heldout(config.data.heldout_tokens, config.model, training)
+        _check_maker(config.tokenizer, config.model.scales, heldout, "data.heldout_tokens")
     return sets
 
 
@@ -57,18 +61,19 @@ def check_made_sets(config: PretrainConfig) -> None:
     Raises UserError as that does.
     """
     data, training = config.data, None
+    tokenizer_is_made = _is_tokenizer_made(config.tokenizer)
     if data.images is not None:
-        training = open_images(config) if _is_made(data.images) else None
+        training = open_images(data.images, config.model.num_classes) if _is_made(data.images) else None
     elif data.tokens is not None and _is_made(data.tokens):
         sets = open_training_sets(data.tokens, data.features if _is_made(data.features) else None)
-        _check_fit(config, sets, "data.tokens")
+        _check_fit(config.model, sets, "data.tokens")
         training = sets.tokens
-        if _is_tokenizer_made(config.tokenizer):
-            _check_maker(config, sets, "data.tokens")
-    if _is_made(data.heldout_tokens):
-        heldout = _open_heldout(config, training)
-        if _is_tokenizer_made(config.tokenizer):
-            _check_maker(config, heldout, "data.heldout_tokens")
+        if tokenizer_is_made:
+            _check_maker(config.tokenizer, config.model.scales, sets, "data.tokens")
+    if data.heldout_tokens is not None and _is_made(data.heldout_tokens):
+        heldout = _open_heldout(data.heldout_tokens, config.model, training)
+        if tokenizer_is_made:
+            _check_maker(config.tokenizer, config.model.scales, heldout, "data.heldout_tokens")
 
 
 def _is_tokenizer_made(path: Path) -> bool:
@@ -79,13 +84,12 @@ def _is_made(path: Path | None) -> bool:
     return path is not None and (path / INDEX_NAME).exists()
 
 
-def _open_heldout(config: PretrainConfig, training: ShardSet | None) -> TrainingSets:
+def _open_heldout(tokens: Path, model: ModelConfig, training: ShardSet | None) -> TrainingSets:
     """Checked, as far as can be said without the tokenizer."""
-    assert config.data.heldout_tokens is not None
-    heldout = open_training_sets(config.data.heldout_tokens, None, "data.heldout_tokens")
+    heldout = open_training_sets(tokens, None, "data.heldout_tokens")
     if training is not None:
         _check_same_classes(training, heldout.tokens)
-    _check_fit(config, heldout, "data.heldout_tokens")
+    _check_fit(model, heldout, "data.heldout_tokens")
     return heldout
 
 
@@ -109,8 +113,7 @@ def _are_names(classes: tuple[str, ...]) -> bool:
     return bool(classes) and classes != tuple(map(str, range(len(classes))))
 
 
-def _check_fit(config: PretrainConfig, sets: TrainingSets, key: str) -> None:
-    model = config.model
+def _check_fit(model: ModelConfig, sets: TrainingSets, key: str) -> None:
     facts = (("scales", sets.scales, model.scales), ("codebook_size", sets.codebook_size, model.codebook_size))
     for name, theirs, ours in facts:
         if theirs != ours:
@@ -125,12 +128,12 @@ def _check_fit(config: PretrainConfig, sets: TrainingSets, key: str) -> None:
         )
 
 
-def _check_maker(config: PretrainConfig, sets: TrainingSets, key: str) -> None:
-    identity = identity_of(config.tokenizer, config.model.scales)
+def _check_maker(tokenizer: Path, scales: tuple[int, ...], sets: TrainingSets, key: str) -> None:
+    identity = identity_of(tokenizer, scales)
     if sets.tokenizer.identity != identity:
         raise UserError(
             f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} "
-            f"({sets.tokenizer.identity}), but tokenizer: {config.tokenizer} is {identity}; precompute the tokens "
+            f"({sets.tokenizer.identity}), but tokenizer: {tokenizer} is {identity}; precompute the tokens "
             "again with that tokenizer (data_tools/precompute.py tokens), or point tokenizer: to their maker"
         )
 
@@ -151,9 +154,8 @@ def data_identity(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> di
     return identity
 
 
-def heldout_identity(config: PretrainConfig) -> str:
+def heldout_identity(path: Path | None) -> str:
     """Of the set that held-out scores are of; empty without one."""
-    path = config.data.heldout_tokens
     return "" if path is None else _set_identity(ShardSet(path, "data.heldout_tokens"))
 
 
@@ -165,11 +167,40 @@ def _set_identity(shards: ShardSet) -> str:
     return f"{index.num_samples} samples by {index.made_by.name}, {digest}"
 
 
-class Loader:
-    """This rank's share of one micro-batch after the other; which images share one does not depend on the ranks."""
+Stream = Callable[[int], Iterator[TrainingBatch]]
+"""From a position of the sample stream on: this rank's share of one micro-batch after the other."""
 
-    def __init__(self, config: PretrainConfig, sets: TrainingSets | OnlineSets, position: int):
-        self._config, self._sets = config, sets
+
+def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream:
+    """The recipe's. Which images share a micro-batch does not depend on the number of ranks."""
+    data, micro_batch = config.data, config.train.global_batch // config.train.accumulation
+    if isinstance(sets, OnlineSets):
+        return lambda position: sets.batches(data, micro_batch, config.seed, config.model.num_classes, position)
+    assert data.tokens is not None
+    return partial(
+        _stored_batches, data.tokens, data.features if config.objective.alignment is not None else None,
+        global_batch=micro_batch, seed=config.seed, num_workers=data.num_workers, on_damaged=data.on_damaged,
+        num_classes=config.model.num_classes,
+    )  # fmt: skip
+
+
+def _stored_batches(tokens: Path, features: Path | None, position: int, **settings: Any) -> Iterator[TrainingBatch]:
+    return training_batches(
+        tokens,
+        features,
+        position=position,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        pin_memory=torch.cuda.is_available(),
+        **settings,
+    )
+
+
+class Loader:
+    """Batches of a stream, with what a run must know of them: the place, the waits, the damage."""
+
+    def __init__(self, stream: Stream, position: int):
+        self._stream = stream
         self.seconds = 0.0
         """This rank's own waits for its data so far, not those for other ranks'."""
         self._damaged: list[str] = []
@@ -182,26 +213,7 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from there, on any number of ranks and workers."""
         self._position = state["position"]
-        self._batches = self._from_position()
-
-    def _from_position(self) -> Iterator[TrainingBatch]:
-        config = self._config
-        if isinstance(self._sets, OnlineSets):
-            return self._sets.batches(config, self._position)
-        assert config.data.tokens is not None
-        return training_batches(
-            config.data.tokens,
-            config.data.features if config.objective.alignment is not None else None,
-            global_batch=config.train.global_batch // config.train.accumulation,
-            seed=config.seed,
-            position=self._position,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=config.data.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            on_damaged=config.data.on_damaged,
-            num_classes=config.model.num_classes,
-        )
+        self._batches = self._stream(self._position)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         return self

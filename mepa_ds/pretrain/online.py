@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from mepa_ds import distributed
-from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.pretrain import DataConfig, PretrainConfig
 from mepa_ds.data.codecs import FeatureDecoder, codec_named
 from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.shard_set import ShardSet
@@ -28,16 +29,15 @@ from mepa_ds.tokenizer.tokenizer import Tokenizer
 _CODEC = codec_named("fp16")
 
 
-def open_images(config: PretrainConfig) -> ShardSet:
+def open_images(path: Path, model_classes: int) -> ShardSet:
     """Raises UserError when the set is missing, of another kind, or has other classes than the model."""
-    assert config.data.images is not None
-    images, model = ShardSet(config.data.images, "data.images"), config.model
+    images = ShardSet(path, "data.images")
     if images.index.kind != "images":
         raise UserError(f"data.images: {images.directory}: holds {images.index.kind}; set data.tokens to it")
     num_classes = len(images.index.classes)
-    if num_classes not in (0, model.num_classes):
+    if num_classes not in (0, model_classes):
         raise UserError(
-            f"model.num_classes: {model.num_classes}, but data.images {images.directory} has {num_classes} classes"
+            f"model.num_classes: {model_classes}, but data.images {images.directory} has {num_classes} classes"
         )
     return images
 
@@ -55,7 +55,9 @@ class OnlineSets:
     @classmethod
     def open(cls, config: PretrainConfig) -> OnlineSets:
         """Raises UserError when a set or checkpoint is missing or does not fit the model."""
-        images, model = open_images(config), config.model
+        assert config.data.images is not None
+        model = config.model
+        images = open_images(config.data.images, model.num_classes)
         device = distributed.device_of(distributed.read_launch())
         tokenizer = Tokenizer.open(config.tokenizer, model.scales)
         if tokenizer.config.codebook_size != model.codebook_size:
@@ -86,29 +88,32 @@ class OnlineSets:
         teacher = {} if self.teacher is None else {"data.teacher": f"{self.teacher.name}, {self.teacher.identity}"}
         return {"tokenizer": self.tokenizer.identity, **teacher}
 
-    def batches(self, config: PretrainConfig, position: int) -> Iterator[TrainingBatch]:
+    def batches(
+        self, data: DataConfig, global_batch: int, seed: int, num_classes: int, position: int
+    ) -> Iterator[TrainingBatch]:
         """This rank's share of each micro-batch from a position of the stream on, as `training_batches` gives it.
+
+        `global_batch`: images of a micro-batch over all ranks. `num_classes`: the model's.
 
         Raises:
             UserError: a damaged image under "stop", or one without a label that the model has a class for.
         """
         rank, world_size = distributed.rank(), distributed.world_size()
-        global_batch = config.train.global_batch // config.train.accumulation
         share = global_batch // world_size
         batches = image_batches(
             self.images.directory,
             batch_size=share,
             image_side=self.tokenizer.config.image_side,
-            seed=config.seed,
+            seed=seed,
             position=position,
             rank=rank,
             world_size=world_size,
-            num_workers=config.data.num_workers,
-            on_damaged=config.data.on_damaged,
+            num_workers=data.num_workers,
+            on_damaged=data.on_damaged,
         )
         for batch in batches:
             first = batch.next_position - global_batch + rank * share
-            yield self._encode(batch, torch.arange(first, first + share), config.model.num_classes)
+            yield self._encode(batch, torch.arange(first, first + share), num_classes)
 
     def _encode(self, batch: ImageBatch, positions_B: torch.Tensor, num_classes: int) -> TrainingBatch:
         where = f"data.images: {self.images.directory}"

@@ -11,7 +11,8 @@ from mepa_ds import distributed, log
 from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.objective import AlignmentConfig
+from mepa_ds.config.pretrain import PretrainConfig, TrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.pretrain.checkpointing import BEST, RunCheckpoints
 
@@ -22,8 +23,8 @@ def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: 
     Raises:
         UserError: on every rank, with what differs, the way to go on, and the way to start anew.
     """
-    _check_model(path, state, config)
-    _check_length(path, state, config)
+    _check_model(path, state, config.model, config.objective.alignment)
+    _check_length(path, state, config.train)
     if changed := _differences(state.data, data):
         raise UserError(
             f"{path}: the checkpoint was trained on other data ({'; '.join(changed)}), so the run "
@@ -32,9 +33,9 @@ def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: 
         )
 
 
-def _check_length(path: Path, state: RunState, config: PretrainConfig) -> None:
+def _check_length(path: Path, state: RunState, train: TrainConfig) -> None:
     """Raises UserError, on every rank, when the length of a half-finished run would be another one."""
-    theirs, train = state.recipe["train"]["global_batch"], config.train
+    theirs = state.recipe["train"]["global_batch"]
     if train.steps is None and theirs != train.global_batch:
         raise UserError(
             f"train.global_batch: {theirs} in {path}, {train.global_batch} now: a length in epochs or samples "
@@ -43,12 +44,11 @@ def _check_length(path: Path, state: RunState, config: PretrainConfig) -> None:
         )
 
 
-def _check_model(path: Path, state: RunState, config: PretrainConfig) -> None:
+def _check_model(path: Path, state: RunState, ours: ModelConfig, alignment: AlignmentConfig | None) -> None:
     # Keys that are newer than the checkpoint have their defaults there.
     theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
-    expected, found = (json.loads(model.model_dump_json()) for model in (config.model, theirs))
+    expected, found = (json.loads(model.model_dump_json()) for model in (ours, theirs))
     changed = [f"model.{line}" for line in _differences(found, expected)]
-    alignment = config.objective.alignment
     if alignment is not None:  # the projector is no part of the model's config; one that is not needed may go
         hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
         if hidden != alignment.projector_hidden:

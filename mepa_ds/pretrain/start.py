@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mepa_ds import distributed
@@ -22,7 +23,7 @@ from mepa_ds.runtime.trackers import check_packages
 
 
 @contextmanager
-def prepared_output(config: PretrainConfig) -> Iterator[None]:
+def prepared_output(output_dir: Path, tensorboard: bool) -> Iterator[None]:
     """The run's, within the context, and without a killed run's leftovers. Collective.
 
     Raises:
@@ -31,11 +32,11 @@ def prepared_output(config: PretrainConfig) -> Iterator[None]:
     """
 
     def prepare() -> None:
-        check_packages(config.log.tensorboard)
-        clean(config.output_dir)
-        clean(config.output_dir / "checkpoints")
+        check_packages(tensorboard)
+        clean(output_dir)
+        clean(output_dir / "checkpoints")
 
-    with owned(config.output_dir, prepare):
+    with owned(output_dir, prepare):
         yield
 
 

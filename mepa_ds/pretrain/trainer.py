@@ -25,7 +25,7 @@ from mepa_ds.objective.pretraining import nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite
 from mepa_ds.pretrain.bad_steps import BadSteps
 from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Loaded, RunCheckpoints
-from mepa_ds.pretrain.data import Loader, data_identity, heldout_identity
+from mepa_ds.pretrain.data import Loader, data_identity, heldout_identity, stream_of
 from mepa_ds.pretrain.evaluation import Evaluations, StopError
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.pretrain.online import OnlineSets
@@ -61,7 +61,9 @@ class PretrainRun:
         keep, keep_every = config.log.keep_checkpoints, config.log.keep_every
         self.checkpoints = RunCheckpoints(self.engine, config.output_dir, keep, keep_every, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
-        self.state = RunState(data=data_identity(config, sets), heldout=heldout_identity(config), recipe=recipe)
+        self.state = RunState(
+            data=data_identity(config, sets), heldout=heldout_identity(config.data.heldout_tokens), recipe=recipe
+        )
         self.evaluations = Evaluations(config, self.engine, self.inputs, self._beat_or_stop)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
@@ -178,7 +180,7 @@ class PretrainRun:
         self._note_written(self.checkpoints.settle())
 
     def _open_stream(self) -> None:
-        self.loader = Loader(self.config, self.sets, self.state.position)
+        self.loader = Loader(stream_of(self.config, self.sets), self.state.position)
         self.batches = lockstep(self.loader)
 
     # Steps whose gradient is not finite.

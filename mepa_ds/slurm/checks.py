@@ -106,7 +106,7 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
                 ShardSet(path, key)
     elif isinstance(config, PretrainConfig):
         if config.data.images is not None and "data.images" not in unseen:
-            open_images(config)
+            open_images(config.data.images, config.model.num_classes)
         seen = unseen.isdisjoint(("tokenizer", "data.tokens", "data.features", "data.heldout_tokens"))
         facts = config.model_dump_json(include={"tokenizer": True, "data": True, "model": _DECIDES_TOKENS})
         if config.data.tokens is not None and seen and facts not in looked_at:

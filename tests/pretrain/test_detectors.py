@@ -23,8 +23,8 @@ from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
 from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.pretrain import data
 from mepa_ds.pretrain.bad_steps import BadSteps
-from mepa_ds.pretrain.data import Loader
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.pretrain.recording.detectors import CollapseDetector, SlowRankDetector, SpikeDetector
 from mepa_ds.pretrain.trainer import PretrainRun
@@ -356,14 +356,14 @@ def test_a_slow_rank_is_named(folder: Path) -> None:
 def load_slowly_in_rank_1() -> None:
     """Runs in each rank's process before the run."""
     if distributed.read_launch().rank == 1:
-        original = Loader._from_position
+        original = data.training_batches
 
-        def slow(loader: Loader) -> Iterator[TrainingBatch]:
-            for batch in original(loader):
+        def slow(*arguments: Any, **settings: Any) -> Iterator[TrainingBatch]:
+            for batch in original(*arguments, **settings):
                 time.sleep(0.3)
                 yield batch
 
-        Loader._from_position = slow  # type: ignore[method-assign]
+        data.training_batches = slow
 
 
 def test_a_rank_that_loads_slowly_is_named_and_waited_for_as_data(folder: Path) -> None:

@@ -22,7 +22,7 @@ from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
-from mepa_ds.pretrain.data import Loader, data_identity, open_checked
+from mepa_ds.pretrain.data import Loader, data_identity, open_checked, stream_of
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from tests.pretrain.ranks import finish
 from tests.tiny_run import losses, recipe_values, write_recipe
@@ -65,7 +65,7 @@ def config_of(folder: Path, kind: list[str], *more: str) -> PretrainConfig:
 
 
 def batches(config: PretrainConfig, count: int, position: int = 0) -> list[TrainingBatch]:
-    return list(itertools.islice(Loader(config, open_checked(config), position), count))
+    return list(itertools.islice(Loader(stream_of(config, open_checked(config)), position), count))
 
 
 def assert_same(ours: TrainingBatch, theirs: TrainingBatch) -> None:
@@ -98,7 +98,7 @@ def test_ranks_share_what_one_process_reads(folder: Path, monkeypatch: pytest.Mo
     parts = []
     for rank in range(2):
         monkeypatch.setattr("mepa_ds.distributed.rank", lambda rank=rank: rank)
-        parts.append(list(itertools.islice(Loader(config, sets, 0), 3)))
+        parts.append(list(itertools.islice(Loader(stream_of(config, sets), 0), 3)))
     for first, second, both in zip(*parts, whole, strict=True):
         assert first.keys + second.keys == both.keys
         assert torch.equal(torch.cat([first.positions_B, second.positions_B]), both.positions_B)
@@ -109,7 +109,7 @@ def test_ranks_share_what_one_process_reads(folder: Path, monkeypatch: pytest.Mo
 def test_a_loader_goes_on_from_its_state(folder: Path, kind: list[str]) -> None:
     config = config_of(folder, kind)
     sets = open_checked(config)
-    loader = Loader(config, sets, 0)
+    loader = Loader(stream_of(config, sets), 0)
     for _ in range(3):
         next(loader)
     state = json.loads(json.dumps(loader.state_dict()))
@@ -117,7 +117,7 @@ def test_a_loader_goes_on_from_its_state(folder: Path, kind: list[str]) -> None:
     following = next(loader)
     loader.load_state_dict(state)
     assert_same(next(loader), following)
-    other = Loader(config, sets, 0)
+    other = Loader(stream_of(config, sets), 0)
     other.load_state_dict(state)
     assert_same(next(other), following)
 
