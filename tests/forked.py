@@ -9,5 +9,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the server and all ranks inherit it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = multiprocessing.get_context("forkserver")
 _LATE_IMPORTS = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.checkpoint"]
-_OURS = ["mepa_ds.pretrain.run", "mepa_ds.cli.pretrain", "tests.pretrain.ranks", "tests.engine.ranks"]
+_OURS = [
+    "mepa_ds.pretrain.run",
+    "mepa_ds.cli.pretrain",
+    "mepa_ds.cli.train_tokenizer",
+    "tests.ranks",
+    "tests.engine.ranks",
+]
 CONTEXT.set_forkserver_preload([*_OURS, *_LATE_IMPORTS])

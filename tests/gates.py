@@ -1,7 +1,7 @@
 """Gates: a run waits at a place that a test has chosen, so that a fault comes there however busy the machine is.
 
 The test closes a gate before the run starts, waits until its ranks have come there, does what it wants to do, and opens
-it. In each rank `install` or `install_in_tokenizer_training` puts them in: as `prepare` of tests.pretrain.ranks.Ranks,
+it. In each rank `install` or `install_in_tokenizer_training` puts them in: as `prepare` of tests.ranks.Ranks,
 or by this module as a program, `python -m tests.gates FOLDER PROGRAM [ARGUMENT ...]`, which runs PROGRAM with them.
 
 Places are `step_7` (step 7, counted from 1, is about to be computed), `writing_step_00000007` (that checkpoint's

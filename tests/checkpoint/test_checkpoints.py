@@ -49,7 +49,7 @@ from mepa_ds.pretrain.data import Loader
 from mepa_ds.pretrain.start import prepared_output
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
-from tests.pretrain.ranks import Ranks, arguments, finish, refused, wait_for_step
+from tests.ranks import Ranks, arguments, finish, refused, wait_for_step
 from tests.tiny_run import losses, make_run, make_sets, make_tokenizer
 
 STEPS = 12
@@ -468,7 +468,7 @@ def test_a_disk_that_is_full_is_found_before_training(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
     try:
         message = r"full_before: cannot write there: .*; make room, or choose another one"
-        with pytest.raises(UserError, match=message), prepared_output(config):
+        with pytest.raises(UserError, match=message), prepared_output(config.output_dir, False):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.checkpoint.files import checkpoint_name
-from tests.pretrain.ranks import Ranks, arguments
+from tests.ranks import Ranks, arguments
 from tests.tiny_run import make_run
 
 

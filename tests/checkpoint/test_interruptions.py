@@ -23,7 +23,7 @@ from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.weights.directories import read_state_dict
 from tests.gates import Gates, install
 from tests.on_request import FULL
-from tests.pretrain.ranks import Ranks, arguments, finish, last_step
+from tests.ranks import Ranks, arguments, finish, last_step
 from tests.tiny_run import losses, make_run
 
 NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)

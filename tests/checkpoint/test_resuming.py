@@ -17,7 +17,7 @@ from mepa_ds.checkpoint.files import checkpoint_name, list_checkpoints
 from mepa_ds.checkpoint.state import read_state
 from mepa_ds.runtime import run_lock
 from mepa_ds.runtime.metrics import read_metrics
-from tests.pretrain.ranks import Ranks, arguments, finish, last_step, refused, wait_for_step
+from tests.ranks import Ranks, arguments, finish, last_step, refused, wait_for_step
 from tests.tiny_run import make_run, make_sets
 
 SETTINGS = ["log.checkpoint_every=4", "log.evaluate_every=4", "log.every=1", "optim.ema=null"]

@@ -22,7 +22,7 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
 from mepa_ds.models.var_checkpoint import name_in_var
 from mepa_ds.runtime.metrics import read_metrics
-from tests.pretrain.ranks import Ranks
+from tests.ranks import Ranks
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run, recipe_values
 
 

@@ -25,7 +25,7 @@ from mepa_ds.random_streams import uniforms
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights.directories import read_state_dict
-from tests.pretrain.ranks import arguments, finish
+from tests.ranks import arguments, finish
 from tests.reference import AdamW, alignment, epoch_order, forward, read_samples
 from tests.tiny_run import CLASSES, FEATURE_WIDTH, SCALES, make_run, recipe_values, write_set
 

@@ -14,7 +14,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
 from tests.on_request import slow
-from tests.pretrain.ranks import Ranks, finish
+from tests.ranks import Ranks, finish
 from tests.tiny_run import losses, make_run
 
 

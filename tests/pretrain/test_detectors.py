@@ -34,7 +34,7 @@ from mepa_ds.runtime.watchdog import HANG_EXIT_CODE
 from mepa_ds.slurm.in_job.cause import cause_of
 from tests.gates import Gates, install
 from tests.hardware import needs_fp16
-from tests.pretrain.ranks import Ranks, arguments, finish
+from tests.ranks import Ranks, arguments, finish
 from tests.tiny_run import FEATURE_GRID, FEATURE_WIDTH, make_run, write_set
 
 COUNT = 40

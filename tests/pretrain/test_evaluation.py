@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mepa_ds.runtime.metrics import read_metrics
-from tests.pretrain.ranks import Ranks, finish
+from tests.ranks import Ranks, finish
 from tests.tiny_run import make_run
 
 

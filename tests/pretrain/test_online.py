@@ -24,7 +24,7 @@ from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
 from mepa_ds.pretrain.data import Loader, data_identity, open_checked, stream_of
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from tests.pretrain.ranks import finish
+from tests.ranks import finish
 from tests.tiny_run import losses, recipe_values, write_recipe
 
 CODES = {"scales": [1, 2, 4], "codebook_size": 16, "code_width": 4, "num_classes": 10}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mepa_ds import distributed, precision
-from tests.pretrain.ranks import Ranks, arguments
+from tests.ranks import Ranks, arguments
 from tests.tiny_run import make_run
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from PIL import Image
 from mepa_ds import distributed
 from mepa_ds.generation.sampling import NonFiniteLogitsError
 from mepa_ds.runtime.metrics import read_metrics
-from tests.pretrain.ranks import Ranks, finish
+from tests.ranks import Ranks, finish
 from tests.tiny_run import losses, make_run
 
 

@@ -14,7 +14,7 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
 from tests.hardware import needs_fp16
-from tests.pretrain.ranks import Ranks, finish
+from tests.ranks import Ranks, finish
 from tests.tiny_run import ROOT, launch, losses, make_run, make_sets, make_tokenizer, write_recipe
 
 STEPS = 20

@@ -22,7 +22,7 @@ from mepa_ds.pretrain.recording.report import StepClock, StepReport
 from mepa_ds.pretrain.recording.window import Window
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.recorder import RunRecorder
-from tests.pretrain.ranks import arguments, finish
+from tests.ranks import arguments, finish
 from tests.tiny_run import make_run, recipe_values
 
 MEANS = ("loss", "ce", "alignment", "balance", "grad_norm", "steps")
@@ -111,7 +111,7 @@ def test_a_rollback_takes_the_steps_since_its_checkpoint_again() -> None:
 
 
 def test_the_status_knows_the_current_step_without_a_record(tmp_path: Path) -> None:
-    recorder = RunRecorder(recipe_values(tmp_path)["output_dir"], 0, 50, 0)
+    recorder = RunRecorder(Path(recipe_values(tmp_path)["output_dir"]), 0, 50, 0)
     recorder._status_due = 0.0
     recorder.advance(30)
     recorder.advance(31)

@@ -15,7 +15,7 @@ from mepa_ds import distributed
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, deadline
 from tests.gates import Gates, install, stop_at
-from tests.pretrain.ranks import Ranks, finish, last_step
+from tests.ranks import Ranks, finish, last_step
 from tests.tiny_run import losses, make_run
 
 STEPS = 60

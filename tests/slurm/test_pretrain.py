@@ -12,12 +12,14 @@ import yaml
 
 from mepa_ds.config.base import dump_yaml
 from tests import tiny_run
+from tests.on_request import FULL
 from tests.slurm.bed import ROOT, STEPS, Bed, Run, broken_deepspeed, scenario
 from tests.train_tokenizer import training_run as tokenizer_run
 
 Outcome = Callable[[str], Any]
 EP2 = "parallel.ep_size=2"
 FAILING = "--partition=failing"
+JOBS = 10 if FULL else 4
 
 
 def assert_same(run: Run, reference: Run, atol: float = 0) -> None:
@@ -215,28 +217,28 @@ def test_crash_loop(bed: Bed, outcome: Outcome) -> None:
 
 
 @scenario
-def ten_jobs(bed: Bed) -> list[Run]:
-    """Ten trainings of a tokenizer on two nodes each, all at once."""
+def many_jobs(bed: Bed) -> list[Run]:
+    """Trainings of a tokenizer on two nodes each, all at once: four, or ten with MEPA_FULL_TESTS=1."""
     folder = bed.folder / "tokenizer_runs"
     folder.mkdir()
     tokenizer_run.make_data(folder)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(yaml.safe_load(dump_yaml(tokenizer_run.config(folder, "train.steps=3")))))
     words: dict[str, Any] = {"nodes": 2, "ranks": 1, "script": "train_tokenizer", "recipe": recipe}
-    runs = [bed.train(f"ten_{n}", options=("--hold",), **words) for n in range(10)]
+    runs = [bed.train(f"many_{n}", options=("--hold",), **words) for n in range(JOBS)]
     bed.cluster.check("scontrol", "release", ",".join(run.job for run in runs))
     for run in runs:
         run.wait()
     return runs
 
 
-def test_ten_jobs(outcome: Outcome) -> None:
-    runs = outcome("ten_jobs")
+def test_many_jobs(outcome: Outcome) -> None:
+    runs = outcome("many_jobs")
     for run in runs:
         assert run.wait() == "COMPLETED", run.text
         assert (run.output / "model.safetensors").exists()
     ports = [run.text.partition(", n1:")[2].split()[0] for run in runs]
-    assert len(set(ports)) == 10
+    assert len(set(ports)) == JOBS
     assert max(moment(run, "StartTime") for run in runs) < min(moment(run, "EndTime") for run in runs)
 
 

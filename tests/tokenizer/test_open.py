@@ -17,7 +17,8 @@ from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.tokenizer import MultiScaleQuantizer, Tokenizer
 from mepa_ds.tokenizer.tokenizer import identity_of
 from mepa_ds.tokenizer.var_keys import names_in
-from tests.tiny_run import ROOT, SCALES, launch, losses, make_run
+from tests.ranks import finish
+from tests.tiny_run import ROOT, SCALES, losses, make_run
 from tests.var_fixtures import TINY_SCALES, fixture_state, vector
 
 
@@ -34,8 +35,8 @@ def test_a_run_from_a_file_of_vars_tokenizer(tmp_path: Path) -> None:
     save_as_var(tmp_path / "tokenizer", tmp_path / "vae.pth")
     assert identity_of(tmp_path / "vae.pth", SCALES) == identity_of(tmp_path / "tokenizer")
     for name in ("tokenizer", "vae.pth"):
-        result = launch([str(recipe), f"tokenizer={tmp_path / name}", f"output_dir={tmp_path / 'of' / name}"])
-        assert result.returncode == 0, result.stderr
+        words = [str(recipe), f"tokenizer={tmp_path / name}", f"output_dir={tmp_path / 'of' / name}"]
+        finish(words, 1, tmp_path / f"{name}.log")
     assert losses(tmp_path / "of" / "vae.pth") == losses(tmp_path / "of" / "tokenizer")
     grids = [tmp_path / "of" / name / "samples" / "step_00000002.png" for name in ("tokenizer", "vae.pth")]
     assert grids[0].read_bytes() == grids[1].read_bytes()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.train_tokenizer.loop import _start_from, train_tokenizer
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
-from tests.gates import Gates
-from tests.tiny_run import ROOT, free_port, launch
+from tests.gates import Gates, install_in_tokenizer_training
+from tests.ranks import Ranks
 from tests.train_tokenizer import training_run as tiny
 
 
@@ -125,12 +123,10 @@ def test_a_record_is_of_all_its_steps_after_a_resume(folder: Path, monkeypatch: 
 
 
 def test_two_ranks_equal_one(folder: Path) -> None:
-    """Dropout, revival, the data-driven codebook and the adversary included; started as users start it."""
+    """Dropout, revival, the data-driven codebook and the adversary included."""
     settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
     tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
-    script = tiny.write_script(folder)
-    result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=script)
-    assert result.returncode == 0, result.stderr
+    tiny.train_on_ranks(folder, *settings)
     assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
 
 
@@ -138,8 +134,7 @@ def test_a_run_of_one_rank_resumes_on_two(folder: Path, monkeypatch: pytest.Monk
     settings = [f"loss.adversarial={tiny.ADVERSARIAL}", "optim.base_lr=0.003"]
     tiny.train(folder, *settings, f"output_dir={folder / 'one'}")
     tiny.train_and_kill(folder, monkeypatch, *settings)
-    result = launch([str(tiny.write_recipe(folder, *settings))], ranks=2, script=tiny.write_script(folder))
-    assert result.returncode == 0, result.stderr
+    tiny.train_on_ranks(folder, *settings)
     assert_same_run(folder / "run", folder / "one", tolerance=2e-4)
 
 
@@ -178,39 +173,23 @@ def test_start_from_weights_of_another_phi_ratio(tmp_path: Path) -> None:
 def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -> None:
     """The stopped run goes on exactly; an evaluation that was due at the stop comes first."""
     settings = ["train.steps=9", "log.evaluate_every=1", "log.checkpoint_every=1000"]
-    script, recipe = tiny.write_script(folder), tiny.write_recipe(folder, *settings)
-    result = launch([str(recipe), f"output_dir={folder / 'whole'}"], ranks=2, script=script)
-    assert result.returncode == 0, result.stderr
-    run, gates = folder / "run", Gates(folder / "gates", "step_4")
-    gated = tiny.write_script(folder, gates.folder)
-    port, ranks = str(free_port()), []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
-        with open(folder / f"log{rank}", "w") as log:
-            command = [sys.executable, str(gated), str(recipe)]
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-
-    def alive() -> None:
-        assert all(rank.poll() is None for rank in ranks), (folder / "log0").read_text()
-
-    try:
-        gates.wait("step_4", 2, alive)
-        ranks[1].send_signal(signal.SIGUSR1)
+    tiny.train_on_ranks(folder, *settings, f"output_dir={folder / 'whole'}")
+    run, gates, log = folder / "run", Gates(folder / "gates", "step_4"), folder / "log"
+    words = [str(tiny.write_recipe(folder, *settings))]
+    install = partial(install_in_tokenizer_training, gates.folder)
+    with Ranks(words, 2, log, install, "train_tokenizer") as ranks:
+        gates.wait("step_4", 2, ranks.check)
+        ranks.signal(signal.SIGUSR1, 1)
         gates.wait_noted(1)
         gates.open("step_4")
-        assert [rank.wait(200) for rank in ranks] == [REQUEUE_EXIT_CODE] * 2, (folder / "log1").read_text()
-    finally:
-        for rank in ranks:
-            rank.kill()
+        assert ranks.wait() == [REQUEUE_EXIT_CODE] * 2, log.read_text()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "requeue"
     assert status["step"] in (4, 5)
-    assert f"stopped at step {status['step']} of 9 (another rank was asked to stop)" in (folder / "log0").read_text()
+    assert f"stopped at step {status['step']} of 9 (another rank was asked to stop)" in log.read_text()
     assert torch.load(run / "checkpoint.pt", weights_only=True)["step"] == status["step"]
     assert [record["step"] for record in records(run, "heldout")] == list(range(1, status["step"]))
-    result = launch([str(recipe)], ranks=2, script=script)
-    assert result.returncode == 0, result.stderr
+    tiny.train_on_ranks(folder, *settings)
     assert_same_run(run, folder / "whole", tolerance=0)
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
 
@@ -233,8 +212,8 @@ def test_a_damaged_image_is_replaced_and_counted(folder: Path, capsys: pytest.Ca
 
 def test_a_damaged_image_ends_all_ranks(folder: Path) -> None:
     tiny.make_images(folder / "torn", broken=5)
-    recipe = tiny.write_recipe(folder, f"data.images={folder / 'torn'}")
-    result = launch([str(recipe)], ranks=2, script=tiny.write_script(folder))
-    assert result.returncode != 0
-    assert result.stderr.count("sample '000005': not a readable image") == 1
+    recipe, log = tiny.write_recipe(folder, f"data.images={folder / 'torn'}"), folder / "log"
+    with Ranks([str(recipe)], 2, log, command="train_tokenizer") as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert log.read_text().count("sample '000005': not a readable image") == 1
     assert json.loads((folder / "run" / "status.json").read_text())["state"] == "failed"

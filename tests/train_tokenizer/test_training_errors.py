@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from mepa_ds.errors import UserError
 from mepa_ds.tokenizer.layers import Decoder
+from tests.ranks import Ranks
 from tests.tiny_run import launch
 from tests.train_tokenizer import training_run as tiny
 
@@ -108,15 +111,18 @@ def test_exit_status_and_help(folder: Path) -> None:
 def test_ranks_that_do_not_share_an_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume would have rank 0 at the checkpoint's step and the others at the first."""
     tiny.train_and_kill(folder, monkeypatch)
-    script = tiny.write_script(folder)
-    apart = f"import os; os.environ['RANK'] == '1' and (os.makedirs('{folder}/b'), os.chdir('{folder}/b'))\n"
-    script.write_text(apart + script.read_text())
-    monkeypatch.chdir(folder)
-    recipe = tiny.write_recipe(folder, "output_dir=run")
-    result = launch([str(recipe)], ranks=2, script=script)
-    assert result.returncode != 0
-    assert result.stderr.count("does not see what rank 0 writes there") == 1
+    recipe, log = tiny.write_recipe(folder, "output_dir=run"), folder / "log"
+    with Ranks([str(recipe)], 2, log, partial(work_apart, folder), "train_tokenizer") as ranks:
+        assert ranks.wait() == [2, 2], log.read_text()
+    assert log.read_text().count("does not see what rank 0 writes there") == 1
     assert not list(folder.glob("*/run/.probe*"))
+
+
+def work_apart(folder: Path) -> None:
+    """Runs in each rank's process before the run: its relative output_dir is another one on each rank."""
+    own = folder if os.environ["RANK"] == "0" else folder / "b"
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
 
 
 def test_an_output_that_cannot_be_written(folder: Path) -> None:

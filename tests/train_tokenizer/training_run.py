@@ -16,6 +16,7 @@ from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.train_tokenizer.loop import train_tokenizer
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
+from tests.ranks import finish
 from tests.tiny_run import write_set
 
 SCRIPT = """
@@ -98,17 +99,19 @@ def train_and_kill(folder: Path, monkeypatch: pytest.MonkeyPatch, *settings: str
             train(folder, *settings)
 
 
+def train_on_ranks(folder: Path, *overrides: str, count: int = 2) -> None:
+    """On gloo ranks, to the end."""
+    finish([str(write_recipe(folder, *overrides))], count, folder / "ranks.log", "train_tokenizer")
+
+
 def write_recipe(folder: Path, *overrides: str) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(folder, *overrides)))
     return path
 
 
-def write_script(folder: Path, gates: Path | None = None) -> Path:
-    """`gates`: the folder of tests.gates at which its ranks wait."""
-    path, head = folder / ("train_tokenizer.py" if gates is None else "gated_train_tokenizer.py"), ""
-    if gates is not None:
-        head = "from pathlib import Path\nfrom tests.gates import install_in_tokenizer_training\n"
-        head += f"install_in_tokenizer_training(Path({str(gates)!r}))\n"
-    path.write_text(head + SCRIPT)
+def write_script(folder: Path) -> Path:
+    """A program for a launcher."""
+    path = folder / "train_tokenizer.py"
+    path.write_text(SCRIPT)
     return path

@@ -1,7 +1,8 @@
-"""pretrain.py on ranks that a test starts, signals and kills one by one, without a launcher in between."""
+"""A training command on ranks that a test starts, signals and kills one by one, without a launcher in between."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -14,11 +15,13 @@ from mepa_ds.runtime.metrics import read_metrics
 from tests.forked import CONTEXT
 from tests.tiny_run import free_port
 
+Prepare = Callable[[], None] | None
 
-def _run(arguments: list[str], environment: dict[str, str], log: Path, prepare: Callable[[], None] | None) -> None:
-    from mepa_ds.cli.pretrain import main
+
+def _run(arguments: list[str], environment: dict[str, str], log: Path, prepare: Prepare, command: str) -> None:
     from mepa_ds.command_line import entry
 
+    main = importlib.import_module(f"mepa_ds.cli.{command}").main
     os.environ.update(environment)
     with open(log, "a") as output:
         for stream in (sys.stdout, sys.stderr):
@@ -31,17 +34,21 @@ def _run(arguments: list[str], environment: dict[str, str], log: Path, prepare: 
 class Ranks:
     """The processes of one start of a run. Leaving the context kills what is left of them.
 
-    `prepare`, a function of a module, is called in each of them first: the place to break something.
+    `prepare`, a function of a module, is called in each of them first: the place to break something. `command`: a
+    module of mepa_ds.cli.
     """
 
-    def __init__(self, arguments: Sequence[str], count: int, log: Path, prepare: Callable[[], None] | None = None):
+    def __init__(
+        self, arguments: Sequence[str], count: int, log: Path, prepare: Prepare = None, command: str = "pretrain"
+    ):
         self.log = log
         log.touch()
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
         self.processes = []
         for rank in range(count):
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = CONTEXT.Process(target=_run, args=(list(arguments), own, log, prepare), daemon=True)
+            process = CONTEXT.Process(target=_run, args=(list(arguments), own, log, prepare, command))
+            process.daemon = True
             process.start()
             self.processes.append(process)
 
@@ -94,9 +101,9 @@ def refused(folder: Path, name: str, *overrides: str, ranks: int = 1) -> str:
     return log.read_text()
 
 
-def finish(arguments: Sequence[str], count: int, log: Path) -> str:
+def finish(arguments: Sequence[str], count: int, log: Path, command: str = "pretrain") -> str:
     """Runs to the end on `count` ranks; returns what was printed."""
-    with Ranks(arguments, count, log) as ranks:
+    with Ranks(arguments, count, log, command=command) as ranks:
         assert ranks.wait() == [0] * count, log.read_text()
     return log.read_text()
 
