@@ -172,7 +172,7 @@ MORE = [*SOME, "accumulate", "blocks", "bias_accumulate"]
 
 
 def cases(world_size: int) -> list[tuple[int, str]]:
-    """ep_size and variant. Every variant is run with its experts over two ranks; MEPA_FULL_TESTS=1 runs more layouts."""
+    """ep_size and variant: every variant with its experts over two ranks; MEPA_FULL_TESTS=1 runs more layouts."""
     if world_size == 1:
         return [(1, variant) for variant in VARIANTS]
     if world_size == 2:

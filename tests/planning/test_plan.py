@@ -155,8 +155,8 @@ def test_the_large_recipe_fits_on_8_gpus_of_80_gb() -> None:
 
 def test_the_accumulation_that_is_proposed_divides_the_batch_and_fits() -> None:
     """A third of 91 images a rank would do, but does not divide them."""
-    settings = ["train.global_batch=728", "train.accumulation=1"]
-    machine = Machine(8, is_gpu=True, memory=45e9, process=0)
+    settings = ["model.preset=mepa-d4", "train.accumulation=1", "train.global_batch=728"]
+    machine = Machine(8, is_gpu=True, memory=5e9, process=0)
     plan = plan_run(load_config(PretrainConfig, ROOT / "recipes/mepa_d16.yaml", settings), machine, 1000)
     assert "try train.accumulation=7 or" in plan.problems[0]
     settings[1] = "train.accumulation=7"
