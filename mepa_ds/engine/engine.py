@@ -39,7 +39,7 @@ class StepReport:
     """`losses` has one entry a micro-batch of this rank; `grad_norm` is global and before clipping.
 
     A step whose gradient is not finite on any rank is not `applied`: weights and moments stay as they were.
-    `seconds` are this rank's, by part; on a GPU they are the time to launch the work unless the step was `timed`.
+    `seconds` are this rank's, by part; on a GPU they are the time to enqueue the work unless the step was `timed`.
     """
 
     losses: list[Losses]

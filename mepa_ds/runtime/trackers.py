@@ -67,24 +67,24 @@ class Wandb:
     """
 
     def __init__(self, config: PretrainConfig):
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._resting = False
         self._library: Any = None
         self._run: Any = None
-        self._jobs.put(lambda: self._start(config))
+        self._tasks.put(lambda: self._start(config))
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self._thread.start()
 
     def add(self, scalars: dict[str, float], step: int) -> None:
         if not self._resting:
-            self._jobs.put(lambda: self._run.log({"step": step, **scalars}))
+            self._tasks.put(lambda: self._run.log({"step": step, **scalars}))
 
     def rewind(self, step: int) -> None:
         """Nothing: its own counter cannot go back, so `step` is a number like others, and some stand there twice."""
 
     def close(self) -> None:
         """Returns within a minute or so."""
-        self._jobs.put(None)
+        self._tasks.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             self._rest(f"has not finished within {_CLOSE_SECONDS:.0f} seconds")
@@ -93,8 +93,8 @@ class Wandb:
 
     def _work(self) -> None:
         try:
-            while (job := self._jobs.get()) is not None:
-                job()
+            while (task := self._tasks.get()) is not None:
+                task()
             self._run.finish()
         except (Exception, SystemExit) as error:
             self._rest(f"fails ({_in_a_line(error)})")

@@ -26,7 +26,7 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, SCALE_EXT, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import MadeBy, ShardIndex
-from mepa_ds.data.shards.writer import Plan, ShardWriter
+from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
@@ -48,8 +48,8 @@ def write_images(
     directory: Path, height: int = SIDE, width: int = SIDE, damaged: int | None = None, first_label: int = 0
 ) -> Path:
     names = tuple(f"shard-{number:06d}.tar" for number in range(len(SHARD_SIZES)))
-    plan = Plan(kind="images", shard_names=names, classes=("a", "b"), made_by=MadeBy(name="test"))
-    writer, number = ShardWriter(directory, plan), 0
+    manifest = Manifest(kind="images", shard_names=names, classes=("a", "b"), made_by=MadeBy(name="test"))
+    writer, number = ShardWriter(directory, manifest), 0
     for name, size in zip(names, SHARD_SIZES, strict=True):
         samples = []
         for _ in range(size):
@@ -279,7 +279,7 @@ precompute.main()
 
 @pytest.mark.parametrize("kill_at", [3, 4, 8])
 def test_killed_and_run_again_ends_byte_identical(images: Path, tokenizer: Path, kill_at: int) -> None:
-    """Renames: 1 the plan; 2, 4, 6 a tar; 3, 5, 7 its table; 8 the index."""
+    """Renames: 1 the manifest; 2, 4, 6 a tar; 3, 5, 7 its offset index; 8 the index."""
     undisturbed, killed = images.with_name("undisturbed"), images.with_name("killed")
     Tokens(images, tokenizer, out=undisturbed, run=RunOptions(4, 0))()
     arguments = ["tokens", str(images), "--tokenizer", str(tokenizer), "--batch-size", "4", "--out", str(killed)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.models.moe.dispatch import Sorted
+from mepa_ds.models.moe.dispatch import TokenPermutation
 from mepa_ds.models.moe.experts import NoRowsNoGradient, grouped_experts, looped_experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
@@ -202,17 +202,17 @@ def test_combining_low_precision_rows_rounds_nothing_but_the_rows_gradient(dtype
     weight_TK = torch.rand(T, K).requires_grad_()
     index_TK = torch.rand(T, E).topk(K).indices
     kept_TK = torch.rand(T, K) < 0.6 if dropped else None
-    by_expert = Sorted(
+    permutation = TokenPermutation(
         torch.empty(T, C), Routing(torch.empty(T, E), torch.empty(T, E), index_TK, weight_TK, kept_TK), E
     )
-    num_rows = int(by_expert.counts_E.sum())
-    by_expert.rows(num_rows)
+    num_rows = int(permutation.counts_E.sum())
+    permutation.permute(num_rows)
     y_RC = torch.randn(num_rows, C).to(dtype)
     gradient_TC = torch.randn(T, C)
     results = []
     for values_RC in (y_RC, y_RC.float()):
         rows_RC = values_RC.clone().requires_grad_()
-        out_TC = by_expert.combine(rows_RC)
+        out_TC = permutation.unpermute(rows_RC)
         assert out_TC.dtype == torch.float32
         results.append((out_TC, *torch.autograd.grad(out_TC, [weight_TK, rows_RC], gradient_TC)))
     (out, grad_weight, grad_rows), (expected_out, expected_weight, expected_rows) = results
@@ -325,13 +325,13 @@ def test_recomputation_never_routes_anew(
         ScaleTokenRouter, "logits", lambda self, x, scale: clean(self, x, scale) + 3 * torch.randn(len(x), 8)
     )
     seen: list[tuple[Tensor, Tensor | None]] = []
-    sort = dispatch.Sorted.__init__
+    sort = dispatch.TokenPermutation.__init__
 
     def spy(self, x_TC, routing, num_experts) -> None:  # type: ignore[no-untyped-def]
         seen.append((routing.expert_index_TK.clone(), routing.kept_TK))
         sort(self, x_TC, routing, num_experts)
 
-    monkeypatch.setattr(dispatch.Sorted, "__init__", spy)
+    monkeypatch.setattr(dispatch.TokenPermutation, "__init__", spy)
     model = NextScaleTransformer.from_preset(
         "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
     )

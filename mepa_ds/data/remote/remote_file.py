@@ -1,4 +1,4 @@
-"""Shard sets that lie elsewhere: a local directory with `index.json`, the tables of offsets and `remote.json`.
+"""Shard sets that lie elsewhere: a local directory with `index.json`, the offset indices and `remote.json`.
 
 `remote.json` says where the tars are; `data_tools/merge_index.py remote` and `scan` make it. Samples are then permuted
 within windows of shards (mepa_ds.data.order), and a cache holds a few windows (mepa_ds.data.remote.shard_cache).

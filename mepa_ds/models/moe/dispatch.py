@@ -15,22 +15,22 @@ from torch import Tensor
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 
-Alongside = Callable[[Tensor], Tensor]
+SharedExpert = Callable[[Tensor], Tensor]
 
 
 class Dispatcher(Protocol):
     """Anything that applies experts to routed tokens; the model does not know whether ranks are involved."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None) -> Tensor:
-        """(T, C) -> (T, C) fp32: alongside(x) + sum over choices of weight x expert(x).
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None) -> Tensor:
+        """(T, C) -> (T, C) fp32: shared_expert(x) + sum over choices of weight x expert(x).
 
-        `alongside` is work on each token that needs no routing (the shared expert): a dispatcher that has to wait for
-        rows to travel runs it meanwhile, on some of the tokens at a time if it likes.
+        The shared expert needs no routing. A dispatcher that waits for rows to travel between ranks computes it in the
+        meantime (shared-expert overlap), and may pass it a part of the tokens at a time.
         """
         ...
 
 
-class Sorted:
+class TokenPermutation:
     """Routed rows in order of expert, and the way back. `counts_E` says how many rows each expert has."""
 
     def __init__(self, x_TC: Tensor, routing: Routing, num_experts: int):
@@ -48,32 +48,32 @@ class Sorted:
         self._x_TC = x_TC
         self._weight_TK = routing.weight_TK
 
-    def rows(self, num_kept: int | None = None) -> Tensor:
+    def permute(self, num_kept: int | None = None) -> Tensor:
         """(R, C): the tokens' rows grouped by expert. `num_kept`, the sum of counts_E, is needed if `drops_some`."""
         if self.drops_some:
             assert num_kept is not None
             self._order_R, self._token_R = self._order_R[:num_kept], self._token_R[:num_kept]
             return self._x_TC.index_select(0, self._token_R)
-        self._place_TK = inverse(self._order_R).view_as(self._weight_TK)
-        return Spread.apply(self._x_TC, self._token_R, self._place_TK)
+        self._place_TK = inverse_permutation(self._order_R).view_as(self._weight_TK)
+        return Permute.apply(self._x_TC, self._token_R, self._place_TK)
 
-    def combine(self, y_RC: Tensor) -> Tensor:
+    def unpermute(self, y_RC: Tensor) -> Tensor:
         """Experts' outputs in sorted order -> (T, C) fp32, weighted and summed over each token's choices."""
         if not self.drops_some:
-            return _Combine.apply(y_RC, self._weight_TK, self._order_R, self._place_TK)
+            return _Unpermute.apply(y_RC, self._weight_TK, self._order_R, self._place_TK)
         weighted_RC = y_RC.float() * self._weight_TK.reshape(-1)[self._order_R, None]
         out_TC = weighted_RC.new_zeros(len(self._weight_TK), y_RC.shape[1])
         return out_TC.index_add(0, self._token_R, weighted_RC)
 
 
-def inverse(order_R: Tensor) -> Tensor:
+def inverse_permutation(order_R: Tensor) -> Tensor:
     """The permutation that undoes `order_R`."""
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return place_R
 
 
-class Spread(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Each token's row once for each of its choices, in order of expert (with one choice, a permutation).
 
     The gradient gathers instead of scattering.
@@ -90,7 +90,7 @@ class Spread(torch.autograd.Function):
         return _weighted_sums(grad_RC, place_TK), None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     """out_t = sum_k weight_tk y_(place_tk), products and sums in fp32 both ways, whatever the type of y."""
 
     @staticmethod
@@ -123,9 +123,11 @@ def _weighted_sums(rows: Tensor, index_NK: Tensor, weight_NK: Tensor | None = No
 class LocalDispatcher:
     """All experts are here: sort, apply, unsort. Needs no process group."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        by_expert = Sorted(x_TC, routing, experts.num_experts)
-        counts = by_expert.counts_E.tolist() if by_expert.drops_some else None
-        x_RC = by_expert.rows(None if counts is None else sum(counts))
-        y_TC = by_expert.combine(experts(x_RC, by_expert.counts_E, counts))
-        return y_TC if alongside is None else y_TC + alongside(x_TC)
+    def __call__(
+        self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
+    ) -> Tensor:
+        permutation = TokenPermutation(x_TC, routing, experts.num_experts)
+        counts = permutation.counts_E.tolist() if permutation.drops_some else None
+        x_RC = permutation.permute(None if counts is None else sum(counts))
+        y_TC = permutation.unpermute(experts(x_RC, permutation.counts_E, counts))
+        return y_TC if shared_expert is None else y_TC + shared_expert(x_TC)

@@ -27,7 +27,7 @@ from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.open_files import OpenFile
-from mepa_ds.data.shards.writer import Plan, ShardWriter
+from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.data.training import evaluation_batches, training_batches
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.remote.test_shared_lock import forbid_flock
@@ -424,7 +424,7 @@ def test_features_of_remote_images(tmp_path: Path) -> None:
     for images in (ShardSet(directory), ShardSet(tmp_path / "far")):
         names = tuple(shard.name for shard in images.index.shards)
         out = tmp_path / f"out-{len(made)}"
-        writer = ShardWriter(out, Plan(kind="features", shard_names=names, made_by=MadeBy(name="mean")))
+        writer = ShardWriter(out, Manifest(kind="features", shard_names=names, made_by=MadeBy(name="mean")))
         derivation = Derivation(
             lambda image, _: (np.asarray(image)[None], None), lambda x: {"mean.npy": x.mean((2, 3))}, lambda _: {}, 0
         )
