@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.models.moe.routing import RoutingStatistics
-from mepa_ds.objective.pretraining import Losses, ScaleScores
+from mepa_ds.objective.objective import Losses, ScaleScores
 
 SumsT = TypeVar("SumsT", RoutingStatistics, ScaleScores)
 

@@ -26,7 +26,7 @@ from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
 
 @dataclass(frozen=True)

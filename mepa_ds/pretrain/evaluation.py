@@ -12,7 +12,7 @@ from mepa_ds import distributed
 from mepa_ds.data.lockstep import lockstep, report_damaged
 from mepa_ds.data.training import OnDamaged, evaluation_batches
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.pretraining import ScaleScores, sum_scales
+from mepa_ds.objective.objective import ScaleScores, sum_scales
 from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
 from mepa_ds.pretrain.inputs import InputMaker
 

@@ -23,7 +23,7 @@ from mepa_ds.engine.engine import PretrainEngine, StepReport
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.objective.pretraining import nonfinite_routers
+from mepa_ds.objective.objective import nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite
 from mepa_ds.precision import refusal
 from mepa_ds.pretrain.checkpointing import RunSaver

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.engine.engine import StepReport
-from mepa_ds.objective.pretraining import ScaleScores
+from mepa_ds.objective.objective import ScaleScores
 from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
 
 _SCORES = [field.name for field in fields(ScaleScores)]

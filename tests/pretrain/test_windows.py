@@ -19,7 +19,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.engine import StepReport
 from mepa_ds.generation import sample_grids
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.objective.pretraining import Losses, ScaleScores
+from mepa_ds.objective.objective import Losses, ScaleScores
 from mepa_ds.pretrain.window import Window
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.recorder import Recorder
