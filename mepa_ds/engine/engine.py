@@ -25,8 +25,9 @@ from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
+from mepa_ds.models.block import Block
 from mepa_ds.models.moe.layer import MoEFeedForward
-from mepa_ds.models.transformer import Block, NextScaleTransformer
+from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
 _RETIRED_COLLECTIVES = (

@@ -17,7 +17,8 @@ from torch import Tensor
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.moe.dispatch import TokenPermutation
-from mepa_ds.models.moe.experts import NoRowsNoGradient, grouped_experts, looped_experts
+from mepa_ds.models.moe.expert_loop import looped_experts
+from mepa_ds.models.moe.experts import NoRowsNoGradient, grouped_experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -180,7 +181,7 @@ def test_padded_rows_leave_no_trace(counts: list[int], dtype: torch.dtype, fuses
     low = [(0.3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
     high = [tensor.detach().float().requires_grad_() for tensor in low]
     gradient_RC = torch.randn(shapes[0], generator=generator).to(dtype)
-    few_rows_do = patch("mepa_ds.models.moe.experts._FUSED_ROWS", 0) if fuses else nullcontext()
+    few_rows_do = patch("mepa_ds.models.moe.expert_loop._FUSED_ROWS", 0) if fuses else nullcontext()
     with few_rows_do:
         found_RC = looped_experts(low, counts)
     expected_RC = looped_experts(high, counts)
@@ -351,16 +352,16 @@ def test_selective_recomputation_keeps_the_experts_products(
     monkeypatch: pytest.MonkeyPatch, recompute: str, loops: int
 ) -> None:
     """Two blocks loop over experts once forward and once backward; only "blocks" computes the forward again."""
-    from mepa_ds.models.moe import experts
+    from mepa_ds.models.moe import expert_loop
 
     seen: list[int] = []
-    slices = experts._padded_slices
+    slices = expert_loop._padded_slices
 
     def counted(counts: list[int], multiple: int) -> Iterator[tuple[int, slice, slice]]:
         seen.append(len(counts))
         return slices(counts, multiple)
 
-    monkeypatch.setattr(experts, "_padded_slices", counted)
+    monkeypatch.setattr(expert_loop, "_padded_slices", counted)
     model = NextScaleTransformer.from_preset(
         "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4
     )
