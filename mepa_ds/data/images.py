@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader, Dataset
 from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.distributed import read_launch
-from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import decode_image
 from mepa_ds.interrupts import obey_only
 from mepa_ds.log import note
@@ -37,7 +38,6 @@ RESIZE_RATIO = 1.125
 """VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
 _MAX_ASPECT = 16
 _END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
-OnDamaged = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,14 @@ def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
     return extension, members[extension]
 
 
+def where_of(shards: ShardSet, key: str) -> str:
+    """Names a sample in messages."""
+    return f"{shards.what}: {shards.directory}: sample {key!r}"
+
+
 def decode_sample(shards: ShardSet, key: str, members: dict[str, bytes]) -> Image.Image:
     """The image of a sample. Raises DamagedError, which names set and key."""
-    where = f"{shards.what}: {shards.directory}: sample {key!r}"
+    where = where_of(shards, key)
     remedy = (
         f"make a set without it: data_tools/build_shards.py webdataset --shards {shards.directory} --out NEW "
         "--on-damaged skip"
@@ -149,14 +154,13 @@ class _ImageDataset(Dataset[Any]):
 
     def _read(self, position: int, damaged: list[str]) -> tuple[str, int, Image.Image]:
         """The sample at a position, or the next one of the stream that is whole."""
-        for step in range(len(self._shards)):
-            try:
-                return self._read_one(position + step, position)
-            except DamagedError as error:
-                if self._on_damaged == "stop" or self._stream is None:
-                    raise
-                damaged.append(str(error))
-        raise DamagedError(f"{self._shards.directory}: no sample of the set can be read; make it again")
+        if self._on_damaged == "stop" or self._stream is None:
+            return self._read_one(position, position)
+        found, errors = first_readable(
+            lambda step: self._read_one(position + step, position), len(self._shards), self._shards.directory
+        )
+        damaged += errors
+        return found
 
     def _read_one(self, position: int, crop_position: int) -> tuple[str, int, Image.Image]:
         sample, at = position, (0.5, 0.5)
@@ -164,11 +168,14 @@ class _ImageDataset(Dataset[Any]):
             sample = int(self._stream.samples_at(np.array([position]))[0])
             at = uniform_pair(self._seed, crop_position)
         key, members = self._shards.read(sample)
-        where = f"{self._shards.directory}: sample {key!r}"
         image = fit_image(decode_sample(self._shards, key, members), self._side, at)
         if LABEL_EXTENSION not in members:
             return key, -1, image
-        return key, parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where), image
+        return (
+            key,
+            parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where_of(self._shards, key)),
+            image,
+        )
 
 
 def image_batches(

@@ -20,12 +20,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
+from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher, resize
 from mepa_ds.teachers.pca import RunningCovariance
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 KIND = "patch-pca"
-PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class PatchPcaConfig(Section):

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.config.base import Section, validate
+from mepa_ds.config.changes import changed
 from mepa_ds.data.shards.index import (
     INDEX_NAME,
     Description,
@@ -118,12 +119,7 @@ class ShardWriter:
             their_settings["on_damaged"] = our_settings["on_damaged"]
         if ours == theirs:
             return
-        flat_ours, flat_theirs = _flat(ours), _flat(theirs)
-        differences = [
-            f"{key} {flat_theirs.get(key)!r} there, {flat_ours.get(key)!r} now"
-            for key in sorted(flat_ours.keys() | flat_theirs.keys())
-            if flat_ours.get(key) != flat_theirs.get(key)
-        ]
+        differences = [f"{key} {there!r} there, {here!r} now" for key, (there, here) in changed(theirs, ours).items()]
         shown = "; ".join(text if len(text) < 200 else text[:200] + "..." for text in differences[:5])
         raise UserError(
             f"{self.directory}: holds a set made with other settings ({shown}); "
@@ -285,13 +281,3 @@ class _TarFile:
         self._file.write(data)
         self.digest.update(data)
         self._position += len(data)
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, to name differences."""
-    if not isinstance(data, dict):
-        return {prefix: data}
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        result.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-    return result
