@@ -47,6 +47,7 @@ class ObjectiveConfig(Section):
     balance_weight: Weight = 0.01
     """alpha, weight of the load-balance loss of each MoE layer."""
     balance_over: Literal["micro_batch", "step"] = "micro_batch"
-    """Expert shares f_e count one micro-batch of all ranks, or also the step's micro-batches before it."""
+    """Expert shares f_e count one micro-batch of all ranks, or also the step's micro-batches before it. `step` is for
+    small micro-batches: balance over few images keeps experts from specialising (arXiv 2501.11873)."""
     router_z_weight: Weight = 0.0
     """Weight of the router z-loss of each MoE layer (arXiv 2202.08906 uses 1e-3)."""

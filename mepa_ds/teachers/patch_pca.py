@@ -41,7 +41,8 @@ class PatchPcaConfig(Section):
     """C, the number of principal components."""
     whitening_floor: Annotated[float, Field(gt=0)] = 0.01
     """Components are divided by sqrt(variance + floor * largest variance): 0.01 damps what is below a hundredth of the
-    first, so that noise is not blown up to the size of structure."""
+    first, so that noise is not blown up to the size of structure. No option sets it; the stored config names it, so
+    that it says all that the features depend on."""
     fitted_on: str = ""
     """Which images, as the tool that fitted it names them."""
 

@@ -227,7 +227,7 @@ def test_several_at_once_in_order(tmp_path: Path) -> None:
     assert fetch_all(work, [], "copying") == []
 
 
-def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path) -> None:
+def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more begun: a second start has the rest to do."""
     (tmp_path / "0").write_text("0")
     failed, begun = threading.Event(), list[int]()
@@ -243,8 +243,9 @@ def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path) -> None:
         transfer.stop.wait(0.1)
         return number
 
+    monkeypatch.setattr(fetching, "_AT_ONCE", 2)
     with pytest.raises(DamagedError, match="number 1"):
-        fetch_all(work, range(1000), "copying", at_once=2)
+        fetch_all(work, range(1000), "copying")
     assert (tmp_path / "to-0").read_text() == "0"
     assert len(begun) < 500
 
