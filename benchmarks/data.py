@@ -39,7 +39,7 @@ import webdataset as wds
 from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
-from mepa_ds.data.images import fit_image, image_batches
+from mepa_ds.data.images import image_batches
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import (
@@ -55,6 +55,7 @@ from mepa_ds.data.shards.offset_index import OffsetIndex
 from mepa_ds.data.shards.samples import Kind
 from mepa_ds.data.shards.writer import Manifest, Sample, ShardWriter, npy_bytes, shard_name
 from mepa_ds.data.training import training_batches
+from mepa_ds.images.resizing import fit_image
 
 NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
 IMAGENET_SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = 1282, 1000, 768

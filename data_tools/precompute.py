@@ -49,8 +49,9 @@ from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
 from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
-from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
+from mepa_ds.data.views import BOX_EXT, CENTRE, WHOLE, Boxes, Views, whole_grid
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.registry import build_teacher

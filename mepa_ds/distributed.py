@@ -25,7 +25,7 @@ class SetupError(UserError):
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place in the job, as the launcher's environment gives it."""
+    """This process's place among the ranks, as the launcher's environment gives it."""
 
     rank: int
     world_size: int

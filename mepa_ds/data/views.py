@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mepa_ds.data.images import RESIZE_RATIO, fit_image, resize_shorter
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import RESIZE_RATIO, fit_image, resize_shorter
 from mepa_ds.random_streams import SPLITMIX64_INCREMENT, splitmix64
 
 BOX_EXT = "box.npy"

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, crop_square, fit_image, image_batches, resize_shorter
+from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import crop_square, fit_image, resize_shorter
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 
