@@ -29,7 +29,7 @@ from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.objective.pretraining import ModelInputs
+from mepa_ds.objective.objective import ModelInputs
 from mepa_ds.pretrain.checkpointing import RunCheckpoints
 
 KINDS = ("none", "background", "waited for")

@@ -29,9 +29,10 @@ from mepa_ds.command_line import entry
 from mepa_ds.data.codecs import FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import npy_bytes
-from mepa_ds.data.views import RESIZE_RATIO, Views, sample_boxes, whole_grid
+from mepa_ds.data.views import Views, sample_boxes, whole_grid
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
+from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.pca import RunningCovariance

@@ -39,14 +39,23 @@ import webdataset as wds
 from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
-from mepa_ds.data.images import fit_image, image_batches
+from mepa_ds.data.images import image_batches
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import Description, MadeBy, Member, ShardEntry, ShardIndex, keys_digest, write_table
-from mepa_ds.data.shards.offset_index import SampleTable
+from mepa_ds.data.shards.index import (
+    Description,
+    MadeBy,
+    Member,
+    ShardEntry,
+    ShardIndex,
+    keys_digest,
+    write_offset_index,
+)
+from mepa_ds.data.shards.offset_index import OffsetIndex
 from mepa_ds.data.shards.samples import Kind
-from mepa_ds.data.shards.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
+from mepa_ds.data.shards.writer import Manifest, Sample, ShardWriter, npy_bytes, shard_name
 from mepa_ds.data.training import training_batches
+from mepa_ds.images.resizing import fit_image
 
 NUM_TOKENS, NUM_PATCHES, WIDTH, NUM_SHARDS, BATCH = 680, 256, 768, 3, 64
 IMAGENET_SHARDS, SHARD_SAMPLES, GLOBAL_BATCH = 1282, 1000, 768
@@ -106,8 +115,8 @@ def write_set(
     per_shard = num // num_shards
     names = tuple(shard_name(number) for number in range(num_shards))
     # `num` among the settings: shards of a run with other numbers are refused, not taken for these.
-    plan = Plan(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings={**settings, "num": num}))
-    writer = ShardWriter(directory, plan)
+    manifest = Manifest(kind=kind, shard_names=names, made_by=MadeBy(name="random", settings={**settings, "num": num}))
+    writer = ShardWriter(directory, manifest)
     for shard, name in enumerate(names):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
         samples: Iterator[Sample] = ((f"{number:09d}", members(number)) for number in numbers)
@@ -286,11 +295,11 @@ def startup_seconds(root: Path) -> float:
         keys = np.array([f"{number * SHARD_SAMPLES + row:09d}".encode() for row in range(SHARD_SAMPLES)])
         offsets = np.arange(SHARD_SAMPLES, dtype=np.int64)[:, None] * 3072 + np.array([[512, 2560]])
         sizes = np.tile(np.array([[1488, 3]]), (SHARD_SAMPLES, 1))
-        table = SampleTable(keys, ("tokens.npy", "cls"), offsets, sizes, np.arange(SHARD_SAMPLES))
+        offset_index = OffsetIndex(keys, ("tokens.npy", "cls"), offsets, sizes, np.arange(SHARD_SAMPLES))
         entry = ShardEntry(
-            name=name, num_samples=SHARD_SAMPLES, bytes=3080192, sha256="", keys_sha256=keys_digest(table)
+            name=name, num_samples=SHARD_SAMPLES, bytes=3080192, sha256="", keys_sha256=keys_digest(offset_index)
         )
-        write_table(root / name, table, Description(entry=entry, members={}))
+        write_offset_index(root / name, offset_index, Description(entry=entry, members={}))
         entries.append(entry)
     members = {"tokens.npy": Member(dtype="uint16", shape=(NUM_TOKENS,)), "cls": Member()}
     ShardIndex(kind="tokens", shards=tuple(entries), members=members, made_by=MadeBy(name="random")).write(root)

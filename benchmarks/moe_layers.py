@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mepa_ds.models.moe.dispatch import Dispatcher
-from mepa_ds.models.moe.experts import Experts, grouped_experts, looped_experts
+from mepa_ds.models.moe.expert_loop import looped_experts
+from mepa_ds.models.moe.experts import Experts, grouped_experts
 from mepa_ds.models.moe.routing import Routing
 
 TOP_K = 2

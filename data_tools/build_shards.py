@@ -31,14 +31,14 @@ from data_tools.readers import READERS
 from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds import log
 from mepa_ds.command_line import entry
-from mepa_ds.data.images import crop_square, resize_shorter
 from mepa_ds.data.order import permutation
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
 from mepa_ds.data.shards.left_out import printable
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
-from mepa_ds.data.shards.writer import SCRATCH_NAME, Plan, Sample, ShardWriter, shard_name
+from mepa_ds.data.shards.writer import SCRATCH_NAME, Manifest, Sample, ShardWriter, shard_name
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
+from mepa_ds.images.resizing import crop_square, resize_shorter
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
@@ -127,14 +127,14 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardMaker:
     """Everything a worker needs to write any shard."""
 
     source: Source
     options: BuildOptions
     order: np.ndarray[Any, np.dtype[np.int64]]
     shard_samples: int
-    plan: Plan
+    manifest: Manifest
 
     def samples(self, shard: int, skipped: list[str]) -> Iterator[Sample]:
         start = shard * self.shard_samples
@@ -164,15 +164,15 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     source = reader.open(scratch if options.num_parts == 1 else None)
     if len(source) == 0:
         raise UserError(f"{source.name}: no images found")
-    job = plan_job(source, options)
-    writer = ShardWriter(options.out, job.plan)
-    mine = list(range(len(job.plan.shard_names)))[options.part :: options.num_parts]
-    todo = [shard for shard in mine if not writer.is_complete(job.plan.shard_names[shard])]
+    maker = shard_maker(source, options)
+    writer = ShardWriter(options.out, maker.manifest)
+    mine = list(range(len(maker.manifest.shard_names)))[options.part :: options.num_parts]
+    todo = [shard for shard in mine if not writer.is_complete(maker.manifest.shard_names[shard])]
     if len(todo) < len(mine):
         print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
     num_skipped = 0
-    with tqdm(total=_num_samples(job, todo), unit="image", desc=str(options.out)) as progress:
-        for written in unordered_map(partial(_write_shard, job), todo, options.workers):
+    with tqdm(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
+        for written in unordered_map(partial(_write_shard, maker), todo, options.workers):
             progress.update(written.num_samples + len(written.skipped))
             num_skipped += len(written.skipped)
             for message in written.skipped:
@@ -212,7 +212,7 @@ def _option_settings(options: BuildOptions) -> dict[str, Any]:
     return {**stored, "shuffle_seed": options.shuffle_seed, "on_damaged": options.on_damaged}
 
 
-def plan_job(source: Source, options: BuildOptions) -> Job:
+def shard_maker(source: Source, options: BuildOptions) -> ShardMaker:
     """Fixes which image goes where."""
     for name in source.classes:
         if (shown := printable(name)) != name:
@@ -230,13 +230,13 @@ def plan_job(source: Source, options: BuildOptions) -> Job:
         "shard_samples": shard_samples,
         "source": _fingerprint(source),
     }
-    plan = Plan(
+    manifest = Manifest(
         kind="images",
         shard_names=tuple(shard_name(number) for number in range(-(-len(source) // shard_samples))),
         classes=source.classes,
         made_by=MadeBy(name=source.name, settings=settings),
     )
-    return Job(source, options, order, shard_samples, plan)
+    return ShardMaker(source, options, order, shard_samples, manifest)
 
 
 def _fingerprint(source: Source) -> str:
@@ -258,14 +258,14 @@ def _mean_bytes(source: Source, encoding: Encoding) -> float:
     return float(np.mean(sizes)) if sizes else 1e5
 
 
-def _num_samples(job: Job, shards: list[int]) -> int:
-    return sum(min(job.shard_samples, len(job.order) - shard * job.shard_samples) for shard in shards)
+def _num_samples(maker: ShardMaker, shards: list[int]) -> int:
+    return sum(min(maker.shard_samples, len(maker.order) - shard * maker.shard_samples) for shard in shards)
 
 
-def _write_shard(job: Job, shard: int) -> ShardEntry:
+def _write_shard(maker: ShardMaker, shard: int) -> ShardEntry:
     skipped: list[str] = []
-    writer = ShardWriter(job.options.out, job.plan)
-    return writer.write_shard(job.plan.shard_names[shard], job.samples(shard, skipped), skipped)
+    writer = ShardWriter(maker.options.out, maker.manifest)
+    return writer.write_shard(maker.manifest.shard_names[shard], maker.samples(shard, skipped), skipped)
 
 
 def _encode(image: Image.Image, extension: str, quality: int) -> bytes:

@@ -40,12 +40,12 @@ from mepa_ds.data.shards.index import (
     keys_digest,
     read_description,
     stored_description,
-    write_table,
+    write_offset_index,
 )
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import scan_tar
 from mepa_ds.data.shards.samples import tar_files
-from mepa_ds.data.shards.writer import PLAN_NAME, finish_index, read_plan
+from mepa_ds.data.shards.writer import MANIFEST_NAME, finish_index, read_manifest
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 
@@ -58,13 +58,13 @@ class Merge:
     """The set."""
 
     def __call__(self) -> ShardIndex:
-        if not (self.directory / PLAN_NAME).exists():
+        if not (self.directory / MANIFEST_NAME).exists():
             index = ShardIndex.read(self.directory)  # a UserError if there is nothing at all
             missing = [s.name for s in index.shards if read_description(self.directory / s.name) is None]
             if missing:
                 raise UserError(f"{self.directory}: {len(missing)} shards are missing or torn, {missing[0]} among them")
             return index
-        return finish_index(self.directory, read_plan(self.directory))
+        return finish_index(self.directory, read_manifest(self.directory))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Scan:
 
 def _check_foreign(directory: Path) -> None:
     """Refuses to replace the index of a set that this project's tools made, or are making."""
-    if (directory / PLAN_NAME).exists():
+    if (directory / MANIFEST_NAME).exists():
         raise UserError(
             f"{directory}: holds a set that is not finished; run what writes it again, or `merge_index.py merge`"
         )
@@ -169,21 +169,21 @@ def _scan_shard(out: Path, name: str) -> Description:
 
 
 def _describe(path: Path, shard: Path, mtime_ns: int | None) -> Description:
-    """Reads a tar's headers and writes its table beside `shard`. `mtime_ns`: of the tar before it is read."""
-    table = scan_tar(path, "images")
+    """Reads a tar's headers and writes its offset index beside `shard`. `mtime_ns`: of the tar before it is read."""
+    offset_index = scan_tar(path, "images")
     description = Description(
         entry=ShardEntry(
             name=shard.name,
-            num_samples=len(table),
+            num_samples=len(offset_index),
             bytes=path.stat().st_size,
             sha256=sha256_of_file(path),
-            keys_sha256=keys_digest(table),
+            keys_sha256=keys_digest(offset_index),
         ),
-        members={extension: Member() for extension in table.extensions},
+        members={extension: Member() for extension in offset_index.extensions},
         mtime_ns=mtime_ns,
-        left_out=table.left_out.to_json(),
+        left_out=offset_index.left_out.to_json(),
     )
-    write_table(shard, table, description)
+    write_offset_index(shard, offset_index, description)
     return description
 
 

@@ -47,10 +47,11 @@ from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
 from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
-from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
-from mepa_ds.data.views import BOX_EXT, CENTRE, RESIZE_RATIO, WHOLE, Boxes, Views, whole_grid
+from mepa_ds.data.views import BOX_EXT, CENTRE, WHOLE, Boxes, Views, whole_grid
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.registry import build_teacher
@@ -82,9 +83,9 @@ class Tokens:
     run: Run = field(default_factory=RunOptions)
 
     def __call__(self) -> None:
-        self.plan()()
+        self.prepared()()
 
-    def plan(self) -> Callable[[], None]:
+    def prepared(self) -> Callable[[], None]:
         """Opens everything and checks it against what is in `out` already; what it returns does the work."""
         images, device = open_images(self.images), _device(self.run)
         tokenizer = _load_tokenizer(self.tokenizer, self.scales).to(device)
@@ -133,10 +134,10 @@ class Features:
     run: Run = field(default_factory=RunOptions)
 
     def __call__(self) -> None:
-        self.plan()()
+        self.prepared()()
 
-    def plan(self) -> Callable[[], None]:
-        """As `Tokens.plan`; a PCA basis is fitted with the work."""
+    def prepared(self) -> Callable[[], None]:
+        """As `Tokens.prepared`; a PCA basis is fitted with the work."""
         components = pca_components(self.codec)
         images, device = open_images(self.images), _device(self.run)
         _allow_tf32(device)
@@ -259,7 +260,7 @@ def _made_by(images: ShardSet, name: str, identity: str, settings: dict[str, Any
 def _writer(images: ShardSet, out: Path | None, kind: Kind, made_by: MadeBy) -> ShardWriter:
     out = out or default_directory(images.directory, kind, made_by.name)
     names = tuple(shard.name for shard in images.index.shards)
-    return ShardWriter(out, Plan(kind=kind, shard_names=names, classes=images.index.classes, made_by=made_by))
+    return ShardWriter(out, Manifest(kind=kind, shard_names=names, classes=images.index.classes, made_by=made_by))
 
 
 def default_directory(images: Path, kind: str, name: str) -> Path:

@@ -30,7 +30,7 @@ def shared_basis(
         UserError: the basis is another teacher's, or is lost although shards that need it are there.
     """
     path = writer.directory / BASIS_NAME
-    any_shard = len(writer.missing()) < len(writer.plan.shard_names)  # asked first: a shard comes after its basis
+    any_shard = len(writer.missing()) < len(writer.manifest.shard_names)  # asked first: a shard comes after its basis
     if not path.exists():
         if any_shard:
             raise UserError(f"{path}: lost, and the shards cannot be read without it; remove the set and make it again")

@@ -160,14 +160,14 @@ class Derivation:
 def derive_set(
     images: ShardSet, writer: ShardWriter, derivation: Derivation, device: torch.device, options: RunOptions
 ) -> ShardIndex | None:
-    """Writes this process's share of a planned set, and the index if the set is then complete.
+    """Writes this process's share of a set, and the index if the set is then complete.
 
     Shards that are there already are kept. Batches end with their shard, so that what is written does not depend on
     which shards those were.
     """
     launch = distributed.read_launch()
     worker, num_workers = options.part * launch.world_size + launch.rank, options.num_parts * launch.world_size
-    names, sizes = writer.plan.shard_names, images.shard_sizes
+    names, sizes = writer.manifest.shard_names, images.shard_sizes
     ours = range(worker, len(names), num_workers)
     todo = [number for number in ours if not writer.is_complete(names[number])]
     if len(todo) < len(ours):

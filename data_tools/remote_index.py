@@ -1,4 +1,4 @@
-"""Sets behind URLs, as `data_tools/merge_index.py` makes them usable: indices, tables of offsets and remote.json."""
+"""Sets behind URLs, as `data_tools/merge_index.py` makes them usable: indices, offset indices and remote.json."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.remote.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.remote.urls import file_names, is_remote, redacted
-from mepa_ds.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, table_path
-from mepa_ds.data.shards.writer import PLAN_NAME
+from mepa_ds.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, offset_index_path
+from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.errors import UserError
 
 
@@ -44,22 +44,22 @@ Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]
 
 def check_near(directory: Path) -> None:
     """Refuses to put the index of remote shards over a set that lies here."""
-    indexed = any((directory / name).exists() for name in (INDEX_NAME, PLAN_NAME))
+    indexed = any((directory / name).exists() for name in (INDEX_NAME, MANIFEST_NAME))
     if (indexed and not (directory / REMOTE_NAME).exists()) or any(directory.glob("*.tar")):
         raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
 
 
 def begin_scan(out: Path, remote: RemoteShards) -> list[str]:
-    """Names for the shards at these URLs, in a directory that is ready for their tables.
+    """Names for the shards at these URLs, in a directory that is ready for their offset indices.
 
     remote.json is written first and index.json last: so a scan of the same URLs that was interrupted is known, and goes
-    on with the tables that it has made. Those of another scan are removed.
+    on with the offset indices that it has made. Those of another scan are removed.
     """
     names, begun = file_names(remote.urls), RemoteShards.read(out)
     if begun is None or begun.places != remote.places or (out / INDEX_NAME).exists():
         (out / INDEX_NAME).unlink(missing_ok=True)
         for name in names:
-            table_path(out / name).unlink(missing_ok=True)
+            offset_index_path(out / name).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     remote.write(out)
     return names
@@ -99,7 +99,7 @@ class Remote:
         (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
         for torn in self.out.glob(".*.tmp"):  # of one that was killed
             torn.unlink(missing_ok=True)
-        fetch_all(self._fetch_table, index.shards, "fetching offsets")
+        fetch_all(self._fetch_offset_index, index.shards, "fetching offsets")
         codec = index.made_by.settings.get("codec")
         if codec is not None and pca_components(codec) is not None:
             fetch(self._url(BASIS_NAME), self.out / BASIS_NAME, _safetensors)
@@ -107,9 +107,9 @@ class Remote:
         index.write(self.out)
         return index
 
-    def _fetch_table(self, shard: ShardEntry, transfer: Transfer) -> None:
-        path = table_path(self.out / shard.name)
-        check = partial(_table_of, shard)
+    def _fetch_offset_index(self, shard: ShardEntry, transfer: Transfer) -> None:
+        path = offset_index_path(self.out / shard.name)
+        check = partial(_is_offset_index_of, shard)
         if not (shard.sha256 and _passes(check, path)):  # of a start that was interrupted, or of before
             fetch(self._url(path.name), path, check, transfer)
 
@@ -127,8 +127,8 @@ class Remote:
         return f"{directory.rstrip('/')}/{name}{mark}{query}"
 
 
-def _table_of(shard: ShardEntry, path: Path, digest: str) -> None:
-    """A check: that this is the table of a shard, in the version that the index has."""
+def _is_offset_index_of(shard: ShardEntry, path: Path, digest: str) -> None:
+    """A check: that this is the offset index of a shard, in the version that the index has."""
     whole_archive(path, digest)
     with np.load(path) as stored:
         entry_ = json.loads(str(stored["description"]))["entry"]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from mepa_ds.data.images import image_member
 from mepa_ds.data.shard_set import ShardSet, parse_label
-from mepa_ds.data.shards.index import ShardIndex, keys_digest, read_table, table_path
+from mepa_ds.data.shards.index import ShardIndex, keys_digest, offset_index_path, read_offset_index
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.offset_index import SampleTable, label_number, scan_tar
+from mepa_ds.data.shards.offset_index import OffsetIndex, label_number, scan_tar
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.shards.writer import read_npy_header
 from mepa_ds.data.training_sets import TOKENS_EXT
@@ -58,47 +58,51 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
         report.problems.append(f"has {path.stat().st_size} bytes, the index says {entry_.bytes}")
     elif entry_.sha256 and sha256_of_file(path) != entry_.sha256:
         report.problems.append("its SHA-256 differs from the index's")
-    table = scan_tar(path, shards.index.kind)
-    report.left_out = table.left_out
-    if table_path(path).exists() and not _same_table(shards.index, path, table):
+    offset_index = scan_tar(path, shards.index.kind)
+    report.left_out = offset_index.left_out
+    if offset_index_path(path).exists() and not _same_offset_index(shards.index, path, offset_index):
         report.problems.append("its stored offsets differ from the tar")
-    if len(table) != entry_.num_samples or keys_digest(table) != entry_.keys_sha256:
-        report.problems.append(f"its {len(table)} keys are not those of the index")
-    report.keys = [bytes(key) for key in table.keys_N]
+    if len(offset_index) != entry_.num_samples or keys_digest(offset_index) != entry_.keys_sha256:
+        report.problems.append(f"its {len(offset_index)} keys are not those of the index")
+    report.keys = [bytes(key) for key in offset_index.keys_N]
     with open(path, "rb") as file:
-        for row in range(len(table) if decode else 0):
+        for row in range(len(offset_index) if decode else 0):
             members = {}
-            for column, extension in enumerate(table.extensions):
-                if table.sizes_NM[row, column] >= 0:
-                    file.seek(int(table.offsets_NM[row, column]))
-                    members[extension] = file.read(int(table.sizes_NM[row, column]))
+            for column, extension in enumerate(offset_index.extensions):
+                if offset_index.sizes_NM[row, column] >= 0:
+                    file.seek(int(offset_index.offsets_NM[row, column]))
+                    members[extension] = file.read(int(offset_index.sizes_NM[row, column]))
             try:
-                _check_sample(shards.index, members, table.key(row), report)
+                _check_sample(shards.index, members, offset_index.key(row), report)
             except DamagedError as error:
                 report.problems.append(str(error))
 
 
-def _same_table(index: ShardIndex, path: Path, table: SampleTable) -> bool:
+def _same_offset_index(index: ShardIndex, path: Path, offset_index: OffsetIndex) -> bool:
     try:
-        stored = read_table(path, index.kind)  # what is stored, even where the loader would read the headers again
+        stored = read_offset_index(path, index.kind)  # what is stored, whatever the loader reads
     except DamagedError:
         return False
-    if stored.extensions != table.extensions or len(stored) != len(table):
+    if stored.extensions != offset_index.extensions or len(stored) != len(offset_index):
         return False
-    if len(table) == 0:  # all its images were left out: no columns either
+    if len(offset_index) == 0:  # all its images were left out: no columns either
         return True
-    if stored.labels_N is not None and not (stored.labels_N == _labels(path, table)).all():
+    if stored.labels_N is not None and not (stored.labels_N == _labels(path, offset_index)).all():
         return False
-    pairs = ((stored.keys_N, table.keys_N), (stored.offsets_NM, table.offsets_NM), (stored.sizes_NM, table.sizes_NM))
+    pairs = (
+        (stored.keys_N, offset_index.keys_N),
+        (stored.offsets_NM, offset_index.offsets_NM),
+        (stored.sizes_NM, offset_index.sizes_NM),
+    )
     return all(bool((ours == theirs).all()) for ours, theirs in pairs)
 
 
-def _labels(path: Path, table: SampleTable) -> NDArray[np.int64]:
+def _labels(path: Path, offset_index: OffsetIndex) -> NDArray[np.int64]:
     """What the `cls` members say; -1 for what is no number."""
-    column = table.extensions.index(LABEL_EXTENSION)
+    column = offset_index.extensions.index(LABEL_EXTENSION)
     labels = []
     with open(path, "rb") as file:
-        for offset, size in zip(table.offsets_NM[:, column], table.sizes_NM[:, column], strict=True):
+        for offset, size in zip(offset_index.offsets_NM[:, column], offset_index.sizes_NM[:, column], strict=True):
             file.seek(int(offset))
             label = label_number(file.read(max(int(size), 0)))
             labels.append(-1 if label is None else label)

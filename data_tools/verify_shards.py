@@ -27,7 +27,7 @@ from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import source_images, table_path
+from mepa_ds.data.shards.index import offset_index_path, source_images
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.errors import UserError
 
@@ -189,10 +189,10 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
                 f"--repair: {report.shards.directory}: {report.problems[0]}; shards made again would not mend that"
             )
     damaged = [report for report in derived if report.damaged]
-    runs = [_precompute(first.shards.directory, report.shards, options).plan() for report in damaged]
+    runs = [_precompute(first.shards.directory, report.shards, options).prepared() for report in damaged]
     for report, run in zip(damaged, runs, strict=True):
         for number in report.damaged:
-            table_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # no longer counts as complete
+            offset_index_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # no longer counts as complete
         print(f"{report.shards.directory}: making {len(report.damaged)} shards again")
         run()
 

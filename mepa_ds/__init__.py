@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mepa_ds.errors import UserError as UserError
-    from mepa_ds.generation.pretrained import load_pretrained as load_pretrained
-    from mepa_ds.generation.pretrained import save_pretrained as save_pretrained
+    from mepa_ds.generation.model_files import load_pretrained as load_pretrained
+    from mepa_ds.generation.model_files import save_pretrained as save_pretrained
     from mepa_ds.generation.sampling import sample as sample
     from mepa_ds.models.transformer import NextScaleTransformer as NextScaleTransformer
     from mepa_ds.scales import ScaleSchedule as ScaleSchedule
@@ -23,9 +23,9 @@ _PUBLIC = {
     "ScaleSchedule": "mepa_ds.scales",
     "Tokenizer": "mepa_ds.tokenizer.tokenizer",
     "UserError": "mepa_ds.errors",
-    "load_pretrained": "mepa_ds.generation.pretrained",
+    "load_pretrained": "mepa_ds.generation.model_files",
     "sample": "mepa_ds.generation.sampling",
-    "save_pretrained": "mepa_ds.generation.pretrained",
+    "save_pretrained": "mepa_ds.generation.model_files",
 }
 __all__ = list(_PUBLIC)
 

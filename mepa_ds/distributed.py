@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mepa_ds.errors import UserError
 from mepa_ds.machine import keep_freed_memory
@@ -26,7 +28,7 @@ class SetupError(UserError):
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place in the job, as the launcher's environment gives it."""
+    """This process's place among the ranks, as the launcher's environment gives it."""
 
     rank: int
     world_size: int
@@ -105,6 +107,26 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, in its own type; with one rank, the tensor itself. Collective."""
+    if world_size() > 1:
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks; with one rank, the tensor itself. Collective."""
+    return sum_over_ranks(value) / world_size() if world_size() > 1 else value
+
+
+def sums_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The fp32 sum of each tensor over all ranks, all in one all-reduce and without gradient. Collective."""
+    flat = sum_over_ranks(torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def agree(error: UserError | None) -> None:

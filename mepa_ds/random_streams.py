@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+SPLITMIX64_INCREMENT = np.uint64(0x9E3779B97F4A7C15)
+
 
 def _key(seed: int, *purpose: object) -> int:
     digest = hashlib.sha256("/".join(map(str, (seed, *purpose))).encode()).digest()
@@ -28,12 +30,13 @@ def uniforms(seed: int, purpose: str, items_B: NDArray[np.int64], count: int) ->
     columns = np.arange(count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         state = items_B.astype(np.uint64)[:, None] * np.uint64(count) + columns
-        mixed = _splitmix64(_splitmix64(state) ^ np.uint64(_key(seed, purpose)))
+        mixed = splitmix64(splitmix64(state) ^ np.uint64(_key(seed, purpose)))
     return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
+def splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One step of SplitMix64 for each element: a bijection that mixes 64 bits, the same on every machine."""
+    x = x + SPLITMIX64_INCREMENT
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

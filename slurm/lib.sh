@@ -296,18 +296,18 @@ requeue() {
 
 # A whole training job: mepa_train PROGRESS PROGRAM RECIPE [key=value ...], PROGRESS in output_dir, PROGRAM one word or two.
 mepa_train() {
-    local progress=$1 program out text staged=()
+    local progress=$1 program out text copies=()
     read -r -a program <<<"$2"
     shift 2
     out=$(ask mepa_ds.slurm.in_job.recipe_value output_dir "$@") || cannot_begin $?
     mepa_begin "$out/slurm" "$out/$progress"
     mepa_check "$@"
     if [[ ${MEPA_STAGE:-off} == on ]]; then
-        mepa_stage "$@"
-        text=$(ask mepa_ds.slurm.in_job.stage overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
-        [[ -z $text ]] || mapfile -t staged <<<"$text"
+        mepa_copy_sets "$@"
+        text=$(ask mepa_ds.slurm.in_job.node_copies overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
+        [[ -z $text ]] || mapfile -t copies <<<"$text"
     fi
-    mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${staged[@]}"
+    mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${copies[@]}"
 }
 
 # The cause is said. A node whose Python does not start is no mistake of the user's: another one may do.
@@ -317,11 +317,11 @@ cannot_begin() {
 }
 
 # Copies the run's shard sets to every node's own disk, once a node.
-mepa_stage() {
+mepa_copy_sets() {
     local status=0
-    say "staging shard sets to $MEPA_SCRATCH of every node"
+    say "copying shard sets to $MEPA_SCRATCH of every node"
     step 1 "$CPUS_PER_RANK" "$MEPA_PYTHON" slurm/launch.py rank "$MEPA_STATE" \
-        "$MEPA_PYTHON" -m mepa_ds.slurm.in_job.stage copy "$MEPA_SCRATCH" "$@" || status=$?
+        "$MEPA_PYTHON" -m mepa_ds.slurm.in_job.node_copies copy "$MEPA_SCRATCH" "$@" || status=$?
     ((status == 0)) || finish $status
     rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
 }

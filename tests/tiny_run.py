@@ -18,7 +18,7 @@ import yaml
 from mepa_ds.config.base import apply_overrides
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.shards.index import MadeBy
-from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes, shard_name
+from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes, shard_name
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
@@ -51,8 +51,8 @@ def write_set(
     numbers = range(-(-len(samples) // per_shard))
     names = tuple(shard_name(number) for number in numbers)
     classes = tuple(str(label) for label in range(CLASSES))
-    plan = Plan(kind=kind, shard_names=names, classes=classes, made_by=made_by)
-    writer = ShardWriter(directory, plan)
+    manifest = Manifest(kind=kind, shard_names=names, classes=classes, made_by=made_by)
+    writer = ShardWriter(directory, manifest)
     for number, name in zip(numbers, names, strict=True):
         first = number * per_shard
         part = samples[first : first + per_shard]

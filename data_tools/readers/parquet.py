@@ -23,7 +23,7 @@ from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import HIDDEN, is_hidden
-from mepa_ds.data.shards.writer import Plan, Sample, ShardWriter, shard_name
+from mepa_ds.data.shards.writer import Manifest, Sample, ShardWriter, shard_name
 from mepa_ds.errors import UserError
 from mepa_ds.files import again, may_pass
 
@@ -89,8 +89,8 @@ class Parquet:
         """One tar of original bytes for each file; files that are copied already are not read again."""
         made_by = MadeBy(name="parquet", settings={"copied_from": self.copied_from()})
         shards = tuple(shard_name(number) for number in range(len(files)))
-        plan = Plan(kind="images", shard_names=shards, made_by=made_by)
-        writer = _scratch_writer(scratch, plan)
+        manifest = Manifest(kind="images", shard_names=shards, made_by=made_by)
+        writer = _scratch_writer(scratch, manifest)
         total = sum(table.metadata.num_rows for table in tables)
         with tqdm(total=total, desc="copying parquet", unit="row") as progress:
             for path, table, shard in zip(files, tables, shards, strict=True):
@@ -123,13 +123,13 @@ class Parquet:
                 progress.update()
 
 
-def _scratch_writer(scratch: Path, plan: Plan) -> ShardWriter:
+def _scratch_writer(scratch: Path, manifest: Manifest) -> ShardWriter:
     """What a killed build copied from other files or columns is of no use any more."""
     try:
-        return ShardWriter(scratch, plan)
+        return ShardWriter(scratch, manifest)
     except UserError:
         shutil.rmtree(scratch)
-        return ShardWriter(scratch, plan)
+        return ShardWriter(scratch, manifest)
 
 
 def _open(path: Path) -> Any:

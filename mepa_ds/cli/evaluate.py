@@ -26,7 +26,8 @@ class EvaluateOptions:
     batch_size: int = 64
     """Images at a time."""
     order: Literal["shuffled", "file"] = "shuffled"
-    """Of the images, for the splits of the inception score. file: as they come, as ADM's suite takes them."""
+    """Of the images, for the splits of the inception score. file: as they come, which ADM's suite does, to check
+    this program against that suite's published numbers."""
     json: Path | None = None
     """Also writes the scores to this file."""
 

@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
             time=arguments.time,
             after=tuple(arguments.after or ()),
             limit=arguments.limit,
-            stage=arguments.stage,
+            copies_sets=arguments.stage,
             dry_run=arguments.dry_run,
         )
         log.make_stdout_a_log()  # a job that is submitted stays so

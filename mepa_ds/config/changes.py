@@ -12,13 +12,14 @@ def recipe_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, list[A
 
     Keys that are newer than the old recipe, and have nothing set, are no change.
     """
-    before, now = _flat(old), _flat(new)
-    changes = {}
-    for key in sorted(before.keys() | now.keys()):
-        pair = [before.get(key, _ABSENT), now.get(key, _ABSENT)]
-        if pair[0] != pair[1] and pair != [_ABSENT, None]:
-            changes[key] = pair
-    return changes
+    return {key: pair for key, pair in changed(old, new, _ABSENT).items() if pair != [_ABSENT, None]}
+
+
+def changed(old: dict[str, Any], new: dict[str, Any], absent: Any = None) -> dict[str, list[Any]]:
+    """[old, new] by dotted key of what differs between two nested mappings; `absent` stands for a missing key."""
+    before, now = flatten(old), flatten(new)
+    pairs = {key: [before.get(key, absent), now.get(key, absent)] for key in sorted(before.keys() | now.keys())}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def changes_in_words(changes: dict[str, list[Any]]) -> str:
@@ -26,10 +27,11 @@ def changes_in_words(changes: dict[str, list[Any]]) -> str:
     return f"the recipe has changed since the last checkpoint: {listed}"
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; an empty mapping stays a value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
     return flat
 
 

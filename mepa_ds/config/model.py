@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
+from mepa_ds.config.values import PositiveInt
 from mepa_ds.scales import ScaleSchedule
 
-PositiveInt = Annotated[int, Field(gt=0)]
 # Not strict as a whole: a preset hands over Python lists (its items stay strict).
 Sides = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
+from mepa_ds.config.values import PositiveInt
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -17,11 +18,11 @@ class AlignmentConfig(Section):
 
     weight: Weight = 0.5
     """Weight of L_SG."""
-    scales: tuple[Annotated[int, Field(ge=1)], ...] = (5, 6, 7)
+    scales: tuple[PositiveInt, ...] = (5, 6, 7)
     """F: 1-based scales whose aggregate is compared with the teacher (SG-M of the paper)."""
     block: Annotated[int, Field(ge=0)] | None = None
     """0-based block whose output is aligned; null: 8 when depth >= 16, else depth // 2."""
-    projector_hidden: Annotated[int, Field(gt=0)] = 2048
+    projector_hidden: PositiveInt = 2048
     """Hidden width of the projector MLP."""
 
     @model_validator(mode="after")
@@ -46,6 +47,7 @@ class ObjectiveConfig(Section):
     balance_weight: Weight = 0.01
     """alpha, weight of the load-balance loss of each MoE layer."""
     balance_over: Literal["micro_batch", "step"] = "micro_batch"
-    """Expert shares f_e count one micro-batch of all ranks, or also the step's micro-batches before it."""
+    """Expert shares f_e count one micro-batch of all ranks, or also the step's micro-batches before it. `step` is for
+    small micro-batches: balance over few images keeps experts from specialising (arXiv 2501.11873)."""
     router_z_weight: Weight = 0.0
     """Weight of the router z-loss of each MoE layer (arXiv 2202.08906 uses 1e-3)."""

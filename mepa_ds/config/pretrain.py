@@ -11,10 +11,9 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import ObjectiveConfig
-from mepa_ds.config.values import Minutes, PathOrHub, Seconds, UserPath
+from mepa_ds.config.values import Minutes, PathOrHub, PositiveInt, Seconds, UserPath
 from mepa_ds.errors import UserError
 
-PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 

@@ -10,10 +10,9 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section, validate
+from mepa_ds.config.values import PositiveInt
 from mepa_ds.errors import UserError
 from mepa_ds.scales import ScaleSchedule
-
-PositiveInt = Annotated[int, Field(gt=0)]
 
 
 def checked_sides(scales: Sequence[int], where: str) -> list[int]:

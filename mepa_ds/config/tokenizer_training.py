@@ -10,10 +10,9 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.pretrain import OptimConfig, TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.config.values import UserPath
+from mepa_ds.config.values import PositiveInt, UserPath
 from mepa_ds.errors import UserError
 
-PositiveInt = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

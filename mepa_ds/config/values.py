@@ -1,4 +1,4 @@
-"""Types of values that people write in more than one way: paths and spans of time."""
+"""Types of values that several sections have: positive integers, and paths and spans of time, as people write them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def _refuse_clock(value: Any, unit: str) -> Any:
     raise ValueError(f"a number of {unit}; {value} ({':'.join(parts)}) is {seconds / _UNITS[unit]:g}")
 
 
+PositiveInt = Annotated[int, Field(gt=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
 """A path in any section: see `expand_path`."""
 PathOrHub = Annotated[str, BeforeValidator(_expand_unless_hub)]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +25,17 @@ from torch.utils.data import DataLoader, Dataset
 from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.distributed import read_launch
-from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import decode_image
+from mepa_ds.images.resizing import fit_image
 from mepa_ds.interrupts import obey_only
 from mepa_ds.log import note
 from mepa_ds.machine import usable_cpus
 
-RESIZE_RATIO = 1.125
-"""VAR resizes the shorter side to 1.125 x the crop's side (288 for 256) before it crops."""
-_MAX_ASPECT = 16
 _END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
-OnDamaged = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -70,44 +68,11 @@ class ImageBatch:
         return replace(self, pixels_B3HW=self.pixels_B3HW.pin_memory(), labels_B=self.labels_B.pin_memory())
 
 
-def resize_shorter(image: Image.Image, side: int) -> Image.Image:
-    """The shorter side becomes `side` pixels, Lanczos as in VAR; strips beyond 16:1 lose their ends first."""
-    width, height = image.size
-    longest = _MAX_ASPECT * min(width, height)
-    if max(width, height) > longest:  # a 1 x 10000 strip would grow to gigabytes
-        left, top = (max(length - longest, 0) // 2 for length in (width, height))
-        image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
-        width, height = image.size
-    if min(width, height) == side:
-        return image
-    # torchvision's integer formula: a factor side / shorter would round a square to side - 1 pixels.
-    size = (side, side * height // width) if width <= height else (side * width // height, side)
-    return image.resize(size, Image.Resampling.LANCZOS)
-
-
-def crop_square(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """A `side` x `side` crop; `at` in [0, 1) for each axis, (0.5, 0.5) is the centre."""
-    left = _place(image.width - side, at[0])
-    top = _place(image.height - side, at[1])
-    return image.crop((left, top, left + side, top + side))
-
-
-def _place(spare: int, at: float) -> int:
-    return round(spare / 2) if at == 0.5 else int(at * (spare + 1))  # half to even, as torchvision's CenterCrop
-
-
 def uniform_pair(seed: int, position: int) -> tuple[float, float]:
     """Two numbers in [0, 1), a pure function of the arguments (raw Philox output is stable between versions)."""
     bits = np.random.Philox(key=seed, counter=position).random_raw(2)
     first, second = (int(bit) >> 11 for bit in bits)
     return first / 2**53, second / 2**53
-
-
-def fit_image(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """VAR's transform: shorter side to 1.125 x `side`, then a crop. Images that fit already are left as they are."""
-    if image.size == (side, side):
-        return image
-    return crop_square(resize_shorter(image, round(RESIZE_RATIO * side)), side, at)
 
 
 def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
@@ -116,9 +81,14 @@ def image_member(members: dict[str, bytes], where: str) -> tuple[str, bytes]:
     return extension, members[extension]
 
 
+def where_of(shards: ShardSet, key: str) -> str:
+    """Names a sample in messages."""
+    return f"{shards.what}: {shards.directory}: sample {key!r}"
+
+
 def decode_sample(shards: ShardSet, key: str, members: dict[str, bytes]) -> Image.Image:
     """The image of a sample. Raises DamagedError, which names set and key."""
-    where = f"{shards.what}: {shards.directory}: sample {key!r}"
+    where = where_of(shards, key)
     remedy = (
         f"make a set without it: data_tools/build_shards.py webdataset --shards {shards.directory} --out NEW "
         "--on-damaged skip"
@@ -149,14 +119,13 @@ class _ImageDataset(Dataset[Any]):
 
     def _read(self, position: int, damaged: list[str]) -> tuple[str, int, Image.Image]:
         """The sample at a position, or the next one of the stream that is whole."""
-        for step in range(len(self._shards)):
-            try:
-                return self._read_one(position + step, position)
-            except DamagedError as error:
-                if self._on_damaged == "stop" or self._stream is None:
-                    raise
-                damaged.append(str(error))
-        raise DamagedError(f"{self._shards.directory}: no sample of the set can be read; make it again")
+        if self._on_damaged == "stop" or self._stream is None:
+            return self._read_one(position, position)
+        found, errors = first_readable(
+            lambda step: self._read_one(position + step, position), len(self._shards), self._shards.directory
+        )
+        damaged += errors
+        return found
 
     def _read_one(self, position: int, crop_position: int) -> tuple[str, int, Image.Image]:
         sample, at = position, (0.5, 0.5)
@@ -164,11 +133,14 @@ class _ImageDataset(Dataset[Any]):
             sample = int(self._stream.samples_at(np.array([position]))[0])
             at = uniform_pair(self._seed, crop_position)
         key, members = self._shards.read(sample)
-        where = f"{self._shards.directory}: sample {key!r}"
         image = fit_image(decode_sample(self._shards, key, members), self._side, at)
         if LABEL_EXTENSION not in members:
             return key, -1, image
-        return key, parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where), image
+        return (
+            key,
+            parse_label(members[LABEL_EXTENSION], len(self._shards.index.classes), lambda: where_of(self._shards, key)),
+            image,
+        )
 
 
 def image_batches(

@@ -43,6 +43,6 @@ def lockstep(batches: Iterator[BatchT]) -> Iterator[BatchT]:
 
 
 def report_damaged(lines: Sequence[str]) -> None:
-    """Names the samples of a batch that others took the place of, on the rank that read them, in the job's log."""
+    """Names the samples of a batch that others took the place of, on the rank that read them, in the run's log."""
     for line in lines:
         log.note(f"rank {distributed.rank()}: damaged sample replaced: {line}")

@@ -1,4 +1,4 @@
-"""Where the samples of a set lie: the tables of its shards as arrays over all samples, to be asked a batch at a time.
+"""Where the samples of a set lie: the offset indices of its shards as arrays over all its samples.
 
 Legend: N samples of the set, n of a shard, B of a batch, M member extensions.
 """
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.data.order import Indices
-from mepa_ds.data.shards.index import FOREIGN, ShardIndex, keys_digest, read_table
-from mepa_ds.data.shards.offset_index import SampleTable
+from mepa_ds.data.shards.index import FOREIGN, ShardIndex, keys_digest, read_offset_index
+from mepa_ds.data.shards.offset_index import OffsetIndex
 from mepa_ds.errors import DamagedError
 
 REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"
@@ -26,9 +26,11 @@ def remedy(index: ShardIndex) -> str:
 
 
 class Places:
-    """Keys, labels and members' places of a set. A shard's table is read when one of its samples is first asked for.
+    """Keys, labels and members' places of a set. A shard's offset index is read when one of its
+    samples is first asked for.
 
-    Pickles without the tables. Threads may share it: who reads a table that another is reading writes the same.
+    Pickles without the offset indices. Threads may share it: one that reads an offset index which another is reading
+    writes the same values.
     """
 
     def __init__(self, index: ShardIndex, paths: list[str], what: str):
@@ -46,8 +48,8 @@ class Places:
         self._is_read = np.zeros(num_shards, np.bool_)
 
     def __getstate__(self) -> dict[str, Any]:
-        tables = ("_places_NM2", "_labels_N", "_keys", "_is_read")
-        return {name: value for name, value in self.__dict__.items() if name not in tables}
+        read_later = ("_places_NM2", "_labels_N", "_keys", "_is_read")
+        return {name: value for name, value in self.__dict__.items() if name not in read_later}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -57,10 +59,10 @@ class Places:
         return int(self._starts[-1])
 
     def shards_of(self, samples_B: Indices) -> Indices:
-        """(B,) the shard of each sample, whose table is then at hand.
+        """(B,) the shard of each sample, whose offset index is then at hand.
 
         Raises:
-            DamagedError: a table cannot be read, or is not that of the index.
+            DamagedError: an offset index cannot be read, or is not that of the set's index.
         """
         shards_B = np.searchsorted(self._starts, samples_B, side="right") - 1
         known_B = self._is_read[shards_B]
@@ -76,7 +78,7 @@ class Places:
         return shards_B, places_BM2[..., 0], places_BM2[..., 1]
 
     def labels(self, samples_B: Indices) -> Indices:
-        """(B,) labels that the tables know; -1 where they do not."""
+        """(B,) labels that the offset indices hold; -1 where they do not."""
         self.shards_of(samples_B)
         return self._labels_N[samples_B]
 
@@ -94,31 +96,31 @@ class Places:
     def _read(self, shard: int) -> None:
         path, entry = self._paths[shard], self._index.shards[shard]
         try:
-            table = read_table(Path(path), self._index.kind, self._index.made_by == FOREIGN)
+            offset_index = read_offset_index(Path(path), self._index.kind, self._index.made_by == FOREIGN)
         except (OSError, DamagedError) as error:
             raise DamagedError(f"{self._what}: {error}") from error
-        if len(table) != entry.num_samples:
+        if len(offset_index) != entry.num_samples:
             raise DamagedError(
-                f"{self._what}: {path}: has {len(table)} samples, the index says {entry.num_samples}; "
+                f"{self._what}: {path}: has {len(offset_index)} samples, the index says {entry.num_samples}; "
                 f"{remedy(self._index)}"
             )
         # With this, sets whose indices have equal keys need not be compared again, batch by batch.
-        if keys_digest(table) != entry.keys_sha256:
+        if keys_digest(offset_index) != entry.keys_sha256:
             raise DamagedError(f"{self._what}: {path}: its keys are not those of the index; {remedy(self._index)}")
-        self.add(shard, table)
+        self.add(shard, offset_index)
 
-    def add(self, shard: int, table: SampleTable) -> None:
-        """Takes a shard's table over."""
+    def add(self, shard: int, offset_index: OffsetIndex) -> None:
+        """Takes a shard's offset index over."""
         rows = slice(*self._starts[shard : shard + 2])
-        # Made aside and put in at once: another thread may have read this table too, and be using its places already.
-        places_nM2 = np.empty((len(table), len(self.extensions), 2), np.int64)
+        # Made aside and put in at once: another thread may have read this index too, and use its places.
+        places_nM2 = np.empty((len(offset_index), len(self.extensions), 2), np.int64)
         places_nM2[:] = (0, -1)
         for column, extension in enumerate(self.extensions):
-            if extension in table.extensions:
-                theirs = table.extensions.index(extension)
-                places_nM2[:, column, 0] = table.offsets_NM[:, theirs]
-                places_nM2[:, column, 1] = table.sizes_NM[:, theirs]
+            if extension in offset_index.extensions:
+                theirs = offset_index.extensions.index(extension)
+                places_nM2[:, column, 0] = offset_index.offsets_NM[:, theirs]
+                places_nM2[:, column, 1] = offset_index.sizes_NM[:, theirs]
         self._places_NM2[rows] = places_nM2
-        self._labels_N[rows] = -1 if table.labels_N is None else table.labels_N
-        self._keys[shard] = table.keys_N
+        self._labels_N[rows] = -1 if offset_index.labels_N is None else offset_index.labels_N
+        self._keys[shard] = offset_index.keys_N
         self._is_read[shard] = True

@@ -25,12 +25,20 @@ from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places, remedy
 from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.data.remote.shard_cache import ShardCache
-from mepa_ds.data.shards.index import FOREIGN, INDEX_NAME, Member, ShardEntry, ShardIndex, keys_digest, read_table
+from mepa_ds.data.shards.index import (
+    FOREIGN,
+    INDEX_NAME,
+    Member,
+    ShardEntry,
+    ShardIndex,
+    keys_digest,
+    read_offset_index,
+)
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.offset_index import SampleTable, label_number
+from mepa_ds.data.shards.offset_index import OffsetIndex, label_number
 from mepa_ds.data.shards.open_files import OpenFile, OpenFiles
 from mepa_ds.data.shards.samples import LABEL_EXTENSION, tar_files
-from mepa_ds.data.shards.writer import PLAN_NAME, read_npy_header
+from mepa_ds.data.shards.writer import MANIFEST_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again
 
@@ -51,11 +59,11 @@ class ShardSet:
 
     def __init__(self, directory: Path, what: str = "shards"):
         self.directory, self.what = directory, what
-        unfinished = (directory / PLAN_NAME).exists()  # ShardIndex.read then says so
-        tables = list[SampleTable]()
+        unfinished = (directory / MANIFEST_NAME).exists()  # ShardIndex.read then says so
+        offset_indices = list[OffsetIndex]()
         indexed = (directory / INDEX_NAME).exists() or unfinished or not directory.is_dir()
         if not indexed and tar_files(directory):
-            self.index, tables = self._scan()
+            self.index, offset_indices = self._scan()
         else:
             self.index = ShardIndex.read(directory, what)
         remote = RemoteShards.read(directory)
@@ -64,8 +72,8 @@ class ShardSet:
         self.cache = None if remote is None else ShardCache(remote, self.index.shards, what)
         self._paths = [str(directory / shard.name) for shard in self.index.shards]
         self._places = Places(self.index, self._paths, what)
-        for shard, table in enumerate(tables):
-            self._places.add(shard, table)
+        for shard, offset_index in enumerate(offset_indices):
+            self._places.add(shard, offset_index)
         # An open file that has left the cache still takes its space.
         self._files = OpenFiles(None if remote is None else 2 * remote.window)
         self._npy_headers: dict[str, bytes] = {}
@@ -81,28 +89,28 @@ class ShardSet:
     def shard_paths(self) -> list[Path]:
         return [Path(path) for path in self._paths]
 
-    def _scan(self) -> tuple[ShardIndex, list[SampleTable]]:
-        """An index of tars that came without one, and their tables."""
+    def _scan(self) -> tuple[ShardIndex, list[OffsetIndex]]:
+        """An index of tars that came without one, and their offset indices."""
         left_out = LeftOut()
         paths = tar_files(self.directory, left_out)
         progress = tqdm(paths, "reading headers (merge_index.py scan keeps them)", delay=5)
-        tables = [read_table(path, "images", foreign=True) for path in progress]
-        for table in tables:
-            left_out.update(table.left_out)
+        offset_indices = [read_offset_index(path, "images", foreign=True) for path in progress]
+        for offset_index in offset_indices:
+            left_out.update(offset_index.left_out)
         if left_out:
             tqdm.write(f"{self.what}: {self.directory}: {left_out}", file=sys.stderr)
         entries = [
             ShardEntry(
                 name=path.name,
-                num_samples=len(table),
+                num_samples=len(offset_index),
                 bytes=path.stat().st_size,
                 sha256="",
-                keys_sha256=keys_digest(table),
+                keys_sha256=keys_digest(offset_index),
             )
-            for path, table in zip(paths, tables, strict=True)
+            for path, offset_index in zip(paths, offset_indices, strict=True)
         ]
-        members = {extension: Member() for table in tables for extension in table.extensions}
-        return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=FOREIGN), tables
+        members = {extension: Member() for offset_index in offset_indices for extension in offset_index.extensions}
+        return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=FOREIGN), offset_indices
 
     def key(self, sample: int) -> str:
         return self.keys(np.array([sample]))[0].decode()
@@ -160,7 +168,7 @@ class ShardSet:
             arrays_BR[number] = data[starts_B[number] : starts_B[number] + num_bytes]
 
     def read_labels(self, samples_B: Indices) -> Indices:
-        """(B,) int64 labels, from the tables or, where they lack them, from the `cls` members.
+        """(B,) int64 labels, from the offset indices or, where they lack them, from the `cls` members.
 
         Raises:
             DamagedError: a label is missing, no number, or outside the set's classes.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +18,10 @@ from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
 from mepa_ds.errors import DamagedError, UserError
-
-OnDamaged = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -132,19 +130,16 @@ class _Reader:
 
     def _whole(self, position: int) -> tuple[int, list[str]]:
         """The sample at a position, or the next one of the stream that can be read; and what those before it lack."""
-        errors = list[str]()
-        for step in range(self._sets.num_samples):
+
+        def read(step: int) -> int:
             at = np.array([position + step])
             if self._stream is None:
                 at %= self._sets.num_samples
             sample = self._samples(at)
-            try:
-                self._read(sample, np.array([position]))  # the view is that of the place it would take
-            except DamagedError as error:
-                errors.append(str(error))
-            else:
-                return int(sample[0]), errors
-        raise DamagedError(f"{self._sets.tokens.directory}: no sample of the set can be read; make it again")
+            self._read(sample, np.array([position]))  # the view is that of the place it would take
+            return int(sample[0])
+
+        return first_readable(read, self._sets.num_samples, self._sets.tokens.directory)
 
     def _read(self, samples: Indices, positions: Indices) -> TrainingBatch:
         tokens = self._sets.tokens

@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mepa_ds.data.images import RESIZE_RATIO, fit_image, resize_shorter
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import RESIZE_RATIO, fit_image, resize_shorter
+from mepa_ds.random_streams import SPLITMIX64_INCREMENT, splitmix64
 
 BOX_EXT = "box.npy"
 """(K, 4) float32: top, left, bottom, right of each random crop, as fractions of the image's height and width."""
@@ -110,14 +111,10 @@ def whole_grid(height: int, width: int, grid_side: int) -> tuple[int, int]:
 def choose_views(seed: int, positions_B: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     """(B,) which of `count` views stands at each position of the training stream: a pure function of both.
 
-    A hash (SplitMix64's finaliser) of seed and position, so that resuming needs no generator state.
+    A hash (SplitMix64) of seed and position, so that resuming needs no generator state.
     """
     with np.errstate(over="ignore"):
-        bits = positions_B.astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
-        bits = bits + np.uint64(0x9E3779B97F4A7C15)
-        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        bits ^= bits >> np.uint64(31)
+        bits = splitmix64(positions_B.astype(np.uint64) + np.uint64(seed % 2**64) * SPLITMIX64_INCREMENT)
     return (bits % np.uint64(count)).astype(np.int64)
 
 

@@ -24,9 +24,10 @@ from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
+from mepa_ds.models.block import Block
 from mepa_ds.models.moe.layer import MoEFeedForward
-from mepa_ds.models.transformer import Block, NextScaleTransformer
-from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
 _RETIRED_COLLECTIVES = (
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor|_all_gather_base|_reduce_scatter_base)` "

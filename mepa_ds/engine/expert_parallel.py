@@ -15,7 +15,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from mepa_ds.engine.waiting import WaitingClock
-from mepa_ds.models.moe.dispatch import Alongside, Sorted, Spread, inverse
+from mepa_ds.models.moe.dispatch import Permute, SharedExpert, TokenPermutation, inverse_permutation
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
@@ -82,7 +82,7 @@ class _Finish(torch.autograd.Function):
 class ExpertParallelDispatcher:
     """The local dispatcher's interface, over a group of ranks. One host sync a call: the row counts.
 
-    Half of the tokens go through `alongside` while rows travel to their experts, half while they travel back; the
+    Half of the tokens go through `shared_expert` while rows travel to their experts, half while they travel back; the
     same halves of its backward pass while gradients travel.
     """
 
@@ -92,9 +92,11 @@ class ExpertParallelDispatcher:
         self.ep_size = group.size()
         self.num_experts = num_experts
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        by_expert = Sorted(x_TC, routing, self.num_experts)
-        sent_nJ = by_expert.counts_E.view(self.ep_size, -1)
+    def __call__(
+        self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
+    ) -> Tensor:
+        permutation = TokenPermutation(x_TC, routing, self.num_experts)
+        sent_nJ = permutation.counts_E.view(self.ep_size, -1)
         received_nJ = torch.empty_like(sent_nJ)
         with self.waits.waiting("all_to_all"):
             dist.all_to_all_single(received_nJ, sent_nJ, group=self.group)
@@ -106,22 +108,22 @@ class ExpertParallelDispatcher:
         beside: list[Tensor] = []
 
         there = _Exchange(send, receive, self.group, self.waits)
-        x_QC = there.start(by_expert.rows(sum(send)))
+        x_QC = there.start(permutation.permute(sum(send)))
         # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
         expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
         expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive))
         order_Q = expert_Q.argsort(stable=True)
-        place_Q = inverse(order_Q)
-        if alongside is not None:
-            beside.append(alongside(x_TC[:half]))
-        x_QC = Spread.apply(there.finish(x_QC), order_Q, place_Q[:, None])
-        y_QC = Spread.apply(experts(x_QC, counts_J, counts), place_Q, order_Q[:, None])
+        place_Q = inverse_permutation(order_Q)
+        if shared_expert is not None:
+            beside.append(shared_expert(x_TC[:half]))
+        x_QC = Permute.apply(there.finish(x_QC), order_Q, place_Q[:, None])
+        y_QC = Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q[:, None])
 
         back = _Exchange(receive, send, self.group, self.waits)
         y_RC = back.start(y_QC)
-        if alongside is not None:
-            beside.append(alongside(x_TC[half:]))
-        y_TC = by_expert.combine(back.finish(y_RC))
+        if shared_expert is not None:
+            beside.append(shared_expert(x_TC[half:]))
+        y_TC = permutation.unpermute(back.finish(y_RC))
         return y_TC + torch.cat(beside) if beside else y_TC
 
 
@@ -182,7 +184,7 @@ def _shard(
 def mark_expert_parameters(model: nn.Module) -> None:
     """Tells DeepSpeed to average experts' gradients over the ranks that hold the same experts only.
 
-    To be called once the parameters have memory: moving from the meta device makes new ones.
+    To be called once the parameters are materialised: moving from the meta device makes new ones.
     """
     for module in model.modules():
         if isinstance(module, ExpertParallelFeedForward):

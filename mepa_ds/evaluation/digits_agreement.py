@@ -16,13 +16,12 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 _BATCH = 100
+_PER_CLASS, _SEED = 50, 1
 SIDE = 8  # of scikit-learn's digits, which the shards hold upscaled
 
 
-def digits_agreement(
-    weights: Path, tokenizer: Path, train: Path, heldout: Path, per_class: int = 50, seed: int = 1
-) -> dict[str, float]:
-    """`class_agreement`: the share of generated digits (per_class of each) that an SVC assigns to the class asked for;
+def digits_agreement(weights: Path, tokenizer: Path, train: Path, heldout: Path) -> dict[str, float]:
+    """`class_agreement`: the share of generated digits (50 of each) that an SVC assigns to the class asked for;
     `svc_heldout_accuracy`: the same SVC's accuracy on real held-out digits, the most one could hope for.
     """
     from sklearn.svm import SVC
@@ -31,10 +30,10 @@ def digits_agreement(
     real, real_labels = _real(train, decoder.config.image_side)
     unseen, unseen_labels = _real(heldout, decoder.config.image_side)
     judge = SVC(gamma=0.001).fit(real, real_labels)
-    asked = [label for label in range(model.config.num_classes) for _ in range(per_class)]
+    asked = [label for label in range(model.config.num_classes) for _ in range(_PER_CLASS)]
     parts = []
     for first in tqdm(range(0, len(asked), _BATCH), "sampling", unit="batch", disable=None):
-        parts.append(sample(model, decoder, asked[first : first + _BATCH], seed=seed, first_index=first))
+        parts.append(sample(model, decoder, asked[first : first + _BATCH], seed=_SEED, first_index=first))
     generated = torch.cat(parts)
     return {
         "class_agreement": float((judge.predict(_pixels(generated)) == np.array(asked)).mean()),

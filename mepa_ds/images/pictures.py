@@ -16,6 +16,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path
 
 _MADE_BY = "mepa_ds"
+_GAP, _GRID_SIDE = 2, 64  # of a grid: pixels between images, least side of an image
 
 
 def check_floats(images_B3HW: Tensor) -> None:
@@ -54,16 +55,16 @@ def save_images(images_B3HW: Tensor, paths: Sequence[Path], made_by: str | None 
         save_png(pixels, path, made_by)
 
 
-def save_grid(images_B3HW: Tensor, path: Path, columns: int, gap: int = 2, min_side: int = 64) -> None:
-    """One PNG of all images, row by row with white gaps; small images are enlarged to at least `min_side` pixels."""
+def save_grid(images_B3HW: Tensor, path: Path, columns: int) -> None:
+    """One PNG of all images, row by row with white gaps; small images are enlarged to at least 64 pixels."""
     side = images_B3HW.shape[-1]
-    if side < min_side:
-        images_B3HW = F.interpolate(images_B3HW, scale_factor=-(-min_side // side), mode="nearest")
+    if side < _GRID_SIDE:
+        images_B3HW = F.interpolate(images_B3HW, scale_factor=-(-_GRID_SIDE // side), mode="nearest")
     tiles = to_uint8(images_B3HW)
     side = tiles.shape[1]
     rows = -(-len(tiles) // columns)
-    step = side + gap
-    sheet = np.full((rows * step - gap, columns * step - gap, 3), 255, np.uint8)
+    step = side + _GAP
+    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
     for number, tile in enumerate(tiles):
         top, left = number // columns * step, number % columns * step
         sheet[top : top + side, left : left + side] = tile

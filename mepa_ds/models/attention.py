@@ -1,6 +1,6 @@
-"""Block-causal self-attention without a mask (D7), and the cache that sampling fills.
+"""Block-causal self-attention without a mask (D7), and the key-value cache for sampling.
 
-Shapes: B batch, L positions, C width, H heads, D = C / H.
+Shapes: B batch, L positions, C width, H heads, D = C / H width of a head.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Keys and values of one block for all L positions, allocated once and filled scale by scale."""
+    """The keys and values of one block. Memory for all L positions is allocated once, and filled scale by scale."""
 
     def __init__(self, batch: int, num_heads: int, length: int, head_width: int, like: Tensor):
         self._keys_BHLD = like.new_empty(batch, num_heads, length, head_width)
@@ -22,7 +22,7 @@ class KVCache:
         self._filled = 0
 
     def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one scale's keys and values; returns those of all positions so far."""
+        """Stores the keys and values of one scale (B, H, l, D), and returns those of all positions so far."""
         end = self._filled + k_BHLD.shape[2]
         self._keys_BHLD[:, :, self._filled : end] = k_BHLD
         self._values_BHLD[:, :, self._filled : end] = v_BHLD
@@ -31,9 +31,10 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    """VAR's attention: L2-normalised q and k with a learned log temperature a head; q and v have biases, k none.
+    """VAR's attention. Queries and values have biases, keys have none.
 
-    Without `qk_norm` the softmax scale is 0.25 / sqrt(D), as in VAR.
+    With `qk_norm`, queries and keys are L2-normalised, and each head learns the logarithm of a temperature. Without it,
+    the softmax scale is 0.25 / sqrt(D), as in VAR.
     """
 
     MAX_LOG_TEMPERATURE = math.log(100)
@@ -49,10 +50,10 @@ class SelfAttention(nn.Module):
         self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
 
     def forward(self, x_BLC: Tensor, bounds: Sequence[tuple[int, int]], cache: KVCache | None = None) -> Tensor:
-        """Every scale attends to itself and all before it.
+        """Lets each scale attend to itself and to all scales before it: (B, L, C) -> (B, L, C).
 
-        Training: `bounds` are the scales' (start, end) in the whole sequence. Sampling: x is one scale, `cache`
-        holds those before it and `bounds` is not read.
+        In training, `bounds` are the (start, end) of each scale in the whole sequence. In sampling, x is one scale,
+        `cache` holds the scales before it, and `bounds` is not used.
         """
         B, L, C = x_BLC.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
@@ -67,7 +68,7 @@ class SelfAttention(nn.Module):
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
             out_BHLD = self._attend(q_BHLD, k_BHLD, v_BHLD)
         else:
-            # One mask-free call a scale does only the 62 % of the work that the mask would keep (256 px).
+            # One call without a mask for each scale does only the 62 % of the work that a mask would keep (256 px).
             prefixes = (
                 self._attend(q_BHLD[:, :, start:end], k_BHLD[:, :, :end], v_BHLD[:, :, :end]) for start, end in bounds
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU(tanh), Linear: (..., C) -> (..., C)."""
+    """A linear layer, GELU (tanh), and a second linear layer: (..., C) -> (..., C)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -25,9 +25,9 @@ class FeedForward(nn.Module):
 
 
 def _has_fused_kernel(x: Tensor) -> bool:
-    """Whether oneDNN computes a linear layer and its GELU in one kernel here: on a CPU, without gradients.
+    """Whether oneDNN can compute the first layer and its GELU in one kernel: on a CPU, without gradients.
 
-    It is the operator that Inductor puts there. PyTorch's own tanh GELU is slow on a CPU.
+    PyTorch's own tanh GELU is slow on a CPU. Inductor uses the same operator.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() == 0 or x.dtype not in fused_gelu_types():
         return False
@@ -37,7 +37,7 @@ def _has_fused_kernel(x: Tensor) -> bool:
 
 @cache
 def fused_gelu_types() -> tuple[torch.dtype, ...]:
-    """Types in which a CPU's oneDNN has a linear layer and GELU in one kernel."""
+    """The types in which oneDNN has one kernel for a linear layer and GELU on this CPU."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
     low = (torch.bfloat16,) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()

@@ -1,7 +1,7 @@
-"""Initial weights as VAR draws them, each parameter from a stream of its own.
+"""Initial weights as VAR draws them, each parameter from a random stream of its own.
 
-A parameter's values depend on the seed and its name only (for experts: also on the expert's global number), so
-they are the same on any number of ranks, at any expert-parallel size, and when layers are added or reordered.
+The values of a parameter depend only on the seed and on its name; those of an expert also on its global number. So they
+are the same on any number of ranks, at any expert-parallel size, and when layers are added or reordered.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from mepa_ds.models.moe.routing import Router
 from mepa_ds.random_streams import generator
 
 if TYPE_CHECKING:
-    from mepa_ds.models.transformer import Block, NextScaleTransformer
+    from mepa_ds.models.block import Block
+    from mepa_ds.models.transformer import NextScaleTransformer
 
 
 @torch.no_grad()
 def init_weights(model: NextScaleTransformer, seed: int) -> None:
-    """VAR's scheme: truncated normal of std sqrt(1 / 3C) for weights and embeddings, zero biases; projections that
-    write to the residual stream (experts' and shared expert's too) divided by sqrt(2 depth); head and AdaLN scaled.
+    """Draws all weights by VAR's scheme.
+
+    Weights and embeddings are truncated normal with std sqrt(1 / 3C), biases are zero. Projections that write to the
+    residual stream, also those of experts, are divided by sqrt(2 depth). The head and AdaLN have factors of their own.
     """
     config = model.config
     std = math.sqrt(1 / (3 * config.C))
@@ -41,7 +44,7 @@ def init_weights(model: NextScaleTransformer, seed: int) -> None:
         elif leaf == "log_temperature":
             parameter.fill_(math.log(4.0))
         elif leaf == "scale_logits_SE":
-            # The product of an embedding and a gate that are both drawn with `std`.
+            # This is the product of an embedding and a gate; both would be drawn with `std`.
             _draw(parameter, math.sqrt(config.C) * std * std, generator(seed, "init", name))
         elif parent in experts_first:
             for local, weight in enumerate(parameter):
@@ -55,7 +58,7 @@ def init_weights(model: NextScaleTransformer, seed: int) -> None:
 
 
 def _draw(parameter: Tensor, std: float, stream: torch.Generator) -> None:
-    # Drawn on the CPU: the same weights on every device.
+    # Numbers are drawn on the CPU, so that the weights are the same on every device.
     drawn = torch.empty(parameter.shape, dtype=torch.float32)
     nn.init.trunc_normal_(drawn, std=std, generator=stream)
     parameter.copy_(drawn)
@@ -74,7 +77,7 @@ def _scale_special(model: NextScaleTransformer) -> None:
             elif isinstance(module, FeedForward):
                 module.fc2.weight.mul_(residual)
         if config.shared_adaln:
-            # VAR draws the offsets with std 1 / sqrt(C), sqrt(3) times the others'.
+            # VAR draws the offsets with std 1 / sqrt(C): sqrt(3) times the std of the other weights.
             block.adaln_offset.mul_(math.sqrt(3))
             gates, rest = block.adaln_offset[:, :, :2], block.adaln_offset[:, :, 2:]
         else:

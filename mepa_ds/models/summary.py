@@ -1,4 +1,4 @@
-"""How large a model is: total and active parameters, always apart."""
+"""The size of a model: its total and its active parameters."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mepa_ds.models.transformer import NextScaleTransformer
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """The transformer's parameters; the training-only projector of semantic guidance is not among them."""
+    """The parameters of the transformer. The projector of semantic guidance, for training only, is not counted."""
 
     total: int
     active: int
-    """Those that one token passes: all but the routed experts it is not sent to."""
+    """Parameters that one token passes: all but those of the routed experts to which it is not sent."""
     experts: int
-    """All routed experts' (part of total)."""
+    """Parameters of all routed experts, a part of the total."""
 
     def __str__(self) -> str:
         return f"{self.total / 1e6:.1f}M parameters, {self.active / 1e6:.1f}M active"
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Counts on the meta device: no memory is used, whatever the size."""
+    """Counts a model's parameters on the meta device, which takes no memory."""
     with torch.device("meta"):
         model = NextScaleTransformer(config)
     total = sum(parameter.numel() for parameter in model.parameters())

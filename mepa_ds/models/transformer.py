@@ -1,12 +1,14 @@
 """The next-scale transformer: VAR (arXiv 2404.02905) with a dense or mixture-of-experts FFN in each block.
 
-Shapes: B batch, L tokens over all scales, S scales, C width, H heads, V codebook size, Z code width, D blocks.
+Shapes: B batch, L tokens of all scales, l tokens of one scale (l0 of the first), S scales, C width, V codebook size,
+Z code width, D blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -19,90 +21,36 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
-from mepa_ds.models.attention import KVCache, SelfAttention
-from mepa_ds.models.feed_forward import FeedForward
+from mepa_ds.models.attention import KVCache
+from mepa_ds.models.block import Block, modulate
 from mepa_ds.models.initialisation import init_weights
-from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.recomputation import Recompute, run_block
-from mepa_ds.models.transformer_files import KIND, read_transformer
+from mepa_ds.models.transformer_files import KIND, read_transformer, with_weights
 from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
-from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.directories import read_pretrained, save_pretrained
 
 if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule
 
-LAYER_NORM_EPS = 1e-6
-
 
 @dataclass
 class ModelOutput:
-    """What a training forward returns; nothing is stashed in the modules."""
+    """What a training forward pass returns. The modules keep no results."""
 
     logits_BLV: Tensor
-    """(B, L, V) logits of every position, in the model's type."""
+    """Logits of every position, (B, L, V), in the model's type."""
     hidden_BLC: Tensor | None
-    """(B, L, C) after the block that `hidden_after` named, else None."""
+    """Hidden states after the block that `hidden_after` names, (B, L, C); None if it names none."""
     routing: dict[int, RoutingStatistics]
-    """Statistics by index of the block, for MoE blocks only."""
-
-
-class Block(nn.Module):
-    """AdaLN, attention, AdaLN, FFN; each branch gated by gamma and scaled per sample by stochastic depth."""
-
-    def __init__(self, config: ModelConfig, index: int):
-        super().__init__()
-        C = config.C
-        self.attention = SelfAttention(C, config.H, config.qk_norm)
-        self.ffn: FeedForward | MoEFeedForward
-        if config.is_moe_block(index):
-            self.ffn = MoEFeedForward(config)
-        else:
-            self.ffn = FeedForward(C, round(config.ffn_ratio * C))
-        if config.shared_adaln:
-            self.adaln_offset = nn.Parameter(torch.empty(1, 1, 6, C))
-        else:
-            self.adaln = nn.Linear(C, 6 * C)
-
-    def modulation(self, condition: Tensor) -> Tensor:
-        """(B, 1, 6, C): gates, scales and shifts of both branches, the same at every position.
-
-        `condition` is silu(class embedding) (B, C), or with shared AdaLN its projection (B, 1, 6, C).
-        """
-        if hasattr(self, "adaln_offset"):
-            return self.adaln_offset + condition
-        return self.adaln(condition).view(len(condition), 1, 6, -1)
-
-    def forward(
-        self,
-        x_BLC: Tensor,
-        modulation_B16C: Tensor,
-        scale_index_L: Tensor,
-        bounds: Sequence[tuple[int, int]],
-        branch_scale_2B: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, RoutingStatistics | None]:
-        """(B, L, C) -> the same and, from a MoE block, its routing statistics.
-
-        `branch_scale_2B` scales the attention and FFN branch of each sample: 0 or 1 / keep (stochastic depth).
-        """
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation_B16C.unbind(2)
-        branch = self.attention(_modulate(x_BLC, scale1, shift1), bounds, cache)
-        x_BLC = torch.addcmul(x_BLC, branch, _scaled(gamma1, branch_scale_2B, 0))
-        normed = _modulate(x_BLC, scale2, shift2)
-        statistics = None
-        if isinstance(self.ffn, MoEFeedForward):
-            branch, statistics = self.ffn(normed, scale_index_L)
-        else:
-            branch = self.ffn(normed)
-        return torch.addcmul(x_BLC, branch, _scaled(gamma2, branch_scale_2B, 1)), statistics
+    """Routing statistics of each MoE block, by the index of the block."""
 
 
 class NextScaleTransformer(nn.Module):
-    """Predicts the token map of each scale from all coarser ones and the class.
+    """Predicts the token map of each scale from the maps of all coarser scales and the class.
 
-    The constructor draws the initial weights (seed 0); `init_weights(seed)` draws them anew. `recompute` says what
-    the backward pass computes again instead of keeping it (see mepa_ds.models.recomputation).
+    The constructor draws the initial weights with seed 0, except on the meta device; `init_weights(seed)` draws them
+    again. `recompute` says which activations the backward pass computes again (see mepa_ds.models.recomputation).
     """
 
     def __init__(self, config: ModelConfig):
@@ -127,7 +75,7 @@ class NextScaleTransformer(nn.Module):
     def from_preset(
         cls, preset: str, *, num_classes: int = 1000, scales: Sequence[int] | None = None, **overrides: object
     ) -> Self:
-        """A freshly initialised model of a named size, for instance "var-d16" or "mepa-d16-iso"."""
+        """Returns a newly initialised model of a named size, for instance "var-d16" or "mepa-d16-iso"."""
         values: dict[str, object] = {"preset": preset, "num_classes": num_classes, **overrides}
         if scales is not None:
             values["scales"] = checked_sides(scales, "model")
@@ -142,14 +90,15 @@ class NextScaleTransformer(nn.Module):
         num_heads: int | None = None,
         depth: int | None = None,
     ) -> Self:
-        """Whichever lies there: a directory (`load`), or VAR's transformer (`from_var`), in evaluation mode.
+        """Loads weights from a path: a directory of ours (as `load`), or VAR's transformer (as `from_var`).
 
-        Raises UserError for what is neither, and for scales, heads or a depth that the weights do not have.
+        The model is in evaluation mode. Raises UserError for anything else at that path, and for scales, heads or a
+        depth that the weights do not have.
         """
         given = Given(scales, num_heads, depth)
         config, state, name_in_file = read_transformer(Path(path), given)
         check_given(config, given, str(path))
-        return cls._with_weights(config, state, str(path), name_in_file)
+        return with_weights(partial(cls, config), state, str(path), name_in_file)
 
     @classmethod
     def from_var(
@@ -160,39 +109,29 @@ class NextScaleTransformer(nn.Module):
         num_heads: int | None = None,
         depth: int | None = None,
     ) -> Self:
-        """Loads VAR's weights: public ones, a checkpoint of its training, a directory of its class, or a state dict.
+        """Loads VAR's weights: a public file, a checkpoint of VAR's training, a directory of its class, a state dict.
 
-        Sizes are read off the tensors and the settings beside them. To be given, where these do not tell: `scales`
-        that are neither VAR's for 256 px nor for 512 px, `num_heads` without QK normalisation, and a `depth` that is
-        not width / 64.
+        The sizes are read from the tensors and from the settings beside them. Where these do not tell, the caller
+        gives them: `scales` that are neither VAR's for 256 px nor for 512 px, `num_heads` of a model without QK
+        normalisation, and a `depth` that is not width / 64.
         """
         given, where = Given(scales, num_heads, depth), name_of(weights)
         config, state = convert_var(weights, given)
         check_given(config, given, where)
-        return cls._with_weights(config, state, where, name_in_var)
+        return with_weights(partial(cls, config), state, where, name_in_var)
 
     @classmethod
     def load(cls, directory: Path | str) -> Self:
-        """Loads what `save_pretrained` wrote (safetensors + config.json), in evaluation mode."""
+        """Loads a directory of `save_pretrained` (safetensors and config.json), in evaluation mode."""
         config, state = read_pretrained(Path(directory), ModelConfig, KIND)
-        return cls._with_weights(config, state, str(directory))
+        return with_weights(partial(cls, config), state, str(directory))
 
     def save_pretrained(self, directory: Path | str) -> None:
-        """Writes safetensors and config.json in the Hugging Face layout."""
+        """Writes safetensors and config.json in the layout of Hugging Face."""
         save_pretrained(Path(directory), self.config, self.state_dict(), KIND)
 
-    @classmethod
-    def _with_weights(
-        cls, config: ModelConfig, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
-    ) -> Self:
-        with torch.device("meta"):
-            model = cls(config)
-        model.to_empty(device="cpu")
-        load_strict(model, state, where, name_in_file)
-        return model.eval()
-
     def init_weights(self, seed: int) -> None:
-        """Draws every parameter anew, as VAR does (see `initialisation`)."""
+        """Draws every parameter as VAR does (see mepa_ds.models.initialisation)."""
         init_weights(self, seed)
 
     def forward(
@@ -203,15 +142,19 @@ class NextScaleTransformer(nn.Module):
         branch_scale_D2B: Tensor | None = None,
         hidden_after: int | None = None,
     ) -> ModelOutput:
-        """Teacher-forced logits of all scales.
+        """Computes the logits of all scales with teacher forcing.
 
-        labels_B: int64 class of each image, `num_classes` for none. inputs_BLZ: (B, L - l0, Z), the tokenizer's
-        `inputs_from_tokens`, where l0 is the first scale's length. branch_scale_D2B: stochastic depth's factors.
-        hidden_after: block (0-based) after which the hidden states are returned.
+        Inputs that end with an earlier scale give the logits of the scales up to that one. They equal the logits of
+        the whole sequence, cut there.
 
-        Inputs that end with an earlier scale give the logits of the scales up to it: those of the whole, cut there.
+        Args:
+            labels_B: int64 class of each image; `num_classes` stands for no class.
+            inputs_BLZ: (B, L - l0, Z), which the tokenizer's `inputs_from_tokens` computes.
+            branch_scale_D2B: factors of stochastic depth (see `Block.forward`).
+            hidden_after: 0-based index of the block after which the hidden states are returned.
 
-        Raises UserError for labels outside 0..num_classes, or inputs of another schedule.
+        Raises:
+            UserError: labels outside 0..num_classes, or inputs of another schedule.
         """
         self.check_labels(labels_B)
         expected = (len(labels_B), self.schedule.num_tokens - self.schedule.lengths[0], self.config.code_width)
@@ -238,7 +181,10 @@ class NextScaleTransformer(nn.Module):
         return ModelOutput(self.logits(x_BLC, class_BC), hidden, routing)
 
     def check_labels(self, labels_B: Tensor) -> None:
-        """Raises UserError for labels outside 0..num_classes. On a GPU the embedding's own assert serves: no sync."""
+        """Raises UserError for labels outside 0..num_classes.
+
+        Labels on a GPU are not checked, which would need a host sync; the embedding asserts the same there.
+        """
         if labels_B.is_cuda or labels_B.numel() == 0:
             return
         low, high = int(labels_B.min()), int(labels_B.max())
@@ -248,61 +194,52 @@ class NextScaleTransformer(nn.Module):
                 f"got {low if low < 0 else high}"
             )
 
-    # The pieces that sampling calls scale by scale.
+    # Sampling calls the following methods, scale by scale.
 
     def condition(self, class_BC: Tensor) -> Tensor:
-        """What the blocks' AdaLN reads."""
+        """The input of every block's AdaLN: silu(class), (B, C), or its shared projection, (B, 1, 6, C)."""
         condition = F.silu(class_BC)
         if self.shared_adaln is not None:
             return self.shared_adaln(condition).view(-1, 1, 6, self.config.C)
         return condition
 
     def first_input(self, class_BC: Tensor) -> Tensor:
-        """(B, l0, C): the start tokens, with position."""
+        """The start tokens with their positions: class embeddings (B, C) -> (B, l0, C)."""
         return class_BC[:, None] + self.start_embed + self._where_BLC(self._scale_index(0, class_BC), 0)
 
     def next_input(self, codes_BlZ: Tensor, scale: int) -> Tensor:
-        """(B, l, Z) downsampled f_hat -> (B, l, C): the tokens of `scale`, with position."""
+        """The inputs of `scale` with their positions: downsampled f_hat (B, l, Z) -> (B, l, C)."""
         start = self.schedule.bounds[scale][0]
         words_BlC = self.word_embed(codes_BlZ.to(self.word_embed.weight.dtype))
         return words_BlC + self._where_BLC(self._scale_index(scale, codes_BlZ), start)
 
     def modulations(self, class_BC: Tensor) -> list[Tensor]:
-        """Every block's modulation: it depends on the class alone, so sampling computes it once for all scales."""
+        """The modulation of every block. It depends on the class alone, so sampling computes it once for all scales."""
         condition = self.condition(class_BC)
         return [cast(Block, block).modulation(condition) for block in self.blocks]
 
     def run_scale(self, x_BlC: Tensor, modulations: Sequence[Tensor], scale: int, caches: Sequence[KVCache]) -> Tensor:
-        """One scale through all blocks, with the scales before it in the caches."""
+        """One scale through all blocks: (B, l, C) -> (B, l, C). The caches hold the scales before it."""
         scale_index_l = self._scale_index(scale, x_BlC)
         for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
             x_BlC, _ = block(x_BlC, modulation, scale_index_l, (), cache=cache)
         return x_BlC
 
     def new_caches(self, batch: int) -> list[KVCache]:
+        """An empty key-value cache for each block."""
         head_width = self.config.C // self.config.H
         like = self.head.weight
         return [KVCache(batch, self.config.H, self.schedule.num_tokens, head_width, like) for _ in self.blocks]
 
     def logits(self, x_BLC: Tensor, class_BC: Tensor) -> Tensor:
-        """Final AdaLN and head: (B, L, C) -> (B, L, V)."""
+        """The final AdaLN and the head: (B, L, C) -> (B, L, V)."""
         scale, shift = self.head_adaln(F.silu(class_BC)).view(-1, 1, 2, self.config.C).unbind(2)
-        return self.head(_modulate(x_BLC, scale, shift))
+        return self.head(modulate(x_BLC, scale, shift))
 
     def _scale_index(self, scale: int, like: Tensor) -> Tensor:
         return torch.full((self.schedule.lengths[scale],), scale, device=like.device)
 
     def _where_BLC(self, scale_index_L: Tensor, start: int) -> Tensor:
+        """The embeddings of scale and position, from position `start` on."""
         positions = self.position_embed[:, start : start + len(scale_index_L)]
         return self.scale_embed(scale_index_L) + positions
-
-
-def _modulate(x_BLC: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm without weights, then the class's scale and shift."""
-    return torch.addcmul(shift, F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=LAYER_NORM_EPS), 1 + scale)
-
-
-def _scaled(gamma_B1C: Tensor, branch_scale_2B: Tensor | None, which: int) -> Tensor:
-    if branch_scale_2B is None:
-        return gamma_B1C
-    return gamma_B1C * branch_scale_2B[which].to(gamma_B1C.dtype)[:, None, None]

@@ -1,34 +1,53 @@
-"""Transformers on disk: our directories, VAR's files, and directories of VAR's own classes."""
+"""Transformers on disk: directories of ours, VAR's files, and directories that VAR's own classes wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
-from mepa_ds.weights.directories import read_pretrained
+from mepa_ds.weights.directories import load_strict, read_pretrained
 from mepa_ds.weights.var_settings import kind_of_vars
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
 KIND = "next_scale_transformer"
-"""What config.json calls what a directory holds."""
+"""The kind that config.json states for a directory with a transformer."""
 
 
 class StoredTransformer(NamedTuple):
+    """The content of a file or directory, under our names."""
+
     config: ModelConfig
     state: dict[str, Tensor]
     name_in_file: Callable[[str], str]
-    """What the file calls a parameter of ours."""
+    """Maps our name of a parameter to its name in the file, for messages."""
 
 
 def read_transformer(path: Path, given: Given) -> StoredTransformer:
-    """Whichever lies there. See `convert_var` for what `given` serves.
+    """Reads a directory of ours, or VAR's weights. `convert_var` says what `given` is for.
 
-    Raises UserError for what is no transformer, or does not tell what was not given either.
+    Raises UserError if the path holds no transformer, or if its sizes are neither in the weights nor given.
     """
     if path.is_dir() and kind_of_vars(path) is None:
         return StoredTransformer(*read_pretrained(path, ModelConfig, KIND), str)
     return StoredTransformer(*convert_var(path, given), name_in_var)
+
+
+def with_weights(
+    make: Callable[[], ModelT], state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+) -> ModelT:
+    """Makes a model on the meta device, materialises it on the CPU with the weights of `state`, in evaluation mode.
+
+    No initial weights are drawn. Raises UserError, with the names that the file has, for weights that do not fit.
+    """
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    load_strict(model, state, where, name_in_file)
+    return model.eval()

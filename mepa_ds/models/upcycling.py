@@ -1,4 +1,4 @@
-"""Sparse upcycling: a mixture-of-experts model that starts from a dense one's weights (arXiv 2212.05055).
+"""Sparse upcycling: a mixture-of-experts model that starts from the weights of a dense model (arXiv 2212.05055).
 
 Shapes: C width, F dense hidden width, H hidden width of an expert, E experts, K choices a token.
 """
@@ -10,13 +10,14 @@ import torch
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.errors import UserError
+from mepa_ds.models.block import Block
 from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Router, ScaleRouter, ScaleTokenRouter, TokenRouter
-from mepa_ds.models.transformer import Block, NextScaleTransformer
+from mepa_ds.models.transformer import NextScaleTransformer
 
-# So small that all experts have the same probability to fp32 rounding; which of them are the top K is left to the
-# (random) direction of each token, since the choice is by logits.
+# With logits this small, all experts have the same probability to fp32 rounding. The router still chooses by logits, so
+# the random direction of each token decides which experts are its top K.
 _ROUTER_SCALE = 1e-6
 NO_BIAS_AFTER_UPCYCLING = (
     "a router fresh from upcycling has probabilities that differ by far less than one step of loss-free balancing, and "
@@ -26,20 +27,21 @@ NO_BIAS_AFTER_UPCYCLING = (
 
 @torch.no_grad()
 def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextScaleTransformer:
-    """Builds a MoE model whose experts are copies of the dense FFN, or slices of it where experts are narrower.
+    """Builds a MoE model whose experts are copies of the dense FFN or, where experts are narrower, slices of it.
 
-    Copies (H = F): n = K + (1 if shared) FFNs of equal weights see each token, and each counts 1/n. The output equals
-    the dense model's to rounding, whatever K, E, renormalisation and shared expert.
+    Copies (H = F): n = K + (1 if there is a shared expert) FFNs with equal weights process each token, and each counts
+    1/n. The output equals that of the dense model to rounding, for any K, E, renormalisation and shared expert.
 
-    Slices (H < F): the shared expert holds the first H hidden units, and experts gK ... gK + K - 1, set g, hold K H of
-    the others, going on (cyclically) where set g - 1 ended; a unit that a set holds m times counts 1/m. Router rows are
-    the same within a set, so that top-K takes a whole one. Where a set and the shared expert cover the dense FFN
-    (n H >= F, K divides E), the output equals the dense model's to rounding; where they do not, the units left out are
-    missing. It holds at the start: a router that has learned mixes sets.
+    Slices (H < F): the shared expert holds the first H hidden units. The experts gK ... gK + K - 1, set g, hold K H of
+    the other units, cyclically, from where set g - 1 ended; a unit that a set holds m times counts 1/m. Router rows are
+    equal within a set, so that top-K chooses a whole set. If a set and the shared expert cover the dense FFN (n H >= F,
+    and K divides E), the output equals that of the dense model to rounding; if not, some hidden units are missing. This
+    holds at the start of training: a trained router mixes sets.
 
-    Raises UserError for a model that has experts already, experts wider than the dense FFN, loss-free balancing (the
-    new router's probabilities differ by far less than one step of its bias, which alone would choose, and the same
-    experts for all tokens), and expert choice (a token may have any number of experts).
+    Raises:
+        UserError: the model has experts already; experts wider than the dense FFN; expert choice, in which a token has
+            any number of experts; loss-free balancing, because the new router's probabilities differ by far less than
+            one step of the bias, which would send all tokens to the same experts.
     """
     config = dense.config
     if config.moe is not None:
@@ -72,14 +74,15 @@ def upcycle(dense: NextScaleTransformer, moe: MoEConfig, seed: int = 0) -> NextS
 
 
 def is_fresh_from_upcycling(router: Router) -> bool:
-    """Whether no training has made the router's logits tell experts apart: drawn weights are of the order of 0.01."""
+    """Whether the router still has its weights from upcycling; those of an initialisation are of the order of 0.01."""
     return all(parameter.abs().max() < 1e3 * _ROUTER_SCALE for parameter in router.parameters())
 
 
 def _fill(layer: MoEFeedForward, dense: FeedForward, moe: MoEConfig, hidden: int) -> None:
+    """Sets the weights of one MoE layer, with experts of width `hidden`, from those of the dense FFN."""
     dense_hidden, K = dense.fc1.out_features, moe.top_k
     num_ffns = K + (1 if moe.shared_expert else 0)
-    # What the router multiplies a chosen expert with: 1/K after renormalisation, else the even probability 1/E.
+    # The router's weight of a chosen expert: 1/K with renormalisation, else the even probability 1/E.
     router_weight = 1 / K if moe.renormalize else 1 / moe.num_experts
     sliced = hidden < dense_hidden
     set_E = torch.arange(moe.num_experts) // K

@@ -1,4 +1,4 @@
-"""VAR's transformer checkpoints (`var_d16.pth` ... `var_d36.pth`): the key table and the sizes."""
+"""VAR's transformer checkpoints (`var_d16.pth` ... `var_d36.pth`): their keys under our names, and their sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mepa_ds.weights.state_dict_files import read_checkpoint
 from mepa_ds.weights.state_dicts import Wanted
 from mepa_ds.weights.var_settings import schedule_in, setting_in
 
-# VAR's key -> ours; {n} is the block's number.
+# VAR's key -> our key; {n} is the number of the block.
 KEYS = {
     "word_embed.weight": "word_embed.weight",
     "word_embed.bias": "word_embed.bias",
@@ -50,7 +50,7 @@ KEYS = {
     "head.weight": "head.weight",
     "head.bias": "head.bias",
 }
-# Constants that VAR stores: the scale of each position, the mask, and a k bias that is always zero.
+# Constants in VAR's files: the scale of each position, the attention mask, and the bias of keys, which is always zero.
 IGNORED = {"lvl_1L", "attn_bias_for_masking", "blocks.{n}.attn.zero_k_bias"}
 
 
@@ -58,29 +58,30 @@ WANTED = Wanted(
     "VAR's transformer",
     ("head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC", "blocks.0.ffn.fc1.weight"),
 )
-# Behind a name that would otherwise be taken for ours.
+# Marks a foreign key that happens to be a name of ours.
 OUTSIDE = " (not in VAR's layout)"
 _NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class Given:
-    """What no tensor shows, as a caller knows it; None: unknown, or as VAR has it."""
+    """What the caller says about sizes that no tensor shows. None: unknown, or as in VAR."""
 
     scales: Sequence[int] | None = None
     num_heads: int | None = None
-    """Shown by the temperatures of QK normalisation, where there are any."""
+    """The temperatures of QK normalisation show this number; without QK normalisation, no tensor does."""
     depth: int | None = None
-    """Shown by the blocks that are there, where these are VAR's width / 64; else the file may have been cut short."""
+    """The blocks in the file show this number if there are width / 64, as in VAR. Else the file may be incomplete."""
 
 
 def convert_var(weights: Path | str | Mapping[str, Tensor], given: Given) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """VAR's state dict -> our config and state dict. Unknown keys stay as they are: strict loading names them.
+    """Converts VAR's state dict to our config and state dict. Unknown keys are kept, and strict loading names them.
 
-    What the file itself tells (its settings, its buffers) goes before what is given: see `check_given`.
+    Sizes that the file states (in its settings or buffers) take precedence over `given`; `check_given` compares them.
 
-    Raises UserError for a state dict that is not VAR's or lacks whole blocks, whose sizes contradict each other, or
-    which does not tell what was not given either.
+    Raises:
+        UserError: the state dict is not VAR's, or lacks whole blocks; its sizes contradict each other; or a size is
+            neither in the file nor given.
     """
     source, notes = read_checkpoint(weights, WANTED)
     state = {_our_name(key): tensor for key, tensor in source.items() if _pattern(key) not in IGNORED}
@@ -88,7 +89,7 @@ def convert_var(weights: Path | str | Mapping[str, Tensor], given: Given) -> tup
 
 
 def check_given(config: ModelConfig, given: Given, where: str) -> None:
-    """Raises UserError for what a caller says of weights that say something else."""
+    """Raises UserError if the caller gave other sizes than the weights have."""
     if given.scales is not None and checked_sides(given.scales, where) != list(config.scales):
         raise UserError(f"scales: {where} was trained with {list(config.scales)}, and has no other")
     for name, said, found in (("num_heads", given.num_heads, config.H), ("depth", given.depth, config.depth)):
@@ -97,12 +98,12 @@ def check_given(config: ModelConfig, given: Given, where: str) -> None:
 
 
 def name_in_var(name: str) -> str:
-    """Our name of a parameter -> VAR's."""
+    """Returns VAR's name for our name of a parameter."""
     return _renamed(name, _NAMES)
 
 
 def name_of(weights: Path | str | Mapping[str, Tensor]) -> str:
-    """What messages call the weights."""
+    """Returns the name of the weights for messages."""
     return "the state dict" if isinstance(weights, Mapping) else str(weights)
 
 
@@ -127,7 +128,7 @@ def _pattern(key: str) -> str:
 def _infer_config(
     state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, where: str
 ) -> ModelConfig:
-    """Sizes by VAR's names and shapes; each is read in several places, see `size_in`."""
+    """Reads all sizes from VAR's names and shapes. Each size is read in several places (see `size_in`)."""
     if missing := [with_match(key, list(state)) for key in WANTED.names if key not in state]:
         own = (
             "; these are weights of mepa_ds: NextScaleTransformer.open and all commands take their directory, with its "
@@ -168,7 +169,7 @@ def _infer_config(
 
 
 def _check_settings(notes: Sequence[Mapping[str, Any]], C: int, where: str) -> None:
-    """Raises UserError for settings of other weights, and for what this package does not compute."""
+    """Raises UserError for settings that belong to other weights, or that this package does not implement."""
     if (width := setting_in(notes, "embed_dim", int)) not in (None, C):
         raise UserError(
             f"{where}: the weights are of width {C}, but the settings beside them (config.json) are of a model of "
@@ -181,7 +182,10 @@ def _check_settings(notes: Sequence[Mapping[str, Any]], C: int, where: str) -> N
 def _find_depth(
     state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str
 ) -> int:
-    """VAR's depth is its width / 64: a file cut short is not a shallower model, unless somebody says so."""
+    """Returns the number of blocks. It must be VAR's width / 64, unless settings or the caller say another number.
+
+    Without this rule, an incomplete file would load as a shallower model.
+    """
     numbers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
     there = next(number for number in range(len(numbers) + 1) if number not in numbers)
     usual = max(1, C // 64)
@@ -212,7 +216,7 @@ def _find_depth(
 def _find_heads(notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str) -> int:
     heads = setting_in(notes, "num_heads", int)
     if heads is None and setting_in(notes, "pn", str) is not None and setting_in(notes, "depth", int) == C // 64:
-        heads = C // 64  # VAR's own training builds all its models so
+        heads = C // 64  # as VAR's own training sets it for all its models
     heads = given.num_heads if heads is None else heads
     if heads is None:
         usual = max(1, C // 64)
@@ -246,7 +250,7 @@ def _find_scales(
 
 
 def _sides_of(scale_of_position_1L: Tensor | None) -> list[int] | None:
-    """The schedule by VAR's buffer `lvl_1L` (1, L), the scale of each position; None where it is none."""
+    """Reads the schedule from VAR's buffer `lvl_1L`, the scale of each position (1, L). None: it holds no schedule."""
     if scale_of_position_1L is None or scale_of_position_1L.is_floating_point() or not scale_of_position_1L.numel():
         return None
     positions_L = scale_of_position_1L.flatten()

@@ -10,12 +10,11 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.models.moe.routing import RoutingStatistics
-from mepa_ds.objective.pretraining import Losses, ScaleScores
+from mepa_ds.objective.objective import Losses, ScaleScores
 
 SumsT = TypeVar("SumsT", RoutingStatistics, ScaleScores)
 
@@ -25,15 +24,6 @@ def add_up(items: Sequence[SumsT]) -> SumsT:
     kind = type(items[0])
     sums = {f.name: sum(getattr(item, f.name).detach() for item in items) for f in fields(kind)}
     return kind(**sums)
-
-
-def sum_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sums every tensor over all ranks in one all-reduce. Collective."""
-    flat = torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
-    if distributed.world_size() > 1:
-        dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def reduce_losses(
@@ -47,7 +37,7 @@ def reduce_losses(
     layers = list(micro_batches[0].routing)
     sums += [add_up([losses.routing[layer] for losses in micro_batches]) for layer in layers]
     tensors = [terms] + [getattr(item, f.name) for item in sums for f in fields(item)]
-    reduced = iter(sum_over_ranks(tensors))
+    reduced = iter(distributed.sums_over_ranks(tensors))
     mean_terms = next(reduced) / distributed.world_size()
     scores, *routing = [type(item)(**{f.name: next(reduced) for f in fields(item)}) for item in sums]
     return dict(zip(names, mean_terms.tolist(), strict=True)), scores, dict(zip(layers, routing, strict=True))
@@ -56,7 +46,7 @@ def reduce_losses(
 def any_nonfinite(micro_batches: Sequence[Losses]) -> bool:
     """Whether a loss of this step is not finite on any rank: the same answer on all. Collective."""
     lost = torch.stack([~losses.total.detach().isfinite() for losses in micro_batches]).any()
-    return bool(sum_over_ranks([lost.float()])[0] > 0)
+    return bool(distributed.sums_over_ranks([lost.float()])[0] > 0)
 
 
 def score_report(scores: ScaleScores) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mepa_ds.config.pretrain import OnlineTeacher, PretrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
-from mepa_ds.planning.memory_trace import LiveBytes, give_memory
+from mepa_ds.planning.memory_trace import LiveBytes, materialise
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.registry import TIMM_NAMES, build_teacher
@@ -132,7 +132,7 @@ def _peak(network: nn.Module, run: Callable[[Tensor], object], shape: tuple[int,
     """The most that `run` has in memory beside the weights, images included. The network is of no use afterwards."""
     live = LiveBytes()
     with FakeTensorMode():
-        give_memory(network, torch.float32)
+        materialise(network, torch.float32)
         live.ignore(tensor.detach() for tensor in [*network.parameters(), *network.buffers()])
         with live, torch.no_grad():
             run(torch.zeros(shape))

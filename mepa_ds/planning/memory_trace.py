@@ -21,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.models.moe.dispatch import Alongside, Sorted
+from mepa_ds.models.moe.dispatch import SharedExpert, TokenPermutation
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
 
 @dataclass(frozen=True)
@@ -126,17 +126,19 @@ class _EvenDispatcher:
     def __init__(self, num_experts: int, ep_size: int, live: LiveBytes):
         self._num_experts, self._ep_size, self._live = num_experts, ep_size, live
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        by_expert = Sorted(x_TC, routing, self._num_experts)
-        beside_TC = None if alongside is None else alongside(x_TC)
-        x_RC = by_expert.rows()
+    def __call__(
+        self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
+    ) -> Tensor:
+        permutation = TokenPermutation(x_TC, routing, self._num_experts)
+        beside_TC = None if shared_expert is None else shared_expert(x_TC)
+        x_RC = permutation.permute()
         order_R = torch.empty(len(x_RC), dtype=torch.int64)
         if self._ep_size > 1:
             x_RC = _Exchange.apply(x_RC, self._live).index_select(0, order_R)
         y_RC = experts(x_RC, _EvenCounts(len(x_RC), experts.num_experts))  # type: ignore[arg-type]
         if self._ep_size > 1:
             y_RC = _Exchange.apply(y_RC.index_select(0, order_R), self._live)
-        y_TC = by_expert.combine(y_RC)
+        y_TC = permutation.unpermute(y_RC)
         return y_TC if beside_TC is None else y_TC + beside_TC
 
 
@@ -156,7 +158,7 @@ def trace_micro_batch(
     live = LiveBytes()
     with FakeTensorMode():
         objective = _build(config, teacher_width, live)
-        give_memory(objective, dtype)
+        materialise(objective, dtype)
         live.ignore(parameter.detach() for parameter in objective.parameters())
         for parameter in objective.parameters():
             parameter.register_post_accumulate_grad_hook(_handing_over(live, on_gradient))
@@ -203,7 +205,7 @@ def _build(config: PretrainConfig, teacher_width: int | None, live: LiveBytes) -
     return objective
 
 
-def give_memory(model: nn.Module, dtype: torch.dtype) -> None:
+def materialise(model: nn.Module, dtype: torch.dtype) -> None:
     """From the meta device to the current one (both fake, which is why Module.to_empty does not work)."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

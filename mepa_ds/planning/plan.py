@@ -25,7 +25,7 @@ from mepa_ds.planning.memory_trace import Traced, trace_micro_batch
 _FP32 = 4
 # Of what is allocated at the peak. Runs of 15 million parameters under glibc: 0.4 to 0.85.
 _KEPT_BY_C_LIBRARY = 0.6
-_KEPT_NAME = "freed, but kept by the C library"
+KEPT_NAME = "freed, but kept by the C library"
 _EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
 # Parts that grow with the images of a micro-batch.
 _WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_NAME)
@@ -70,16 +70,7 @@ class Plan:
     @property
     def peak(self) -> float:
         """Bytes that a rank needs on its device (on a CPU: all it needs)."""
-        return max(sum(parts.values()) for parts in self._moments)
-
-    @property
-    def allocated(self) -> float:
-        """The same without what the C library keeps of freed memory."""
-        return max(sum(parts.values()) - parts.get(_KEPT_NAME, 0.0) for parts in self._moments)
-
-    @property
-    def _moments(self) -> tuple[dict[str, float], ...]:
-        return self.backward, self.optimizer, self.encoding
+        return max(sum(parts.values()) for parts in (self.backward, self.optimizer, self.encoding))
 
     @property
     def problems(self) -> list[str]:
@@ -201,7 +192,7 @@ class _EngineMemory:
         if not self._machine.is_gpu:
             for parts in (backward, optimizer, encoding):
                 if parts:
-                    parts[_KEPT_NAME] = _KEPT_BY_C_LIBRARY * (sum(parts.values()) - self._machine.process)
+                    parts[KEPT_NAME] = _KEPT_BY_C_LIBRARY * (sum(parts.values()) - self._machine.process)
         return backward, optimizer, encoding, host if self._machine.is_gpu else {}
 
     def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:

@@ -17,8 +17,8 @@ from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.pretraining import ScaleScores, sum_scales
-from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
+from mepa_ds.objective.objective import ScaleScores, sum_scales
+from mepa_ds.objective.reports import add_up, score_report
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def heldout_scores(
         on_batch()
     scores = add_up(parts)
     sums = [scores.ce_sum_S, scores.correct_S, scores.tokens_S, scores.tokens_S.new_tensor([num_damaged])]
-    *summed, damaged = sum_over_ranks(sums)
+    *summed, damaged = distributed.sums_over_ranks(sums)
     report = score_report(ScaleScores(*summed))
     return report if damaged == 0 else {**report, "damaged_samples": int(damaged)}
 

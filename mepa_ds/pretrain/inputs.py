@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.data.training import TrainingBatch
-from mepa_ds.objective.pretraining import ModelInputs
+from mepa_ds.objective.objective import ModelInputs
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 

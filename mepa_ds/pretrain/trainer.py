@@ -21,7 +21,7 @@ from mepa_ds.data.training import TrainingBatch, TrainingSets
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.files import write_text
 from mepa_ds.objective.flops import peak_flops_per_second, step_flops
-from mepa_ds.objective.pretraining import nonfinite_routers
+from mepa_ds.objective.objective import nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite
 from mepa_ds.pretrain.bad_steps import BadSteps
 from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Loaded, RunCheckpoints

@@ -75,9 +75,9 @@ def check_exists(name: str, path: Path) -> None:
 
 def is_there(path: Path) -> bool:
     """Whether a file, or a directory that no job is still filling."""
-    from mepa_ds.data.shards.writer import PLAN_NAME
+    from mepa_ds.data.shards.writer import MANIFEST_NAME
 
-    return (ROOT / path).exists() and not (ROOT / path / PLAN_NAME).exists()
+    return (ROOT / path).exists() and not (ROOT / path / MANIFEST_NAME).exists()
 
 
 def is_cached_elsewhere(path: Path) -> bool:

@@ -40,7 +40,7 @@ class Job:
     """Jobs that must have succeeded."""
     after_any: str | None = None
     """A job that must have ended, whichever way."""
-    stage: bool = False
+    copies_sets: bool = False
 
 
 def sbatch_command(job: Job, profile: Profile) -> list[str]:
@@ -83,7 +83,7 @@ def _exports(job: Job, profile: Profile) -> dict[str, str]:
     exports = {"MEPA_ROOT": str(ROOT), "MEPA_CLUSTER": str(profile.path)}
     if not profile.get("PYTHON") and not profile.get("CONTAINER"):
         exports["MEPA_PYTHON"] = sys.executable  # what the user submits with
-    if job.stage:
+    if job.copies_sets:
         exports["MEPA_STAGE"] = "on"
     return exports
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.config.values import UserPath
+from mepa_ds.config.values import PositiveInt, UserPath
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.command_words import command_words, path_words
@@ -36,7 +36,6 @@ from mepa_ds.slurm.submit import (
 )
 
 Tool = Literal["build_shards", "precompute", "sample"]
-PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class ArrayConfig(Section):

@@ -50,7 +50,7 @@ class Request:
     time: str | None = None
     after: tuple[str, ...] = ()
     limit: int = 8
-    stage: bool = False
+    copies_sets: bool = False
     dry_run: bool = False
 
 
@@ -78,7 +78,7 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
         nodes=request.nodes,
         time=request.time,
         after=request.after,
-        stage=request.stage,
+        copies_sets=request.copies_sets,
     )
     return hand_over(job, profile, record, request.dry_run, f"mepa slurm status {run}")
 
@@ -204,9 +204,9 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         time=request.time,
         array=f"{array_of(left)}%{request.limit}",
         after=request.after,
-        stage=request.stage,
+        copies_sets=request.copies_sets,
     )
-    check = replace(job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), stage=False)
+    check = replace(job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), copies_sets=False)
     for planned in (job, check):
         test_only(sbatch_command(planned, profile))
     if not request.dry_run:

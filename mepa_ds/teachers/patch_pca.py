@@ -20,12 +20,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
+from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher, resize
 from mepa_ds.teachers.pca import RunningCovariance
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 KIND = "patch-pca"
-PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class PatchPcaConfig(Section):
@@ -41,7 +41,8 @@ class PatchPcaConfig(Section):
     """C, the number of principal components."""
     whitening_floor: Annotated[float, Field(gt=0)] = 0.01
     """Components are divided by sqrt(variance + floor * largest variance): 0.01 damps what is below a hundredth of the
-    first, so that noise is not blown up to the size of structure."""
+    first, so that noise is not blown up to the size of structure. No option sets it; the stored config names it, so
+    that it says all that the features depend on."""
     fitted_on: str = ""
     """Which images, as the tool that fitted it names them."""
 

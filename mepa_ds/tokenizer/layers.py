@@ -76,7 +76,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest"))
 
 
-class Stage(nn.Module):
+class ResolutionBlocks(nn.Module):
     """The blocks of one resolution, with attention after each if asked for, and the change of side after them."""
 
     def __init__(self, in_channels: int, channels: int, num_blocks: int, attention: bool):
@@ -121,18 +121,18 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level in range(len(multipliers)):
             lowest = level == len(multipliers) - 1
-            stage = Stage(widths[level], widths[level + 1], num_blocks, attention and lowest)
+            blocks = ResolutionBlocks(widths[level], widths[level + 1], num_blocks, attention and lowest)
             if not lowest:
-                stage.downsample = Downsample(widths[level + 1])
-            self.down.append(stage)
+                blocks.downsample = Downsample(widths[level + 1])
+            self.down.append(blocks)
         self.mid = Middle(widths[-1], attention)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], code_width, 3, padding=1)
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         h_BCHW = self.conv_in(images_B3HW)
-        for stage in self.down:
-            h_BCHW = stage(h_BCHW)
+        for blocks in self.down:
+            h_BCHW = blocks(h_BCHW)
         return self.conv_out(F.silu(self.norm_out(self.mid(h_BCHW))))
 
 
@@ -144,22 +144,22 @@ class Decoder(nn.Module):
         widths = [channels * multiplier for multiplier in multipliers]
         self.conv_in = nn.Conv2d(code_width, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attention)
-        stages = []
+        coarse_to_fine = []
         for level in reversed(range(len(multipliers))):
             lowest = level == len(multipliers) - 1
             width_in = widths[-1] if lowest else widths[level + 1]
-            stage = Stage(width_in, widths[level], num_blocks + 1, attention and lowest)
+            blocks = ResolutionBlocks(width_in, widths[level], num_blocks + 1, attention and lowest)
             if level:
-                stage.upsample = Upsample(widths[level])
-            stages.append(stage)
-        self.up = nn.ModuleList(reversed(stages))
+                blocks.upsample = Upsample(widths[level])
+            coarse_to_fine.append(blocks)
+        self.up = nn.ModuleList(reversed(coarse_to_fine))
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, f_hat_BCHW: Tensor) -> Tensor:
         h_BCHW = self.mid(self.conv_in(f_hat_BCHW))
-        for stage in reversed(self.up):
-            h_BCHW = stage(h_BCHW)
+        for blocks in reversed(self.up):
+            h_BCHW = blocks(h_BCHW)
         return self.conv_out(F.silu(self.norm_out(h_BCHW)))
 
     @property

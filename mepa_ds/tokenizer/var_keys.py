@@ -90,31 +90,8 @@ def config_of(
         UserError: not such a checkpoint; scales not given although the weights were not made for VAR's ten; a ratio
             that is not the settings'; codes that are normalised.
     """
-    if _CODEBOOK not in state:
-        some = ", ".join(list(state)[:3])
-        own = "quantizer.codebook.weight" in state
-        raise UserError(
-            f"{where}: not a VAR tokenizer: no key {with_match(_CODEBOOK, list(state))} among {some}, ... "
-            + (
-                "These are weights of mepa_ds: Tokenizer.open and commands take their directory (config.json)"
-                if own
-                else "Expected a state dict such as vae_ch160v4096z32.pth"
-            )
-        )
-    if setting_in(notes, "using_znorm", bool):
-        raise UserError(f"{where}: trained with using_znorm (normalised codes), which cannot be computed here")
-    default = TokenizerConfig()
-    if scales is None:
-        scales = schedule_in(notes)
-    if scales is None:
-        usage = state.get(USAGE_KEY)
-        if usage is not None and len(usage) != len(default.scales):
-            raise UserError(
-                f"{where}: made for {len(usage)} scales, not for VAR's {len(default.scales)}: "
-                "say which, as in scales=(1, 2, 3, 4) or --scales 1 2 3 4"
-            )
-        scales = default.scales
-    sides = checked_sides(scales, where)
+    _check_is_vars(state, notes, where)
+    sides = checked_sides(_scales_of(state, notes, where) if scales is None else scales, where)
 
     def size(*places: tuple[str, int, int]) -> int:
         return size_in(state, places, where)
@@ -145,14 +122,51 @@ def config_of(
         "attention": "encoder.mid.attn_1.qkv.weight" in state,
     }  # fmt: skip
     if any(name.startswith(_PHI) for name in state):
-        known = setting_in(notes, "quant_resi", float)
-        if phi_ratio is not None and known is not None and phi_ratio != known:
-            raise UserError(f"phi_ratio: {where} was trained with {known}, and has no other; got {phi_ratio}")
-        known = phi_ratio if known is None else known
+        known = _phi_ratio_of(notes, phi_ratio, where)
+        default = TokenizerConfig()
         sizes["phi_ratio"] = default.phi_ratio if known is None else known
         if known is None and validate(TokenizerConfig, {**sizes, "scales": default.scales}, where) != default:
             _say_assumed(where, default.phi_ratio)
     return validate(TokenizerConfig, sizes, where)
+
+
+def _check_is_vars(state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Raises UserError for what is no VAR tokenizer, and for normalised codes."""
+    if _CODEBOOK not in state:
+        some = ", ".join(list(state)[:3])
+        own = "quantizer.codebook.weight" in state
+        raise UserError(
+            f"{where}: not a VAR tokenizer: no key {with_match(_CODEBOOK, list(state))} among {some}, ... "
+            + (
+                "These are weights of mepa_ds: Tokenizer.open and commands take their directory (config.json)"
+                if own
+                else "Expected a state dict such as vae_ch160v4096z32.pth"
+            )
+        )
+    if setting_in(notes, "using_znorm", bool):
+        raise UserError(f"{where}: trained with using_znorm (normalised codes), which cannot be computed here")
+
+
+def _scales_of(state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], where: str) -> Sequence[int]:
+    """The scales of the settings, or VAR's ten. Raises UserError for weights that were made for another number."""
+    scales, default = schedule_in(notes), TokenizerConfig().scales
+    if scales is not None:
+        return scales
+    usage = state.get(USAGE_KEY)
+    if usage is not None and len(usage) != len(default):
+        raise UserError(
+            f"{where}: made for {len(usage)} scales, not for VAR's {len(default)}: "
+            "say which, as in scales=(1, 2, 3, 4) or --scales 1 2 3 4"
+        )
+    return default
+
+
+def _phi_ratio_of(notes: Sequence[Mapping[str, Any]], given: float | None, where: str) -> float | None:
+    """The ratio of the settings, or the one that was given. Raises UserError when the two differ."""
+    known = setting_in(notes, "quant_resi", float)
+    if given is not None and known is not None and given != known:
+        raise UserError(f"phi_ratio: {where} was trained with {known}, and has no other; got {given}")
+    return given if known is None else known
 
 
 @cache

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mepa_ds.config.tokenizer_training import AdversarialConfig, TokenizerOptimConfig
+from mepa_ds.distributed import mean_over_ranks
 from mepa_ds.tokenizer.discriminator import LeCam, PatchDiscriminator, generator_loss, hinge_loss
-from mepa_ds.train_tokenizer.reduce import average_gradients, mean_over_ranks
+from mepa_ds.train_tokenizer.reduce import average_gradients
 
 _MAX_ADAPTIVE = 1e4
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.data.images import ImageBatch
+from mepa_ds.distributed import sum_over_ranks
 from mepa_ds.files import atomic_path
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.usage import CodebookUsage, perplexity
-from mepa_ds.train_tokenizer.reduce import sum_over_ranks
 
 _GRID_IMAGES = 16
 

@@ -24,6 +24,7 @@ from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.lockstep import lockstep, report_damaged
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import images_identity
+from mepa_ds.distributed import sum_over_ranks
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.runtime.metrics import MetricsWriter
@@ -34,7 +35,6 @@ from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
 from mepa_ds.train_tokenizer.checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.train_tokenizer.evaluation import evaluate_tokenizer, save_image
-from mepa_ds.train_tokenizer.reduce import sum_over_ranks
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
 from mepa_ds.weights.directories import load_strict
 from mepa_ds.weights.state_dict_files import WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""Sums and means over ranks; with one process they return what they are given."""
+"""Gradients averaged over ranks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _BUCKET_BYTES = 64 * 2**20
-
-
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Collective."""
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-    return value
-
-
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Collective."""
-    return sum_over_ranks(value) / dist.get_world_size() if dist.is_initialized() else value
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mepa_ds import distributed
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch
+from mepa_ds.distributed import mean_over_ranks, sum_over_ranks
 from mepa_ds.errors import UserError
 from mepa_ds.runtime.schedule import learning_rate
 from mepa_ds.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ from mepa_ds.tokenizer.perceptual import load_lpips
 from mepa_ds.tokenizer.quantizer import Quantized
 from mepa_ds.tokenizer.usage import CodebookUsage, move_codes, perplexity
 from mepa_ds.train_tokenizer.adversary import Adversary, build_optimizer
-from mepa_ds.train_tokenizer.reduce import average_gradients, mean_over_ranks, sum_over_ranks
+from mepa_ds.train_tokenizer.reduce import average_gradients
 from mepa_ds.train_tokenizer.revival import Revival
 
 # Streams of random numbers: each is a pure function of (seed, stream, position or step).

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from mepa_ds.data.shards.index import MadeBy, ShardIndex
-from mepa_ds.data.shards.writer import Plan, Sample, ShardWriter, npy_bytes, shard_name
+from mepa_ds.data.shards.writer import Manifest, Sample, ShardWriter, npy_bytes, shard_name
 
 NUM_CLASSES = 5
 CLASSES = tuple(f"class-{label}" for label in range(NUM_CLASSES))
@@ -56,7 +56,7 @@ def make_set(directory: Path, kind: Any, shard_sizes: Sequence[int], **settings:
     defaults = {"images": {}, "tokens": TOKEN_SETTINGS, "features": FEATURE_SETTINGS}[kind]
     names = tuple(shard_name(number) for number in range(len(shard_sizes)))
     made_by = MadeBy(name="test", identity="0123", settings={**defaults, **settings})
-    writer = ShardWriter(directory, Plan(kind=kind, shard_names=names, classes=CLASSES, made_by=made_by))
+    writer = ShardWriter(directory, Manifest(kind=kind, shard_names=names, classes=CLASSES, made_by=made_by))
     start = 0
     for name, size in zip(names, shard_sizes, strict=True):
         writer.write_shard(name, [sample_of(kind, number) for number in range(start, start + size)])

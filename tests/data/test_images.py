@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, crop_square, fit_image, image_batches, resize_shorter
+from mepa_ds.data.images import ImageBatch, image_batches
 from mepa_ds.data.shards.index import MadeBy
-from mepa_ds.data.shards.writer import Plan, ShardWriter
+from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import crop_square, fit_image, resize_shorter
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 
@@ -142,7 +143,7 @@ def test_a_pass_sees_each_image_once_over_the_ranks(images: Path) -> None:
 def make_damaged_set(directory: Path) -> Path:
     """23 images, of which number 7 is a text file and number 20 is cut short."""
     made_by = MadeBy(name="test")
-    writer = ShardWriter(directory, Plan(kind="images", shard_names=("shard-000000.tar",), made_by=made_by))
+    writer = ShardWriter(directory, Manifest(kind="images", shard_names=("shard-000000.tar",), made_by=made_by))
     samples = [[f"{number:09d}", {"jpg": png(number), "cls": b"1"}] for number in range(23)]
     samples[7][1] = {"jpg": b"This is a text file.", "cls": b"1"}
     samples[20][1] = {"jpg": png(20)[:300], "cls": b"1"}
@@ -185,8 +186,8 @@ def test_shards_that_others_made(tmp_path: Path) -> None:
 
 
 def test_labels_are_optional(tmp_path: Path) -> None:
-    plan = Plan(kind="images", shard_names=("a.tar",), classes=CLASSES, made_by=MadeBy(name=""))
-    writer = ShardWriter(tmp_path, plan)
+    manifest = Manifest(kind="images", shard_names=("a.tar",), classes=CLASSES, made_by=MadeBy(name=""))
+    writer = ShardWriter(tmp_path, manifest)
     writer.write_shard("a.tar", [("0", {"png": png(0)})])
     writer.finish()
     assert take(1, tmp_path, batch_size=1)[0].labels_B.tolist() == [-1]

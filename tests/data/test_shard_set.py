@@ -19,8 +19,8 @@ import pytest
 from data_tools.merge_index import Scan
 from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, read_description, read_table, table_path
-from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, offset_index_path, read_description, read_offset_index
+from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, sample_of, tokens_of
 
@@ -64,15 +64,15 @@ def test_pickles_and_forgets_its_files(tokens: ShardSet) -> None:
 
 
 def test_threads_that_meet_at_a_shards_table_see_all_of_it(tokens: ShardSet) -> None:
-    """Both find the table missing; the slower one takes it over while the faster one reads by it."""
+    """Both find the offset index missing; the slower one takes it over while the faster one reads by it."""
     places, samples_B = tokens._places, np.arange(len(tokens))
     _, _, expected_BM = places.members(samples_B)
-    table = read_table(tokens.shard_paths[0], "tokens")
+    offset_index = read_offset_index(tokens.shard_paths[0], "tokens")
     ended = threading.Event()
 
     def take_over() -> None:
         while not ended.is_set():
-            places.add(0, table)
+            places.add(0, offset_index)
 
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -89,7 +89,7 @@ def test_threads_that_meet_at_a_shards_table_see_all_of_it(tokens: ShardSet) -> 
 
 def test_a_set_without_stored_offsets_is_read_alike(tmp_path: Path) -> None:
     make_set(tmp_path, "tokens", [4])
-    table_path(tmp_path / "shard-000000.tar").unlink()
+    offset_index_path(tmp_path / "shard-000000.tar").unlink()
     assert ShardSet(tmp_path).read(2) == sample_of("tokens", 2)
 
 
@@ -103,7 +103,7 @@ def test_arrays_that_another_writer_laid_out(tmp_path: Path) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    table_path(tmp_path / "shard-000000.tar").unlink()
+    offset_index_path(tmp_path / "shard-000000.tar").unlink()
     out = np.empty((1, 5), np.uint16)
     ShardSet(tmp_path).read_arrays(np.array([0]), "tokens.npy", out)
     np.testing.assert_array_equal(out[0], tokens_of(3))
@@ -118,7 +118,7 @@ def test_a_file_cut_short_while_open_is_an_error_not_a_crash(tokens: ShardSet) -
         tokens.read(3)
 
 
-@pytest.mark.parametrize("action", ["truncate", "remove", "other array", "other table", "other keys"])
+@pytest.mark.parametrize("action", ["truncate", "remove", "other array", "other offset index", "other keys"])
 def test_damage_is_named(tokens: ShardSet, action: str) -> None:
     path, out = tokens.shard_paths[0], np.empty((1, 5), np.uint16)
     content = path.read_bytes()
@@ -134,11 +134,11 @@ def test_damage_is_named(tokens: ShardSet, action: str) -> None:
     elif action == "other keys":
         make_set(path.parent.parent / "other", "tokens", [1, 4])
         other = path.parent.parent / "other" / "shard-000001.tar"
-        table_path(path).write_bytes(table_path(other).read_bytes())
+        offset_index_path(path).write_bytes(offset_index_path(other).read_bytes())
         message = "its keys are not those of the index"
     else:
         make_set(path.parent.parent / "other", "tokens", [3])
-        table_path(path).write_bytes(table_path(path.parent.parent / "other" / path.name).read_bytes())
+        offset_index_path(path).write_bytes(offset_index_path(path.parent.parent / "other" / path.name).read_bytes())
         message = "has 3 samples, the index says 4"
     with pytest.raises(DamagedError, match=message):
         tokens.read_arrays(np.array([0]), "tokens.npy", out)
@@ -154,14 +154,14 @@ def test_labels_are_checked(tmp_path: Path, label: bytes, message: str) -> None:
         info = tarfile.TarInfo("000000000.cls")
         info.size = len(label)
         tar.addfile(info, io.BytesIO(label))
-    table_path(path).unlink()
+    offset_index_path(path).unlink()
     with pytest.raises(DamagedError, match=f"sample '000000000': .*{message}"):
         ShardSet(tmp_path).read_labels(np.array([0]))
 
 
 def test_a_set_that_is_not_finished_is_not_opened(tmp_path: Path) -> None:
-    plan = Plan(kind="images", shard_names=("a.tar", "b.tar"), made_by=MadeBy(name="test"))
-    ShardWriter(tmp_path, plan).write_shard("a.tar", [sample_of("images", 0)])
+    manifest = Manifest(kind="images", shard_names=("a.tar", "b.tar"), made_by=MadeBy(name="test"))
+    ShardWriter(tmp_path, manifest).write_shard("a.tar", [sample_of("images", 0)])
     with pytest.raises(UserError, match=r"no index\.json there; if a job is still writing.*merge_index\.py merge DIR"):
         ShardSet(tmp_path)
     with pytest.raises(UserError, match="holds a set that is not finished"):
@@ -181,9 +181,9 @@ def damaged_tables(content: bytes) -> Iterator[bytes]:
 def test_a_damaged_table_is_named_or_harmless(tokens: ShardSet) -> None:
     """Never a traceback, never other samples: harmless are bytes that say nothing, such as the zip's times."""
     path, whole = tokens.shard_paths[0], tokens.read(2)
-    content, named = table_path(path).read_bytes(), 0
+    content, named = offset_index_path(path).read_bytes(), 0
     for damaged in damaged_tables(content):
-        table_path(path).write_bytes(damaged)
+        offset_index_path(path).write_bytes(damaged)
         message = ""
         try:
             assert ShardSet(tokens.directory, "data.tokens").read(2) == whole

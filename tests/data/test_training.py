@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy
-from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training import TrainingBatch, evaluation_batches, training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import Views, choose_views, sample_boxes
@@ -122,8 +122,8 @@ def write_views(root: Path) -> tuple[Path, Path, Path]:
         ("features", "features", feature_settings),
         ("whole", "features", whole_settings),
     ):
-        plan = Plan(kind=kind, shard_names=names, classes=CLASSES, made_by=MadeBy(name="t", settings=settings_))  # type: ignore[arg-type]
-        writer = ShardWriter(root / name, plan)
+        manifest = Manifest(kind=kind, shard_names=names, classes=CLASSES, made_by=MadeBy(name="t", settings=settings_))  # type: ignore[arg-type]
+        writer = ShardWriter(root / name, manifest)
         samples = []
         for number in range(8):
             if name == "tokens":
@@ -285,8 +285,8 @@ def test_the_view_that_is_tried_is_the_one_that_is_read(tmp_path: Path) -> None:
 def test_labels_that_the_model_has_no_class_for(tmp_path: Path) -> None:
     """In a set without class names nothing else would notice before the embedding does, if it does."""
     settings_ = {"scales": [1, 2], "codebook_size": 64}
-    plan = Plan(kind="tokens", shard_names=("a.tar",), made_by=MadeBy(name="t", settings=settings_))
-    writer = ShardWriter(tmp_path, plan)
+    manifest = Manifest(kind="tokens", shard_names=("a.tar",), made_by=MadeBy(name="t", settings=settings_))
+    writer = ShardWriter(tmp_path, manifest)
     samples = ((f"k{n}", {"tokens.npy": npy_bytes(tokens_of(n)), "cls": b"%d" % n}) for n in range(6))
     writer.write_shard("a.tar", samples)
     writer.finish()

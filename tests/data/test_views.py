@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import resize_shorter
 from mepa_ds.data.views import Views, check_same_views, choose_views, sample_boxes, whole_grid
 from mepa_ds.errors import UserError
+from mepa_ds.images.resizing import resize_shorter
 
 
 def image_of(width: int, height: int, seed: int = 0) -> Image.Image:

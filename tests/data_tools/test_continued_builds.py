@@ -13,7 +13,7 @@ from PIL import Image
 from data_tools.build_shards import Encoding, build
 from data_tools.readers.imagefolder import ImageFolder
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex
-from mepa_ds.data.shards.writer import PLAN_NAME, Plan, ShardWriter
+from mepa_ds.data.shards.writer import MANIFEST_NAME, Manifest, ShardWriter
 from mepa_ds.errors import UserError
 from tests.data_tools.build_fixtures import SYNSETS, contents, images_of, make_folder, options, picture
 
@@ -60,7 +60,7 @@ def test_what_was_built_with_skip_is_not_gone_on_with_stop(tmp_path: Path) -> No
     out = tmp_path / "out"
     stopped(tmp_path / "in", out)
     assert build(ImageFolder(tmp_path / "in"), options(out, shard_samples=1, on_damaged="skip", num_parts=2)) is None
-    assert json.loads((out / PLAN_NAME).read_text())["made_by"]["settings"]["on_damaged"] == "skip"
+    assert json.loads((out / MANIFEST_NAME).read_text())["made_by"]["settings"]["on_damaged"] == "skip"
     with pytest.raises(UserError, match=r"other settings \(made_by\.settings\.on_damaged 'skip' there, 'stop' now\)"):
         build(ImageFolder(tmp_path / "in"), options(out, shard_samples=1))
     assert not (out / INDEX_NAME).exists()
@@ -108,7 +108,7 @@ def test_a_plan_of_which_nothing_was_made_stands_in_nobodys_way(tmp_path: Path) 
     (folder / "a.jpg").write_bytes(b"no image")
     with pytest.raises(UserError, match="not a readable image"):
         build(ImageFolder(folder.parent), options(out))
-    assert [path.name for path in out.iterdir()] == [PLAN_NAME]
+    assert [path.name for path in out.iterdir()] == [MANIFEST_NAME]
     (folder / "a.jpg").unlink()
     (folder / "b.jpg").write_bytes(picture(1))
     build(ImageFolder(folder.parent), options(out))
@@ -116,11 +116,11 @@ def test_a_plan_of_which_nothing_was_made_stands_in_nobodys_way(tmp_path: Path) 
 
 
 def test_two_builds_that_begin_at_once_do_not_mix(tmp_path: Path) -> None:
-    plans = [
-        Plan(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="x", settings={"seed": seed}))
+    manifests = [
+        Manifest(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="x", settings={"seed": seed}))
         for seed in (0, 1)
     ]
-    first, second = (ShardWriter(tmp_path, plan) for plan in plans)
+    first, second = (ShardWriter(tmp_path, manifest) for manifest in manifests)
     with pytest.raises(UserError, match=r"other settings \(made_by\.settings\.seed 1 there, 0 now\)"):
         first.write_shard("a.tar", [("0", {"cls": b"0"})])
     second.write_shard("a.tar", [("0", {"cls": b"0"})])

@@ -14,7 +14,14 @@ from data_tools.merge_index import CacheOptions, Merge, Remote, Scan
 from data_tools.verify_shards import Options as VerifyOptions
 from data_tools.verify_shards import verify
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex, read_description, read_table, table_path, write_table
+from mepa_ds.data.shards.index import (
+    INDEX_NAME,
+    ShardIndex,
+    offset_index_path,
+    read_description,
+    read_offset_index,
+    write_offset_index,
+)
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import sha256_of_file
 from tests.data.shard_fixtures import make_set
@@ -115,7 +122,7 @@ def test_a_shard_that_was_replaced_is_scanned_anew(tmp_path: Path, seconds: int)
     after = Scan(str(tmp_path), workers=0)().shards
     assert after[0].sha256 == sha256_of_file(shard) != before[0].sha256
     assert after[1] == before[1]
-    assert read_table(shard, "images", foreign=True).sizes_NM[:, 0].tolist() == [2000, 10, 10, 10]
+    assert read_offset_index(shard, "images", foreign=True).sizes_NM[:, 0].tolist() == [2000, 10, 10, 10]
 
 
 def test_other_samples_in_a_replaced_shard_are_named(tmp_path: Path) -> None:
@@ -162,7 +169,7 @@ def test_tables_of_earlier_versions_are_read_and_scanned_anew(tmp_path: Path) ->
     description = read_description(tmp_path / "0.tar")
     assert description is not None
     old = description.model_copy(update={"mtime_ns": None})
-    write_table(tmp_path / "0.tar", read_table(tmp_path / "0.tar", "images"), old)
+    write_offset_index(tmp_path / "0.tar", read_offset_index(tmp_path / "0.tar", "images"), old)
     os.utime(tmp_path / "0.tar", ns=(0, 0))
     assert ShardSet(tmp_path).read(1)[1]["jpg"] == bytes([2]) * 20
     Scan(str(tmp_path), workers=0)()
@@ -174,7 +181,7 @@ def test_tables_of_earlier_versions_are_read_and_scanned_anew(tmp_path: Path) ->
 def test_merge_says_what_is_missing(tmp_path: Path) -> None:
     index = make_set(tmp_path, "tokens", SIZES)
     assert Merge(tmp_path)() == index
-    table_path(tmp_path / "shard-000002.tar").unlink()
+    offset_index_path(tmp_path / "shard-000002.tar").unlink()
     with pytest.raises(UserError, match=r"1 shards are missing or torn, shard-000002\.tar"):
         Merge(tmp_path)()
     with pytest.raises(UserError, match="no such directory"):

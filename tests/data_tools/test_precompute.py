@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,8 +24,7 @@ from data_tools.precompute_sets import RunOptions
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, SCALE_EXT, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import MadeBy, ShardIndex
-from mepa_ds.data.shards.writer import Plan, ShardWriter
+from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
@@ -34,33 +32,9 @@ from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import PatchPca
 from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from tests.data_tools.precompute_fixtures import SHARD_SIZES, SIDE, picture, write_images
 
-SIDE, SHARD_SIZES = 16, (7, 5, 6)
 RUN = RunOptions(batch_size=4, workers=2)
-
-
-def picture(number: int, height: int = SIDE, width: int = SIDE) -> Image.Image:
-    rng = np.random.default_rng(number)
-    return Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)).resize((width, height))
-
-
-def write_images(
-    directory: Path, height: int = SIDE, width: int = SIDE, damaged: int | None = None, first_label: int = 0
-) -> Path:
-    names = tuple(f"shard-{number:06d}.tar" for number in range(len(SHARD_SIZES)))
-    plan = Plan(kind="images", shard_names=names, classes=("a", "b"), made_by=MadeBy(name="test"))
-    writer, number = ShardWriter(directory, plan), 0
-    for name, size in zip(names, SHARD_SIZES, strict=True):
-        samples = []
-        for _ in range(size):
-            buffer = io.BytesIO()
-            picture(number, height, width).save(buffer, "png")
-            data = b"not an image" if number == damaged else buffer.getvalue()
-            samples.append((f"n{number:04d}", {"png": data, "cls": str((number + first_label) % 2).encode()}))
-            number += 1
-        writer.write_shard(name, samples)
-    writer.finish()
-    return directory
 
 
 @pytest.fixture
@@ -279,7 +253,7 @@ precompute.main()
 
 @pytest.mark.parametrize("kill_at", [3, 4, 8])
 def test_killed_and_run_again_ends_byte_identical(images: Path, tokenizer: Path, kill_at: int) -> None:
-    """Renames: 1 the plan; 2, 4, 6 a tar; 3, 5, 7 its table; 8 the index."""
+    """Renames: 1 the manifest; 2, 4, 6 a tar; 3, 5, 7 its offset index; 8 the index."""
     undisturbed, killed = images.with_name("undisturbed"), images.with_name("killed")
     Tokens(images, tokenizer, out=undisturbed, run=RunOptions(4, 0))()
     arguments = ["tokens", str(images), "--tokenizer", str(tokenizer), "--batch-size", "4", "--out", str(killed)]

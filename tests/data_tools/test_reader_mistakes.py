@@ -18,7 +18,7 @@ from data_tools.readers.parquet import Parquet
 from data_tools.readers.patterns import expand_braces
 from data_tools.readers.webdataset import WebDataset
 from mepa_ds import files
-from mepa_ds.data.shards.writer import PLAN_NAME
+from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set
 from tests.data_tools.build_fixtures import SYNSETS, images_of, labelled, make_folder, options, picture, write_parquet
@@ -88,7 +88,7 @@ def test_a_class_whose_name_is_not_utf8(tmp_path: Path) -> None:
     os.rename(tmp_path / "in" / SYNSETS[0], odd)
     with pytest.raises(UserError, match=r"the class name 'caf\\udce9' is not UTF-8, .*; rename the class"):
         build(ImageFolder(tmp_path / "in"), options(tmp_path / "out"))
-    assert not (tmp_path / "out" / PLAN_NAME).exists()
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
     os.rename(odd, tmp_path / "in" / SYNSETS[0])
     build(ImageFolder(tmp_path / "in"), options(tmp_path / "out"))
     assert sorted(images_of(tmp_path / "out")) == sorted(labelled(found))

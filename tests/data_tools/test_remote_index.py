@@ -17,7 +17,7 @@ from data_tools.remote_index import CacheOptions
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import ShardIndex, table_path
+from mepa_ds.data.shards.index import ShardIndex, offset_index_path
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.remote.odd_servers import send, serving
 from tests.data.shard_fixtures import make_set
@@ -200,18 +200,18 @@ def test_a_set_behind_a_signed_url(tmp_path: Path, store: Store, capfd: pytest.C
 
 @pytest.mark.parametrize("damage", ["page", "cut", "other"])
 def test_tables_that_are_not_the_indexs(tmp_path: Path, store: Store, damage: str) -> None:
-    table = table_path(store.far / "shard-000001.tar")
+    offset_index = offset_index_path(store.far / "shard-000001.tar")
     make_set(tmp_path / "other", "images", (3, 5, 2))
     content = {
         "page": b"<html>",
-        "cut": table.read_bytes()[:-30],
-        "other": (tmp_path / "other" / table.name).read_bytes(),
+        "cut": offset_index.read_bytes()[:-30],
+        "other": (tmp_path / "other" / offset_index.name).read_bytes(),
     }
     said = {"page": "a page came", "cut": "it is no .npz file", "other": "of another version of the shard"}[damage]
-    store.broken = {table.name: content[damage]}
+    store.broken = {offset_index.name: content[damage]}
     with pytest.raises(DamagedError, match=rf"shard-000001\.idx\.npz\?\.\.\.: cannot be fetched: .*{said}"):
         Remote(f"{store.url}/c?{SHORT}", tmp_path / "near", cache(tmp_path))()
-    assert not (tmp_path / "near" / table.name).exists()
+    assert not (tmp_path / "near" / offset_index.name).exists()
     store.broken = {}
     Remote(f"{store.url}/c?{SHORT}", tmp_path / "near", cache(tmp_path))()
     assert ShardSet(tmp_path / "near").read(4) == ShardSet(store.far).read(4)

@@ -21,8 +21,8 @@ from data_tools.show_shards import Options as ShowOptions
 from data_tools.show_shards import contact_sheet
 from data_tools.verify_shards import Options, verify
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex, table_path
-from mepa_ds.data.shards.writer import Plan, ShardWriter
+from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex, offset_index_path
+from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -47,8 +47,8 @@ def rewrite(directory: Path, samples: list[Any], shard: str = "shard-000001.tar"
     """Another content of a shard, with an index that fits it."""
     index = ShardIndex.read(directory)
     names = tuple(entry.name for entry in index.shards)
-    plan = Plan(kind=index.kind, shard_names=names, classes=index.classes, made_by=index.made_by)
-    writer = ShardWriter(directory, plan)
+    manifest = Manifest(kind=index.kind, shard_names=names, classes=index.classes, made_by=index.made_by)
+    writer = ShardWriter(directory, manifest)
     writer.write_shard(shard, samples)
     writer.finish()
 
@@ -78,12 +78,14 @@ def remove(sets: tuple[Path, ...]) -> None:
 
 
 def shift_offsets(sets: tuple[Path, ...]) -> None:
-    table_path(sets[1] / "shard-000000.tar").write_bytes(table_path(sets[1] / "shard-000001.tar").read_bytes())
+    offset_index_path(sets[1] / "shard-000000.tar").write_bytes(
+        offset_index_path(sets[1] / "shard-000001.tar").read_bytes()
+    )
 
 
 def garbled_offsets(sets: tuple[Path, ...]) -> None:
-    table = table_path(sets[1] / "shard-000000.tar")
-    table.write_bytes(table.read_bytes()[:300])
+    offset_index = offset_index_path(sets[1] / "shard-000000.tar")
+    offset_index.write_bytes(offset_index.read_bytes()[:300])
 
 
 def other_images(sets: tuple[Path, ...]) -> None:
@@ -168,8 +170,8 @@ def test_a_failing_disk_is_a_finding(
 
 
 def test_copies_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan(kind="images", shard_names=("a.tar",), classes=CLASSES, made_by=MadeBy(name="test"))
-    writer = ShardWriter(tmp_path, plan)
+    manifest = Manifest(kind="images", shard_names=("a.tar",), classes=CLASSES, made_by=MadeBy(name="test"))
+    writer = ShardWriter(tmp_path, manifest)
     writer.write_shard("a.tar", [(str(number), {"png": png(number // 2), "cls": b"0"}) for number in range(6)])
     writer.finish()
     assert check(tmp_path)
@@ -222,7 +224,7 @@ def test_repair_makes_damaged_shards_again(derived: Path) -> None:
     digests = [sha256_of_file(path) for path in damaged]
     for path in damaged:
         path.write_bytes(path.read_bytes()[:-3000])
-    table_path(damaged[0].with_name("shard-000000.tar")).write_bytes(b"")
+    offset_index_path(damaged[0].with_name("shard-000000.tar")).write_bytes(b"")
     assert not check(*directories)
     assert_refused(directories, "--tokenizer", weights=str(derived / "teacher"))
     torch.manual_seed(1)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.objective.pretraining import Losses, ModelInputs
+from mepa_ds.objective.objective import Losses, ModelInputs
 from tests.forked import CONTEXT
 
 

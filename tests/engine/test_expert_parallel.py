@@ -16,7 +16,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.models.moe.dispatch import LocalDispatcher
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
-from mepa_ds.objective.pretraining import ModelInputs
+from mepa_ds.objective.objective import ModelInputs
 from tests.engine.ranks import run_on_ranks, take_step
 from tests.hardware import needs_fp16
 from tests.on_request import FULL

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import fields
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -16,8 +15,7 @@ from torch import Tensor
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.models.moe.dispatch import Sorted
-from mepa_ds.models.moe.experts import NoRowsNoGradient, grouped_experts, looped_experts
+from mepa_ds.models.moe.dispatch import TokenPermutation
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -81,40 +79,26 @@ def assert_same_as_naive(layer: MoEFeedForward, x_BLC: Tensor) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    router=st.sampled_from(["stmoe", "smoe", "token"]),
-    num_experts=st.integers(1, 9),
-    top_k=st.integers(1, 4),
-    renormalize=st.booleans(),
-    shared=st.booleans(),
+    moe=st.fixed_dictionaries(
+        {
+            "router": st.sampled_from(["stmoe", "smoe", "token"]),
+            "num_experts": st.integers(1, 9),
+            "top_k": st.integers(1, 4),
+            "renormalize": st.booleans(),
+            "shared_expert": st.booleans(),
+            "expert_ratio": st.sampled_from([0.5, 1.0, 1.5, 3.0]),
+        }
+    ),
     grouped=st.booleans(),
     width=st.sampled_from([4, 8, 16, 28]),
-    expert_ratio=st.sampled_from([0.5, 1.0, 1.5, 3.0]),
     batch=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
-def test_layer_equals_a_double_loop(
-    router: str,
-    num_experts: int,
-    top_k: int,
-    renormalize: bool,
-    shared: bool,
-    grouped: bool,
-    width: int,
-    expert_ratio: float,
-    batch: int,
-    seed: int,
-) -> None:
+def test_layer_equals_a_double_loop(moe: dict[str, Any], grouped: bool, width: int, batch: int, seed: int) -> None:
     """With the experts of a CPU, and with those of a GPU (which PyTorch emulates here)."""
-    layer = make_layer(
-        seed,
-        width,
-        router=router,
-        expert_ratio=expert_ratio,
-        num_experts=max(num_experts, top_k),
-        top_k=top_k,
-        renormalize=renormalize and top_k > 1,
-        shared_expert=shared,
-    )
+    top_k = moe["top_k"]
+    moe |= {"num_experts": max(moe["num_experts"], top_k), "renormalize": moe["renormalize"] and top_k > 1}
+    layer = make_layer(seed, width, **moe)
     x = torch.randn(batch, L, width, generator=torch.Generator().manual_seed(seed))
     with patch("mepa_ds.models.moe.experts.has_grouped_kernel", lambda _: grouped):
         assert_same_as_naive(layer, x)
@@ -129,70 +113,6 @@ def test_one_expert_takes_all_tokens_and_others_none(top_k: int) -> None:
     assert_same_as_naive(layer, torch.randn(2, L, 16))
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [9, 0, 0, 0], [0, 0, 0, 0]])
-@pytest.mark.parametrize("implementation", ["loop", "grouped"])
-def test_experts_equal_one_expert_after_the_other(implementation: str, counts: list[int]) -> None:
-    """Both implementations, also for experts without rows and for no rows at all: outputs and gradients to 1e-5."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(sum(counts), 16), (4, 24, 16), (4, 24), (4, 16, 24), (4, 16)]
-    tensors = [(0.3 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
-    x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
-    rows, start = [], 0
-    for e, count in enumerate(counts):
-        for row in range(start, start + count):
-            hidden = F.gelu(w1_EFC[e] @ x_RC[row] + b1_EF[e], approximate="tanh")
-            rows.append(w2_ECF[e] @ hidden + b2_EC[e])
-        start += count
-    expected_RC = torch.stack(rows) if rows else x_RC * 0
-    if implementation == "grouped":
-        y_RC = grouped_experts(tensors, torch.tensor(counts))
-    else:
-        y_RC = looped_experts(tensors, counts)
-    torch.testing.assert_close(y_RC, expected_RC, atol=1e-5, rtol=1e-5)
-    gradient_RC = torch.randn(y_RC.shape, generator=generator)
-    found = torch.autograd.grad(y_RC, tensors, gradient_RC)
-    wanted = torch.autograd.grad(expected_RC, tensors, gradient_RC, allow_unused=True)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_what_grouped_products_leave_for_experts_without_rows_is_no_gradient() -> None:
-    weight = torch.randn(3, 4, 2, requires_grad=True)
-    garbage = torch.randn(3, 4, 2)
-    garbage[1] = float("nan")
-    NoRowsNoGradient.apply(weight, torch.tensor([5, 0, 1])).backward(garbage)
-    assert torch.equal(weight.grad[[0, 2]], garbage[[0, 2]])
-    assert not weight.grad[1].any()
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    counts=st.lists(st.one_of(st.integers(0, 5), st.integers(30, 70)), min_size=1, max_size=6),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    fuses=st.booleans(),
-)
-def test_padded_rows_leave_no_trace(counts: list[int], dtype: torch.dtype, fuses: bool) -> None:
-    """In low precision a CPU's products have more rows than an expert has, and with many rows bf16's are fused with the
-    GELU; against fp32 on the same values.
-    """
-    generator = torch.Generator().manual_seed(sum(counts))
-    shapes = [(sum(counts), 16), (len(counts), 24, 16), (len(counts), 24), (len(counts), 16, 24), (len(counts), 16)]
-    low = [(0.3 * torch.randn(shape, generator=generator)).to(dtype).requires_grad_() for shape in shapes]
-    high = [tensor.detach().float().requires_grad_() for tensor in low]
-    gradient_RC = torch.randn(shapes[0], generator=generator).to(dtype)
-    few_rows_do = patch("mepa_ds.models.moe.experts._FUSED_ROWS", 0) if fuses else nullcontext()
-    with few_rows_do:
-        found_RC = looped_experts(low, counts)
-    expected_RC = looped_experts(high, counts)
-    found = [found_RC, *torch.autograd.grad(found_RC, low, gradient_RC)]
-    expected = [expected_RC, *torch.autograd.grad(expected_RC, high, gradient_RC.float())]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
-        if ours.numel():
-            tolerance = 0.02 * theirs.abs().max().item()  # what rounding gives; another expert's row would be all of it
-            torch.testing.assert_close(ours.float(), theirs, atol=tolerance, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropped", [False, True])
 def test_combining_low_precision_rows_rounds_nothing_but_the_rows_gradient(dtype: torch.dtype, dropped: bool) -> None:
@@ -202,17 +122,17 @@ def test_combining_low_precision_rows_rounds_nothing_but_the_rows_gradient(dtype
     weight_TK = torch.rand(T, K).requires_grad_()
     index_TK = torch.rand(T, E).topk(K).indices
     kept_TK = torch.rand(T, K) < 0.6 if dropped else None
-    by_expert = Sorted(
+    permutation = TokenPermutation(
         torch.empty(T, C), Routing(torch.empty(T, E), torch.empty(T, E), index_TK, weight_TK, kept_TK), E
     )
-    num_rows = int(by_expert.counts_E.sum())
-    by_expert.rows(num_rows)
+    num_rows = int(permutation.counts_E.sum())
+    permutation.permute(num_rows)
     y_RC = torch.randn(num_rows, C).to(dtype)
     gradient_TC = torch.randn(T, C)
     results = []
     for values_RC in (y_RC, y_RC.float()):
         rows_RC = values_RC.clone().requires_grad_()
-        out_TC = by_expert.combine(rows_RC)
+        out_TC = permutation.unpermute(rows_RC)
         assert out_TC.dtype == torch.float32
         results.append((out_TC, *torch.autograd.grad(out_TC, [weight_TK, rows_RC], gradient_TC)))
     (out, grad_weight, grad_rows), (expected_out, expected_weight, expected_rows) = results
@@ -278,95 +198,6 @@ def test_initialisation_follows_var() -> None:
         assert weight.std().item() == pytest.approx(wanted, rel=0.05)
     assert not block.ffn.experts.fc1_bias.any()
     assert (block.attention.log_temperature.exp() - 4).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("recompute", ["blocks", "selective"])
-@pytest.mark.parametrize("moe", [{}, {"capacity_factor": 1.0}, {"router": "smoe"}])
-def test_recomputation_changes_no_gradient(recompute: str, moe: dict[str, object]) -> None:
-    model = NextScaleTransformer.from_preset(
-        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
-    )
-    labels, inputs = torch.tensor([0, 1, 2]), torch.randn(3, 13, 4)
-
-    def run() -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        output = model(labels, inputs)
-        loss = output.logits_BLV.square().mean() + sum(s.prob_sum_SE.square().mean() for s in output.routing.values())
-        counts = [s.counts_SE for s in output.routing.values()]
-        return loss, list(torch.autograd.grad(loss, list(model.parameters()))), counts
-
-    plain = run()
-    model.recompute = recompute
-    recomputed = run()
-    torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("recompute", ["blocks", "selective"])
-@pytest.mark.parametrize(
-    "moe",
-    [
-        {},
-        {"renormalize": True},
-        {"bias_rate": 0.01},
-        {"capacity_factor": 0.75},
-        {"capacity_factor": 0.75, "bias_rate": 0.01},
-        {"capacity_factor": 0.75, "renormalize": True},
-        {"router": "expert_choice"},
-    ],
-)
-def test_recomputation_never_routes_anew(
-    monkeypatch: pytest.MonkeyPatch, recompute: str, moe: dict[str, object]
-) -> None:
-    """A router whose logits come out differently every time it is asked: what it chose first must stand."""
-    from mepa_ds.models.moe import dispatch
-    from mepa_ds.models.moe.routing import ScaleTokenRouter
-
-    clean = ScaleTokenRouter.logits
-    monkeypatch.setattr(
-        ScaleTokenRouter, "logits", lambda self, x, scale: clean(self, x, scale) + 3 * torch.randn(len(x), 8)
-    )
-    seen: list[tuple[Tensor, Tensor | None]] = []
-    sort = dispatch.Sorted.__init__
-
-    def spy(self, x_TC, routing, num_experts) -> None:  # type: ignore[no-untyped-def]
-        seen.append((routing.expert_index_TK.clone(), routing.kept_TK))
-        sort(self, x_TC, routing, num_experts)
-
-    monkeypatch.setattr(dispatch.Sorted, "__init__", spy)
-    model = NextScaleTransformer.from_preset(
-        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
-    )
-    model.recompute = recompute
-    model(torch.tensor([0, 1]), torch.randn(2, 13, 4)).logits_BLV.square().mean().backward()
-    first, second, second_again, first_again = seen  # forward of two blocks, then backward in reverse
-    for (index_TK, kept_TK), (index_again_TK, kept_again_TK) in ((first, first_again), (second, second_again)):
-        assert torch.equal(index_TK, index_again_TK)
-        assert (kept_TK is not None) == ("capacity_factor" in moe or "router" in moe)
-        if kept_TK is not None:
-            assert torch.equal(kept_TK, kept_again_TK)
-            assert not kept_TK.all()
-
-
-@pytest.mark.parametrize(("recompute", "loops"), [("none", 4), ("selective", 4), ("blocks", 6)])
-def test_selective_recomputation_keeps_the_experts_products(
-    monkeypatch: pytest.MonkeyPatch, recompute: str, loops: int
-) -> None:
-    """Two blocks loop over experts once forward and once backward; only "blocks" computes the forward again."""
-    from mepa_ds.models.moe import experts
-
-    seen: list[int] = []
-    slices = experts._padded_slices
-
-    def counted(counts: list[int], multiple: int) -> Iterator[tuple[int, slice, slice]]:
-        seen.append(len(counts))
-        return slices(counts, multiple)
-
-    monkeypatch.setattr(experts, "_padded_slices", counted)
-    model = NextScaleTransformer.from_preset(
-        "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4
-    )
-    model.recompute = recompute
-    model(torch.tensor([0, 1]), torch.randn(2, 13, 4)).logits_BLV.square().mean().backward()
-    assert seen == [8] * loops
 
 
 @settings(max_examples=30, deadline=None)

@@ -14,7 +14,7 @@ from mepa_ds.models.moe.routing import Routing, RoutingStatistics
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import alignment_loss
 from mepa_ds.objective.balance import balance_loss, router_z_loss
-from mepa_ds.objective.pretraining import ModelInputs, PretrainingObjective
+from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
 from mepa_ds.objective.reports import routing_report
 from mepa_ds.scales import ScaleSchedule
 

@@ -25,7 +25,7 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective import flops
 from mepa_ds.objective.alignment import Projector
 from mepa_ds.planning.frozen_networks import plan_networks
-from mepa_ds.planning.plan import Machine, Plan, format_plan, plan_run, this_machine
+from mepa_ds.planning.plan import KEPT_NAME, Machine, Plan, format_plan, plan_run, this_machine
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.teachers.registry import TEACHERS
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -70,6 +70,12 @@ def give_freed_memory_back() -> None:
     assert ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16) == 1
 
 
+def allocated(plan: Plan) -> float:
+    """The peak of a plan without the freed memory that the C library keeps, which is not measured here."""
+    moments = (plan.backward, plan.optimizer, plan.encoding)
+    return max(sum(size for part, size in parts.items() if part != KEPT_NAME) for parts in moments)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of 15M parameters, and activations of about twice their size."""
@@ -104,9 +110,10 @@ def test_memory_is_that_of_real_ranks(
     before = next(record["memory_before_bytes"] for record in records if record["event"] == "start")
     config = load_config(PretrainConfig, folder / "recipe.yaml", settings)
     plan = plan_run(config, Machine(ranks, is_gpu=False, memory=None, process=before))
-    print(f"planned {plan.allocated / 1e6:.0f} MB, measured {measured / 1e6:.0f}, of these {before / 1e6:.0f} before")
-    assert plan.allocated == pytest.approx(measured, rel=0.15)
-    own, theirs = plan.allocated - before, measured - before  # what the process has before counts alike
+    planned = allocated(plan)
+    print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f}, of these {before / 1e6:.0f} before")
+    assert planned == pytest.approx(measured, rel=0.15)
+    own, theirs = planned - before, measured - before  # what the process has before counts alike
     assert own == pytest.approx(theirs, rel=0.25)
     (checkpoint,) = list_checkpoints(output / "checkpoints")[-1:]
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
@@ -193,7 +200,7 @@ def test_the_tokenizer_of_sample_grids_counts(folder: Path) -> None:
         for settings in ([], ["log.sample_every=1"])
     ]
     size = (folder / "tokenizer/model.safetensors").stat().st_size
-    assert plans[1].allocated - plans[0].allocated == pytest.approx(size, rel=0.1)
+    assert allocated(plans[1]) - allocated(plans[0]) == pytest.approx(size, rel=0.1)
 
 
 def test_a_tokenizer_that_is_being_trained_is_planned_by_its_recipe(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.pretraining import PretrainingObjective
+from mepa_ds.objective.objective import PretrainingObjective
 from mepa_ds.random_streams import uniforms
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.tokenizer.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.errors import UserError
-from mepa_ds.objective.pretraining import Losses, ModelInputs, PretrainingObjective
+from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 from mepa_ds.pretrain import data
 from mepa_ds.pretrain.bad_steps import BadSteps
 from mepa_ds.pretrain.inputs import InputMaker
@@ -446,8 +446,8 @@ def test_a_hang_dumps_all_stacks_and_exits(folder: Path) -> None:
         assert ranks.processes[0].exitcode == HANG_EXIT_CODE
     log = ranks.log.read_text()
     assert "rank 0: no step for 5 seconds (guards.hang_timeout)" in log
-    assert "pretraining.py" in log
-    assert "pretraining.py" in (folder / "hung/hang_rank_00000.txt").read_text()
+    assert "objective.py" in log
+    assert "objective.py" in (folder / "hung/hang_rank_00000.txt").read_text()
 
 
 def crash_in_step_5_of_rank_1() -> None:

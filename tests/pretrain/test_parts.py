@@ -19,7 +19,7 @@ from mepa_ds.engine.optimizer import has_decay
 from mepa_ds.errors import UserError
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective import flops
-from mepa_ds.objective.pretraining import PretrainingObjective
+from mepa_ds.objective.objective import PretrainingObjective
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
 from mepa_ds.runtime.recorder import TensorBoard

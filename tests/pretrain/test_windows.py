@@ -17,7 +17,7 @@ from mepa_ds.checkpoint.state import read_state
 from mepa_ds.config.changes import recipe_changes
 from mepa_ds.generation import sample_grids
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.objective.pretraining import Losses, ScaleScores
+from mepa_ds.objective.objective import Losses, ScaleScores
 from mepa_ds.pretrain.recording.report import StepClock, StepReport
 from mepa_ds.pretrain.recording.window import Window
 from mepa_ds.runtime.metrics import read_metrics

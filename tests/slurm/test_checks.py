@@ -18,7 +18,7 @@ from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.errors import UserError
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_plan
-from mepa_ds.slurm.in_job.stage import copy_set, staged_sets
+from mepa_ds.slurm.in_job.node_copies import copy_set, sets_to_copy
 from mepa_ds.slurm.profile import Profile, read_profile
 from mepa_ds.slurm.status import last_error, status
 from tests import tiny_run
@@ -389,13 +389,13 @@ def test_a_tokenizers_batch_must_fit_the_ranks(cluster: Path) -> None:
 def test_a_copy_is_made_once(cluster: Path) -> None:
     """Later jobs find it; a set that was made anew is copied anew."""
     recipe, scratch = cluster / "recipe.yaml", cluster / "scratch"
-    places = [target for _, source, target in staged_sets(scratch, recipe, ()) if copy_set(source, target)]
+    places = [target for _, source, target in sets_to_copy(scratch, recipe, ()) if copy_set(source, target)]
     assert len(places) == 3
     assert {p.name for p in (cluster / "train.tokens").iterdir()} == {p.name for p in places[0].iterdir()}
-    assert not any(copy_set(source, target) for _, source, target in staged_sets(scratch, recipe, ()))
+    assert not any(copy_set(source, target) for _, source, target in sets_to_copy(scratch, recipe, ()))
     index = cluster / "train.tokens/index.json"
     index.write_text(index.read_text() + "\n")
-    again = [key for key, source, target in staged_sets(scratch, recipe, ()) if copy_set(source, target)]
+    again = [key for key, source, target in sets_to_copy(scratch, recipe, ()) if copy_set(source, target)]
     assert again == ["data.tokens"]
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.generation.pretrained import load_pretrained
+from mepa_ds.generation.model_files import load_pretrained
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer import MultiScaleQuantizer, Tokenizer
 from tests.var_fixtures import TINY_SCALES, fixture_state, vector

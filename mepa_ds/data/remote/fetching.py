@@ -156,9 +156,7 @@ def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str]) -> st
     return digest.hexdigest()
 
 
-def fetch_all(
-    work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT], what: str, at_once: int = _AT_ONCE
-) -> list[ResultT]:
+def fetch_all(work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT], what: str) -> list[ResultT]:
     """`work` on all items, several at once, with a bar: in the order of the items.
 
     After an error no more are begun, and what is under way is completed. Ctrl-C ends that too.
@@ -167,7 +165,7 @@ def fetch_all(
         work: fetches with the given `Transfer`.
         what: is done, for the bar.
     """
-    transfer, pool = Transfer(), ThreadPoolExecutor(at_once, thread_name_prefix="fetch")
+    transfer, pool = Transfer(), ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
     try:
         futures = [pool.submit(work, item, transfer) for item in items]
         waiting = set(futures)

@@ -1,4 +1,4 @@
-"""Shard sets that lie elsewhere: a local directory with `index.json`, the tables of offsets and `remote.json`.
+"""Shard sets that lie elsewhere: a local directory with `index.json`, the offset indices and `remote.json`.
 
 `remote.json` says where the tars are; `data_tools/merge_index.py remote` and `scan` make it. Samples are then permuted
 within windows of shards (mepa_ds.data.order), and a cache holds a few windows (mepa_ds.data.remote.shard_cache).
@@ -15,6 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mepa_ds.config.base import Section, validate
+from mepa_ds.config.values import PositiveInt
 from mepa_ds.data.remote.urls import redacted, unsigned
 from mepa_ds.errors import UserError
 from mepa_ds.files import naming_full_disks, write_json
@@ -31,7 +32,7 @@ class RemoteShards(Section):
     """Directory for fetched tars; variables such as $TMPDIR and $UID are expanded where it is used."""
     cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""
-    window: Annotated[int, Field(gt=0)]
+    window: PositiveInt
     """Shards that samples are shuffled over."""
 
     @property

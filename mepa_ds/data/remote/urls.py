@@ -22,7 +22,7 @@ _SIGNED = re.compile(
 )
 """Parameters by which stores and content networks sign: Amazon's, Google's, Azure's..."""
 _MOST_BYTES = 120
-"""Of a name: the file systems' 255 less what locks, tables and temporary files add to it."""
+"""Of a name: the file systems' 255 less what locks, offset indices and temporary files add to it."""
 
 
 def is_remote(url: str) -> bool:

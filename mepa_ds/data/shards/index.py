@@ -1,7 +1,7 @@
 """A shard set's `index.json` (D2): what is in the set, how much, made by whom; and the offsets beside each shard.
 
-A set is a directory of WebDataset tars `shard-000000.tar`, a table of offsets `shard-000000.idx.npz` beside each,
-and one `index.json`. Tokens and features are sets of their own with the same keys in the same order as the images
+A set is a directory of WebDataset tars `shard-000000.tar`, an offset index `shard-000000.idx.npz` beside each, and
+one `index.json`. Tokens and features are sets of their own with the same keys in the same order as the images
 they come from, shard by shard: their `keys_sha256` are equal.
 """
 
@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.offset_index import SampleTable, scan_tar
+from mepa_ds.data.shards.offset_index import OffsetIndex, scan_tar
 from mepa_ds.data.shards.samples import Kind
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks, read_file, write_json
@@ -114,8 +114,8 @@ class ShardIndex(Section):
             write_json(directory / INDEX_NAME, self.model_dump(mode="json"))
 
 
-def keys_digest(table: SampleTable) -> str:
-    return hashlib.sha256(b"".join(key + b"\n" for key in table.keys_N.tolist())).hexdigest()
+def keys_digest(offset_index: OffsetIndex) -> str:
+    return hashlib.sha256(b"".join(key + b"\n" for key in offset_index.keys_N.tolist())).hexdigest()
 
 
 FOREIGN = MadeBy(name="webdataset")
@@ -138,18 +138,18 @@ def source_images(index: ShardIndex) -> str | None:
     return images_identity(index) if index.kind == "images" else index.made_by.settings.get("images")
 
 
-def table_path(shard: Path) -> Path:
+def offset_index_path(shard: Path) -> Path:
     return shard.with_name(f"{shard.stem}.idx.npz")
 
 
 class Description(Section):
-    """What a table says of its shard beside the offsets."""
+    """What an offset index says of its shard beside the offsets."""
 
     entry: ShardEntry
     members: dict[str, Member]
     mtime_ns: int | None = None
     """Of the tar when its headers were read, in shards that others made; None where the writer of the tar wrote this
-    too: then equal content has equal tables, and bytes and SHA-256 of the index say whether it is whole."""
+    too: then equal content has equal offset indices, and bytes and SHA-256 of the index say whether it is whole."""
     left_out: dict[str, tuple[int, tuple[str, ...]]] = Field(default_factory=dict)
     """Of shards that others made: members that belong to no sample (LeftOut)."""
 
@@ -161,17 +161,17 @@ class Description(Section):
         return self.entry.name == shard.name and self.entry.bytes == found.st_size and same_time
 
 
-def write_table(shard: Path, table: SampleTable, description: Description) -> None:
+def write_offset_index(shard: Path, offset_index: OffsetIndex, description: Description) -> None:
     """Stores a shard's offsets and its own index entry; written last, it marks the shard as complete."""
-    path = table_path(shard)
+    path = offset_index_path(shard)
     with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez(
             file,
-            keys=table.keys_N,
-            extensions=np.array(table.extensions),
-            offsets=table.offsets_NM,
-            sizes=table.sizes_NM,
-            labels=np.empty(0, np.int64) if table.labels_N is None else table.labels_N,
+            keys=offset_index.keys_N,
+            extensions=np.array(offset_index.extensions),
+            offsets=offset_index.offsets_NM,
+            sizes=offset_index.sizes_NM,
+            labels=np.empty(0, np.int64) if offset_index.labels_N is None else offset_index.labels_N,
             description=np.array(json.dumps(description.model_dump(mode="json", exclude=_unset(description)))),
         )
 
@@ -181,21 +181,21 @@ def _unset(description: Description) -> set[str]:
     return {name for name in ("mtime_ns", "left_out") if getattr(description, name) in (None, {})}
 
 
-def read_table(shard: Path, kind: Kind, foreign: bool = False) -> SampleTable:
+def read_offset_index(shard: Path, kind: Kind, foreign: bool = False) -> OffsetIndex:
     """The offsets of a shard: stored ones, or those found by stepping over its headers.
 
     Args:
         foreign: others made the shard: what is stored counts only for the very file that was scanned. Of sets that
             were copied without their times the headers are read again, which finds the same.
     """
-    if not table_path(shard).exists():
+    if not offset_index_path(shard).exists():
         return scan_tar(shard, kind)
-    stored = _load_table(shard)
+    stored = _load_offset_index(shard)
     description = _description(shard, stored)
     if foreign and shard.exists() and not description.is_of(shard):
         return scan_tar(shard, kind)
     labels = stored["labels"]
-    return SampleTable(
+    return OffsetIndex(
         keys_N=stored["keys"],
         extensions=tuple(str(extension) for extension in stored["extensions"]),
         offsets_NM=stored["offsets"],
@@ -205,9 +205,9 @@ def read_table(shard: Path, kind: Kind, foreign: bool = False) -> SampleTable:
     )
 
 
-def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
+def _load_offset_index(shard: Path) -> dict[str, NDArray[Any]]:
     """Raises DamagedError for whatever is wrong with the file."""
-    path = table_path(shard)
+    path = offset_index_path(shard)
     try:
         with np.load(io.BytesIO(read_file(path))) as stored:
             return {name: stored[name] for name in ("keys", "extensions", "offsets", "sizes", "labels", "description")}
@@ -220,15 +220,15 @@ def _load_table(shard: Path) -> dict[str, NDArray[Any]]:
 
 
 def _description(shard: Path, stored: dict[str, NDArray[Any]]) -> Description:
-    return validate(Description, json.loads(str(stored["description"])), str(table_path(shard)))
+    return validate(Description, json.loads(str(stored["description"])), str(offset_index_path(shard)))
 
 
 def stored_description(shard: Path) -> Description | None:
-    """What the table of a shard says, whether the shard is there or not; None without a whole table."""
-    if not table_path(shard).exists():
+    """What the offset index of a shard says, whether the shard is there or not; None without a whole one."""
+    if not offset_index_path(shard).exists():
         return None
     try:
-        return _description(shard, _load_table(shard))
+        return _description(shard, _load_offset_index(shard))
     except DamagedError:
         return None
 

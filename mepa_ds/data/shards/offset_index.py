@@ -1,4 +1,4 @@
-"""Where the samples of one shard lie, as stored beside it or found in its headers.
+"""The offset index of a shard: where its samples lie, as stored beside it or found in its headers.
 
 Legend: N samples of a shard, M member extensions.
 """
@@ -18,12 +18,12 @@ from mepa_ds.errors import DamagedError
 
 _LABEL_DIGITS = 18
 _MOST_EXTENSIONS = 32
-"""Of one shard: a table has a column for each."""
+"""Of one shard: an offset index has a column for each."""
 _ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
 
 
 @dataclass(frozen=True)
-class SampleTable:
+class OffsetIndex:
     """Where the samples of one shard lie."""
 
     keys_N: NDArray[np.bytes_]
@@ -44,7 +44,7 @@ class SampleTable:
         return bytes(self.keys_N[row]).decode()
 
     @classmethod
-    def of(cls, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> SampleTable:
+    def of(cls, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> OffsetIndex:
         """From (key, {extension: (offset, size)}) in order."""
         extensions = tuple(dict.fromkeys(extension for _, members in samples for extension in members))
         places = np.array(
@@ -60,8 +60,8 @@ def label_number(data: bytes) -> int | None:
     return int(text) if text.isdigit() and len(text) <= _LABEL_DIGITS else None
 
 
-def scan_tar(path: Path, kind: Kind) -> SampleTable:
-    """The sample table of a tar that has none stored: WebDataset shards that others made.
+def scan_tar(path: Path, kind: Kind) -> OffsetIndex:
+    """The offset index of a tar that has none stored: WebDataset shards that others made.
 
     Raises:
         DamagedError: as `image_samples`; or keys that are not UTF-8, or whose members do not lie side by side.
@@ -77,10 +77,10 @@ def scan_tar(path: Path, kind: Kind) -> SampleTable:
             if number not in taken:
                 left_out.add("names without an extension", member.name)
     _check_keys(path, samples)
-    table = SampleTable.of(
+    offset_index = OffsetIndex.of(
         [(key, {ext: (m.offset, m.size) for ext, (_, m) in found.items()}) for key, found in samples.items()]
     )
-    return replace(table, left_out=left_out)
+    return replace(offset_index, left_out=left_out)
 
 
 def _check_keys(path: Path, samples: Samples) -> None:

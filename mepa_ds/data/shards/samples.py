@@ -75,7 +75,7 @@ def tar_files(directory: Path, left_out: LeftOut | None = None) -> list[Path]:
     """The shards in a directory, in alphabetical order.
 
     Args:
-        left_out: takes what is there besides, but for indices and tables of offsets.
+        left_out: takes what is there besides, but for index.json and offset indices.
     """
     shards = []
     for path in sorted(directory.iterdir()):

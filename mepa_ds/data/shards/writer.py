@@ -1,10 +1,10 @@
 """Writes shard sets: deterministic bytes, a shard at a time, complete or absent, by any number of processes.
 
-The plan (what the set will be: kind, classes, maker and the names of all shards) is written first, as
-`index.plan.json`. Any process may then write any of the planned shards. Order of the writes for one shard:
-its old table goes, the tar is renamed into place, the table is renamed into place. So a shard with a table is
+The manifest (what the set will be: kind, classes, maker and the names of all shards) is written first, as
+`index.plan.json`. Any process may then write any of the shards it names. Order of the writes for one shard:
+its old offset index goes, the tar is renamed into place, the offset index too. So a shard with an offset index is
 complete, and a process killed at any moment leaves only complete shards and files that the next run replaces.
-Whoever finds all planned shards complete turns the plan into `index.json`.
+Whoever finds all named shards complete turns the manifest into `index.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.config.base import Section, validate
+from mepa_ds.config.changes import changed
 from mepa_ds.data.shards.index import (
     INDEX_NAME,
     Description,
@@ -29,19 +30,19 @@ from mepa_ds.data.shards.index import (
     ShardEntry,
     ShardIndex,
     keys_digest,
+    offset_index_path,
     read_description,
-    table_path,
-    write_table,
+    write_offset_index,
 )
 from mepa_ds.data.shards.left_out import few
-from mepa_ds.data.shards.offset_index import SampleTable, label_number
+from mepa_ds.data.shards.offset_index import OffsetIndex, label_number
 from mepa_ds.data.shards.samples import LABEL_EXTENSION, Kind, is_hidden, split_member_name
 from mepa_ds.data.shards.tar import check_member_name, member_header
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
-PLAN_NAME = "index.plan.json"
+MANIFEST_NAME = "index.plan.json"
 SCRATCH_NAME = ".scratch"
 """What a reader of data_tools/ copies first."""
 
@@ -49,7 +50,7 @@ Sample = tuple[str, Mapping[str, bytes]]
 """Key and members by extension (`png`, `cls`, `tokens.npy`)."""
 
 
-class Plan(Section):
+class Manifest(Section):
     """What a set will be once all its shards are there."""
 
     kind: Kind
@@ -81,49 +82,44 @@ def read_npy_header(data: bytes) -> tuple[Member, int]:
 
 
 class ShardWriter:
-    """Writes the shards of one planned set into a directory.
+    """Writes the shards that one manifest names into a directory.
 
     Raises:
         UserError: the directory holds (part of) another set: other settings, other shards.
     """
 
-    def __init__(self, directory: Path, plan: Plan):
-        self.directory, self.plan = directory, plan
+    def __init__(self, directory: Path, manifest: Manifest):
+        self.directory, self.manifest = directory, manifest
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / INDEX_NAME).exists():
             index = ShardIndex.read(directory)
             names = tuple(shard.name for shard in index.shards)
-            found = Plan(kind=index.kind, shard_names=names, classes=index.classes, made_by=index.made_by)
+            found = Manifest(kind=index.kind, shard_names=names, classes=index.classes, made_by=index.made_by)
             self._check_same(found)
-            self.plan = found
+            self.manifest = found
             return
-        if (directory / PLAN_NAME).exists() and not self._is_abandoned():
-            found = read_plan(directory)
+        if (directory / MANIFEST_NAME).exists() and not self._is_abandoned():
+            found = read_manifest(directory)
             self._check_same(found)
-            if found.made_by.settings.get("on_damaged") == plan.made_by.settings.get("on_damaged"):
+            if found.made_by.settings.get("on_damaged") == manifest.made_by.settings.get("on_damaged"):
                 return
-        with naming_full_disks(directory / PLAN_NAME):
-            write_json(directory / PLAN_NAME, plan.model_dump(mode="json"))
+        with naming_full_disks(directory / MANIFEST_NAME):
+            write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
     def _is_abandoned(self) -> bool:
-        """Nothing came of the plan that is there: it is in nobody's way who has mended what stopped it."""
-        return {path.name for path in self.directory.iterdir()} <= {PLAN_NAME, SCRATCH_NAME}
+        """Nothing came of the manifest that is there: it is in nobody's way who has mended what stopped it."""
+        return {path.name for path in self.directory.iterdir()} <= {MANIFEST_NAME, SCRATCH_NAME}
 
-    def _check_same(self, found: Plan, under_way: bool = False) -> None:
+    def _check_same(self, found: Manifest, under_way: bool = False) -> None:
         # Compared as JSON, so that a list and a tuple in free-form settings are the same.
-        ours, theirs = (json.loads(plan.model_dump_json()) for plan in (self.plan, found))
-        our_settings, their_settings = (plan["made_by"]["settings"] for plan in (ours, theirs))
+        ours, theirs = (json.loads(manifest.model_dump_json()) for manifest in (self.manifest, found))
+        our_settings, their_settings = (manifest["made_by"]["settings"] for manifest in (ours, theirs))
         goes_on = (their_settings.get("on_damaged"), our_settings.get("on_damaged")) == ("stop", "skip")
         if goes_on or (under_way and "on_damaged" in our_settings):  # shards that were written under "stop" are whole
             their_settings["on_damaged"] = our_settings["on_damaged"]
         if ours == theirs:
             return
-        flat_ours, flat_theirs = _flat(ours), _flat(theirs)
-        differences = [
-            f"{key} {flat_theirs.get(key)!r} there, {flat_ours.get(key)!r} now"
-            for key in sorted(flat_ours.keys() | flat_theirs.keys())
-            if flat_ours.get(key) != flat_theirs.get(key)
-        ]
+        differences = [f"{key} {there!r} there, {here!r} now" for key, (there, here) in changed(theirs, ours).items()]
         shown = "; ".join(text if len(text) < 200 else text[:200] + "..." for text in differences[:5])
         raise UserError(
             f"{self.directory}: holds a set made with other settings ({shown}); "
@@ -135,63 +131,63 @@ class ShardWriter:
         return read_description(self.directory / name) is not None
 
     def missing(self) -> list[str]:
-        """Planned shards that are not there yet."""
-        return [name for name in self.plan.shard_names if not self.is_complete(name)]
+        """Named shards that are not there yet."""
+        return [name for name in self.manifest.shard_names if not self.is_complete(name)]
 
     def write_shard(self, name: str, samples: Iterable[Sample], skipped: Sequence[str] = ()) -> ShardEntry:
         """Writes one shard, replacing what is there under its name.
 
         Args:
-            name: one of the planned names.
+            name: one of the manifest's names.
             samples: in the order of the file; keys unique within the set.
             skipped: notes on samples that were left out; looked at after `samples` has run out.
 
         Raises:
             UserError: a key that comes twice, members whose type changes, or a full disk.
         """
-        assert name in self.plan.shard_names, name
-        if (self.directory / PLAN_NAME).exists():  # another's, if one with other settings began at the same time
-            self._check_same(read_plan(self.directory), under_way=True)
+        assert name in self.manifest.shard_names, name
+        if (self.directory / MANIFEST_NAME).exists():  # another's, if one with other settings began at the same time
+            self._check_same(read_manifest(self.directory), under_way=True)
         path = self.directory / name
-        table_path(path).unlink(missing_ok=True)
+        offset_index_path(path).unlink(missing_ok=True)
         with naming_full_disks(path), atomic_path(path) as temporary, open(temporary, "wb") as file:
             tar = _TarFile(file, str(path))
             for key, members in samples:
                 tar.add(key, members)
             tar.close()
-        table = replace(SampleTable.of(tar.samples), labels_N=tar.labels_N())
+        offset_index = replace(OffsetIndex.of(tar.samples), labels_N=tar.labels_N())
         entry = ShardEntry(
             name=name,
-            num_samples=len(table),
+            num_samples=len(offset_index),
             bytes=path.stat().st_size,
             sha256=tar.digest.hexdigest(),
-            keys_sha256=keys_digest(table),
+            keys_sha256=keys_digest(offset_index),
             skipped=tuple(skipped),
         )
-        write_table(path, table, Description(entry=entry, members=tar.members))
+        write_offset_index(path, offset_index, Description(entry=entry, members=tar.members))
         return entry
 
     def finish(self) -> ShardIndex | None:
-        """Writes `index.json` once every planned shard is complete; None while some are missing."""
-        return None if self.missing() else finish_index(self.directory, self.plan)
+        """Writes `index.json` once every named shard is complete; None while some are missing."""
+        return None if self.missing() else finish_index(self.directory, self.manifest)
 
 
-def read_plan(directory: Path) -> Plan:
-    path = directory / PLAN_NAME
+def read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_NAME
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; nothing was started here, or start it again") from error
-    return validate(Plan, data, str(path))
+    return validate(Manifest, data, str(path))
 
 
-def finish_index(directory: Path, plan: Plan) -> ShardIndex:
-    """Gathers the entries of all planned shards into `index.json` and removes the plan.
+def finish_index(directory: Path, manifest: Manifest) -> ShardIndex:
+    """Gathers the entries of all named shards into `index.json` and removes the manifest.
 
     Raises:
-        UserError: planned shards are missing, hold different kinds of members, or no samples at all.
+        UserError: named shards are missing, hold different kinds of members, or no samples at all.
     """
-    found = {name: read_description(directory / name) for name in plan.shard_names}
+    found = {name: read_description(directory / name) for name in manifest.shard_names}
     missing = [name for name, description in found.items() if description is None]
     if missing:
         raise UserError(
@@ -215,18 +211,18 @@ def finish_index(directory: Path, plan: Plan) -> ShardIndex:
                     f"shards {members[extension].dtype} {members[extension].shape}; make the set again"
                 )
     index = ShardIndex(
-        kind=plan.kind,
+        kind=manifest.kind,
         shards=tuple(description.entry for description in descriptions),
         members=members,
-        classes=plan.classes,
-        made_by=plan.made_by,
+        classes=manifest.classes,
+        made_by=manifest.made_by,
     )
     try:
         index.write(directory)
     except FileNotFoundError:  # another process finished the set at the same moment and cleaned up
         if not (directory / INDEX_NAME).exists():
             raise
-    (directory / PLAN_NAME).unlink(missing_ok=True)
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
     for leftover in directory.glob(".*.tmp"):  # of killed processes: the set is complete, nobody writes any more
         leftover.unlink(missing_ok=True)
     return index
@@ -285,13 +281,3 @@ class _TarFile:
         self._file.write(data)
         self.digest.update(data)
         self._position += len(data)
-
-
-def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, to name differences."""
-    if not isinstance(data, dict):
-        return {prefix: data}
-    result: dict[str, Any] = {}
-    for key, value in data.items():
-        result.update(_flat(value, f"{prefix}.{key}" if prefix else key))
-    return result

@@ -1,6 +1,6 @@
-"""Dispatch: bring every routed token to its expert and the result back (D4, dropless).
+"""Dispatch: the permutation that brings each routed token to its experts, and the way back (D4, dropless).
 
-Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
+Shapes: T tokens, K choices a token, R routed rows (T K, less those that are dropped), C width, E experts.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from torch import Tensor
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 
-Alongside = Callable[[Tensor], Tensor]
+SharedExpert = Callable[[Tensor], Tensor]
+"""(T, C) -> (T, C), token by token."""
 
 
 class Dispatcher(Protocol):
-    """Anything that applies experts to routed tokens; the model does not know whether ranks are involved."""
+    """Applies experts to routed tokens. The model does not know whether the experts are on this rank or on others."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None) -> Tensor:
-        """(T, C) -> (T, C) fp32: alongside(x) + sum over choices of weight x expert(x).
+    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None) -> Tensor:
+        """(T, C) -> (T, C) in fp32: shared_expert(x) + the sum over a token's choices of weight x expert(x).
 
-        `alongside` is work on each token that needs no routing (the shared expert): a dispatcher that has to wait for
-        rows to travel runs it meanwhile, on some of the tokens at a time if it likes.
+        The shared expert needs no routing. A dispatcher that waits for rows to travel between ranks computes it in the
+        meantime (shared-expert overlap), and may pass it a part of the tokens at a time.
         """
         ...
 
 
-class Sorted:
-    """Routed rows in order of expert, and the way back. `counts_E` says how many rows each expert has."""
+class TokenPermutation:
+    """The permutation that sorts routed (token, choice) pairs by expert, and its inverse.
+
+    `counts_E` holds the number of rows of each expert.
+    """
 
     def __init__(self, x_TC: Tensor, routing: Routing, num_experts: int):
         num_choices = routing.expert_index_TK.shape[1]
         expert_R = routing.expert_index_TK.reshape(-1)
         if routing.kept_TK is not None:
-            # Dropped choices sort behind the last expert and are cut off.
+            # Dropped choices are sorted behind the last expert, and `permute` cuts them off.
             expert_R = expert_R.masked_fill(~routing.kept_TK.reshape(-1), num_experts)
-        # A stable sort keeps tokens in order within an expert: the same sums on every layout.
+        # The sort is stable: tokens keep their order within an expert, so that sums are the same on every layout.
         sorted_R, self._order_R = expert_R.sort(stable=True)
         bounds = torch.arange(num_experts + 1, device=expert_R.device, dtype=expert_R.dtype)
         self.counts_E = torch.searchsorted(sorted_R, bounds).diff()
@@ -48,35 +52,38 @@ class Sorted:
         self._x_TC = x_TC
         self._weight_TK = routing.weight_TK
 
-    def rows(self, num_kept: int | None = None) -> Tensor:
-        """(R, C): the tokens' rows grouped by expert. `num_kept`, the sum of counts_E, is needed if `drops_some`."""
+    def permute(self, num_kept: int | None = None) -> Tensor:
+        """The tokens' rows, sorted by expert: (R, C).
+
+        `num_kept` is the sum of counts_E on the host. It is needed if `drops_some`.
+        """
         if self.drops_some:
             assert num_kept is not None
             self._order_R, self._token_R = self._order_R[:num_kept], self._token_R[:num_kept]
             return self._x_TC.index_select(0, self._token_R)
-        self._place_TK = inverse(self._order_R).view_as(self._weight_TK)
-        return Spread.apply(self._x_TC, self._token_R, self._place_TK)
+        self._place_TK = inverse_permutation(self._order_R).view_as(self._weight_TK)
+        return Permute.apply(self._x_TC, self._token_R, self._place_TK)
 
-    def combine(self, y_RC: Tensor) -> Tensor:
-        """Experts' outputs in sorted order -> (T, C) fp32, weighted and summed over each token's choices."""
+    def unpermute(self, y_RC: Tensor) -> Tensor:
+        """The weighted sum over each token's choices: outputs (R, C), sorted by expert -> (T, C) in fp32."""
         if not self.drops_some:
-            return _Combine.apply(y_RC, self._weight_TK, self._order_R, self._place_TK)
+            return _Unpermute.apply(y_RC, self._weight_TK, self._order_R, self._place_TK)
         weighted_RC = y_RC.float() * self._weight_TK.reshape(-1)[self._order_R, None]
         out_TC = weighted_RC.new_zeros(len(self._weight_TK), y_RC.shape[1])
         return out_TC.index_add(0, self._token_R, weighted_RC)
 
 
-def inverse(order_R: Tensor) -> Tensor:
-    """The permutation that undoes `order_R`."""
+def inverse_permutation(order_R: Tensor) -> Tensor:
+    """The permutation that undoes `order_R`: (R,) -> (R,)."""
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
     return place_R
 
 
-class Spread(torch.autograd.Function):
-    """Each token's row once for each of its choices, in order of expert (with one choice, a permutation).
+class Permute(torch.autograd.Function):
+    """Takes each token's row once for each of its choices, in order of expert: (T, C) -> (R, C).
 
-    The gradient gathers instead of scattering.
+    With one choice a token this is a permutation of rows. The gradient gathers rows instead of scattering them.
     """
 
     @staticmethod
@@ -90,8 +97,11 @@ class Spread(torch.autograd.Function):
         return _weighted_sums(grad_RC, place_TK), None, None
 
 
-class _Combine(torch.autograd.Function):
-    """out_t = sum_k weight_tk y_(place_tk), products and sums in fp32 both ways, whatever the type of y."""
+class _Unpermute(torch.autograd.Function):
+    """out_t = sum_k weight_tk y_(place_tk): (R, C) -> (T, C).
+
+    Products and sums are fp32 in the forward and in the backward pass, whatever the type of y.
+    """
 
     @staticmethod
     def forward(ctx: Any, y_RC: Tensor, weight_TK: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
@@ -103,7 +113,7 @@ class _Combine(torch.autograd.Function):
         y_RC, weight_TK, order_R, place_TK = ctx.saved_tensors
         num_choices, first_T = place_TK.shape[1], torch.arange(len(place_TK), device=place_TK.device)
         grad_TC = grad_TC.contiguous()
-        # <grad_t, y_(place_tk)>: the operator that PyTorch's own gradient of an embedding bag's weights calls.
+        # <grad_t, y_(place_tk)>, by the operator that PyTorch calls for the gradient of an embedding bag's weights.
         grad_weight_R = torch.ops.aten._embedding_bag_per_sample_weights_backward(
             grad_TC, y_RC.float(), place_TK.flatten(), first_T * num_choices, first_T.repeat_interleave(num_choices), 0
         )
@@ -113,19 +123,21 @@ class _Combine(torch.autograd.Function):
 
 
 def _weighted_sums(rows: Tensor, index_NK: Tensor, weight_NK: Tensor | None = None) -> Tensor:
-    """(N, C): sum_k weight_nk rows[index_nk], weights 1 if there are none.
+    """sum_k weight_nk rows[index_nk]: (N, C). Without weights, all weights are 1.
 
-    PyTorch's embedding bag is one pass through memory, in which each row is read where it lies and sums are fp32.
+    PyTorch's embedding bag does this in one pass through memory: it reads each row in place and sums in fp32.
     """
     return F.embedding_bag(index_NK, rows.contiguous(), mode="sum", per_sample_weights=weight_NK)
 
 
 class LocalDispatcher:
-    """All experts are here: sort, apply, unsort. Needs no process group."""
+    """Dispatches in one process, which holds all experts: permute, apply, unpermute. It needs no process group."""
 
-    def __call__(self, x_TC: Tensor, routing: Routing, experts: Experts, alongside: Alongside | None = None) -> Tensor:
-        by_expert = Sorted(x_TC, routing, experts.num_experts)
-        counts = by_expert.counts_E.tolist() if by_expert.drops_some else None
-        x_RC = by_expert.rows(None if counts is None else sum(counts))
-        y_TC = by_expert.combine(experts(x_RC, by_expert.counts_E, counts))
-        return y_TC if alongside is None else y_TC + alongside(x_TC)
+    def __call__(
+        self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
+    ) -> Tensor:
+        permutation = TokenPermutation(x_TC, routing, experts.num_experts)
+        counts = permutation.counts_E.tolist() if permutation.drops_some else None
+        x_RC = permutation.permute(None if counts is None else sum(counts))
+        y_TC = permutation.unpermute(experts(x_RC, permutation.counts_E, counts))
+        return y_TC if shared_expert is None else y_TC + shared_expert(x_TC)

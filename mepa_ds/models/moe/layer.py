@@ -16,9 +16,9 @@ from mepa_ds.models.moe.routing import ROUTERS, RoutingStatistics
 
 
 class MoEFeedForward(nn.Module):
-    """Router, dispatcher and experts side by side; the engine swaps the dispatcher and slices the experts.
+    """A router, a dispatcher and experts. Under expert parallelism, the engine replaces the dispatcher and the experts.
 
-    `first_expert` is the global number of the first expert held here (0 unless expert-parallel).
+    `first_expert` is the global number of the first expert held here: 0 without expert parallelism.
     """
 
     def __init__(self, config: ModelConfig):
@@ -33,10 +33,10 @@ class MoEFeedForward(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, x_BLC: Tensor, scale_index_L: Tensor) -> tuple[Tensor, RoutingStatistics]:
-        """(B, L, C) and the 0-based scale of each position -> (B, L, C) and the routing statistics."""
+        """Maps (B, L, C) and the 0-based scale of each position (L,) to (B, L, C) and the routing statistics."""
         x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
         scale_index_T = scale_index_L.expand(x_BLC.shape[:2]).reshape(-1)
-        # Neither routing nor its statistics may be autocast: bf16 cannot even count to 1000 (D6).
+        # Autocast is off for routing and statistics (D6): bf16 cannot count to 1000.
         with torch.autocast(x_BLC.device.type, enabled=False):
             routing = self.router(x_TC, scale_index_T)
             statistics = RoutingStatistics.of(routing, scale_index_T, self.num_scales)

@@ -1,7 +1,7 @@
-"""Routers: which experts see a token, with what weight.
+"""Routers: they choose the experts of each token, and their weights.
 
 Shapes: B batch, L positions, T = B L tokens, C width, S scales, E experts, K choices a token.
-All routing is fp32, whatever the model's type (D6).
+Routing is computed in fp32, whatever the model's type (D6).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from mepa_ds.config.model import MoEConfig
 
 @dataclass
 class Routing:
-    """One layer's decision for T tokens.
+    """The decision of one layer for T tokens.
 
-    `expert_index_TK` and `weight_TK` list each token's choices; those that `kept_TK` denies (capacity limits, expert
-    choice) are not dispatched. It is None when every choice is kept.
+    `expert_index_TK` and `weight_TK` list the choices of each token. A choice whose `kept_TK` is False is not
+    dispatched (a capacity limit, expert choice); `kept_TK` is None when all choices are kept.
     """
 
     logits_TE: Tensor
@@ -30,18 +30,18 @@ class Routing:
     weight_TK: Tensor
     kept_TK: Tensor | None = None
     choices_are_fixed: bool = True
-    """Every token asked for K experts, so a pair that is not kept was dropped (False: expert choice)."""
+    """Whether every token chose K experts, so that a choice that is not kept was dropped. False for expert choice."""
 
 
 class Router(nn.Module):
-    """Token-choice top-K router; subclasses differ in what the logits see.
+    """A top-K router in which tokens choose experts. Subclasses compute the logits from different inputs.
 
-    S = softmax_E(...); each token goes to the K experts of largest S, weighted by S itself (MEPA's STMoE), or by
-    S / sum_K S with `renormalize`. In training, `capacity_factor` bounds what an expert takes and `bias_rate` > 0
-    turns on loss-free balancing: a bias is added to S for the choice alone, never for the weight.
+    S = softmax(logits) over the experts. Each token goes to the K experts with the largest S, with the weight S (MEPA's
+    STMoE), or S / sum_K S with `renormalize`. In training, `capacity_factor` limits the tokens of an expert.
+    `bias_rate` > 0 turns on loss-free balancing, which adds a bias to S for the choice alone, not for the weight.
     """
 
-    # Whole steps, up or down: stays exact when the engine casts floating point buffers to bf16.
+    # The bias in whole steps: an integer stays exact when the engine casts floating point buffers to bf16.
     bias_steps_E: Tensor
 
     def __init__(self, width: int, num_scales: int, config: MoEConfig):
@@ -54,17 +54,18 @@ class Router(nn.Module):
             self.register_buffer("bias_steps_E", torch.zeros(config.num_experts, dtype=torch.int64))
 
     def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        """(T, E) fp32 router logits."""
+        """The router logits of each token: (T, C) and (T,) -> (T, E) in fp32."""
         raise NotImplementedError
 
     def forward(self, x_TC: Tensor, scale_index_T: Tensor) -> Routing:
+        """Routes T tokens (T, C), given the 0-based scale of each (T,)."""
         logits_TE = self.logits(x_TC, scale_index_T)
         probs_TE = logits_TE.softmax(-1)
         if self.bias_rate:
             biased_TE = probs_TE + self.bias_rate * self.bias_steps_E
             expert_index_TK = biased_TE.topk(self.top_k, dim=-1).indices
         else:
-            # Logits have the order of probabilities, and tell apart what rounds to one probability.
+            # Logits have the same order as probabilities, and differ where probabilities round to the same number.
             expert_index_TK = logits_TE.topk(self.top_k, dim=-1).indices
         weight_TK = probs_TE.gather(-1, expert_index_TK)
         if self.renormalize:
@@ -78,16 +79,19 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, counts_E: Tensor) -> None:
-        """Loss-free balancing (arXiv 2408.15664): one step up for underloaded experts, one down for overloaded ones.
+        """Loss-free balancing (arXiv 2408.15664): moves the bias of each expert by one step, up if it had few tokens.
 
-        counts_E: pairs that chose each expert in the last step, over all ranks and micro-batches.
+        `counts_E` holds the (token, choice) pairs of each expert in the last step, over all ranks and micro-batches.
         """
         if self.bias_rate:
             self.bias_steps_E += torch.sign(counts_E.mean() - counts_E).to(torch.int64)
 
 
 def within_capacity(expert_index_TK: Tensor, weight_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
-    """(T, K) bool: each expert's `capacity` (token, choice) pairs of largest weight, earlier tokens first."""
+    """Which (token, choice) pairs a capacity limit keeps: (T, K) bool.
+
+    Each expert keeps its `capacity` pairs of largest weight; of equal weights, those of earlier tokens.
+    """
     expert_R = expert_index_TK.flatten()
     by_weight_R = weight_TK.flatten().sort(descending=True, stable=True).indices
     sorted_R, within_R = expert_R[by_weight_R].sort(stable=True)
@@ -99,7 +103,7 @@ def within_capacity(expert_index_TK: Tensor, weight_TK: Tensor, num_experts: int
 
 
 class TokenRouter(Router):
-    """Plain token routing: x W. (The level embedding still reaches it through the residual stream.)"""
+    """Token routing: logits x W. The scale embedding reaches this router only through the residual stream."""
 
     def __init__(self, width: int, num_scales: int, config: MoEConfig):
         super().__init__(width, num_scales, config)
@@ -110,18 +114,18 @@ class TokenRouter(Router):
 
 
 def of_scale(table_SE: Tensor, scale_index_T: Tensor) -> Tensor:
-    """(T, E) fp32: the table's row of each token's scale.
+    """The row of `table_SE` for each token's scale: (T, E) in fp32.
 
-    A product with one-hot rows: indexing would, on a GPU, add the gradients of a scale's many tokens one by one.
+    It is a product with one-hot rows. Indexing would, on a GPU, add the gradients of a scale's many tokens one by one.
     """
     return F.one_hot(scale_index_T, len(table_SE)).float() @ table_SE.float()
 
 
 class ScaleTokenRouter(TokenRouter):
-    """STMoE: (x + SE(scale)) W = x W + SE(scale) W.
+    """STMoE: logits (x + SE(scale)) W = x W + SE(scale) W.
 
-    The scale embedding SE enters through its S x E product with W alone, so that product is what is learned: the
-    same family of routers with S E parameters in place of S C, and no T x C sum.
+    The scale embedding SE acts through its (S, E) product with W alone, so this router learns that product. It is the
+    same family of routers, with S E parameters in place of S C, and without a sum of (T, C) tensors.
     """
 
     def __init__(self, width: int, num_scales: int, config: MoEConfig):
@@ -133,7 +137,7 @@ class ScaleTokenRouter(TokenRouter):
 
 
 class ScaleRouter(Router):
-    """SMoE: all tokens of a scale share one choice, softmax(SE(scale) W); see ScaleTokenRouter for the product."""
+    """SMoE: logits SE(scale) W, so all tokens of a scale share one choice. ScaleTokenRouter explains the product."""
 
     def __init__(self, width: int, num_scales: int, config: MoEConfig):
         super().__init__(width, num_scales, config)
@@ -144,11 +148,11 @@ class ScaleRouter(Router):
 
 
 class ExpertChoiceRouter(ScaleTokenRouter):
-    """Experts choose tokens (arXiv 2202.09368): each takes the T K / E tokens of this call with the largest S.
+    """Experts choose tokens (arXiv 2202.09368): each takes the T K / E tokens of a call that have its largest S.
 
-    For the ablation only. A token's experts depend on all other tokens of the call, finer scales and other images
-    among them: training is not causal, the result depends on how a batch is cut into ranks and micro-batches, and
-    sampling (one scale a call) chooses among other tokens than training did.
+    It is meant for the ablation only. The experts of a token depend on all other tokens of the call, also on finer
+    scales and other images. So training is not causal, the result depends on how a batch is split into ranks and
+    micro-batches, and sampling, with one scale a call, chooses among other tokens than training did.
     """
 
     def forward(self, x_TC: Tensor, scale_index_T: Tensor) -> Routing:
@@ -158,7 +162,7 @@ class ExpertChoiceRouter(ScaleTokenRouter):
         capacity = min(num_tokens, math.ceil(num_tokens * self.top_k / num_experts))
         chosen_EN = probs_TE.detach().T.topk(capacity, dim=-1).indices
         kept_TE = torch.zeros_like(probs_TE, dtype=torch.bool).T.scatter(1, chosen_EN, True).T
-        # All E experts stand as a token's choices; the ones that did not choose it are not dispatched.
+        # Each token lists all E experts as its choices. Those that did not choose the token are not kept.
         expert_index_TE = torch.arange(num_experts, device=x_TC.device).expand(num_tokens, -1)
         return Routing(logits_TE, probs_TE, expert_index_TE, probs_TE, kept_TE, choices_are_fixed=False)
 
@@ -173,32 +177,33 @@ ROUTERS: dict[str, type[Router]] = {
 
 @dataclass
 class RoutingStatistics:
-    """What one MoE layer reports about a forward pass, summed over its tokens, per scale (S) and expert (E).
+    """Statistics of one MoE layer's forward pass, as sums over its tokens, for each scale (S) and expert (E).
 
-    `prob_sum_SE` carries the gradient of the balance loss; everything else is detached. Sums add up over
-    micro-batches and ranks; ratios are formed last.
+    `prob_sum_SE` carries the gradient of the balance loss, and `z_sum_S` that of the router z-loss; the rest is
+    detached. Sums of micro-batches and ranks are added before any ratio is formed.
     """
 
     counts_SE: Tensor
-    """(token, choice) pairs as the router chose them, before a capacity limit drops some: what balancing is about."""
+    """(token, choice) pairs that the router chose, before a capacity limit drops some: the load to be balanced."""
     prob_sum_SE: Tensor
-    """Sum of router probabilities over tokens."""
+    """Sum over tokens of the router probabilities."""
     entropy_sum_S: Tensor
-    """Sum of the routing distribution's entropy in nats over tokens."""
+    """Sum over tokens of the entropy of the router probabilities, in nats."""
     z_sum_S: Tensor
-    """Sum of logsumexp(logits)^2 over tokens, with gradient (router z-loss, arXiv 2202.08906)."""
+    """Sum over tokens of logsumexp(logits)^2 (router z-loss, arXiv 2202.08906)."""
     dropped_S: Tensor
     """Chosen pairs that a capacity limit dropped."""
     tokens_S: Tensor
-    """Tokens."""
+    """Number of tokens."""
 
     def detached(self) -> RoutingStatistics:
-        """Without the graph."""
+        """A copy that is detached from the graph."""
         return RoutingStatistics(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
     @classmethod
     def of(cls, routing: Routing, scale_index_T: Tensor, num_scales: int) -> RoutingStatistics:
-        # Matrix products with one-hot rows: deterministic, and no host sync as bincount would have on a GPU.
+        """Sums up a routing of T tokens, given the scale of each (T,)."""
+        # Matrix products with one-hot rows are deterministic, and need no host sync, which bincount needs on a GPU.
         scale_TS = F.one_hot(scale_index_T, num_scales).float()
         ones_TK = torch.ones_like(routing.weight_TK).detach()
         kept_TK = ones_TK if routing.kept_TK is None else routing.kept_TK.float()

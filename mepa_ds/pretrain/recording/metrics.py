@@ -11,7 +11,7 @@ import torch
 from mepa_ds import distributed
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.objective import flops
-from mepa_ds.objective.reports import reduce_losses, routing_report, sum_over_ranks
+from mepa_ds.objective.reports import reduce_losses, routing_report
 from mepa_ds.pretrain.recording.detectors import (
     COLLAPSED_STEPS,
     SLOW_RANK_RATIO,
@@ -193,7 +193,7 @@ def _compare_ranks(mine: list[float]) -> dict[str, dict[str, float]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = torch.zeros(distributed.world_size(), len(mine), device=device, dtype=torch.float32)
     table[distributed.rank()] = torch.tensor(mine, device=device)
-    (table,) = sum_over_ranks([table])
+    (table,) = distributed.sums_over_ranks([table])
     names = [f"{part}_seconds" for part in _PARTS] + ["peak_memory_bytes"]
     smallest, largest = table.min(0).values.tolist(), table.max(0)
     return {

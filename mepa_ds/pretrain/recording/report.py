@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mepa_ds.objective.pretraining import Losses
+from mepa_ds.objective.objective import Losses
 
 
 @dataclass

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mepa_ds import distributed
-from mepa_ds.objective.pretraining import ScaleScores
-from mepa_ds.objective.reports import add_up, score_report, sum_over_ranks
+from mepa_ds.objective.objective import ScaleScores
+from mepa_ds.objective.reports import add_up, score_report
 from mepa_ds.pretrain.recording.report import StepReport
 
 _SCORES = [field.name for field in fields(ScaleScores)]
@@ -54,7 +54,7 @@ class Window:
         """Sums so far (as `kept`; empty without a step), and the losses of steps that are new in them. Collective."""
         losses = []
         if self._waiting:
-            reduced = sum_over_ranks([torch.stack(self._waiting)])[0]
+            reduced = distributed.sums_over_ranks([torch.stack(self._waiting)])[0]
             reduced[:, : len(self._names)] /= distributed.world_size()
             rows = reduced.tolist()
             for row in rows:

@@ -90,8 +90,8 @@ def test_what_a_command_complains_of_is_in_the_message(
         ("cat {page}", json_text, "a page came in its place"),
         ("echo '{{'", json_text, "it is no JSON"),
         ("cat {page}", whole_archive, "a page came in its place"),
-        ("head -c 700 {table}", whole_archive, "it is no .npz file"),
-        ("cat {table}", whole_archive, None),
+        ("head -c 700 {offset_index}", whole_archive, "it is no .npz file"),
+        ("cat {offset_index}", whole_archive, None),
         ("head -c 1500 {tar}", content_of("", 99), "it has 1500 bytes, the index says 99"),
         ("cat {page}", content_of("", 99), "a page came in its place .*, it has 54 bytes, the index says 99"),
         ("head -c 1500 {tar}", content_of("", 1500), "truncated"),
@@ -102,7 +102,7 @@ def test_what_is_not_whole_is_thrown_away(
     tmp_path: Path, tar: Path, command: str, check: fetching.Check, said: str | None
 ) -> None:
     (tmp_path / "page").write_bytes(PAGE)
-    command = command.format(tar=tar, page=tmp_path / "page", table=tar.with_suffix(".idx.npz"))
+    command = command.format(tar=tar, page=tmp_path / "page", offset_index=tar.with_suffix(".idx.npz"))
     url, path = f"pipe:echo >> {tmp_path}/log; {command}", tmp_path / "to" / "here"
     if said is None:
         fetch(url, path, check)
@@ -227,7 +227,7 @@ def test_several_at_once_in_order(tmp_path: Path) -> None:
     assert fetch_all(work, [], "copying") == []
 
 
-def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path) -> None:
+def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no more begun: a second start has the rest to do."""
     (tmp_path / "0").write_text("0")
     failed, begun = threading.Event(), list[int]()
@@ -243,8 +243,9 @@ def test_after_an_error_what_is_under_way_is_completed(tmp_path: Path) -> None:
         transfer.stop.wait(0.1)
         return number
 
+    monkeypatch.setattr(fetching, "_AT_ONCE", 2)
     with pytest.raises(DamagedError, match="number 1"):
-        fetch_all(work, range(1000), "copying", at_once=2)
+        fetch_all(work, range(1000), "copying")
     assert (tmp_path / "to-0").read_text() == "0"
     assert len(begun) < 500
 

@@ -18,7 +18,7 @@ from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex
-from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training import training_batches
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, tokens_of
@@ -134,7 +134,7 @@ def test_a_set_made_anew_at_the_same_place_is_fetched_anew(tmp_path: Path) -> No
     far = tmp_path / "far" / "tokens"
     names = tuple(shard.name for shard in ShardIndex.read(far).shards)
     shutil.rmtree(far)
-    writer = ShardWriter(far, Plan(kind="tokens", shard_names=names, made_by=MadeBy(name="new")))
+    writer = ShardWriter(far, Manifest(kind="tokens", shard_names=names, made_by=MadeBy(name="new")))
     for number, name in enumerate(names):
         members = {"note": b"x" * 5000, "tokens.npy": npy_bytes(tokens_of(number)), "cls": b"7"}
         writer.write_shard(name, [(f"{number:09d}", members)])

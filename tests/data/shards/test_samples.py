@@ -199,7 +199,7 @@ def test_samples_that_cannot_be_told_apart(tmp_path: Path) -> None:
 
 
 def test_tables_stay_small(tmp_path: Path) -> None:
-    """A table has a column for each kind of member: names with dots would make as many as there are samples."""
+    """An offset index has a column for each kind of member: names with dots would make as many as there are samples."""
     path = write(tmp_path / "a.tar", [f"a.{number}.npy" for number in range(40)])
     with pytest.raises(DamagedError, match=r"has members of 40 kinds .* a key ends at the first dot"):
         scan_tar(path, "tokens")

@@ -85,12 +85,16 @@ def test_all_types_of_members_in_build_and_scan(
     assert listed(path) == (expected, expected_left_out)
     images = [(name, data) for name, data in expected if name.endswith(".jpg")]
 
-    left_out, table = LeftOut(), scan_tar(path, "images")
+    left_out, offset_index = LeftOut(), scan_tar(path, "images")
     members = list_members(path, left_out)
     places = {(offset, size) for name, offset, size in members if name.endswith(".jpg")}
-    scanned = set(zip(table.offsets_NM[:, 0].tolist(), table.sizes_NM[:, 0].tolist(), strict=True)) if images else set()
-    assert (len(table), scanned) == (len(images), places)
-    assert {reason: count for reason, count in table.left_out.counts.items() if reason in left_out.counts} == (
+    scanned = (
+        set(zip(offset_index.offsets_NM[:, 0].tolist(), offset_index.sizes_NM[:, 0].tolist(), strict=True))
+        if images
+        else set()
+    )
+    assert (len(offset_index), scanned) == (len(images), places)
+    assert {reason: count for reason, count in offset_index.left_out.counts.items() if reason in left_out.counts} == (
         left_out.counts
     )
 

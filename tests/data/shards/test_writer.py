@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex, read_table, table_path
+from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex, offset_index_path, read_offset_index
 from mepa_ds.data.shards.offset_index import scan_tar
-from mepa_ds.data.shards.writer import PLAN_NAME, Plan, ShardWriter, finish_index, npy_bytes, read_plan
+from mepa_ds.data.shards.writer import MANIFEST_NAME, Manifest, ShardWriter, finish_index, npy_bytes, read_manifest
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 from tests.data.shard_fixtures import CLASSES, make_set, sample_of
@@ -25,9 +25,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def plan_of(num_shards: int = 2, **settings: Any) -> Plan:
+def manifest_of(num_shards: int = 2, **settings: Any) -> Manifest:
     names = tuple(f"shard-{number:06d}.tar" for number in range(num_shards))
-    return Plan(kind="tokens", shard_names=names, classes=CLASSES, made_by=MadeBy(name="t", settings=settings))
+    return Manifest(kind="tokens", shard_names=names, classes=CLASSES, made_by=MadeBy(name="t", settings=settings))
 
 
 def test_index_says_what_is_there(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_index_says_what_is_there(tmp_path: Path) -> None:
     for entry in index.shards:
         path = tmp_path / entry.name
         assert (entry.bytes, entry.sha256) == (path.stat().st_size, sha256_of_file(path))
-        stored, scanned = read_table(path, "tokens"), scan_tar(path, "tokens")
+        stored, scanned = read_offset_index(path, "tokens"), scan_tar(path, "tokens")
         np.testing.assert_array_equal(stored.keys_N, scanned.keys_N)
         np.testing.assert_array_equal(stored.offsets_NM, scanned.offsets_NM)
         np.testing.assert_array_equal(stored.sizes_NM, scanned.sizes_NM)
@@ -60,29 +60,29 @@ def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
 
 
 def test_a_set_is_incomplete_until_its_last_shard(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, plan_of())
+    writer = ShardWriter(tmp_path, manifest_of())
     writer.write_shard("shard-000001.tar", [sample_of("tokens", 3)])
     assert writer.finish() is None
     assert writer.missing() == ["shard-000000.tar"]
     with pytest.raises(UserError, match="1 of 2 shards are missing"):
-        finish_index(tmp_path, read_plan(tmp_path))
+        finish_index(tmp_path, read_manifest(tmp_path))
     with pytest.raises(UserError, match=r"no index\.json there; if a job is still writing"):
         ShardIndex.read(tmp_path)
-    other_process = ShardWriter(tmp_path, plan_of())
+    other_process = ShardWriter(tmp_path, manifest_of())
     other_process.write_shard("shard-000000.tar", [sample_of("tokens", 2)])
     index = other_process.finish()
     assert index is not None
     assert index.num_samples == 2
-    assert not (tmp_path / PLAN_NAME).exists()
+    assert not (tmp_path / MANIFEST_NAME).exists()
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
-    ShardWriter(tmp_path, plan_of(side=8)).write_shard("shard-000000.tar", [sample_of("tokens", 1)])
+    ShardWriter(tmp_path, manifest_of(side=8)).write_shard("shard-000000.tar", [sample_of("tokens", 1)])
     with pytest.raises(UserError, match=r"other settings \(made_by.settings.side 8 there, 9 now\)"):
-        ShardWriter(tmp_path, plan_of(side=9))
+        ShardWriter(tmp_path, manifest_of(side=9))
     make_set(tmp_path / "done", "tokens", [1])
     with pytest.raises(UserError, match="other settings"):
-        ShardWriter(tmp_path / "done", plan_of())
+        ShardWriter(tmp_path / "done", manifest_of())
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
     ],
 )
 def test_bad_samples_leave_nothing_behind(tmp_path: Path, samples: Any, message: str) -> None:
-    writer = ShardWriter(tmp_path, plan_of())
+    writer = ShardWriter(tmp_path, manifest_of())
     with pytest.raises(UserError, match=message):
         writer.write_shard("shard-000000.tar", samples)
-    assert set(contents(tmp_path)) == {PLAN_NAME}
+    assert set(contents(tmp_path)) == {MANIFEST_NAME}
 
 
 def test_a_label_beyond_int64_is_named_when_it_is_read(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, plan_of(1).model_copy(update={"classes": ()}))
+    writer = ShardWriter(tmp_path, manifest_of(1).model_copy(update={"classes": ()}))
     writer.write_shard("shard-000000.tar", [("0", {"cls": str(2**63).encode()}), ("1", {"cls": b"1"})])
     writer.finish()
     with pytest.raises(UserError, match="sample '0': its label b'9223372036854775808' is no number"):
@@ -111,21 +111,21 @@ def test_a_label_beyond_int64_is_named_when_it_is_read(tmp_path: Path) -> None:
     assert ShardSet(tmp_path).read_labels(np.array([1])) == [1]
 
 
-def test_a_shard_has_no_table_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that ends between tar and table must not leave the table of the shard before, of the same size."""
-    writer, name = ShardWriter(tmp_path, plan_of(1)), "shard-000000.tar"
+def test_a_shard_has_no_offset_index_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that ends between the two writes must not leave the offset index of an older tar of the same size."""
+    writer, name = ShardWriter(tmp_path, manifest_of(1)), "shard-000000.tar"
     writer.write_shard(name, [sample_of("tokens", 1)])
     before = (tmp_path / name).stat().st_size
     with monkeypatch.context() as patch:
-        patch.setattr("mepa_ds.data.shards.writer.write_table", lambda *_: 1 / 0)
+        patch.setattr("mepa_ds.data.shards.writer.write_offset_index", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             writer.write_shard(name, [("longer", sample_of("tokens", 2)[1])])
     assert (tmp_path / name).stat().st_size == before
     assert not writer.is_complete(name)
-    assert not table_path(tmp_path / name).exists()
+    assert not offset_index_path(tmp_path / name).exists()
 
 
-@pytest.mark.parametrize("name", [PLAN_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "shard-000001.tar", "shard-000001.idx.npz", "index.json"])
 def test_a_full_disk_is_named_and_a_rerun_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

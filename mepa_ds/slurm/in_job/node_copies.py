@@ -1,4 +1,6 @@
-"""Shard sets on a node's disk: `python -m mepa_ds.slurm.in_job.stage copy|overrides SCRATCH RECIPE [key=value ...]`.
+"""Copies shard sets to a node's own disk (staging to scratch).
+
+`python -m mepa_ds.slurm.in_job.node_copies copy|overrides SCRATCH RECIPE [key=value ...]`
 
 copy       copies the sets that the recipe names to SCRATCH, unless an earlier job left them there; one process a node
 overrides  prints the key=value words that make the recipe read the copies: the same on every node
@@ -27,7 +29,7 @@ _INDEX, _REMOTE = "index.json", "remote.json"
 _SPARE_BYTES = 2**30
 
 
-def staged_sets(scratch: Path, recipe: Path, overrides: Sequence[str]) -> Iterator[tuple[str, Path, Path]]:
+def sets_to_copy(scratch: Path, recipe: Path, overrides: Sequence[str]) -> Iterator[tuple[str, Path, Path]]:
     """(key, set, its place on the node's disk) for every local set that the recipe names."""
     for key in SET_KEYS:
         value = recipe_value(key, recipe, overrides)
@@ -35,7 +37,7 @@ def staged_sets(scratch: Path, recipe: Path, overrides: Sequence[str]) -> Iterat
             continue
         source = Path(value)
         if not (source / _INDEX).is_file():
-            raise UserError(f"{key}: {source}: no {_INDEX} there; staging copies whole shard sets")
+            raise UserError(f"{key}: {source}: no {_INDEX} there; whole shard sets are copied")
         if (source / _REMOTE).exists():  # has a cache of its own
             continue
         digest = hashlib.sha256((source / _INDEX).read_bytes()).hexdigest()[:16]
@@ -60,7 +62,7 @@ def copy_set(source: Path, target: Path) -> int:
         temporary = target.with_name(f".{target.name}.tmp")
         make_way(temporary)
         temporary.mkdir()
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"staging {source.name}", disable=None) as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"copying {source.name}", disable=None) as bar:
             for path in files:
                 shutil.copyfile(path, temporary / path.name)
                 bar.update(path.stat().st_size)
@@ -70,7 +72,7 @@ def copy_set(source: Path, target: Path) -> int:
 
 def main(argv: Sequence[str]) -> None:
     action, scratch, recipe, *overrides = argv
-    for key, source, target in staged_sets(Path(scratch), given_path(recipe, "recipe"), overrides):
+    for key, source, target in sets_to_copy(Path(scratch), given_path(recipe, "recipe"), overrides):
         if action == "overrides":
             print(f"{key}={target}")
         elif copied := copy_set(source, target):
