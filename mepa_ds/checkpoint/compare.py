@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mepa_ds.checkpoint.state import read_state
 from mepa_ds.checkpoint.store import read_tensors, stored_tensors
+from mepa_ds.config.changes import changed
 
 _COMPARED_AT_ONCE = 32
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
     """What differs between two checkpoints, a line each; nothing when they are the same run state bit by bit."""
-    ours, theirs = (_flatten(asdict(read_state(path))) for path in (first, second))
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            yield f"{key}: {ours.get(key)!r} -> {theirs.get(key)!r}"
+    ours, theirs = (asdict(read_state(path)) for path in (first, second))
+    yield from (f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed(ours, theirs).items())
     left, right = stored_tensors(first), stored_tensors(second)
     for name in sorted(left.keys() ^ right.keys()):
         yield f"{name}: only in {first if name in left else second}"
@@ -34,10 +32,3 @@ def differences(first: Path, second: Path) -> Iterator[str]:
             if not torch.equal(a[name], b[name]):
                 change = (a[name].double() - b[name].double()).abs().max()
                 yield f"{name}: {int((a[name] != b[name]).sum())} of {len(a[name])} differ, by at most {change:.3e}"
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

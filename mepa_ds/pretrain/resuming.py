@@ -10,6 +10,7 @@ from typing import Any
 from mepa_ds import distributed, log
 from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import validate
+from mepa_ds.config.changes import changed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import AlignmentConfig
 from mepa_ds.config.pretrain import PretrainConfig, TrainConfig
@@ -25,9 +26,9 @@ def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: 
     """
     _check_model(path, state, config.model, config.objective.alignment)
     _check_length(path, state, config.train)
-    if changed := _differences(state.data, data):
+    if lines := _differences(state.data, data):
         raise UserError(
-            f"{path}: the checkpoint was trained on other data ({'; '.join(changed)}), so the run "
+            f"{path}: the checkpoint was trained on other data ({'; '.join(lines)}), so the run "
             "cannot go on from its place in them; restore the data, or choose another output_dir",
             agreed=True,
         )
@@ -48,25 +49,22 @@ def _check_model(path: Path, state: RunState, ours: ModelConfig, alignment: Alig
     # Keys that are newer than the checkpoint have their defaults there.
     theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
     expected, found = (json.loads(model.model_dump_json()) for model in (ours, theirs))
-    changed = [f"model.{line}" for line in _differences(found, expected)]
+    lines = [f"model.{line}" for line in _differences(found, expected)]
     if alignment is not None:  # the projector is no part of the model's config; one that is not needed may go
         hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
         if hidden != alignment.projector_hidden:
             key = "objective.alignment.projector_hidden"
-            changed.append(f"{key}: {hidden!r} there, {alignment.projector_hidden!r} now")
-    if changed:
+            lines.append(f"{key}: {hidden!r} there, {alignment.projector_hidden!r} now")
+    if lines:
         raise UserError(
-            f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(changed)}); "
+            f"{path}: the checkpoint's model differs from the recipe's ({'; '.join(lines)}); "
             "restore the recipe or choose another output_dir",
             agreed=True,
         )
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    keys = sorted(theirs.keys() | ours.keys())
-    return [
-        f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} now" for key in keys if theirs.get(key) != ours.get(key)
-    ]
+    return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in changed(theirs, ours).items()]
 
 
 def without_missing_best(checkpoints: RunCheckpoints, state: RunState, has_heldout: bool) -> RunState:
