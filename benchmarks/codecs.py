@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools.precompute_sets import batches_of, open_images
 from mepa_ds.command_line import entry
 from mepa_ds.data.codecs import FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.views import RESIZE_RATIO, Views, sample_boxes, whole_grid
+from mepa_ds.data_tools.precompute_sets import batches_of, open_images
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.teachers.base import Teacher

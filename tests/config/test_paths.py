@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import tyro
 
-from data_tools import build_shards
 from mepa_ds.cli import sample
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import REGISTRY, path_argument
 from mepa_ds.config.paths import expand_path, given_path
+from mepa_ds.data_tools import build_shards
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.command_words import command_words
 from mepa_ds.slurm.in_job.recipe_value import recipe_value

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.merge_index import Scan
 from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, read_description, read_table, table_path
 from mepa_ds.data.shards.writer import Plan, ShardWriter, npy_bytes
+from mepa_ds.data_tools.merge_index import Scan
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, sample_of, tokens_of
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.imagenet import ImageNet
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.imagenet import ImageNet
 from mepa_ds.errors import UserError
 from tests.data_tools.build_fixtures import (
     SYNSETS,

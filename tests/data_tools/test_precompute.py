@@ -19,9 +19,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_tools import precompute
-from data_tools.precompute import Features, FitTeacher, Tokens
-from data_tools.precompute_sets import RunOptions
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, SCALE_EXT, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shard_set import ShardSet
@@ -30,6 +27,9 @@ from mepa_ds.data.shards.writer import Plan, ShardWriter
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
+from mepa_ds.data_tools import precompute
+from mepa_ds.data_tools.precompute import Features, FitTeacher, Tokens
+from mepa_ds.data_tools.precompute_sets import RunOptions
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import PatchPca
 from mepa_ds.teachers.registry import build_teacher
@@ -261,7 +261,7 @@ def test_a_finished_set_is_kept_and_lost_shards_are_made_again(images: Path, tok
 
 KILLED_AT_A_RENAME = """
 import os, signal, sys
-from data_tools import precompute
+from mepa_ds.data_tools import precompute
 
 left, rename = int(sys.argv.pop()), os.replace
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.merge_index import Remote, Scan
-from data_tools.readers.webdataset import WebDataset
-from data_tools.remote_index import CacheOptions
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import ShardIndex, table_path
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.merge_index import Remote, Scan
+from mepa_ds.data_tools.readers.webdataset import WebDataset
+from mepa_ds.data_tools.remote_index import CacheOptions
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.remote.odd_servers import send, serving
 from tests.data.shard_fixtures import make_set

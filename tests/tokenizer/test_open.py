@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from data_tools.precompute import _name_of, default_directory
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data_tools.precompute import _name_of, default_directory
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.tokenizer import MultiScaleQuantizer, Tokenizer

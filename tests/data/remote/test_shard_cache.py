@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.precompute_sets import Derivation, RunOptions, derive_set
-from data_tools.remote_index import CacheOptions, Remote
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import fetching, shard_cache
@@ -29,6 +27,8 @@ from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.open_files import OpenFile
 from mepa_ds.data.shards.writer import Plan, ShardWriter
 from mepa_ds.data.training import evaluation_batches, training_batches
+from mepa_ds.data_tools.precompute_sets import Derivation, RunOptions, derive_set
+from mepa_ds.data_tools.remote_index import CacheOptions, Remote
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.remote.test_shared_lock import forbid_flock
 from tests.data.shard_fixtures import make_set
