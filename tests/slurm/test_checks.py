@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from pathlib import Path
 
 import pytest
@@ -22,43 +21,19 @@ from mepa_ds.slurm.in_job.stage import copy_set, staged_sets
 from mepa_ds.slurm.profile import Profile, read_profile
 from mepa_ds.slurm.status import last_error, status
 from tests import tiny_run
+from tests.slurm import stand_ins
 from tests.train_tokenizer import training_run as tokenizer_run
 
-_SCONTROL = """#!/bin/bash
-case "$4 $5" in
-"partition "*) echo "PartitionName=gpu Nodes=n1" ;;
-"node "*) echo "NodeName=n1 Gres=$GRES AvailableFeatures=fast" ;;
-*) if [[ -r $FAKE/job-$5 ]]; then cat "$FAKE/job-$5"; else echo "$NO_JOB" >&2; exit 1; fi ;;
-esac
-"""
-_SBATCH = """#!/bin/bash
-[[ $1 == --test-only ]] && exit
-if [[ -n ${LIMIT:-} && -e $FAKE/submitted ]]; then
-    echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
-    exit 1
-fi
-echo "$*" >>"$FAKE/submitted"
-wc -l <"$FAKE/submitted"
-"""
-_SCANCEL = """#!/bin/bash
-echo "$*" >"$FAKE/cancelled"
-"""
 PROFILE = "MEPA_PARTITION=gpu\nMEPA_GPUS_PER_NODE=2\nMEPA_ACCELERATOR=cpu\n"
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with fake commands, a profile, and the data of a tiny run."""
-    for name, text in (("scontrol", _SCONTROL), ("sbatch", _SBATCH), ("scancel", _SCANCEL)):
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    for name, value in stand_ins.write(tmp_path).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "fake.env").write_text(PROFILE)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.setenv("GRES", "gpu:2")
-    monkeypatch.setenv("NO_JOB", "slurm_load_jobs error: Invalid job id specified")
     monkeypatch.chdir(tmp_path)
     tiny_run.make_run(tmp_path)
     return tmp_path
