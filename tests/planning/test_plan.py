@@ -29,7 +29,6 @@ from mepa_ds.planning.plan import Machine, Plan, format_plan, plan_run, this_mac
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.teachers.registry import TEACHERS
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from tests.on_request import slow
 from tests.pretrain.ranks import Ranks
 from tests.tiny_run import launch, make_run
 
@@ -85,8 +84,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, []),
         (2, ["parallel.ep_size=2"]),
         (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"]),
-        pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=slow),
-        pytest.param(1, ["train.accumulation=2"], marks=slow),
+        pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=pytest.mark.slow),
+        pytest.param(1, ["train.accumulation=2"], marks=pytest.mark.slow),
     ],
     ids=["1", "2", "blocks", "zero1", "accumulation"],
 )
@@ -116,7 +115,7 @@ def test_memory_is_that_of_real_ranks(
 
 @pytest.mark.parametrize(
     ("ranks", "settings"),
-    [(1, []), (2, ["parallel.ep_size=2"]), pytest.param(1, ["train.accumulation=2"], marks=slow)],
+    [(1, []), (2, ["parallel.ep_size=2"]), pytest.param(1, ["train.accumulation=2"], marks=pytest.mark.slow)],
     ids=["1", "2", "accumulation"],
 )
 def test_the_commands_own_number_is_that_of_an_untouched_run(

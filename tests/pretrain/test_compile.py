@@ -13,7 +13,6 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
-from tests.on_request import slow
 from tests.pretrain.ranks import Ranks, finish
 from tests.tiny_run import losses, make_run
 
@@ -31,7 +30,7 @@ def count_compiled_graphs() -> None:
     inductor.compile_fx = compile_fx
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
     recipe = str(make_run(tmp_path, "train.steps=3", "log.evaluate_every=2", "parallel.ep_size=2"))
