@@ -123,7 +123,10 @@ def given_source(options: Options) -> Source:
 
 
 def _batches(images: list[Image.Image], size: int = 8) -> list[Tensor]:
-    return [_tensor(np.stack(images[start : start + size])) for start in range(0, len(images), size)]
+    return [
+        _tensor(np.stack([np.asarray(image) for image in images[start : start + size]]))
+        for start in range(0, len(images), size)
+    ]
 
 
 def _tensor(pixels_BHW3: np.ndarray[Any, Any]) -> Tensor:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -113,9 +114,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(site: Path, here: Path, *command: str, timeout: float = 200, **more: str) -> str:
+def run(site: Path, here: Path, *command: str, timeout: float = 200, more: Mapping[str, str] | None = None) -> str:
     """What a command prints in the directory `here`, where this clone is nowhere on the path."""
-    environment = os.environ | {"PYTHONPATH": str(site), "PATH": f"{site}/bin:{os.environ['PATH']}"} | more
+    environment = os.environ | {"PYTHONPATH": str(site), "PATH": f"{site}/bin:{os.environ['PATH']}"} | dict(more or {})
     end = subprocess.run(
         command, cwd=here, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -158,7 +159,7 @@ def test_jobs_of_an_installed_package_start_in_the_working_directory(site: Path,
     recipe.write_text(yaml.safe_dump(values | {"output_dir": "runs/tiny"}))
     here = {**fakes, "PATH": f"{tmp_path}/bin:{site}/bin:{os.environ['PATH']}"}
     words = ("slurm", "submit", "recipe.yaml", "--cluster", "ci", "--dry-run")
-    line = shlex.split(run(site, tmp_path, "mepa", *words, **here).splitlines()[-1])
+    line = shlex.split(run(site, tmp_path, "mepa", *words, more=here).splitlines()[-1])
     scripts = site / "mepa_ds/shipped/slurm"
     assert line[0] == "sbatch"
     assert line[-2:] == [f"{scripts}/pretrain.sbatch", f"{tmp_path}/recipe.yaml"]
@@ -170,7 +171,7 @@ def test_jobs_of_an_installed_package_start_in_the_working_directory(site: Path,
     job = f"source {scripts}/lib.sh; mepa_setup; printenv PYTHONPATH; "
     job += f"ask mepa_ds.slurm.in_job.recipe_value output_dir {recipe}"
     there = {**dict(word.split("=") for word in exports[1:]), "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
-    assert run(site, tmp_path, "bash", "-c", f"set -euo pipefail; {job}", **here, **there) == f"{site}\nruns/tiny\n"
+    assert run(site, tmp_path, "bash", "-c", f"set -euo pipefail; {job}", more=here | there) == f"{site}\nruns/tiny\n"
 
 
 @pytest.mark.slow

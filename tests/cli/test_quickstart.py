@@ -111,6 +111,11 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return totals
 
 
+def stages() -> tuple[Stage, ...]:
+    """Those of `small`: mypy knows how many the real quickstart has."""
+    return quickstart_module.STAGES
+
+
 def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: list[float]) -> None:
     quickstart_module.main([])
     assert Path("c").read_text() == "1!"
@@ -128,7 +133,7 @@ def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: list[float]
 
 def test_a_stage_with_half_of_its_results_starts_anew(small: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """A tool that finds its own state finished may not make again what was deleted."""
-    first, second, third = quickstart_module.STAGES
+    first, second, third = stages()
     files = (Path("b"), Path("state"))
     code = "from pathlib import Path; Path('state').exists() or (Path('state').touch(), Path('b').write_text('b'))"
     second = replace(second, commands=(f"-c {shlex.quote(code)}",), outputs=files, results=files)
@@ -146,7 +151,7 @@ def test_a_changed_recipe_is_not_skipped(
     Path("b.yaml").write_text("1")
     code = "from pathlib import Path; import sys; assert not Path('b').exists(); "
     code += "Path('b').write_text(Path('a').read_text() + Path(sys.argv[1]).read_text())"
-    first, second, third = quickstart_module.STAGES
+    first, second, third = stages()
     second = replace(second, commands=(f"-c {shlex.quote(code)} b.yaml",))
     monkeypatch.setattr(quickstart_module, "STAGES", (first, second, third))
     quickstart_module.main([])

@@ -237,7 +237,7 @@ def test_parts_of_a_job_array_make_the_same_set(images: Path, tokenizer: Path, c
 
 def test_ranks_of_torchrun_share_the_shards(images: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, together = images.with_name("alone"), images.with_name("together")
-    features = {"codec": "pca6-int8", "run": RUN}
+    features: dict[str, Any] = {"codec": "pca6-int8", "run": RUN}
     Features(images, "patch-pca", str(teacher), out=alone, **features)()
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):

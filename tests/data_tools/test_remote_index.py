@@ -110,9 +110,9 @@ def test_a_build_from_signed_shards(tmp_path: Path, store: Store, capfd: pytest.
     store.asked.clear()
     assert build(WebDataset(store.tars("X-Amz-Date=3&" + LONG)), options(out)) == index
     assert store.asked == []
-    said = capfd.readouterr()
-    assert SECRET not in said.out + said.err
-    assert "copying shards" in said.err
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err
+    assert "copying shards" in printed.err
 
 
 def test_copies_that_are_there_are_not_asked_for_again(tmp_path: Path, store: Store) -> None:

@@ -39,11 +39,11 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def mepa(cluster: Path, command: str, *words: object) -> None:
-    main([command, "--cluster", str(cluster / "fake.env"), *map(str, words)])
+def mepa(cluster: Path, command: str | Path, *words: str | Path) -> None:
+    main([str(command), "--cluster", str(cluster / "fake.env"), *map(str, words)])
 
 
-def refused(cluster: Path, *words: object) -> str:
+def refused(cluster: Path, *words: str | Path) -> str:
     with pytest.raises(UserError) as error:
         mepa(cluster, *words)
     assert not (cluster / "submitted").exists()
@@ -308,7 +308,7 @@ def test_what_a_run_began_with_may_be_gone(cluster: Path) -> None:
 def test_what_another_job_makes_need_not_be_there(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cluster / "written.tokens").mkdir()
     (cluster / "written.tokens/index.plan.json").touch()
-    words = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
+    words: list[str | Path] = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
     mepa(cluster, *words, "init_weights=/later/last", f"data.tokens={cluster}/written.tokens")
     assert "not there yet, left to job 4711: data.tokens, init_weights" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens: .* holds features"):

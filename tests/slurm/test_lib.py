@@ -335,7 +335,7 @@ def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
 ) -> None:
     begun = job / "begun"
     starting = ["bash", "-c", f"touch {begun}; sleep 60"]
-    command = [sys.executable, ROOT / "slurm/launch.py", "rank", job / "state", *starting]
+    command = [sys.executable, str(ROOT / "slurm/launch.py"), "rank", str(job / "state"), *starting]
     env = {**os.environ, "RANK": "3", "SLURM_JOB_ID": "7"}
     with subprocess.Popen(command, env=env) as launcher:
         while not begun.exists():

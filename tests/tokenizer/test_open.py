@@ -75,6 +75,7 @@ def test_the_example_recipe_reads_what_the_pipelines_commands_make() -> None:
         sides[kind] = values.get("--image-side")
         if kind == "tokens":
             assert Path(values["--tokenizer"]) == config.tokenizer
+    assert config.data.tokens is not None
     assert made["tokens", "train"] == ROOT / config.data.tokens
     assert config.data.features is not None
     assert made["features", "train"] == ROOT / config.data.features

@@ -40,7 +40,7 @@ def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
     """Weights, logged losses and usage of two runs agree, after optimizer steps of size 1e-3."""
     states = [Tokenizer.load(run).state_dict() for run in (left, right)]
     for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
     for event in ("train", "heldout"):
         ours, theirs = records(left, event), records(right, event)
         assert [record["step"] for record in ours] == [record["step"] for record in theirs]
@@ -168,7 +168,13 @@ def test_start_from_a_saved_tokenizer(folder: Path) -> None:
 
 def test_start_from_weights_of_another_phi_ratio(tmp_path: Path) -> None:
     """No shape shows it, and the same weights would decode to something else."""
-    sizes = {"scales": (1, 2), "codebook_size": 8, "code_width": 4, "channels": 32, "channel_multipliers": (1, 1)}
+    sizes: dict[str, Any] = {
+        "scales": (1, 2),
+        "codebook_size": 8,
+        "code_width": 4,
+        "channels": 32,
+        "channel_multipliers": (1, 1),
+    }
     Tokenizer(TokenizerConfig(**sizes, phi_ratio=0.25)).save_pretrained(tmp_path / "weights")
     with pytest.raises(UserError, match=r"start_from: .*weights was .* 0\.25, .* 0\.5; set tokenizer\.phi_ratio=0\.25"):
         _start_from(Tokenizer(TokenizerConfig(**sizes)), tmp_path / "weights")
@@ -183,7 +189,7 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
     assert result.returncode == 0, result.stderr
     run, gates = folder / "run", Gates(folder / "gates", "step_4")
     gated = tiny.write_script(folder, gates.folder)
-    port, ranks = str(free_port()), []
+    port, ranks = str(free_port()), list[subprocess.Popen[bytes]]()
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
@@ -201,8 +207,8 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
         gates.open("step_4")
         assert [rank.wait(200) for rank in ranks] == [REQUEUE_EXIT_CODE] * 2, (folder / "log1").read_text()
     finally:
-        for rank in ranks:
-            rank.kill()
+        for process in ranks:
+            process.kill()
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "requeue"
     assert status["step"] in (4, 5)

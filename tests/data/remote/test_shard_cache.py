@@ -420,7 +420,7 @@ def test_a_single_pass_is_fetched_ahead_too(tmp_path: Path, monkeypatch: pytest.
 def test_features_of_remote_images(tmp_path: Path) -> None:
     """Their shards are fetched ahead, each once."""
     directory, cpu = make_remote(tmp_path, "images"), torch.device("cpu")
-    made = []
+    made: list[Any] = []
     for images in (ShardSet(directory), ShardSet(tmp_path / "far")):
         names = tuple(shard.name for shard in images.index.shards)
         out = tmp_path / f"out-{len(made)}"
