@@ -6,8 +6,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 STAMP := .venv/.installed
 # that run tests side by side
 PROCESSES ?= 2
+# Tests of `make test-fast` and `make coverage`: what needs one process and little time.
+FAST := $(addprefix tests/,config data data_tools evaluation generation images models objective reports teachers \
+	tokenizer weights test_foundations.py test_layers.py test_log.py test_public_api.py)
 
-.PHONY: setup quickstart test lint types mutants clean-quickstart
+.PHONY: setup quickstart test test-fast lint types coverage mutants clean-quickstart
 
 setup: $(STAMP)
 
@@ -26,12 +29,19 @@ quickstart: setup
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not slow and not slurm" $(FAST)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: setup
 	$(BIN)/mypy
+
+# Lines of the package that the fast tests do not reach.
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not slow and not slurm" --cov --cov-report=term-missing:skip-covered $(FAST)
 
 # Alters core modules, one expression at a time, in a copy (mutants/), and counts what their tests notice.
 mutants: setup

@@ -24,12 +24,12 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools.precompute_sets import batches_of, open_images
 from mepa_ds.command_line import entry
 from mepa_ds.data.codecs import FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import npy_bytes
 from mepa_ds.data.views import Views, sample_boxes, whole_grid
+from mepa_ds.data_tools.precompute_sets import batches_of, open_images
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.images.resizing import RESIZE_RATIO
@@ -124,7 +124,10 @@ def given_source(options: Options) -> Source:
 
 
 def _batches(images: list[Image.Image], size: int = 8) -> list[Tensor]:
-    return [_tensor(np.stack(images[start : start + size])) for start in range(0, len(images), size)]
+    return [
+        _tensor(np.stack([np.asarray(image) for image in images[start : start + size]]))
+        for start in range(0, len(images), size)
+    ]
 
 
 def _tensor(pixels_BHW3: np.ndarray[Any, Any]) -> Tensor:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,7 @@ def plain(model: NextScaleTransformer, quantizer: Recorder, labels_B: Tensor, cf
     keys: list[Tensor | None] = [None] * len(model.blocks)
     values: list[Tensor | None] = [None] * len(model.blocks)
     for scale in range(model.schedule.num_scales):
+        block: Any
         for number, block in enumerate(model.blocks):
             modulation = block.adaln(F.silu(condition)).view(-1, 1, 6, C)
             gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
@@ -142,6 +144,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = NextScaleTransformer.from_preset(f"var-d{options.depth}").eval()
     with torch.no_grad():  # gates and head of a trained model's size, so that codes depend on every block
+        block: Any
         for block in model.blocks:
             block.adaln.weight[: 2 * model.config.C] *= 300
         model.head.weight *= 50

@@ -19,16 +19,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
 import numpy as np
 import tyro
 from PIL import Image, ImageColor
 from tqdm import tqdm
 
-from data_tools.pool import DEFAULT_WORKERS, unordered_map
-from data_tools.readers import READERS
-from data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.data.order import permutation
@@ -36,6 +33,9 @@ from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex
 from mepa_ds.data.shards.left_out import printable
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.shards.writer import SCRATCH_NAME, Manifest, Sample, ShardWriter, shard_name
+from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
+from mepa_ds.data_tools.readers import READERS
+from mepa_ds.data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
 from mepa_ds.images.resizing import crop_square, resize_shorter
@@ -279,14 +279,17 @@ def _encode(image: Image.Image, extension: str, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-_READERS = Union[tuple(Annotated[reader, tyro.conf.subcommand(name)] for name, reader in READERS.items())]  # noqa: UP007
+if TYPE_CHECKING:
+    _AnyReader = Reader
+else:
+    _AnyReader = Union[tuple(Annotated[reader, tyro.conf.subcommand(name)] for name, reader in READERS.items())]  # noqa: UP007
 
 
 @dataclass(frozen=True)
 class Command:
     """What the command line says."""
 
-    reader: _READERS  # type: ignore[valid-type]
+    reader: _AnyReader
     """Where the images come from."""
     options: BuildOptions
 

@@ -21,10 +21,6 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from data_tools.pool import DEFAULT_WORKERS, unordered_map
-from data_tools.readers.class_names import read_class_names
-from data_tools.readers.patterns import check_files, expand_braces
-from data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
@@ -46,6 +42,10 @@ from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import scan_tar
 from mepa_ds.data.shards.samples import tar_files
 from mepa_ds.data.shards.writer import MANIFEST_NAME, finish_index, read_manifest
+from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
+from mepa_ds.data_tools.readers.class_names import read_class_names
+from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
+from mepa_ds.data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 

@@ -26,19 +26,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data_tools.precompute_basis import shared_basis
-from data_tools.precompute_sets import (
-    Derivation,
-    Item,
-    Pixels,
-    RunOptions,
-    batches_of,
-    derive_set,
-    open_images,
-    spread,
-    stored_square,
-    to_device,
-)
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
@@ -50,6 +37,19 @@ from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.views import BOX_EXT, CENTRE, WHOLE, Boxes, Views, whole_grid
+from mepa_ds.data_tools.precompute_basis import shared_basis
+from mepa_ds.data_tools.precompute_sets import (
+    Derivation,
+    Item,
+    Pixels,
+    RunOptions,
+    batches_of,
+    derive_set,
+    open_images,
+    spread,
+    stored_square,
+    to_device,
+)
 from mepa_ds.errors import UserError
 from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA

@@ -23,7 +23,6 @@ import tyro
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from data_tools.precompute_sets import open_images
 from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
@@ -31,6 +30,7 @@ from mepa_ds.data.images import decode_sample
 from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, check_siblings, open_training_sets
+from mepa_ds.data_tools.precompute_sets import open_images
 from mepa_ds.errors import UserError
 from mepa_ds.images.pictures import save_png, to_uint8
 from mepa_ds.images.resizing import fit_image

@@ -22,13 +22,13 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from data_tools.pool import DEFAULT_WORKERS, unordered_map
-from data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import offset_index_path, source_images
 from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
+from mepa_ds.data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.errors import UserError
 
 _SHOWN = 20
@@ -199,7 +199,7 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
 
 def _precompute(images: Path, shards: ShardSet, options: Options) -> Any:
     """The precompute command, with the settings that the set was made with."""
-    from data_tools.precompute import Features, Tokens
+    from mepa_ds.data_tools.precompute import Features, Tokens
 
     made_by, out = shards.index.made_by, shards.directory
     settings = made_by.settings

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule as ScaleSchedule
     from mepa_ds.tokenizer.tokenizer import Tokenizer as Tokenizer
 
+__version__ = "0.1.0"
 _PUBLIC = {
     "NextScaleTransformer": "mepa_ds.models.transformer",
     "ScaleSchedule": "mepa_ds.scales",

@@ -45,8 +45,8 @@ def rank(state: Path, command: list[str]) -> int:
     for number in STOP_SIGNALS:
         signal.signal(number, pass_on)
     child = subprocess.Popen(command)
-    for number in early:
-        child.send_signal(number)
+    for received in early:
+        child.send_signal(received)
     if "MEPA_PIDS" in env:
         (Path(env["MEPA_PIDS"]) / str(os.getpid())).touch()
     while True:

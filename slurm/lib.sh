@@ -11,6 +11,8 @@
 # In STATE: owner (job and restart that may write), result (done, requeued, or failed: CAUSE), starts-JOB (a line a
 # start: restart, newest progress), exit-JOB/ (exit status of every rank).
 
+# This file's own folder: in a clone $MEPA_ROOT/slurm, else inside the installed package.
+MEPA_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REQUEUE_CODE=75   # "not done yet, start me again": what pretrain.py exits with when it was asked to stop
 FENCE_SECONDS=15  # longer than OWNER_CHECK_SECONDS of launch.py
 USER_ERROR_CODE=2 # "your input is wrong": starting again would not help
@@ -35,7 +37,8 @@ mepa_setup() {
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     STOP='' LOG_START=0 RESTART=${SLURM_RESTART_COUNT:-0}
     cd "$MEPA_ROOT" || fail $USER_ERROR_CODE "MEPA_ROOT=$MEPA_ROOT: not visible on $SLURMD_NODENAME"
-    export PYTHONPATH=$MEPA_ROOT${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+    export PYTHONUNBUFFERED=1
+    [[ ! -d $MEPA_ROOT/mepa_ds ]] || export PYTHONPATH=$MEPA_ROOT${PYTHONPATH:+:$PYTHONPATH} # a clone
     load_profile
 }
 
@@ -54,10 +57,11 @@ mepa_begin() {
         "$MEPA_LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
 }
 
-# slurm/clusters/$MEPA_CLUSTER.env, or a file of that name; what it does not set keeps the value of the environment.
+# slurm/clusters/$MEPA_CLUSTER.env, or a file of that name: that of MEPA_ROOT goes before the shipped one. What it does not set keeps the value of the environment.
 load_profile() {
     local profile=${MEPA_CLUSTER:-} stage=${MEPA_STAGE:-}
     [[ $profile == *.env ]] || profile=$MEPA_ROOT/slurm/clusters/$profile.env
+    [[ -r $profile ]] || profile=$MEPA_SLURM/clusters/${profile##*/}
     [[ -r $profile ]] || fail $USER_ERROR_CODE "MEPA_CLUSTER=${MEPA_CLUSTER:-}: no profile $profile; see slurm/clusters/"
     set -a
     # shellcheck disable=SC1090
@@ -225,8 +229,8 @@ kill_steps() {
 mepa_check() {
     [[ ${MEPA_HEALTH:-on} != off ]] || return 0
     local status=0
-    step "$RANKS_PER_NODE" "$CPUS_PER_RANK" "$MEPA_PYTHON" slurm/launch.py rank "$MEPA_STATE" \
-        "$MEPA_PYTHON" slurm/health.py "$MEPA_STATE" "$@" || status=$?
+    step "$RANKS_PER_NODE" "$CPUS_PER_RANK" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" rank "$MEPA_STATE" \
+        "$MEPA_PYTHON" "$MEPA_SLURM/health.py" "$MEPA_STATE" "$@" || status=$?
     ((status == 0)) || finish $status
     rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
 }
@@ -234,9 +238,9 @@ mepa_check() {
 mepa_work() {
     local status=0
     if [[ $MEPA_LAUNCHER == srun ]]; then
-        step "$RANKS_PER_NODE" "$CPUS_PER_RANK" "$MEPA_PYTHON" slurm/launch.py rank "$MEPA_STATE" "$@" || status=$?
+        step "$RANKS_PER_NODE" "$CPUS_PER_RANK" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" rank "$MEPA_STATE" "$@" || status=$?
     else
-        step 1 "$((RANKS_PER_NODE * CPUS_PER_RANK))" "$MEPA_PYTHON" slurm/launch.py torchrun "$MEPA_STATE" "$@" || status=$?
+        step 1 "$((RANKS_PER_NODE * CPUS_PER_RANK))" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" torchrun "$MEPA_STATE" "$@" || status=$?
     fi
     finish $status
 }
@@ -294,10 +298,9 @@ requeue() {
     fail $REQUEUE_CODE "SLURM did not requeue job $JOB; submit it again, it goes on from its last checkpoint"
 }
 
-# A whole training job: mepa_train PROGRESS PROGRAM RECIPE [key=value ...], PROGRESS in output_dir, PROGRAM one word or two.
+# A whole training job: mepa_train PROGRESS COMMAND RECIPE [key=value ...], PROGRESS in output_dir, COMMAND of `mepa`.
 mepa_train() {
-    local progress=$1 program out text copies=()
-    read -r -a program <<<"$2"
+    local progress=$1 command=$2 out text copies=()
     shift 2
     out=$(ask mepa_ds.slurm.in_job.recipe_value output_dir "$@") || cannot_begin $?
     mepa_begin "$out/slurm" "$out/$progress"
@@ -307,7 +310,7 @@ mepa_train() {
         text=$(ask mepa_ds.slurm.in_job.node_copies overrides "$MEPA_SCRATCH" "$@") || cannot_begin $?
         [[ -z $text ]] || mapfile -t copies <<<"$text"
     fi
-    mepa_work "$MEPA_PYTHON" "${program[@]}" "$@" "${copies[@]}"
+    mepa_work "$MEPA_PYTHON" -m mepa_ds "$command" "$@" "${copies[@]}"
 }
 
 # The cause is said. A node whose Python does not start is no mistake of the user's: another one may do.
@@ -320,7 +323,7 @@ cannot_begin() {
 mepa_copy_sets() {
     local status=0
     say "copying shard sets to $MEPA_SCRATCH of every node"
-    step 1 "$CPUS_PER_RANK" "$MEPA_PYTHON" slurm/launch.py rank "$MEPA_STATE" \
+    step 1 "$CPUS_PER_RANK" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" rank "$MEPA_STATE" \
         "$MEPA_PYTHON" -m mepa_ds.slurm.in_job.node_copies copy "$MEPA_SCRATCH" "$@" || status=$?
     ((status == 0)) || finish $status
     rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*

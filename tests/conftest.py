@@ -1,4 +1,4 @@
-"""How tests are shared out between processes (`pytest -n 2`, as `make test` does): file by file. Shared fixtures."""
+"""How tests are shared out between processes (`pytest -n 2`, as `make test` does): file by file. Marks, fixtures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.on_request import FULL
 
 HERE = Path(__file__).parent
 # The longest first, so that processes end together. The SLURM cluster of tests/slurm comes last and in one process: it
@@ -29,6 +32,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return first + path.is_relative_to("slurm")
 
     items.sort(key=place)
+    on_request = pytest.mark.skip(reason="slow: MEPA_FULL_TESTS=1 runs it")
+    for item in items:
+        if item.get_closest_marker("slow") and not FULL:
+            item.add_marker(on_request)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 class _ByFile(LoadScopeScheduling):

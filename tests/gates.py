@@ -96,8 +96,8 @@ def install(folder: Path) -> None:
         return evaluation(maker, *arguments)
 
     pretraining.learning_rate = learning_rate
-    background_writer.save_fragments = save_fragments
-    InputMaker.evaluation = evaluate  # type: ignore[method-assign]
+    background_writer.save_fragments = save_fragments  # type: ignore[assignment, method-assign]
+    InputMaker.evaluation = evaluate  # type: ignore[assignment, method-assign]
     _note_requests()
 
 
@@ -111,7 +111,7 @@ def install_in_tokenizer_training(folder: Path) -> None:
         stop_at(folder, f"step_{trainer.step_index + 1}")
         step(trainer, batches)
 
-    TokenizerTrainer.step = gated  # type: ignore[method-assign]
+    TokenizerTrainer.step = gated  # type: ignore[assignment, method-assign]
     _note_requests()
 
 
@@ -124,7 +124,7 @@ def _note_requests() -> None:
         made(requests)
         _requests.append(requests)
 
-    StopRequests.__init__ = init  # type: ignore[method-assign]
+    StopRequests.__init__ = init  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

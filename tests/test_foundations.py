@@ -10,6 +10,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
 from mepa_ds.runtime.schedule import learning_rate
 from mepa_ds.scales import ScaleSchedule
 from tests.tiny_run import ROOT
+
+Schedule = Literal["lin0", "cosine", "constant"]
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 5))
@@ -69,7 +72,7 @@ def test_lin0_is_vars_schedule() -> None:
         ("lin0", [1, 0.2 + 0.8 * (2 / 3) / 0.95, 0.2 + 0.8 * (1 / 3) / 0.95, 0.2]),
     ],
 )
-def test_rates_by_hand(schedule: str, after: list[float]) -> None:
+def test_rates_by_hand(schedule: Schedule, after: list[float]) -> None:
     """13 steps, 3 of them warm-up from a tenth; then at 0, 1/3, 2/3 and 1 of the rest, down to a fifth of the peak."""
     config = OptimConfig(base_lr=0.5, schedule=schedule, warmup=0.25, warmup_start=0.1, final_lr=0.2)
     found = [learning_rate(config, 512, step, 13) for step in (0, 1, 2, 3, 6, 9, 12)]
@@ -78,7 +81,7 @@ def test_rates_by_hand(schedule: str, after: list[float]) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["lin0", "cosine"])
-def test_schedules_end_at_their_final_rate(schedule: str) -> None:
+def test_schedules_end_at_their_final_rate(schedule: Schedule) -> None:
     config = OptimConfig(schedule=schedule, final_lr=0.1)
     assert learning_rate(config, 256, 99, 100) == pytest.approx(1e-5)
     assert learning_rate(config, 256, 0, 1) > 0

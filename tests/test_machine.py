@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_tools.build_shards import BuildOptions
-from data_tools.merge_index import Scan
-from data_tools.pool import DEFAULT_WORKERS
-from data_tools.verify_shards import Options as VerifyOptions
 from mepa_ds import machine as cpus
 from mepa_ds.data.images import _note_few_cpus, image_batches
+from mepa_ds.data_tools.build_shards import BuildOptions
+from mepa_ds.data_tools.merge_index import Scan
+from mepa_ds.data_tools.pool import DEFAULT_WORKERS
+from mepa_ds.data_tools.verify_shards import Options as VerifyOptions
 from mepa_ds.machine import limit_threads, usable_cpus
 from tests.data.shard_fixtures import make_set
 
@@ -99,7 +99,8 @@ def test_tools_start_as_many_processes_as_the_job_may_use() -> None:
     assert BuildOptions.workers == Scan.workers == VerifyOptions.workers == DEFAULT_WORKERS
     code = (
         "import os; os.sched_getaffinity = lambda _: range(64)\n"
-        "from data_tools.pool import DEFAULT_WORKERS; from data_tools.precompute_sets import RunOptions\n"
+        "from mepa_ds.data_tools.pool import DEFAULT_WORKERS\n"
+        "from mepa_ds.data_tools.precompute_sets import RunOptions\n"
         "from mepa_ds.machine import usable_cpus\n"
         "print(DEFAULT_WORKERS, RunOptions.workers, usable_cpus())"
     )

@@ -18,6 +18,7 @@ import yaml
 from mepa_ds.config.base import apply_overrides
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.shards.index import MadeBy
+from mepa_ds.data.shards.samples import Kind
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes, shard_name
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def make_tokenizer(directory: Path, seed: int = 0) -> Tokenizer:
 
 
 def write_set(
-    directory: Path, kind: str, made_by: MadeBy, samples: list[dict[str, bytes]], per_shard: int = 16
+    directory: Path, kind: Kind, made_by: MadeBy, samples: list[dict[str, bytes]], per_shard: int = 16
 ) -> None:
     numbers = range(-(-len(samples) // per_shard))
     names = tuple(shard_name(number) for number in numbers)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from data_tools.readers.digits import Digits
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.imagenet import ImageNet
-from data_tools.readers.parquet import Parquet
-from data_tools.readers.webdataset import WebDataset
+from mepa_ds.data_tools.readers.digits import Digits
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.imagenet import ImageNet
+from mepa_ds.data_tools.readers.parquet import Parquet
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 
 READERS = {
     "digits": Digits,

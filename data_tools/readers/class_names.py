@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.data_tools.readers.text_lines import read_lines
 from mepa_ds.errors import UserError
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.readers.tar_members import TarMembers
-from data_tools.readers.text_lines import read_lines
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import HIDDEN, is_hidden
 from mepa_ds.data.shards.tar import TarMember, list_members
+from mepa_ds.data_tools.readers.tar_members import TarMembers
+from mepa_ds.data_tools.readers.text_lines import read_lines
 from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import is_image_name
 

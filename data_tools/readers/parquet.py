@@ -16,14 +16,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.readers.patterns import check_files
-from data_tools.readers.source import COPIED_FROM
-from data_tools.readers.tar_members import TarMembers
-from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import HIDDEN, is_hidden
 from mepa_ds.data.shards.writer import Manifest, Sample, ShardWriter, shard_name
+from mepa_ds.data_tools.readers.patterns import check_files
+from mepa_ds.data_tools.readers.source import COPIED_FROM
+from mepa_ds.data_tools.readers.tar_members import TarMembers
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from mepa_ds.files import again, may_pass
 

@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]  # its stub lacks the former
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable

@@ -9,10 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.readers.class_names import read_class_names
-from data_tools.readers.patterns import check_files, expand_braces
-from data_tools.readers.source import COPIED_FROM
-from data_tools.readers.tar_members import TarMembers
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.remote.urls import file_names, is_remote, redacted, unsigned
@@ -20,6 +16,10 @@ from mepa_ds.data.shard_set import parse_label
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.shards.left_out import LeftOut, printable
 from mepa_ds.data.shards.samples import LABEL_EXTENSION, image_samples, tar_files
+from mepa_ds.data_tools.readers.class_names import read_class_names
+from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
+from mepa_ds.data_tools.readers.source import COPIED_FROM
+from mepa_ds.data_tools.readers.tar_members import TarMembers
 from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib import metadata
 
+import mepa_ds
 from mepa_ds.command_line import entry
 
 COMMANDS = {
@@ -23,7 +25,21 @@ COMMANDS = {
 
 def usage() -> str:
     lines = [f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items()]
-    return "usage: mepa COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
+    return (
+        "usage: mepa COMMAND [ARGUMENTS] | --version\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
+    )
+
+
+def version() -> str:
+    """Of this package and the two that decide what it can do; none of them is imported for that."""
+    return f"mepa_ds {mepa_ds.__version__} (torch {_version_of('torch')}, deepspeed {_version_of('deepspeed')})"
+
+
+def _version_of(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def main() -> None:
@@ -36,6 +52,9 @@ def _main() -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version"):
+        print(version())
+        return
     name = arguments[0]
     if name not in COMMANDS:
         print(f"error: no command {name!r}\n{usage()}", file=sys.stderr)

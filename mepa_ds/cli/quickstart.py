@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds import log
+from mepa_ds import log, shipped
 from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
 from mepa_ds.files import make_way, write_json
@@ -53,14 +53,14 @@ class Spent:
     """Hash of its commands and recipes at its last start."""
 
 
-PRECOMPUTE = "data_tools/precompute.py"
+PRECOMPUTE = "-m mepa_ds.data_tools.precompute"
 SETS = ("train.features-patch-pca", "train.tokens-tokenizer", "heldout.tokens-tokenizer")
 STAGES = (
     Stage(
         "shards",
         "scikit-learn's handwritten digits as WebDataset shards",
         tuple(
-            f"data_tools/build_shards.py digits --split {split} --out {IMAGES / split}"
+            f"-m mepa_ds.data_tools.build_shards digits --split {split} --out {IMAGES / split}"
             for split in ("train", "heldout")
         ),
         (IMAGES / "train", IMAGES / "heldout"),
@@ -88,7 +88,7 @@ STAGES = (
     Stage(
         "pretraining",
         f"a nano MEPA under DeepSpeed on {RANKS} CPU ranks",
-        (f"{TORCHRUN} pretrain.py recipes/quickstart.yaml",),
+        (f"{TORCHRUN} -m mepa_ds pretrain recipes/quickstart.yaml",),
         (RUNS / "pretrain",),
         (RUNS / "pretrain/last/model.safetensors", RUNS / "pretrain/best/model.safetensors"),
     ),
@@ -107,10 +107,8 @@ STAGES = (
 
 def main(argv: list[str]) -> None:
     if argv:
-        print(__doc__ + "\n\nusage: mepa quickstart     (no options; run it in a clone of the repository)")
+        print(__doc__ + f"\n\nusage: mepa quickstart     (no options; it writes to {IMAGES.parent}/ and {RUNS}/ here)")
         sys.exit(0 if argv[0] in ("-h", "--help") else 2)
-    if not Path("recipes/quickstart.yaml").exists():
-        raise UserError("recipes/quickstart.yaml: not found; run the quickstart in a clone of the repository")
     log.make_stdout_a_log()
     spent = _read_spent()
     for number, stage in enumerate(STAGES, start=1):
@@ -129,7 +127,7 @@ def main(argv: list[str]) -> None:
 
 def _work(stage: Stage) -> str:
     recipes = [Path(word) for command in stage.commands for word in shlex.split(command) if word.endswith(".yaml")]
-    text = "\n".join([*stage.commands, *(path.read_text() for path in recipes)])
+    text = "\n".join([*stage.commands, *(shipped.find(path).read_text() for path in recipes)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -7,13 +7,14 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 
-from mepa_ds import log
+from mepa_ds import log, shipped
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import path_argument
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import Tool, run_pipeline
-from mepa_ds.slurm.profile import ROOT, read_profile
+from mepa_ds.slurm.profile import read_profile, root
 from mepa_ds.slurm.status import format_status, status
 from mepa_ds.slurm.submit import JOBS, Request, submit_recipe
 
@@ -38,18 +39,13 @@ def main(argv: list[str]) -> None:
     if rest:
         hint = "; put key=value words at the end, after --" if any("=" in word for word in rest) else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    # Paths on the command line are the caller's; those in recipes and pipelines are the clone's, where jobs start.
+    # Paths on the command line are the caller's; those in recipes and pipelines begin where jobs start.
     for name in ("recipe", "file", "run"):
         if name in arguments:
-            setattr(arguments, name, getattr(arguments, name).resolve())
+            setattr(arguments, name, shipped.find(getattr(arguments, name)).resolve())
     if arguments.command != "status":
-        if not (ROOT / "slurm" / "lib.sh").is_file():
-            raise UserError(
-                f"mepa slurm {arguments.command}: jobs start in a clone of the repository, and {ROOT} is none; clone "
-                "it to where all nodes see it, and install it from there: pip install --editable ."
-            )
         profile = read_profile(arguments.cluster)
-        os.chdir(ROOT)
+        os.chdir(root())
     if arguments.command == "status":
         report = status(arguments.run)
         print(json.dumps(report) if arguments.json else format_status(report))
@@ -79,9 +75,10 @@ def check_words(tool: Tool, words: list[str]) -> None:
     Raises:
         UserError: the tool does not take it. What it says has been printed.
     """
-    from data_tools import build_shards, precompute
     from mepa_ds.cli import sample
+    from mepa_ds.data_tools import build_shards, precompute
 
+    parsers: dict[Tool, Callable[[list[str]], object]]
     parsers = {"build_shards": build_shards.parse, "precompute": precompute.parse, "sample": sample.parse}
     try:
         parsers[tool](words)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import shipped
 from mepa_ds.config.base import read_text
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
@@ -25,22 +26,9 @@ OWNED = {
 }
 
 
-SHIPPED = Path(__file__).parents[2] / "ds_configs"
-"""The project's own files: in a clone's root, or beside the installed package."""
-
-
-def find(path: Path) -> Path:
-    """The file that parallel.deepspeed names: `ds_configs/zero2.json` is there from any directory, unless the working
-    directory has its own.
-    """
-    if not path.exists() and path.parent == Path(SHIPPED.name) and (SHIPPED / path.name).exists():
-        return SHIPPED / path.name
-    return path
-
-
 def read_knobs(path: Path) -> dict[str, Any]:
     """The JSON's engine knobs. Raises UserError for keys the recipe owns and for what experts cannot run with."""
-    path = find(path)
+    path = shipped.find(path)
     text = read_text(path.absolute(), "parallel.deepspeed")
     try:
         knobs = json.loads(text)

@@ -11,7 +11,7 @@ from mepa_ds.config.base import Section
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
-from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.scheduler import Node, nodes_of, partitions
 
 _DECIDES_TOKENS = {"scales", "codebook_size", "num_classes"}
@@ -60,7 +60,7 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
     if not shared:
         return
     for name, path in paths:
-        absolute = (ROOT / path).resolve()
+        absolute = (root() / path).resolve()
         if not any(absolute.is_relative_to(folder) for folder in shared):
             raise UserError(
                 f"{name}: {absolute} is not visible from the nodes: {profile.path} says that they see "
@@ -69,7 +69,7 @@ def check_paths(profile: Profile, paths: Iterable[tuple[str, Path]]) -> None:
 
 
 def check_exists(name: str, path: Path) -> None:
-    if not (ROOT / path).exists():
+    if not (root() / path).exists():
         raise UserError(f"{name}: {path}: no such file or directory; make it first, or name another")
 
 
@@ -77,7 +77,7 @@ def is_there(path: Path) -> bool:
     """Whether a file, or a directory that no job is still filling."""
     from mepa_ds.data.shards.writer import MANIFEST_NAME
 
-    return (ROOT / path).exists() and not (ROOT / path / MANIFEST_NAME).exists()
+    return (root() / path).exists() and not (root() / path / MANIFEST_NAME).exists()
 
 
 def is_cached_elsewhere(path: Path) -> bool:

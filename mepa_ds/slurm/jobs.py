@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import shipped
 from mepa_ds.runtime.metrics import read_metrics
-from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.scheduler import slurm
 
 JOBS_NAME = "jobs.jsonl"
@@ -67,7 +68,7 @@ def sbatch_command(job: Job, profile: Profile) -> list[str]:
         "dependency": ",".join(
             [f"afterok:{':'.join(job.after)}"] * bool(job.after) + [f"afterany:{job.after_any}"] * bool(job.after_any)
         ),
-        "chdir": ROOT,
+        "chdir": root(),
         "export": ",".join(["ALL", *(f"{key}={value}" for key, value in _exports(job, profile).items())]),
     }
     if gpu:
@@ -76,11 +77,12 @@ def sbatch_command(job: Job, profile: Profile) -> list[str]:
         if profile.get("MEM_PER_GPU_GB"):
             options["mem"] = f"{profile.number('MEM_PER_GPU_GB', 1) * tasks}G"
     words = [f"--{key}={value}" for key, value in options.items() if value not in ("", None)]
-    return ["sbatch", "--parsable", *words, str(ROOT / "slurm" / f"{job.script}.sbatch"), *job.arguments]
+    return ["sbatch", "--parsable", *words, str(shipped.folder("slurm") / f"{job.script}.sbatch"), *job.arguments]
 
 
 def _exports(job: Job, profile: Profile) -> dict[str, str]:
-    exports = {"MEPA_ROOT": str(ROOT), "MEPA_CLUSTER": str(profile.path)}
+    exports = {"MEPA_ROOT": str(root()), "MEPA_SLURM": str(shipped.folder("slurm"))}
+    exports["MEPA_CLUSTER"] = str(profile.path)
     if not profile.get("PYTHON") and not profile.get("CONTAINER"):
         exports["MEPA_PYTHON"] = sys.executable  # what the user submits with
     if job.copies_sets:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from mepa_ds import shipped
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.values import PositiveInt, UserPath
@@ -24,7 +25,7 @@ from mepa_ds.slurm.command_words import command_words, path_words
 from mepa_ds.slurm.in_job.parts import array_of, open_parts
 from mepa_ds.slurm.in_job.recipe_value import recipe_paths, recipe_value
 from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
-from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.submit import (
     Request,
     cancelled_on_error,
@@ -54,7 +55,7 @@ class ArrayConfig(Section):
 class TrainingConfig(Section):
     """A training run."""
 
-    recipe: UserPath
+    recipe: Annotated[UserPath, AfterValidator(shipped.find)]
     """YAML file."""
     overrides: tuple[str, ...] = ()
     """key=value words."""
@@ -164,7 +165,7 @@ def _check_words(config: PipelineConfig, check: CheckWords) -> None:
 
 def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) -> None:
     """Raises UserError for a recipe that does not fit, and for what no stage makes and is not there."""
-    made = [ROOT / path for array in _array_stages(config) for name, path in _paths(array) if name == "--out"]
+    made = [root() / path for array in _array_stages(config) for name, path in _paths(array) if name == "--out"]
     images = {"data.images", "data.heldout_images"} if config.shards else set()
     sets = images | ({"data.tokens", "data.heldout_tokens", "data.features"} if config.precompute else set())
     tokenizer = {"tokenizer"} if config.tokenizer else set()
@@ -174,7 +175,7 @@ def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) ->
         made.append(output_dir(training))
 
     def is_made(path: Path) -> bool:
-        return any((ROOT / path).is_relative_to(place) for place in made)
+        return any((root() / path).is_relative_to(place) for place in made)
 
     others = {key for key, path in recipe_paths(request.recipe, request.overrides) if is_made(path)}
     check_recipe(request, profile, made_before=sets | tokenizer | others)

@@ -9,13 +9,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from mepa_ds import shipped
 from mepa_ds.config.base import read_text
 from mepa_ds.config.paths import given_path
 from mepa_ds.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-"""The clone of the repository: batch scripts and profiles are not part of the installed package."""
-CLUSTERS = ROOT / "slurm" / "clusters"
 KEYS = frozenset(
     f"MEPA_{name}"
     for name in re.findall(
@@ -26,6 +24,11 @@ KEYS = frozenset(
     )
 )
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>.*)")
+
+
+def root() -> Path:
+    """Where jobs start, and relative paths of recipes and pipelines begin: the clone, or the working directory."""
+    return shipped.CLONE or Path.cwd()
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,19 @@ class Profile:
 
 
 def read_profile(name: str | None) -> Profile:
-    """The profile NAME of slurm/clusters, or a file that ends in .env.
+    """The profile NAME of slurm/clusters (the working directory's or the shipped ones), or a file that ends in .env.
 
     Raises:
         UserError: it does not exist, has a line that is no assignment, or a MEPA_ key that means nothing.
     """
-    known = sorted(path.stem for path in CLUSTERS.glob("*.env"))
-    remedy = f"known clusters: {', '.join(known)}; copy slurm/clusters/h100.env to make one"
+    clusters = Path("slurm/clusters")
+    shipped_clusters = shipped.folder("slurm") / "clusters"
+    known = sorted({path.stem for folder in (clusters, shipped_clusters) for path in folder.glob("*.env")})
+    remedy = f"known clusters: {', '.join(known)}; copy {shipped_clusters}/h100.env to {clusters}/NAME.env to make one"
     if name is None:
         raise UserError(f"--cluster: name the cluster's profile (or set MEPA_CLUSTER); {remedy}")
-    path = given_path(name, "--cluster").resolve() if name.endswith(".env") else CLUSTERS / f"{name}.env"
+    path = given_path(name, "--cluster") if name.endswith(".env") else shipped.find(clusters / f"{name}.env")
+    path = path.resolve()
     if not path.is_file():
         raise UserError(f"--cluster {name}: no profile {path}; {remedy}")
     values = {}

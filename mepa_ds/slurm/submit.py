@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import shipped
 from mepa_ds.config.base import Section, load_config, read_yaml
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.pretrain import PretrainConfig
@@ -28,7 +29,7 @@ from mepa_ds.slurm.checks import (
 from mepa_ds.slurm.in_job.parts import DONE, array_of, read_result
 from mepa_ds.slurm.in_job.recipe_value import SET_KEYS, recipe_paths, recipe_value
 from mepa_ds.slurm.jobs import Job, recorded_jobs, sbatch_command, submit, test_only
-from mepa_ds.slurm.profile import ROOT, Profile
+from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.scheduler import is_active, slurm
 
 JOBS: dict[str, type[Section]] = {
@@ -108,11 +109,12 @@ def check_cluster(profile: Profile, nodes: int) -> None:
     check_partition(profile, partition)
     check_partition(profile, profile.get("CPU_PARTITION", partition))
     check_nodes(profile, partition, nodes)
-    check_paths(profile, [("this clone", ROOT)])
+    scripts = ("this clone", shipped.CLONE) if shipped.CLONE else ("mepa_ds", shipped.folder("slurm"))
+    check_paths(profile, [scripts])
 
 
 def output_dir(request: Request) -> Path:
-    return ROOT / str(recipe_value("output_dir", request.recipe, request.overrides))
+    return root() / str(recipe_value("output_dir", request.recipe, request.overrides))
 
 
 def check_recipe(
@@ -174,7 +176,9 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
     looked_at = set[str]()
     for number, (recipe, *overrides) in enumerate(lines, start=1):
         try:
-            member = replace(request, job="pretrain", recipe=given_path(recipe, "recipe"), overrides=tuple(overrides))
+            member = replace(
+                request, job="pretrain", recipe=shipped.find(given_path(recipe, "recipe")), overrides=tuple(overrides)
+            )
             check_recipe(member, profile, looked_at=looked_at)
             run = output_dir(member).resolve()
             if run in runs:

@@ -191,7 +191,7 @@ def lose_a_file_while_loading() -> None:
     def read_data(*arguments: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    _Reader.read_data = read_data  # type: ignore[method-assign]
+    _Reader.read_data = read_data  # type: ignore[assignment]
 
 
 def test_an_error_while_loading_is_told_once(folder: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_longer_run_exports_its_own_last_weights(folder: Path) -> None:
 
 def die_before_the_last_weights() -> None:
     """Runs in each rank's process before the run."""
-    RunCheckpoints.export_last = lambda checkpoints, step: os._exit(9)  # type: ignore[method-assign]
+    RunCheckpoints.export_last = lambda checkpoints, step: os._exit(9)  # type: ignore[assignment]
 
 
 def test_steps_that_are_taken_again_export_their_own_last_weights(folder: Path) -> None:
@@ -280,8 +280,8 @@ def fail_in_step_2_while_a_checkpoint_is_written() -> None:
             raise UserError("shard-7.tar: sample 9 is damaged")
         return following(loader)
 
-    filesystem._write_item = slow_write
-    Loader.__next__ = fail  # type: ignore[method-assign]
+    filesystem._write_item = slow_write  # type: ignore[assignment]
+    Loader.__next__ = fail  # type: ignore[assignment]
 
 
 def test_an_error_that_all_ranks_share_lets_the_checkpoint_be_finished(folder: Path) -> None:
@@ -446,7 +446,7 @@ def test_weights_that_cannot_be_written_at_the_end_are_an_error(folder: Path) ->
     assert (folder / "no_room/last/model.safetensors").exists()
 
 
-def wait_for_event(ranks: Ranks, output: Path, event: str, after: int = 0) -> dict[str, object]:
+def wait_for_event(ranks: Ranks, output: Path, event: str, after: int = 0) -> dict[str, Any]:
     while True:
         ranks.check()
         time.sleep(0.01)
@@ -517,8 +517,8 @@ def write_slowly() -> None:
         time.sleep(0.12 if rank == 0 else 0)
         return look_up(*arguments)
 
-    filesystem._write_item = slow_write
-    fragment_store._LoadPlanner.lookup_tensor = slow_look_up  # type: ignore[method-assign]
+    filesystem._write_item = slow_write  # type: ignore[assignment]
+    fragment_store._LoadPlanner.lookup_tensor = slow_look_up  # type: ignore[assignment]
 
 
 def test_the_watchdog_spares_what_is_slow_but_moves(folder: Path) -> None:

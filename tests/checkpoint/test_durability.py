@@ -42,7 +42,7 @@ def trace(record: Path) -> None:
         renamed.append(entry | {"durable": False})
         record.write_text(json.dumps(renamed))
 
-    os.fsync = noted_fsync
+    os.fsync = noted_fsync  # type: ignore[assignment]
     os.rename, os.replace = partial(noted, os.rename), partial(noted, os.replace)
 
 

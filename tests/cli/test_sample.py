@@ -10,9 +10,9 @@ import torch
 import tyro
 from PIL import Image
 
-from data_tools.precompute import Tokens
 from mepa_ds.cli import sample as command
 from mepa_ds.cli import upcycle
+from mepa_ds.data_tools.precompute import Tokens
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sampling import Rng, sample
 from mepa_ds.images.pictures import to_uint8

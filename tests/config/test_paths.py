@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from data_tools import build_shards
 from mepa_ds.cli import sample
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import REGISTRY, path_argument
 from mepa_ds.config.paths import expand_path, given_path
+from mepa_ds.data_tools import build_shards
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.command_words import command_words
 from mepa_ds.slurm.in_job.recipe_value import recipe_value
@@ -84,9 +85,10 @@ def test_options_of_every_command_are_expanded() -> None:
     assert seen == [Options(Path("/home/me/x"), (Path("/far/a"), Path("b")), Path("/home/me/y"))]
     with REGISTRY:
         command = build_shards.parse(["webdataset", "--shards=~/{0..3}.tar", "--out=~/set"])
+        assert isinstance(command.reader, WebDataset)
         assert (command.reader.shards, command.options.out) == ("/home/me/{0..3}.tar", Path("/home/me/set"))
         url = "pipe:aws s3 cp s3://bucket/$UNSET/{0..3}.tar -"
-        assert build_shards.parse(["webdataset", f"--shards={url}", "--out=x"]).reader.shards == url
+        assert build_shards.parse(["webdataset", f"--shards={url}", "--out=x"]).reader == WebDataset(url)
     assert path_argument("~/r.yaml") == Path("/home/me/r.yaml")
 
 

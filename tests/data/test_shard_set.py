@@ -16,11 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.merge_index import Scan
 from mepa_ds.data.order import OrderedStream, SampleOrder
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, offset_index_path, read_description, read_offset_index
+from mepa_ds.data.shards.index import (
+    INDEX_NAME,
+    MadeBy,
+    offset_index_path,
+    read_description,
+    read_offset_index,
+)
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
+from mepa_ds.data_tools.merge_index import Scan
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, sample_of, tokens_of
 

@@ -28,6 +28,7 @@ def test_random_crops_are_the_pixels_of_their_boxes(width: int, height: int, key
     image = image_of(width, height)
     crops, boxes = views.crop(image, key)
     assert crops.shape == (3, 32, 32, 3)
+    assert boxes is not None
     assert boxes.shape == (3, 4)
     resized = np.asarray(resize_shorter(image, 36))
     assert min(resized.shape[:2]) == 36  # 1.125 * 32

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools.build_shards import BuildOptions, Encoding
 from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data_tools.build_shards import BuildOptions, Encoding
 from mepa_ds.files import sha256_of_file
 from tests.data.shard_fixtures import encode
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.build_shards import Encoding, build
-from data_tools.readers.digits import Digits
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.parquet import Parquet
-from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.views import Views
+from mepa_ds.data_tools.build_shards import Encoding, build
+from mepa_ds.data_tools.readers.digits import Digits
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.parquet import Parquet
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import encode, make_set
 from tests.data_tools.build_fixtures import (
@@ -263,7 +263,7 @@ def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
 
 KILLED = """
 import multiprocessing, os, signal, sys
-from data_tools import build_shards
+from mepa_ds.data_tools import build_shards
 
 every = build_shards.unordered_map
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.build_shards import Encoding, build
-from data_tools.readers.imagefolder import ImageFolder
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex
 from mepa_ds.data.shards.writer import MANIFEST_NAME, Manifest, ShardWriter
+from mepa_ds.data_tools.build_shards import Encoding, build
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
 from mepa_ds.errors import UserError
 from tests.data_tools.build_fixtures import SYNSETS, contents, images_of, make_folder, options, picture
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.imagenet import ImageNet
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.imagenet import ImageNet
 from mepa_ds.errors import UserError
 from tests.data_tools.build_fixtures import (
     SYNSETS,
@@ -84,7 +84,9 @@ def test_what_archives_hold_besides_images(tmp_path: Path, capsys: pytest.Captur
 def test_imagenet_validation_archive(tmp_path: Path, form: str) -> None:
     truth = [2, 0, 1, 1, 2, 0, 0]
     names = [f"ILSVRC2012_val_{number:08d}" for number in range(1, 8)]
-    classes, expected_classes, expected_labels = None, SYNSETS, truth
+    classes: Path | None = None
+    expected_classes: tuple[str, ...] = SYNSETS
+    expected_labels = truth
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
         for number in (3, 0, 6, 1, 5, 2, 4):
             add(tar, f"{names[number]}.JPEG", picture(number))

@@ -10,9 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.merge_index import CacheOptions, Merge, Remote, Scan
-from data_tools.verify_shards import Options as VerifyOptions
-from data_tools.verify_shards import verify
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import (
     INDEX_NAME,
@@ -22,6 +19,9 @@ from mepa_ds.data.shards.index import (
     read_offset_index,
     write_offset_index,
 )
+from mepa_ds.data_tools.merge_index import CacheOptions, Merge, Remote, Scan
+from mepa_ds.data_tools.verify_shards import Options as VerifyOptions
+from mepa_ds.data_tools.verify_shards import verify
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import sha256_of_file
 from tests.data.shard_fixtures import make_set
@@ -141,7 +141,7 @@ def test_other_samples_in_a_replaced_shard_are_named(tmp_path: Path) -> None:
 def test_what_is_unchanged_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs(tmp_path / "0.tar", (10, 20))
     Scan(str(tmp_path), workers=0)()
-    monkeypatch.setattr("data_tools.merge_index.scan_tar", None)
+    monkeypatch.setattr("mepa_ds.data_tools.merge_index.scan_tar", None)
     monkeypatch.setattr("mepa_ds.data.shards.index.scan_tar", None)
     assert Scan(str(tmp_path), workers=0)().num_samples == 2
     assert ShardSet(tmp_path).read(1)[1]["jpg"] == bytes([2]) * 20

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.pool import unordered_map
+from mepa_ds.data_tools.pool import unordered_map
 from mepa_ds.errors import UserError
 
 
@@ -56,7 +56,7 @@ INTERRUPTED = """
 import sys, time
 from functools import partial
 from pathlib import Path
-from data_tools.pool import unordered_map
+from mepa_ds.data_tools.pool import unordered_map
 from mepa_ds.command_line import entry
 
 def write(folder, number):

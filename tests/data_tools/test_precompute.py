@@ -18,9 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_tools import precompute
-from data_tools.precompute import Features, FitTeacher, Tokens
-from data_tools.precompute_sets import RunOptions
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, SCALE_EXT, FeatureDecoder, PcaBasis, codec_named
 from mepa_ds.data.shard_set import ShardSet
@@ -28,6 +25,9 @@ from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.training import training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import BOX_EXT, Views, sample_boxes
+from mepa_ds.data_tools import precompute
+from mepa_ds.data_tools.precompute import Features, FitTeacher, Tokens
+from mepa_ds.data_tools.precompute_sets import RunOptions
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.patch_pca import PatchPca
 from mepa_ds.teachers.registry import build_teacher
@@ -211,7 +211,7 @@ def test_parts_of_a_job_array_make_the_same_set(images: Path, tokenizer: Path, c
 
 def test_ranks_of_torchrun_share_the_shards(images: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, together = images.with_name("alone"), images.with_name("together")
-    features = {"codec": "pca6-int8", "run": RUN}
+    features: dict[str, Any] = {"codec": "pca6-int8", "run": RUN}
     Features(images, "patch-pca", str(teacher), out=alone, **features)()
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (1, 0):
@@ -235,7 +235,7 @@ def test_a_finished_set_is_kept_and_lost_shards_are_made_again(images: Path, tok
 
 KILLED_AT_A_RENAME = """
 import os, signal, sys
-from data_tools import precompute
+from mepa_ds.data_tools import precompute
 
 left, rename = int(sys.argv.pop()), os.replace
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.merge_index import Scan
-from data_tools.readers import parquet as parquet_reader
-from data_tools.readers import tar_members
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.parquet import Parquet
-from data_tools.readers.patterns import expand_braces
-from data_tools.readers.webdataset import WebDataset
 from mepa_ds import files
 from mepa_ds.data.shards.writer import MANIFEST_NAME
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.merge_index import Scan
+from mepa_ds.data_tools.readers import parquet as parquet_reader
+from mepa_ds.data_tools.readers import tar_members
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.parquet import Parquet
+from mepa_ds.data_tools.readers.patterns import expand_braces
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set
 from tests.data_tools.build_fixtures import SYNSETS, images_of, labelled, make_folder, options, picture, write_parquet
@@ -165,7 +165,7 @@ def test_rows_copied_from_another_column_are_not_taken(tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("data_tools.readers.parquet.WebDataset", killed)
+        patch.setattr("mepa_ds.data_tools.readers.parquet.WebDataset", killed)
         with pytest.raises(KeyboardInterrupt):
             build(Parquet(tmp_path / "in"), options(tmp_path / "out"))
     assert (tmp_path / "out" / ".scratch" / "shard-000000.tar").exists()
@@ -212,8 +212,8 @@ def test_what_a_file_server_gets_over_is_read_again(tmp_path: Path, monkeypatch:
     write_labels(tmp_path / "rows" / "a.parquet", [0, 1])
     cases: list[tuple[str, Any, Any, int]] = [
         ("mepa_ds.files._read_file", files._read_file, ImageFolder(tmp_path / "folder"), len(folder)),
-        ("data_tools.readers.tar_members._read", tar_members._read, WebDataset(str(tmp_path / "set")), 5),
-        ("data_tools.readers.parquet._batches", parquet_reader._batches, Parquet(tmp_path / "rows"), 2),
+        ("mepa_ds.data_tools.readers.tar_members._read", tar_members._read, WebDataset(str(tmp_path / "set")), 5),
+        ("mepa_ds.data_tools.readers.parquet._batches", parquet_reader._batches, Parquet(tmp_path / "rows"), 2),
     ]
     for number, (name, function, reader, count) in enumerate(cases):
         with monkeypatch.context() as patch:

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.merge_index import Scan
-from data_tools.readers.imagefolder import ImageFolder
-from data_tools.readers.imagenet import ImageNet
-from data_tools.readers.parquet import Parquet
-from data_tools.readers.webdataset import WebDataset
-from data_tools.verify_shards import Options as VerifyOptions
-from data_tools.verify_shards import verify
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.merge_index import Scan
+from mepa_ds.data_tools.readers.imagefolder import ImageFolder
+from mepa_ds.data_tools.readers.imagenet import ImageNet
+from mepa_ds.data_tools.readers.parquet import Parquet
+from mepa_ds.data_tools.readers.webdataset import WebDataset
+from mepa_ds.data_tools.verify_shards import Options as VerifyOptions
+from mepa_ds.data_tools.verify_shards import verify
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set, png
 from tests.data_tools.build_fixtures import (

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.build_shards import build
-from data_tools.merge_index import Remote, Scan
-from data_tools.readers.webdataset import WebDataset
-from data_tools.remote_index import CacheOptions
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import ShardIndex, offset_index_path
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.merge_index import Remote, Scan
+from mepa_ds.data_tools.readers.webdataset import WebDataset
+from mepa_ds.data_tools.remote_index import CacheOptions
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.remote.odd_servers import send, serving
 from tests.data.shard_fixtures import make_set
@@ -110,9 +110,9 @@ def test_a_build_from_signed_shards(tmp_path: Path, store: Store, capfd: pytest.
     store.asked.clear()
     assert build(WebDataset(store.tars("X-Amz-Date=3&" + LONG)), options(out)) == index
     assert store.asked == []
-    said = capfd.readouterr()
-    assert SECRET not in said.out + said.err
-    assert "copying shards" in said.err
+    printed = capfd.readouterr()
+    assert SECRET not in printed.out + printed.err
+    assert "copying shards" in printed.err
 
 
 def test_copies_that_are_there_are_not_asked_for_again(tmp_path: Path, store: Store) -> None:

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.build_shards import BuildOptions, Encoding, build
-from data_tools.precompute import Features, FitTeacher, Tokens
-from data_tools.readers.digits import Digits
-from data_tools.show_shards import Options as ShowOptions
-from data_tools.show_shards import contact_sheet
-from data_tools.verify_shards import Options, verify
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex, offset_index_path
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
+from mepa_ds.data_tools.build_shards import BuildOptions, Encoding, build
+from mepa_ds.data_tools.precompute import Features, FitTeacher, Tokens
+from mepa_ds.data_tools.readers.digits import Digits
+from mepa_ds.data_tools.show_shards import Options as ShowOptions
+from mepa_ds.data_tools.show_shards import contact_sheet
+from mepa_ds.data_tools.verify_shards import Options, verify
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ def test_a_failing_disk_is_a_finding(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256_of_file(path)
 
-    monkeypatch.setattr("data_tools.shard_checks.sha256_of_file", failing)
+    monkeypatch.setattr("mepa_ds.data_tools.shard_checks.sha256_of_file", failing)
     assert not check(sets[1])
     assert "shard-000001.tar: cannot be read: Input/output error" in capsys.readouterr().out
 

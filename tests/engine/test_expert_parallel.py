@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
@@ -59,7 +59,7 @@ def check_layer(grouped: bool) -> None:
     from mepa_ds.engine.expert_parallel import ExpertParallelDispatcher
     from mepa_ds.models.moe import experts as module
 
-    module.has_grouped_kernel = lambda _: grouped
+    module.has_grouped_kernel = lambda _: grouped  # type: ignore[assignment]
     rank, world_size = dist.get_rank(), dist.get_world_size()
     assert dist.group.WORLD is not None
     for number in range(len(LAYER_CASES)):
@@ -81,9 +81,10 @@ def check_layer(grouped: bool) -> None:
         torch.testing.assert_close(y, expected_y, atol=1e-5, rtol=1e-5)
         found = [xs[rank].grad, routings[rank].weight_TK.grad]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        for ours, whole in zip(local.parameters(), expected_experts, strict=True):
+        for ours, wanted in zip(local.parameters(), expected_experts, strict=True):
             assert ours.grad is not None  # also where no token came
-            torch.testing.assert_close(ours.grad, whole[here], atol=1e-5, rtol=1e-5)
+            assert wanted is not None
+            torch.testing.assert_close(ours.grad, wanted[here], atol=1e-5, rtol=1e-5)
 
 
 class Beside(torch.autograd.Function):
@@ -108,7 +109,7 @@ def check_overlap() -> None:
     events: list[str] = []
     for name, function in (("begin", _Exchange.begin), ("wait", _Exchange.wait)):
 
-        def logged(*arguments: Any, name=name, function=function) -> Tensor:
+        def logged(*arguments: Any, name: str = name, function: Any = function) -> Tensor:
             events.append(name)
             return function(*arguments)
 
@@ -129,6 +130,7 @@ def check_overlap() -> None:
     expected = dispatcher(without, routing, local)
     expected.backward(gradient)
     torch.testing.assert_close(y, expected + 2 * x)
+    assert without.grad is not None
     torch.testing.assert_close(x.grad, without.grad + 2 * gradient)
 
 
@@ -226,7 +228,12 @@ def run_engines(folder: str) -> None:
             gradients: dict[str, Tensor] = {}
             layout = parameter_layout(engine.objective)
 
-            def capture(step_function=engine._engine.step, gradients=gradients, engine=engine, layout=layout) -> None:
+            def capture(
+                step_function: Any = engine._engine.step,
+                gradients: dict[str, Tensor] = gradients,
+                engine: PretrainEngine = engine,
+                layout: Any = layout,
+            ) -> None:
                 if engine._engine.is_gradient_accumulation_boundary():
                     for name, parameter in engine.objective.named_parameters():
                         shape, offset = layout[name]
@@ -249,9 +256,11 @@ def run_engines(folder: str) -> None:
             record["routing"].append({layer: routing_report(statistics) for layer, statistics in routing.items()})
             record["norms"].append(report.grad_norm)
             if variant.startswith("bias"):
-                counts_NE = torch.stack([losses.counts_NE for losses in report.losses]).sum(0)
+                counts_NE = sum(losses.counts_NE for losses in report.losses if losses.counts_NE is not None)
+                assert isinstance(counts_NE, Tensor)
                 bias_steps += torch.sign(counts_NE.mean(-1, keepdim=True) - counts_NE).long()
-                routers = [engine.objective.transformer.blocks[block].ffn.router for block in routing]
+                blocks: Any = engine.objective.transformer.blocks
+                routers = [blocks[block].ffn.router for block in routing]
                 torch.testing.assert_close(torch.stack([router.bias_steps_E for router in routers]), bias_steps)
                 assert counts_NE.sum() == 2 * 2 * GLOBAL_BATCH * NUM_TOKENS  # of the whole step, in both layers
             if step == 0:
@@ -277,9 +286,7 @@ def assert_close_to_magnitude(found: dict[str, Tensor], expected: dict[str, Tens
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         atol = 1e-5 * tensor.abs().max().item() + 1e-8
-        torch.testing.assert_close(
-            found[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{where} {name}: {text}"
-        )
+        torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0, msg=f"{where} {name}: {{}}".format)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -299,7 +306,7 @@ def test_engine_steps_equal_one_process(folder: Path, world_size: int) -> None:
                 expected[name],
                 atol=1e-5,
                 rtol=1e-5,
-                msg=lambda text, where=(*where, name): f"{where}: {text}",
+                msg=f"{(*where, name)}: {{}}".format,
             )
         assert_close_to_magnitude(found["gradients"], expected["gradients"], where)
 
@@ -346,7 +353,12 @@ def run_balance_alone(folder: str) -> None:
         micro = [ModelInputs(**{k: tensor[m * rows : (m + 1) * rows] for k, tensor in batch.items()}) for m in range(2)]
         original = engine._engine.step
 
-        def capture(original=original, engine=engine, router=router, precision=precision) -> None:
+        def capture(
+            original: Any = original,
+            engine: PretrainEngine = engine,
+            router: nn.Parameter = router,
+            precision: str = precision,
+        ) -> None:
             if engine._engine.is_gradient_accumulation_boundary():
                 scale = engine.zero.loss_scaler.cur_scale
                 record[precision] = {"scale": scale, "gradient": safe_get_full_grad(router).float().clone() / scale}

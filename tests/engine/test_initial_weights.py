@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.ranks import Ranks
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, SCALES, make_run, recipe_values
 
 
-def dense_model(**changes: object) -> NextScaleTransformer:
+def dense_model(**changes: Any) -> NextScaleTransformer:
     return NextScaleTransformer.from_preset(
         "var-d2",
         **{
@@ -90,6 +91,7 @@ def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
         return NextScaleTransformer.from_preset("mepa-d2", width=32, num_heads=2, scales=SCALES, code_width=4, moe=moe)
 
     trained, fresh = model(), model()
+    block: Any
     for block in trained.blocks:
         block.ffn.router.bias_steps_E += torch.tensor([3, -1, 0, -2])
     trained.save_pretrained(tmp_path / "trained")
@@ -99,12 +101,13 @@ def test_the_steps_of_loss_free_balancing_come_along(tmp_path: Path) -> None:
 
 
 def test_loss_free_balancing_does_not_start_from_a_router_that_cannot_tell_experts_apart(tmp_path: Path) -> None:
-    moe = {"num_experts": 4, "expert_ratio": 2.0}
+    moe: dict[str, Any] = {"num_experts": 4, "expert_ratio": 2.0}
     model = upcycle(dense_model(), MoEConfig(**moe))
     model.save_pretrained(tmp_path / "upcycled")
     run = dense_model(moe=moe | {"bias_rate": 0.01})
     with pytest.raises(UserError, match=r"init_weights: .*upcycled: model\.moe\.bias_rate 0\.01: a router fresh from"):
         load_initial_weights(run, tmp_path / "upcycled")
+    block: Any
     for block in model.blocks:
         block.ffn.router.gate.weight.data.normal_(std=0.01)  # as training does
     model.save_pretrained(tmp_path / "trained")
@@ -251,7 +254,7 @@ def test_engine_knobs_that_cannot_work_are_refused(tmp_path: Path, text: str, me
 
 
 def test_accumulation_in_fp32_needs_stage_2(tmp_path: Path) -> None:
-    knobs = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    knobs: dict[str, Any] = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
     parallel = {"deepspeed": str(tmp_path / "knobs.json"), "precision": "bf16"}
     config = validate(PretrainConfig, recipe_values(tmp_path) | {"parallel": parallel}, "test")
     (tmp_path / "knobs.json").write_text(json.dumps(knobs))
@@ -266,7 +269,7 @@ def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder
     """Every rank skips the step, and then all end with a message that names the block."""
     model = NextScaleTransformer.load(folder / "moe")
     with torch.no_grad():
-        model.blocks[1].ffn.router.gate.weight[0, 0] = float("nan")
+        model.get_parameter("blocks.1.ffn.router.gate.weight")[0, 0] = float("nan")
     model.save_pretrained(folder / "broken")
     settings = ["parallel.ep_size=2", "train.steps=9", "guards.max_bad_steps=3"]
     codes, said = start(folder, "nan", f"init_weights={folder / 'broken'}", *settings, ranks=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,12 +61,13 @@ def test_features_are_those_of_the_layers(weights: Path) -> None:
         torch.testing.assert_close(features.spatial_NS[:, place], branch_BCHW[:, channel, y, x_])
     assert features.spatial_NS.shape == (2, 2023)
     assert features.pool_NP.shape == (2, 2048)
-    torch.testing.assert_close(features.logits_NK, features.pool_NP @ net.get_submodule("fc").weight.T)
+    torch.testing.assert_close(features.logits_NK, features.pool_NP @ net.get_parameter("fc.weight").T)
 
 
 def test_batches_do_not_matter(weights: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "images.npz", arr_0=digits(0, 5))
-    images, inception, done = ImageFiles(tmp_path / "images.npz"), Inception(weights, torch.device("cpu")), []
+    images, inception = ImageFiles(tmp_path / "images.npz"), Inception(weights, torch.device("cpu"))
+    done: list[int] = []
     whole, parts = (inception.of_all(images, size, done.append, "images") for size in (5, 2))
     assert done == [5, 2, 2, 1]
     for name in ("pool_NP", "spatial_NS", "logits_NK"):
@@ -146,7 +148,8 @@ def read(path: Path, inception: Inception) -> Reference:
 def test_statistics_in_the_reference_go_before_its_images(weights: Path, tmp_path: Path) -> None:
     path, inception = tmp_path / "reference.npz", Inception(weights, torch.device("cpu"))
     stored = stored_statistics()
-    np.savez(path, arr_0=digits(0, 6), **{name: array.astype(np.float32) for name, array in stored.items()})
+    narrow: dict[str, Any] = {name: array.astype(np.float32) for name, array in stored.items()}
+    np.savez(path, arr_0=digits(0, 6), **narrow)
     reference = read(path, inception)
     np.testing.assert_array_equal(reference.pool.covariance, stored["sigma"])
     np.testing.assert_array_equal(reference.spatial.mean, stored["mu_s"])
@@ -180,7 +183,8 @@ def test_a_reference_that_cannot_be_used_is_refused_before_the_network_is_built(
         arrays = {"arr_0": real, **stored_statistics(), **change}
         np.savez(path, **{name: array for name, array in arrays.items() if array is not None})  # type: ignore[arg-type]
         refused(message)
-    np.savez(path, arr_0=real, **stored_statistics())
+    stored: dict[str, Any] = {"arr_0": real, **stored_statistics()}
+    np.savez(path, **stored)
     whole = path.read_bytes()
     for place in (2000, len(whole) // 2):  # in the images, in a covariance
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])

@@ -247,7 +247,7 @@ def test_keep_top_against_a_plain_loop() -> None:
             row = logits[b, position]
             best = row.argsort(descending=True)[:6]
             probs = row[best].softmax(0)
-            mass, chosen = 0.0, []
+            mass, chosen = 0.0, list[int]()
             for code, p in zip(best.tolist(), probs.tolist(), strict=True):
                 if mass < 0.7 or not chosen:
                     chosen.append(code)

@@ -36,7 +36,8 @@ def make_layer(seed: int = 0, width: int = 16, **moe: object) -> MoEFeedForward:
 def naive_forward(layer: MoEFeedForward, x_BLC: Tensor, scale_index_L: Tensor) -> Tensor:
     """One token, one choice at a time, in the words of the paper."""
     out = torch.zeros_like(x_BLC)
-    experts, router = layer.experts, layer.router
+    router: Any = layer.router
+    experts = layer.experts
     for b in range(x_BLC.shape[0]):
         for position in range(x_BLC.shape[1]):
             x = x_BLC[b, position]
@@ -74,7 +75,7 @@ def assert_same_as_naive(layer: MoEFeedForward, x_BLC: Tensor) -> None:
     torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
     names = ["x", *(name for name, _ in layer.named_parameters())]
     for name, ours, theirs in zip(names, gradients(layer, y, inputs), gradients(layer, expected, inputs), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=f"{name}: {{}}".format)
 
 
 @settings(max_examples=25, deadline=None)
@@ -107,9 +108,10 @@ def test_layer_equals_a_double_loop(moe: dict[str, Any], grouped: bool, width: i
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_one_expert_takes_all_tokens_and_others_none(top_k: int) -> None:
     layer = make_layer(num_experts=6, top_k=top_k)
-    layer.router.scale_logits_SE.data[:, 4] = 100.0
-    layer.router.scale_logits_SE.data[:, 2] = 50.0
-    layer.router.gate.weight.data *= 0.01
+    router: Any = layer.router
+    router.scale_logits_SE.data[:, 4] = 100.0
+    router.scale_logits_SE.data[:, 2] = 50.0
+    router.gate.weight.data *= 0.01
     assert_same_as_naive(layer, torch.randn(2, L, 16))
 
 
@@ -173,7 +175,7 @@ def test_initial_weights_are_a_function_of_seed_and_name() -> None:
     more = NextScaleTransformer.from_preset(
         "mepa-d2", num_classes=3, scales=SCALES, codebook_size=16, moe={"num_experts": 12}
     )
-    ours, theirs = shallow.blocks[1].ffn.experts.fc1_weight, more.blocks[1].ffn.experts.fc1_weight
+    ours, theirs = (model.get_parameter("blocks.1.ffn.experts.fc1_weight") for model in (shallow, more))
     assert torch.equal(ours, theirs[:8])  # an expert's values depend on its own number alone
 
 
@@ -181,8 +183,8 @@ def test_initialisation_follows_var() -> None:
     model = NextScaleTransformer.from_preset("mepa-d8", num_classes=10, scales=(1, 2))
     C, depth = 512, 8
     std = (1 / (3 * C)) ** 0.5
-    block = model.blocks[3]
-    expected = {
+    block: Any = model.blocks[3]
+    expected: dict[Tensor, float] = {
         block.attention.qkv.weight: std,
         block.attention.proj.weight: std / (2 * depth) ** 0.5,
         block.ffn.shared.fc2.weight: std / (2 * depth) ** 0.5,
@@ -246,14 +248,16 @@ def test_expert_choice_gives_every_expert_its_share() -> None:
                 layer.experts.fc1_weight[e] @ x.view(-1, 16)[token] + layer.experts.fc1_bias[e], approximate="tanh"
             )
             expected[token] += probs[token, e] * (layer.experts.fc2_weight[e] @ hidden + layer.experts.fc2_bias[e])
+    assert layer.shared is not None
     torch.testing.assert_close(y.view(-1, 16), expected + layer.shared(x).view(-1, 16), atol=1e-5, rtol=1e-5)
 
 
 def test_bias_balances_without_touching_the_weights() -> None:
     """Loss-free balancing evens a skewed load out by steps, and leaves S as the weight."""
     layer = make_layer(num_experts=4, top_k=1, bias_rate=0.02, shared_expert=False)
-    layer.router.scale_logits_SE.data.zero_()
-    layer.router.scale_logits_SE.data[:, 1] = 1.0
+    router: Any = layer.router
+    router.scale_logits_SE.data.zero_()
+    router.scale_logits_SE.data[:, 1] = 1.0
     scale_index_L = torch.repeat_interleave(torch.arange(3), torch.tensor([1, 4, 9]))
     x = torch.randn(64, L, 16, generator=torch.Generator().manual_seed(0))
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mepa_ds.models.recomputation import Recompute
 from mepa_ds.models.transformer import NextScaleTransformer
 from tests.models.test_moe import SCALES
 
 
 @pytest.mark.parametrize("recompute", ["blocks", "selective"])
 @pytest.mark.parametrize("moe", [{}, {"capacity_factor": 1.0}, {"router": "smoe"}])
-def test_recomputation_changes_no_gradient(recompute: str, moe: dict[str, object]) -> None:
+def test_recomputation_changes_no_gradient(recompute: Recompute, moe: dict[str, object]) -> None:
     model = NextScaleTransformer.from_preset(
         "mepa-d2", width=32, num_heads=2, num_classes=3, scales=SCALES, codebook_size=16, code_width=4, moe=moe
     )
@@ -46,7 +47,7 @@ def test_recomputation_changes_no_gradient(recompute: str, moe: dict[str, object
     ],
 )
 def test_recomputation_never_routes_anew(
-    monkeypatch: pytest.MonkeyPatch, recompute: str, moe: dict[str, object]
+    monkeypatch: pytest.MonkeyPatch, recompute: Recompute, moe: dict[str, object]
 ) -> None:
     """A router whose logits come out differently every time it is asked: what it chose first must stand."""
     from mepa_ds.models.moe import dispatch
@@ -74,13 +75,14 @@ def test_recomputation_never_routes_anew(
         assert torch.equal(index_TK, index_again_TK)
         assert (kept_TK is not None) == ("capacity_factor" in moe or "router" in moe)
         if kept_TK is not None:
+            assert kept_again_TK is not None
             assert torch.equal(kept_TK, kept_again_TK)
             assert not kept_TK.all()
 
 
 @pytest.mark.parametrize(("recompute", "loops"), [("none", 4), ("selective", 4), ("blocks", 6)])
 def test_selective_recomputation_keeps_the_experts_products(
-    monkeypatch: pytest.MonkeyPatch, recompute: str, loops: int
+    monkeypatch: pytest.MonkeyPatch, recompute: Recompute, loops: int
 ) -> None:
     """Two blocks loop over experts once forward and once backward; only "blocks" computes the forward again."""
     from mepa_ds.models.moe import expert_loop

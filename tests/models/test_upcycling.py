@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -16,6 +16,8 @@ from mepa_ds.errors import UserError
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle
 from tests.var_fixtures import TINY_SCALES, fixture_state, vector
+
+Router = Literal["stmoe", "smoe", "token"]
 
 
 def dense_model() -> NextScaleTransformer:
@@ -30,7 +32,7 @@ def dense_model() -> NextScaleTransformer:
         ("smoe", False, True, 2),
     ],
 )
-def test_copies_give_the_dense_output(router: str, renormalize: bool, shared: bool, top_k: int) -> None:
+def test_copies_give_the_dense_output(router: Router, renormalize: bool, shared: bool, top_k: int) -> None:
     moe = MoEConfig(router=router, renormalize=renormalize, shared_expert=shared, top_k=top_k, num_experts=5)
     model = upcycle(dense_model(), moe)
     with torch.no_grad():
@@ -53,7 +55,7 @@ def test_copies_give_the_dense_output(router: str, renormalize: bool, shared: bo
     ],
 )
 def test_sets_of_slices_that_cover_the_ffn_give_the_dense_output(
-    router: str, renormalize: bool, shared: bool, top_k: int, num_experts: int, ratio: float
+    router: Router, renormalize: bool, shared: bool, top_k: int, num_experts: int, ratio: float
 ) -> None:
     moe = MoEConfig(
         router=router,
@@ -78,7 +80,9 @@ def test_slices_that_do_not_cover_the_ffn_hold_different_units() -> None:
     """Sets of two eighths beside a shared eighth: the four sets hold all seven others, three of them twice at most."""
     dense = dense_model()
     model = upcycle(dense, MoEConfig(num_experts=8, top_k=2, expert_ratio=0.5))
-    hidden, ffn, old = model.config.expert_hidden, model.blocks[0].ffn, dense.blocks[0].ffn
+    hidden = model.config.expert_hidden
+    ffn: Any = model.blocks[0].ffn
+    old: Any = dense.blocks[0].ffn
     torch.testing.assert_close(ffn.shared.fc1.weight, old.fc1.weight[:hidden])
     for e in range(7):
         torch.testing.assert_close(ffn.experts.fc1_weight[e], old.fc1.weight[(e + 1) * hidden : (e + 2) * hidden])

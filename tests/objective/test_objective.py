@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def test_alignment_is_finite_for_half_precision_and_zeros() -> None:
     loss = alignment_loss(z_BLP, 6e4 * torch.ones(1, 16, 3, dtype=torch.float16), SCHEDULE, (3,))
     loss.backward()
     assert torch.isfinite(loss)
+    assert z_BLP.grad is not None
     assert torch.isfinite(z_BLP.grad).all()
 
 
@@ -119,7 +121,7 @@ def test_statistics_hold_the_entropy_of_the_routing_distribution() -> None:
     torch.testing.assert_close(layer.prob_sum_SE, torch.tensor([[0.7, 0.2, 0.1], [1.25, 0.25, 0.5]]))
 
 
-def make_objective(**config: object) -> tuple[PretrainingObjective, ModelInputs]:
+def make_objective(**config: Any) -> tuple[PretrainingObjective, ModelInputs]:
     model = NextScaleTransformer.from_preset(
         "mepa-d2", width=32, num_heads=2, num_classes=3, scales=(1, 2, 3, 4), codebook_size=16, code_width=4
     )

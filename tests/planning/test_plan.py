@@ -29,7 +29,6 @@ from mepa_ds.planning.plan import KEPT_NAME, Machine, Plan, format_plan, plan_ru
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.teachers.registry import TEACHERS
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from tests.on_request import slow
 from tests.ranks import Ranks
 from tests.tiny_run import launch, make_run
 
@@ -91,8 +90,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (1, []),
         (2, ["parallel.ep_size=2"]),
         (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"]),
-        pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=slow),
-        pytest.param(1, ["train.accumulation=2"], marks=slow),
+        pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=pytest.mark.slow),
+        pytest.param(1, ["train.accumulation=2"], marks=pytest.mark.slow),
     ],
     ids=["1", "2", "blocks", "zero1", "accumulation"],
 )
@@ -125,8 +124,8 @@ def test_memory_is_that_of_real_ranks(
     ("ranks", "settings"),
     [
         (2, ["parallel.ep_size=2"]),
-        pytest.param(1, [], marks=slow),
-        pytest.param(1, ["train.accumulation=2"], marks=slow),
+        pytest.param(1, [], marks=pytest.mark.slow),
+        pytest.param(1, ["train.accumulation=2"], marks=pytest.mark.slow),
     ],
     ids=["2", "1", "accumulation"],
 )
@@ -250,8 +249,8 @@ ONLINE = ["data.tokens=null", "data.features=null", "data.images=nowhere", "data
     ("name", "width"),
     [
         ("dinov3-l", 1024),
-        pytest.param("dinov2-b", 768, marks=slow),
-        pytest.param("vit_small_patch16_224", 384, marks=slow),
+        pytest.param("dinov2-b", 768, marks=pytest.mark.slow),
+        pytest.param("vit_small_patch16_224", 384, marks=pytest.mark.slow),
     ],
 )
 def test_tokenizer_and_teacher_of_an_online_run_count(name: str, width: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
-from tests.on_request import slow
 from tests.ranks import Ranks, finish
 from tests.tiny_run import losses, make_run
 
@@ -24,14 +24,14 @@ def count_compiled_graphs() -> None:
 
     original = inductor.compile_fx
 
-    def compile_fx(*arguments: object, **values: object) -> object:
+    def compile_fx(*arguments: Any, **values: Any) -> Any:
         print("compiled a graph", flush=True)
         return original(*arguments, **values)
 
-    inductor.compile_fx = compile_fx
+    inductor.compile_fx = compile_fx  # type: ignore[assignment]
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_a_compiled_run_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
     recipe = str(make_run(tmp_path, "train.steps=3", "log.evaluate_every=2", "parallel.ep_size=2"))
@@ -45,7 +45,7 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
         [record["ce"] for record in read_metrics(tmp_path / name / "metrics.jsonl") if record["event"] == "heldout"]
         for name in ("plain", "compiled")
     ]
-    np.testing.assert_allclose(*heldout, atol=1e-5)
+    np.testing.assert_allclose(heldout[0], heldout[1], atol=1e-5)
     plain, compiled = (read_state_dict(tmp_path / name / "last") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
 

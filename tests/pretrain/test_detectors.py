@@ -121,8 +121,8 @@ def stop_in_the_first_bad_step() -> None:
         bad.append(bool(made.features_BNP.isnan().any()))
         return made
 
-    InputMaker.training = training  # type: ignore[method-assign]
-    Agreement.end = lambda agreement: end(agreement) or any(bad)  # type: ignore[method-assign]
+    InputMaker.training = training  # type: ignore[assignment, method-assign]
+    Agreement.end = lambda agreement: end(agreement) or any(bad)  # type: ignore[assignment, method-assign]
 
 
 def test_a_stop_in_the_step_of_a_rollback_keeps_the_place_in_the_data(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_stop_in_the_step_of_a_rollback_keeps_the_place_in_the_data(folder: Pa
 
 def damage_the_newest_checkpoint_before_a_rollback() -> None:
     """Runs in each rank's process before the run."""
-    original, damaged = PretrainRun._roll_back, []
+    original, damaged = PretrainRun._roll_back, list[Any]()
 
     def roll_back(run: PretrainRun) -> None:
         run.settle()
@@ -153,7 +153,7 @@ def damage_the_newest_checkpoint_before_a_rollback() -> None:
             (paths[-1] / "run.json").write_text("{}")
         original(run)
 
-    PretrainRun._roll_back = roll_back  # type: ignore[method-assign]
+    PretrainRun._roll_back = roll_back  # type: ignore[assignment, method-assign]
 
 
 def test_a_damaged_checkpoint_that_a_rollback_meets_is_told(folder: Path) -> None:
@@ -177,7 +177,7 @@ def fill_the_disk_from_step_5_to_13() -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, unlimited[1]) if len(calls) == 5 else unlimited)
         return original(maker, *arguments)
 
-    InputMaker.training = training  # type: ignore[method-assign]
+    InputMaker.training = training  # type: ignore[assignment, method-assign]
 
 
 def test_a_rollback_on_a_full_disk_loses_nothing(folder: Path) -> None:
@@ -330,7 +330,7 @@ def sleep_in_rank_1() -> None:
             time.sleep(0.3)  # more than what other work on the machine takes from rank 0
             return original(maker, *arguments)
 
-        InputMaker.training = training  # type: ignore[method-assign]
+        InputMaker.training = training  # type: ignore[assignment, method-assign]
 
 
 def test_a_slow_rank_is_named(folder: Path) -> None:
@@ -391,7 +391,7 @@ def double_the_loss_of_step_11() -> None:
             losses.total = losses.total * 2
         return losses
 
-    PretrainingObjective.forward = forward  # type: ignore[method-assign]
+    PretrainingObjective.forward = forward  # type: ignore[assignment, method-assign]
 
 
 def test_a_spike_between_logged_steps_is_seen(folder: Path) -> None:
@@ -462,7 +462,7 @@ def crash_in_step_5_of_rank_1() -> None:
             raise KeyError("injected")
         return original(maker, *arguments)
 
-    InputMaker.training = training  # type: ignore[method-assign]
+    InputMaker.training = training  # type: ignore[assignment, method-assign]
 
 
 def test_a_crash_is_told_once_with_its_cause_first(folder: Path) -> None:
@@ -491,12 +491,12 @@ def test_a_killed_rank_is_named_and_one_of_its_peers_speaks(folder: Path) -> Non
         ranks.processes[1].join()
         gates.open("step_4")
         assert ranks.wait() == [1, -signal.SIGKILL, 1]
-    log = ranks.log.read_text()
-    assert log.count("Traceback (most recent call last)") == 1, log
-    cause = cause_of(log)
+    said = ranks.log.read_text()
+    assert said.count("Traceback (most recent call last)") == 1, said
+    cause = cause_of(said)
     assert cause is not None
-    assert cause.startswith("no answer from rank 1: killed from outside"), log
-    assert "lost a peer: RuntimeError" in log
+    assert cause.startswith("no answer from rank 1: killed from outside"), said
+    assert "lost a peer: RuntimeError" in said
     reports = [json.loads((folder / f"killed/errors/rank_{rank:05d}.json").read_text()) for rank in (0, 2)]
     assert all("Traceback" in report["traceback"] for report in reports)
     status = json.loads((folder / "killed/status.json").read_text())

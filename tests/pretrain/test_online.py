@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.build_shards import BuildOptions, Encoding, build
-from data_tools.precompute import Features, FitTeacher, Tokens
-from data_tools.readers.digits import Digits
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.training import TrainingBatch
+from mepa_ds.data_tools.build_shards import BuildOptions, Encoding, build
+from mepa_ds.data_tools.precompute import Features, FitTeacher, Tokens
+from mepa_ds.data_tools.readers.digits import Digits
 from mepa_ds.errors import UserError
 from mepa_ds.pretrain.data import Loader, data_identity, open_checked, stream_of
 from mepa_ds.tokenizer.tokenizer import Tokenizer

@@ -49,7 +49,7 @@ def without_fp16_on_rank_1() -> None:
     """Runs in each rank's process before the run: nodes of a cluster need not be alike."""
     lacks = distributed.read_launch().rank == 1
     original = precision.is_supported
-    precision.is_supported = lambda name, device: not lacks if name == "fp16" else original(name, device)
+    precision.is_supported = lambda name, device: not lacks if name == "fp16" else original(name, device)  # type: ignore[assignment]
 
 
 def test_one_rank_without_fp16_is_one_message_on_all(folder: Path) -> None:

@@ -67,9 +67,7 @@ def test_every_layout_has_the_losses_of_one_process(
     np.testing.assert_allclose(losses(output), losses(single), atol=1e-5, rtol=0)
     ours, theirs = (read_state_dict(path / "last") for path in (output, single))
     for name, tensor in theirs.items():
-        torch.testing.assert_close(
-            ours[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name} {text}"
-        )
+        torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4, msg=f"{name} {{}}".format)
 
 
 def test_expert_parallelism_keeps_the_losses(folder: Path) -> None:

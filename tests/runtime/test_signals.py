@@ -72,7 +72,7 @@ def wait_to_meet(folder: Path) -> None:
         (folder / "begins").touch()
         return original(launch)
 
-    distributed.start = start
+    distributed.start = start  # type: ignore[assignment]
 
 
 def test_a_signal_while_ranks_are_still_meeting(folder: Path) -> None:

@@ -100,11 +100,12 @@ class Bed:
         return Gates(self.folder / f"{name}.gates", *places, patience=900)
 
     def python_with(self, gates: Gates) -> Path:
-        """What to name as Python, so that pretrain.py runs with gates."""
+        """What to name as Python, so that `python -m mepa_ds pretrain` runs with gates."""
         path = gates.folder / "python"
         path.write_text(
             "#!/bin/bash\n"
-            f'[[ $1 != pretrain.py ]] || set -- -m tests.gates {gates.folder} "$@"\n'
+            f"gated=(-m tests.gates {gates.folder} pretrain.py)\n"
+            '[[ "$1 $2 $3" != "-m mepa_ds pretrain" ]] || set -- "${gated[@]}" "${@:4}"\n'
             f'exec {sys.executable} "$@"\n'
         )
         path.chmod(0o755)
@@ -118,24 +119,23 @@ class Bed:
 
     def ranks_of(self, run: Run) -> list[int]:
         """Process numbers, as this machine counts them, of a run's Python ranks."""
-        return self._processes(run, "pretrain.py")
+        gated = self._processes(run, "-m", "tests.gates")
+        return gated + self._processes(run, "-m", "mepa_ds", "pretrain")
 
-    def _processes(self, run: Run, program: str) -> list[int]:
+    def _processes(self, run: Run, *program: str) -> list[int]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 words = path.read_bytes().decode().split("\0")
             except OSError:
                 continue
-            if words[1:3] == ["-m", "tests.gates"]:
-                words = words[3:]
-            if words[1:2] == [program] and f"output_dir={run.output}" in words:
+            if words[1 : 1 + len(program)] == list(program) and f"output_dir={run.output}" in words:
                 found.append(int(path.parent.name))
         return found
 
     def kill(self, run: Run) -> None:
         """SIGKILL to a run's ranks and to the programs that watch them, at once."""
-        watchers = self._processes(run, "slurm/launch.py")
+        watchers = self._processes(run, str(ROOT / "slurm/launch.py"))
         for pid in [*watchers, *self.ranks_of(run)]:
             os.kill(pid, signal.SIGKILL)
 

@@ -65,4 +65,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rest = [item for item in items if not item.path.is_relative_to(here)]
     for item in ours:
         item.add_marker(pytest.mark.timeout(TIMEOUT))
+        if "bed" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slurm)
     items[:] = rest + sorted(ours, key=lambda item: "outcome" in getattr(item, "fixturenames", ()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import stat
 from pathlib import Path
 
 import pytest
@@ -22,53 +21,29 @@ from mepa_ds.slurm.in_job.node_copies import copy_set, sets_to_copy
 from mepa_ds.slurm.profile import Profile, read_profile
 from mepa_ds.slurm.status import last_error, status
 from tests import tiny_run
+from tests.slurm import stand_ins
 from tests.train_tokenizer import training_run as tokenizer_run
 
-_SCONTROL = """#!/bin/bash
-case "$4 $5" in
-"partition "*) echo "PartitionName=gpu Nodes=n1" ;;
-"node "*) echo "NodeName=n1 Gres=$GRES AvailableFeatures=fast" ;;
-*) if [[ -r $FAKE/job-$5 ]]; then cat "$FAKE/job-$5"; else echo "$NO_JOB" >&2; exit 1; fi ;;
-esac
-"""
-_SBATCH = """#!/bin/bash
-[[ $1 == --test-only ]] && exit
-if [[ -n ${LIMIT:-} && -e $FAKE/submitted ]]; then
-    echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2
-    exit 1
-fi
-echo "$*" >>"$FAKE/submitted"
-wc -l <"$FAKE/submitted"
-"""
-_SCANCEL = """#!/bin/bash
-echo "$*" >"$FAKE/cancelled"
-"""
 PROFILE = "MEPA_PARTITION=gpu\nMEPA_GPUS_PER_NODE=2\nMEPA_ACCELERATOR=cpu\n"
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with fake commands, a profile, and the data of a tiny run."""
-    for name, text in (("scontrol", _SCONTROL), ("sbatch", _SBATCH), ("scancel", _SCANCEL)):
-        path = tmp_path / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    for name, value in stand_ins.write(tmp_path).items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "fake.env").write_text(PROFILE)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE", str(tmp_path))
-    monkeypatch.setenv("GRES", "gpu:2")
-    monkeypatch.setenv("NO_JOB", "slurm_load_jobs error: Invalid job id specified")
     monkeypatch.chdir(tmp_path)
     tiny_run.make_run(tmp_path)
     return tmp_path
 
 
-def mepa(cluster: Path, command: str, *words: object) -> None:
-    main([command, "--cluster", str(cluster / "fake.env"), *map(str, words)])
+def mepa(cluster: Path, command: str | Path, *words: str | Path) -> None:
+    main([str(command), "--cluster", str(cluster / "fake.env"), *map(str, words)])
 
 
-def refused(cluster: Path, *words: object) -> str:
+def refused(cluster: Path, *words: str | Path) -> str:
     with pytest.raises(UserError) as error:
         mepa(cluster, *words)
     assert not (cluster / "submitted").exists()
@@ -333,7 +308,7 @@ def test_what_a_run_began_with_may_be_gone(cluster: Path) -> None:
 def test_what_another_job_makes_need_not_be_there(cluster: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cluster / "written.tokens").mkdir()
     (cluster / "written.tokens/index.plan.json").touch()
-    words = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
+    words: list[str | Path] = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
     mepa(cluster, *words, "init_weights=/later/last", f"data.tokens={cluster}/written.tokens")
     assert "not there yet, left to job 4711: data.tokens, init_weights" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens: .* holds features"):

@@ -77,7 +77,7 @@ def result(job: Path) -> str:
 
 
 def test_a_wrong_recipe_is_the_last_line_and_a_users_error(job: Path) -> None:
-    end = run(job, f"mepa_train checkpoints pretrain.py {job}/nowhere.yaml")
+    end = run(job, f"mepa_train checkpoints pretrain {job}/nowhere.yaml")
     assert end.returncode == 2
     assert (end.stdout + end.stderr).splitlines()[-1].startswith(f"error: {job}/nowhere.yaml: cannot read the recipe")
     assert "error: slurm:" not in end.stdout + end.stderr
@@ -152,7 +152,7 @@ def test_a_node_whose_python_does_not_start_is_no_mistake_of_the_users(job: Path
     container = job / "bin/box"
     container.write_text("#!/bin/bash\necho 'stale file handle' >&2\nexit 255\n")
     container.chmod(0o755)
-    script = f"mepa_train checkpoints pretrain.py {job}/recipe.yaml"
+    script = f"mepa_train checkpoints pretrain {job}/recipe.yaml"
     end = run(job, script, "MEPA_CONTAINER=box\n", SLURM_RESTART_COUNT=str(start))
     assert "error: stale file handle" in end.stderr
     assert end.returncode == (75 if status == 75 else 255)
@@ -293,10 +293,13 @@ def test_progress_of_a_member_is_in_the_set_beside_its_images(job: Path) -> None
     clone, images = job / "clone", job / "images"
     images.mkdir()
     (images / "index.json").touch()
-    (clone / "data_tools").mkdir(parents=True)
-    for name in ("slurm", "mepa_ds"):
-        (clone / name).symlink_to(ROOT / name)
-    (clone / "data_tools/precompute.py").write_text(_PRECOMPUTE)
+    (clone / "mepa_ds/data_tools").mkdir(parents=True)
+    (clone / "slurm").symlink_to(ROOT / "slurm")
+    for path in (ROOT / "mepa_ds").iterdir():
+        if path.name != "data_tools":
+            (clone / "mepa_ds" / path.name).symlink_to(path)
+    (clone / "mepa_ds/data_tools/__init__.py").touch()
+    (clone / "mepa_ds/data_tools/precompute.py").write_text(_PRECOMPUTE)
     for name, text in (("srun", _SRUN), ("scontrol", _SCONTROL + f'echo "   StdOut={job}/log"\n')):
         (job / "bin" / name).write_text(text)
         (job / "bin" / name).chmod(0o755)
@@ -332,7 +335,7 @@ def test_a_rank_that_is_stopped_before_its_first_line_had_nothing_to_save(
 ) -> None:
     begun = job / "begun"
     starting = ["bash", "-c", f"touch {begun}; sleep 60"]
-    command = [sys.executable, ROOT / "slurm/launch.py", "rank", job / "state", *starting]
+    command = [sys.executable, str(ROOT / "slurm/launch.py"), "rank", str(job / "state"), *starting]
     env = {**os.environ, "RANK": "3", "SLURM_JOB_ID": "7"}
     with subprocess.Popen(command, env=env) as launcher:
         while not begun.exists():

@@ -190,9 +190,9 @@ def test_torchrun(outcome: Outcome, reference: Run) -> None:
 def crash_loop(bed: Bed) -> dict[str, Run]:
     no_gpus = bed.folder / "no_gpus.env"
     no_gpus.write_text("MEPA_ACCELERATOR=cuda\nMEPA_MAX_RESTARTS=1\nMEPA_INTERFACE=eth0\n")
-    broken = {"PYTHONPATH": str(broken_deepspeed(bed.folder))}
+    broken = str(broken_deepspeed(bed.folder))
     runs = {
-        "crash": bed.train("crash", ranks=1, **broken),
+        "crash": bed.train("crash", ranks=1, PYTHONPATH=broken),
         "sick": bed.train("sick", ranks=1, MEPA_HEALTH="on", MEPA_CLUSTER=str(no_gpus)),
     }
     for run in runs.values():

@@ -150,7 +150,15 @@ def submitted(bed: Bed) -> Submitted:
     """`slurm/submit.sh` with staging, a second try while the first is at work, and the status at the end."""
     output, gates = bed.folder / "submitted", bed.gates("submitted", "step_6")
     cluster = profile_file(bed.folder, "submitted", PYTHON=bed.python_with(gates))
-    words = [bed.recipe, "--cluster", cluster, "--stage", "--", f"output_dir={output}", "parallel.ep_size=2"]
+    words: list[str | Path] = [
+        bed.recipe,
+        "--cluster",
+        cluster,
+        "--stage",
+        "--",
+        f"output_dir={output}",
+        "parallel.ep_size=2",
+    ]
     first = bed.cluster.check("slurm/submit.sh", *words, env=bed.environment, timeout=240)
     number = first.split("job ")[1].split()[0]
     run = Run(bed, number, output, output / "slurm" / f"mepa-submitted-{number}.log")
@@ -249,7 +257,7 @@ def pipeline(bed: Bed) -> Pipeline:
     """Started with a damaged image among its input, which one part stops at; mended, and started again."""
     folder = bed.folder / "pipeline"
     folder.mkdir()
-    words = ["pipeline", write_pipeline(folder), "--cluster", "ci"]
+    words: list[str | Path] = ["pipeline", write_pipeline(folder), "--cluster", "ci"]
 
     def start() -> list[dict[str, str]]:
         code, text = bed.mepa(*words)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from data_tools.precompute import _name_of, default_directory
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data_tools.precompute import _name_of, default_directory
 from mepa_ds.errors import UserError
 from mepa_ds.slurm.pipeline import PipelineConfig
 from mepa_ds.tokenizer import MultiScaleQuantizer, Tokenizer
@@ -76,6 +76,7 @@ def test_the_example_recipe_reads_what_the_pipelines_commands_make() -> None:
         sides[kind] = values.get("--image-side")
         if kind == "tokens":
             assert Path(values["--tokenizer"]) == config.tokenizer
+    assert config.data.tokens is not None
     assert made["tokens", "train"] == ROOT / config.data.tokens
     assert config.data.features is not None
     assert made["features", "train"] == ROOT / config.data.features

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_tools.build_shards import BuildOptions, Encoding, build
-from data_tools.readers.digits import Digits
 from mepa_ds.config.base import load_config
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
+from mepa_ds.data_tools.build_shards import BuildOptions, Encoding, build
+from mepa_ds.data_tools.readers.digits import Digits
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.train_tokenizer.loop import train_tokenizer
 from tests.tiny_run import ROOT

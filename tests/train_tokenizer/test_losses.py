@@ -42,7 +42,7 @@ def test_a_patch_logit_sees_seventy_pixels() -> None:
     discriminator = PatchDiscriminator(32, 3)
     for layer in discriminator:  # GroupNorm sees the whole map; leave it out to see the convolutions' own field
         if isinstance(layer, nn.GroupNorm):
-            layer.forward = lambda x: x  # type: ignore[method-assign]
+            layer.forward = lambda x: x  # type: ignore[assignment, method-assign]
     logits = discriminator(image + 0.1)
     (gradient,) = torch.autograd.grad(logits[0, 0, 15, 15], image)
     rows = gradient.abs().sum((0, 1, 3)).nonzero()
@@ -53,6 +53,7 @@ def test_adaptive_weight_makes_gradients_equally_large() -> None:
     layer = nn.Linear(4, 4)
     x = torch.randn(8, 4)
     first, second = layer(x).square().mean(), 100 * layer(x).cos().mean()
+    assert isinstance(layer.weight, nn.Parameter)
     weight = adaptive_weight(first, second, layer.weight)
     assert not weight.requires_grad
     (left,) = torch.autograd.grad(first, layer.weight, retain_graph=True)
@@ -76,6 +77,7 @@ def test_the_discriminator_learns_to_tell_and_the_generator_term_does_not_train_
     assert float(weight) == 1.0
     assert all(parameter.grad is None for parameter in adversary.discriminator.parameters())
     # following the term makes the images look more real
+    assert copies.grad is not None
     moved = fake - 10 * copies.grad
     assert adversary.discriminator(moved).mean() > adversary.discriminator(fake).mean()
 
@@ -86,7 +88,9 @@ def test_quantizer_dropout_belongs_to_positions(tmp_path: Path) -> None:
     whole = trainer._num_scales(0, 4000)
     assert whole is not None
     for start, count in ((0, 7), (7, 13), (3990, 10)):
-        assert torch.equal(trainer._num_scales(start, count), whole[start : start + count])
+        part = trainer._num_scales(start, count)
+        assert part is not None
+        assert torch.equal(part, whole[start : start + count])
     shares = torch.bincount(whole, minlength=4) / 4000
     assert shares[0] == 0
     assert float(shares[3]) == pytest.approx(0.75, abs=0.03)
@@ -106,7 +110,7 @@ class TestPerceptual:
         pytest.importorskip("lpips")
         state = save_backbone(tmp_path / "alex.pth", "alex")
         module = load_lpips("alex", tmp_path / "alex.pth")
-        assert torch.equal(module.net.slice2.get_submodule("3").weight, state["features.3.weight"])
+        assert torch.equal(module.get_parameter("net.slice2.3.weight"), state["features.3.weight"])
         images = torch.rand(2, 3, 64, 64) * 2 - 1
         assert module(images, images).abs().max() < 1e-6
         noisy = (images + 0.2 * torch.randn_like(images)).requires_grad_()

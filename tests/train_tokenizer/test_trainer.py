@@ -79,7 +79,7 @@ def assert_gradients(trainer: TokenizerTrainer, loss: Tensor) -> None:
     for name, parameter, gradient in zip(names, trainer.parameters, expected, strict=True):
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         # Biases before a norm have gradients that are rounding alone.
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6 * largest, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("term", ["reconstruction", "codebook", "commitment"])

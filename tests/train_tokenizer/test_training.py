@@ -38,7 +38,7 @@ def assert_same_run(left: Path, right: Path, tolerance: float) -> None:
     """Weights, logged losses and usage of two runs agree, after optimizer steps of size 1e-3."""
     states = [Tokenizer.load(run).state_dict() for run in (left, right)]
     for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=tolerance, msg=f"{name}: {{}}".format)
     for event in ("train", "heldout"):
         ours, theirs = records(left, event), records(right, event)
         assert [record["step"] for record in ours] == [record["step"] for record in theirs]
@@ -163,7 +163,13 @@ def test_start_from_a_saved_tokenizer(folder: Path) -> None:
 
 def test_start_from_weights_of_another_phi_ratio(tmp_path: Path) -> None:
     """No shape shows it, and the same weights would decode to something else."""
-    sizes = {"scales": (1, 2), "codebook_size": 8, "code_width": 4, "channels": 32, "channel_multipliers": (1, 1)}
+    sizes: dict[str, Any] = {
+        "scales": (1, 2),
+        "codebook_size": 8,
+        "code_width": 4,
+        "channels": 32,
+        "channel_multipliers": (1, 1),
+    }
     Tokenizer(TokenizerConfig(**sizes, phi_ratio=0.25)).save_pretrained(tmp_path / "weights")
     with pytest.raises(UserError, match=r"start_from: .*weights was .* 0\.25, .* 0\.5; set tokenizer\.phi_ratio=0\.25"):
         _start_from(Tokenizer(TokenizerConfig(**sizes)), tmp_path / "weights")

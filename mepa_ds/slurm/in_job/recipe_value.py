@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import shipped
 from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.values import HUB
@@ -39,7 +40,7 @@ def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[
             continue
         value = recipe_value(key, recipe, overrides)
         if isinstance(value, str) and (key, value) != ("data.teacher.weights", HUB):
-            yield key, Path(value)
+            yield key, shipped.find(Path(value))
 
 
 def recipe_value(key: str, recipe: Path, overrides: Sequence[str] = ()) -> Any:
@@ -48,7 +49,7 @@ def recipe_value(key: str, recipe: Path, overrides: Sequence[str] = ()) -> Any:
     Raises:
         UserError: the recipe cannot be read, or the path not be expanded.
     """
-    value: Any = apply_overrides(read_yaml(recipe), overrides)
+    value: Any = apply_overrides(read_yaml(shipped.find(recipe)), overrides)
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     if isinstance(value, str) and key in (OUTPUT_KEY, *PATH_KEYS):

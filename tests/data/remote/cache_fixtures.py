@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.remote_index import CacheOptions, Remote
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.open_files import OpenFile
+from mepa_ds.data_tools.remote_index import CacheOptions, Remote
 from tests.data.shard_fixtures import make_set
 
 SIZES = (3, 4, 2, 5, 3, 4)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.merge_index import CacheOptions, Remote, Scan
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import fetching
@@ -20,6 +19,7 @@ from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardIndex
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training import training_batches
+from mepa_ds.data_tools.merge_index import CacheOptions, Remote, Scan
 from mepa_ds.errors import DamagedError, UserError
 from tests.data.shard_fixtures import features_of, make_set, tokens_of
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.precompute_sets import Derivation, RunOptions, derive_set
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import shard_cache
@@ -28,6 +27,7 @@ from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.open_files import OpenFile
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.data.training import evaluation_batches, training_batches
+from mepa_ds.data_tools.precompute_sets import Derivation, RunOptions, derive_set
 from mepa_ds.errors import UserError
 from tests.data.remote.cache_fixtures import (
     SHARD_BYTES,
@@ -265,7 +265,7 @@ def test_a_single_pass_is_fetched_ahead_too(tmp_path: Path, monkeypatch: pytest.
 def test_features_of_remote_images(tmp_path: Path) -> None:
     """Their shards are fetched ahead, each once."""
     directory, cpu = make_remote(tmp_path, "images"), torch.device("cpu")
-    made = []
+    made: list[Any] = []
     for images in (ShardSet(directory), ShardSet(tmp_path / "far")):
         names = tuple(shard.name for shard in images.index.shards)
         out = tmp_path / f"out-{len(made)}"

@@ -50,16 +50,19 @@ def test_threads_and_processes_exclude_each_other(tmp_path: Path) -> None:
             time.sleep(0.005)
             number.write_text(str(before + 1))
 
+    def add_thrice() -> None:
+        for _ in range(3):
+            add()
+
     children = []
     for _ in range(3):
         if (child := os.fork()) == 0:
             try:
-                for _ in range(3):
-                    add()
+                add_thrice()
             finally:
                 os._exit(0)
         children.append(child)
-    threads = [threading.Thread(target=lambda: [add() for _ in range(3)]) for _ in range(2)]
+    threads = [threading.Thread(target=add_thrice) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -45,7 +45,12 @@ def test_a_shard_is_opened_once_although_the_shell_allows_few_files(
 ) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
     opened: list[str] = []
-    monkeypatch.setattr("mepa_ds.data.shard_set.OpenFile", lambda path: [opened.append(path), OpenFile(path)][1])
+
+    def noted(path: str) -> OpenFile:
+        opened.append(path)
+        return OpenFile(path)
+
+    monkeypatch.setattr("mepa_ds.data.shard_set.OpenFile", noted)
     sets = [ShardSet(shards) for _ in range(3)]
     for _ in range(2):
         for one in sets:

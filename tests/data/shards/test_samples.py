@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.build_shards import build
-from data_tools.merge_index import Scan
-from data_tools.readers.webdataset import WebDataset
-from data_tools.show_shards import Options as ShowOptions
-from data_tools.show_shards import contact_sheet
-from data_tools.verify_shards import Options as VerifyOptions
-from data_tools.verify_shards import verify
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import scan_tar
 from mepa_ds.data.shards.samples import image_samples, is_hidden, split_member_name
+from mepa_ds.data_tools.build_shards import build
+from mepa_ds.data_tools.merge_index import Scan
+from mepa_ds.data_tools.readers.webdataset import WebDataset
+from mepa_ds.data_tools.show_shards import Options as ShowOptions
+from mepa_ds.data_tools.show_shards import contact_sheet
+from mepa_ds.data_tools.verify_shards import Options as VerifyOptions
+from mepa_ds.data_tools.verify_shards import verify
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import is_image_name
 from tests.data.shards.tar_fixtures import add

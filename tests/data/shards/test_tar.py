@@ -13,11 +13,11 @@ import webdataset as wds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.readers.imagenet import ImageNet
-from data_tools.readers.webdataset import WebDataset
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import scan_tar
 from mepa_ds.data.shards.tar import DEAD_LINKS, DEVICES, UNKNOWN_KINDS, TarMember, list_members
+from mepa_ds.data_tools.readers.imagenet import ImageNet
+from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import DamagedError
 from tests.data.shard_fixtures import make_set
 from tests.data.shards.tar_fixtures import add, listed
