@@ -7,8 +7,10 @@ STAMP := .venv/.installed
 # that run tests side by side
 PROCESSES ?= 2
 # Tests of `make test-fast` and `make coverage`: what needs one process and little time.
-FAST := $(addprefix tests/,config data data_tools evaluation generation images models objective reports teachers \
-	tokenizer weights test_foundations.py test_layers.py test_log.py test_public_api.py)
+FAST := -m "not slow and not slurm and not processes" $(addprefix tests/,config data data_tools generation images \
+	models objective reports teachers tokenizer weights train_tokenizer/test_losses.py pretrain/test_parts.py \
+	runtime/test_failures.py evaluation/test_formulas.py test_foundations.py test_layers.py \
+	test_log.py test_public_api.py)
 
 .PHONY: setup quickstart test test-fast lint types coverage mutants clean-quickstart
 
@@ -30,7 +32,7 @@ test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not slow and not slurm" $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) $(FAST)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -41,7 +43,7 @@ types: setup
 
 # Lines of the package that the fast tests do not reach.
 coverage: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) -m "not slow and not slurm" --cov --cov-report=term-missing:skip-covered $(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --cov --cov-report=term-missing:skip-covered $(FAST)
 
 # Alters core modules, one expression at a time, in a copy (mutants/), and counts what their tests notice.
 mutants: setup

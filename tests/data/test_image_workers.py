@@ -37,6 +37,7 @@ sys.exit(REQUEUE_EXIT_CODE)  # with the workers still there
 """
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_step_lets_the_rank_save(tmp_path: Path, number: signal.Signals) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -42,6 +43,7 @@ def run_rank(rank: int, port: int, directory: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_all_ranks_end_together(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(run_rank, (free_port(), tmp_path), nprocs=2, start_method="spawn")
     for rank in range(2):

@@ -90,6 +90,7 @@ def test_shards_of_a_size(tmp_path: Path) -> None:
     assert [shard.num_samples for shard in index.shards] == [3, 3, 3, 3]
 
 
+@pytest.mark.processes
 def test_job_arrays_and_workers_write_the_same_bytes(tmp_path: Path) -> None:
     make_folder(tmp_path / "in", per_class=7)
     reader = ImageFolder(tmp_path / "in")
@@ -157,6 +158,7 @@ def test_photos_are_upright(tmp_path: Path) -> None:
     assert pixels[20:].max() < 50
 
 
+@pytest.mark.processes
 def test_damaged_files_stop_the_build_by_name_or_are_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -250,6 +252,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "data_tools" / "build_shards.py"), *arguments]
 
 
+@pytest.mark.processes
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:
     result = subprocess.run(
         command("imagefolder", "--root", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")),
@@ -279,6 +282,7 @@ build_shards.main()
 """
 
 
+@pytest.mark.processes
 def test_killed_tools_leave_complete_shards_and_reruns_end_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

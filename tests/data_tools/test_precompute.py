@@ -251,6 +251,7 @@ precompute.main()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kill_at", [3, 4, 8])
 def test_killed_and_run_again_ends_byte_identical(images: Path, tokenizer: Path, kill_at: int) -> None:
     """Renames: 1 the manifest; 2, 4, 6 a tar; 3, 5, 7 its offset index; 8 the index."""

@@ -53,6 +53,7 @@ def rewrite(directory: Path, samples: list[Any], shard: str = "shard-000001.tar"
     writer.finish()
 
 
+@pytest.mark.processes
 def test_whole_sets_pass(sets: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert check(*sets)
     printed = capsys.readouterr().out

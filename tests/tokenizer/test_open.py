@@ -28,6 +28,7 @@ def save_as_var(directory: Path, path: Path) -> None:
     torch.save({name_in_var(name): tensor for name, tensor in Tokenizer.load(directory).state_dict().items()}, path)
 
 
+@pytest.mark.processes
 def test_a_run_from_a_file_of_vars_tokenizer(tmp_path: Path) -> None:
     """The same weights from a directory and from a .pth have one identity and make the same run, with its samples."""
     settings = ["train.steps=2", "log.sample_every=2", "log.checkpoint_every=2", "log.evaluate_every=2"]

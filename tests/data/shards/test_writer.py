@@ -171,6 +171,7 @@ def make_set_and_die(directory: Path, moment: int) -> None:
     make_set(directory, "tokens", [3, 2])
 
 
+@pytest.mark.processes
 def test_a_kill_at_any_moment_leaves_complete_shards_and_a_rerun_the_same_bytes(tmp_path: Path) -> None:
     expected_index = make_set(tmp_path / "undisturbed", "tokens", [3, 2])
     expected = contents(tmp_path / "undisturbed")
