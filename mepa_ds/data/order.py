@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of (seed, epoch, shard sizes, window) (D3).
+"""The order of samples as a pure function of (seed, epoch, shard sizes, window of shards).
 
 The training stream is endless: position p = 0, 1, 2, ... lies in epoch p // N at offset p % N, and the sample at
 position p is `permutation(seed, p // N)[p % N]`.

@@ -1,4 +1,4 @@
-"""Checkpoints that do not know the topology, and weights that need no DeepSpeed (D5): saved, loaded, exported."""
+"""Checkpoints that do not know the topology, and weights that need no DeepSpeed: saved, loaded, exported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block-causal self-attention without a mask (D7), and the cache that sampling fills.
+"""Block-causal self-attention without a mask, and the cache that sampling fills.
 
 Shapes: B batch, L positions, C width, H heads, D = C / H.
 """

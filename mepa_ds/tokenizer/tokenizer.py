@@ -96,7 +96,7 @@ class Tokenizer(nn.Module):
 
     @cached_property
     def identity(self) -> str:
-        """16 hex digits of the weights and scales: token maps carry it, and refuse another tokenizer (D2).
+        """16 hex digits of a hash of weights and scales. Token sets store it, and are refused with another tokenizer.
 
         Computed once: weights that change afterwards (training) must be saved and loaded first.
         """

@@ -1,6 +1,6 @@
 """Files with state dicts, foreign ones too, read safely.
 
-Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors (D9).
+Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors.
 """
 
 from __future__ import annotations

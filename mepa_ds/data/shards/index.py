@@ -1,4 +1,4 @@
-"""A shard set's `index.json` (D2): what is in the set, how much, made by whom; and the offsets beside each shard.
+"""A shard set's `index.json`: what is in the set, how much, and what made it; and the offsets beside each shard.
 
 A set is a directory of WebDataset tars `shard-000000.tar`, a table of offsets `shard-000000.idx.npz` beside each,
 and one `index.json`. Tokens and features are sets of their own with the same keys in the same order as the images

@@ -1,4 +1,4 @@
-"""Dispatch: bring every routed token to its expert and the result back (D4, dropless).
+"""Dispatch: bring every routed token to its expert and the result back (docs/decisions.md, Dropless routing).
 
 Shapes: T tokens, K choices a token, R = T K routed rows, C width, E experts.
 """

@@ -1,7 +1,7 @@
 """Routers: which experts see a token, with what weight.
 
 Shapes: B batch, L positions, T = B L tokens, C width, S scales, E experts, K choices a token.
-All routing is fp32, whatever the model's type (D6).
+All routing is fp32, whatever the model's type (docs/decisions.md, fp32 where it decides).
 """
 
 from __future__ import annotations
