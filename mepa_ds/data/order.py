@@ -17,9 +17,9 @@ positions that starts at sG + rG / W. From this alone follows what resuming need
   with other W, G or workers: the positions before are consumed, those after are not. Seed, shards and window must be
   the same: a run's checkpoint names them (mepa_ds.pretrain.data.data_identity), and refuses others.
 
-With a window (sets that are fetched) shards are permuted and cut into windows of that many; samples are permuted within
-each. That too is a bijection of the epoch's N samples, so all of the above holds, but nothing is nearer to uniform than
-the window allows: `shuffle_quality` measures it.
+Sets that are fetched have a window of shards: the shards are permuted and cut into windows of that many, and samples
+are permuted within each window. That too is a bijection of the epoch's N samples, so all of the above holds. Only the
+shuffle is less uniform; `shuffle_quality` measures by how much.
 
 Permutations are made from the raw output of the Philox generator, keyed through SeedSequence, by a stable sort of
 one 64-bit number a sample. NumPy promises the streams of bit generators and of SeedSequence to be stable between

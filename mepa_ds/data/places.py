@@ -21,14 +21,14 @@ _RESCAN = "if it was replaced, run data_tools/merge_index.py scan on the set aga
 
 
 def remedy(index: ShardIndex) -> str:
-    """What to do about a shard that is not the one its index describes."""
+    """What a message advises when a shard is not the one that its index describes."""
     return _RESCAN if index.made_by == FOREIGN else REMEDY
 
 
 class Places:
     """Keys, labels and members' places of a set. A shard's table is read when one of its samples is first asked for.
 
-    Pickles without the tables. Threads may share it: who reads a table that another is reading writes the same.
+    A pickled copy has no tables. Threads may share an instance: two threads that read one table write the same values.
     """
 
     def __init__(self, index: ShardIndex, paths: list[str], what: str):

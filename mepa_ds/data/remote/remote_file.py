@@ -32,7 +32,7 @@ class RemoteShards(Section):
     cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""
     window: Annotated[int, Field(gt=0)]
-    """Shards that samples are shuffled over."""
+    """How many shards are shuffled together: the window of shards."""
 
     @property
     def directory(self) -> str:
@@ -56,7 +56,7 @@ class RemoteShards(Section):
             raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
         try:
             return validate(cls, data, str(path))
-        except UserError as error:  # it shows what was given
+        except UserError as error:  # its message shows what was given, signatures too
             raise UserError(redacted(str(error))) from None
 
     def write(self, directory: Path) -> None:
