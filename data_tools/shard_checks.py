@@ -1,4 +1,4 @@
-"""Everything that can be wrong with one shard by itself."""
+"""Checks of one shard by itself, without regard to others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ShardReport:
 
 
 def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
-    """Everything that can be said about one shard by itself."""
+    """Finds whatever is wrong with one shard by itself."""
     report = ShardReport(number)
     try:
         _check_shard(shards, decode, report)
@@ -80,7 +80,7 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
 
 def _same_table(index: ShardIndex, path: Path, table: SampleTable) -> bool:
     try:
-        stored = read_table(path, index.kind)  # what is stored, even where the loader would read the headers again
+        stored = read_table(path, index.kind)  # the stored table, even where the loader would read the headers again
     except DamagedError:
         return False
     if stored.extensions != table.extensions or len(stored) != len(table):

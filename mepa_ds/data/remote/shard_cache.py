@@ -150,7 +150,10 @@ class ShardCache:
         """Lowers the cache's limit, since its disk is full, to make room for another shard; returns the limit."""
         held = sum(size for _, size, _ in self._files())
         if held < self._max_bytes:
-            note(f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; it shrinks")
+            note(
+                f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards are "
+                "removed"
+            )
         self._max_bytes = min(self._max_bytes, max(held - 2 * num_bytes, num_bytes))
         return self._max_bytes
 
