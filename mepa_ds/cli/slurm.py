@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     if rest:
         hint = "; put key=value words at the end, after --" if any("=" in word for word in rest) else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    # Paths on the command line are the caller's; those in recipes and pipelines are the clone's, where jobs start.
+    # Paths on the command line are relative to the caller's directory; paths in recipes and pipelines to the clone.
     for name in ("recipe", "file", "run"):
         if name in arguments:
             setattr(arguments, name, getattr(arguments, name).resolve())
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             stage=arguments.stage,
             dry_run=arguments.dry_run,
         )
-        log.make_stdout_a_log()  # a job that is submitted stays so
+        log.make_stdout_a_log()  # a job stays submitted even if its number cannot be printed
         submit_recipe(request, profile)
 
 
@@ -77,7 +77,7 @@ def check_words(tool: Tool, words: list[str]) -> None:
     """Parses a command of a pipeline as the tool itself will.
 
     Raises:
-        UserError: the tool does not take it. What it says has been printed.
+        UserError: the tool does not accept it. The tool's own message has been printed.
     """
     from data_tools import build_shards, precompute
     from mepa_ds.cli import sample
@@ -86,7 +86,7 @@ def check_words(tool: Tool, words: list[str]) -> None:
     try:
         parsers[tool](words)
     except SystemExit:
-        raise UserError(f"{shlex.join(words)}: these are no words of {tool}, which says why above") from None
+        raise UserError(f"{shlex.join(words)}: {tool} does not accept this command; its message is above") from None
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ JOBS_NAME = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """What one sbatch starts."""
+    """The job that one sbatch submits."""
 
     script: str
     """File in slurm/, without .sbatch."""
@@ -90,7 +90,7 @@ def _exports(job: Job, profile: Profile) -> dict[str, str]:
 
 def test_only(command: list[str]) -> None:
     """Asks SLURM whether it would take the job; raises UserError with its answer if not."""
-    # A dependency on a job that is only planned has no number yet.
+    # Dependencies are left out: a job that is only planned has no number yet.
     words = [word for word in command[1:] if not word.startswith(("--dependency=", "--parsable"))]
     slurm(["sbatch", "--test-only", *words])
 

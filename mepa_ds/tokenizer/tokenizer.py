@@ -43,10 +43,10 @@ class Tokenizer(nn.Module):
     def open(
         cls, path: Path | str, scales: Sequence[int] | None = None, *, phi_ratio: float | None = None
     ) -> Tokenizer:
-        """Whichever lies there: a directory (`load`), or VAR's tokenizer (`from_var`).
+        """Opens what the path holds: a directory of ours (`load`), or VAR's tokenizer (`from_var`).
 
         Raises:
-            UserError: neither; or another `phi_ratio` than the settings beside the weights tell.
+            UserError: it holds neither, or `phi_ratio` is not the one in the settings beside the weights.
         """
         config, state, name_in_file = read_tokenizer(path, scales, phi_ratio)
         tokenizer = cls(config)
@@ -68,7 +68,7 @@ class Tokenizer(nn.Module):
                 state dict itself.
             scales: sides of the token maps; None: those of the settings in the file, or VAR's ten for 256 x 256. The
                 same weights serve 512 x 512 with (1, 2, 3, 4, 6, 9, 13, 18, 24, 32).
-            phi_ratio: share of phi's convolution, which no tensor shows; None: that of the settings, or VAR's 0.5.
+            phi_ratio: share of phi's convolution, which no tensor shows; None: the one in the settings, or VAR's 0.5.
 
         Raises:
             UserError: not such a checkpoint, keys or shapes that do not fit, a pickle with more than tensors.

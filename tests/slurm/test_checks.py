@@ -284,11 +284,20 @@ def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"shards": {"commands": ["imagent --tar x --out y"]}}, "imagent --tar x --out y: these are no words of build"),
-        ({"shards": {"commands": ["imagefolder --root x --out y --imge-side 8"]}}, "no words of build_shards"),
-        ({"precompute": {"commands": ["tokens x --tokeniser y"]}}, "tokens x --tokeniser y: these are no words of pre"),
-        ({"teacher": {"commands": ["fit-teacher"]}}, "fit-teacher: these are no words of precompute"),
-        ({"samples": {"options": "--cfg 1.5 --nosuch 3"}}, "--cfg 1.5 --nosuch 3: these are no words of sample"),
+        (
+            {"shards": {"commands": ["imagent --tar x --out y"]}},
+            "imagent --tar x --out y: build_shards does not accept",
+        ),
+        (
+            {"shards": {"commands": ["imagefolder --root x --out y --imge-side 8"]}},
+            "build_shards does not accept this command",
+        ),
+        (
+            {"precompute": {"commands": ["tokens x --tokeniser y"]}},
+            "tokens x --tokeniser y: precompute does not accept",
+        ),
+        ({"teacher": {"commands": ["fit-teacher"]}}, "fit-teacher: precompute does not accept this"),
+        ({"samples": {"options": "--cfg 1.5 --nosuch 3"}}, "--cfg 1.5 --nosuch 3: sample does not accept this"),
         ({"samples": {"parts": 99}}, "samples.parts: 99 parts, but only 3 classes to draw; use fewer"),
     ],
 )
