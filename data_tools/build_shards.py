@@ -2,7 +2,7 @@
 
 Which image stands where is decided before the first shard is written, from the listing alone: a permutation by
 `--shuffle-seed`, cut into shards. So shards can be written by any number of processes and jobs, in any order, and a
-run that was killed goes on where it stopped; the result is the same to the byte.
+run that was killed continues where it stopped; the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Encoding:
     image_side: int | None = None
     """Resize the shorter side to this and crop the centre square; without it the original bytes are stored."""
     format: Literal["jpg", "png", "webp"] = "jpg"
-    """Of resized images."""
+    """File format of resized images."""
     quality: int = 95
-    """Of resized JPEG and WebP images (WebP 100 is lossless)."""
+    """Quality of resized JPEG and WebP images (WebP 100 is lossless)."""
     crop: Literal["centre", "none"] = "centre"
     """none: keep the whole resized image, so that random crops reach what VAR's reach."""
     background: str = "white"

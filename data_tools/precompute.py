@@ -1,7 +1,7 @@
 """Makes token and feature sets from an image set: `python data_tools/precompute.py tokens|features|fit-teacher --help`.
 
 Runs on one process, under torchrun (the shards are split over the ranks) or as a job array (--num-parts, --part); a
-run that was killed goes on with the shards that are missing, and a rerun ends the same to the byte.
+run that was killed continues with the missing shards, and a rerun ends the same to the byte.
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ def _items(images: ShardSet, samples: Iterable[int], prepare: Prepare, size: int
 
 @dataclass(frozen=True)
 class Derivation:
-    """What is made of each image."""
+    """How the sample of a derived set is made from each image."""
 
     prepare: Prepare
     encode: Encode

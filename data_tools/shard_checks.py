@@ -94,7 +94,7 @@ def _same_table(index: ShardIndex, path: Path, table: SampleTable) -> bool:
 
 
 def _labels(path: Path, table: SampleTable) -> NDArray[np.int64]:
-    """What the `cls` members say; -1 for what is no number."""
+    """The numbers in the `cls` members; -1 where there is no number."""
     column = table.extensions.index(LABEL_EXTENSION)
     labels = []
     with open(path, "rb") as file:

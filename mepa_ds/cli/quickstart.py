@@ -47,7 +47,7 @@ class Spent:
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    """Of the process that needed the most."""
+    """Peak memory of the largest process."""
     done: bool = False
     work: str = ""
     """Hash of its commands and recipes at its last start."""
@@ -134,7 +134,7 @@ def _work(stage: Stage) -> str:
 
 
 def _read_spent() -> dict[str, Spent]:
-    """By stage, from earlier starts."""
+    """Time and memory by stage, from earlier starts."""
     known = json.loads(STAGES_FILE.read_text()) if STAGES_FILE.exists() else {}
     return {stage.name: Spent(**known.get(stage.name, {})) for stage in STAGES}
 
@@ -167,7 +167,7 @@ def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
         if code:
             raise UserError(
                 f"quickstart: stage {stage.name} ended with status {code} (its own message is above); "
-                "run the quickstart again: it goes on from here"
+                "run the quickstart again: it continues here"
             )
     mine.done = True
     _write_spent(spent)

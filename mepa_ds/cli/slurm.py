@@ -108,7 +108,7 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job", choices=sorted(JOBS), default="pretrain", help="what the recipe is for")
     parser.add_argument("--nodes", type=int, default=1, help="each with the profile's GPUs [default: 1]")
     parser.add_argument("--gpus", type=int, help="a node [default: the profile's]")
-    parser.add_argument("--time", help="limit, such as 12:00:00 [default: the profile's]; a run goes on after it")
+    parser.add_argument("--time", help="limit of one start, such as 12:00:00 [default: the profile's]")
     parser.add_argument("--after", action="append", metavar="JOB", help="start when this job has succeeded")
     parser.add_argument("--limit", type=int, default=8, help="members of a scaling study that run at once")
     parser.add_argument("--stage", action="store_true", help="copy the shard sets to every node's own disk first")

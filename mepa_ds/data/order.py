@@ -8,12 +8,12 @@ positions that starts at sG + rG / W. From this alone follows what resuming need
 
 - Each sample exactly once an epoch. The positions of epoch e are [eN, (e + 1)N); offsets run through 0..N-1 once
   and a permutation is a bijection. Batches tile the positions without gap or overlap, and the slices of the ranks
-  tile each batch, so whoever reads them, in whatever batch size, reads each position once.
+  tile each batch. So each position is read exactly once, at any batch size and by any readers.
 - Independent of world size, workers and timing. The positions of a global batch are [sG, (s + 1)G) for every W,
   and which sample stands at a position involves neither W nor the worker that reads it.
 - The same number of batches on every rank: all have one slice of each global batch. An epoch's end inside a batch
   is nothing special, since the stream runs on; so nothing is dropped when G does not divide N.
-- The state is one integer: the first position not yet consumed. A run may stop at any batch and go on from there
+- The state is one integer: the first position not yet consumed. A run may stop at any batch and continue there
   with other W, G or workers: the positions before are consumed, those after are not. Seed, shards and window must be
   the same: a run's checkpoint names them (mepa_ds.pretrain.data.data_identity), and refuses others.
 
@@ -50,7 +50,7 @@ def permutation(seed: int, epoch: int, size: int, stream: int = 0) -> Indices:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which sample of a set stands at each position of the endless stream.
+    """Says which sample of a set stands at each position of the endless sample stream.
 
     Args:
         shard_sizes: samples of each shard; N is their sum.

@@ -60,7 +60,7 @@ class Places:
         """(B,) the shard of each sample, whose table is then at hand.
 
         Raises:
-            DamagedError: a table cannot be read, or is not that of the index.
+            DamagedError: a table cannot be read, or does not fit the index.
         """
         shards_B = np.searchsorted(self._starts, samples_B, side="right") - 1
         known_B = self._is_read[shards_B]

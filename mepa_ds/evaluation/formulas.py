@@ -33,7 +33,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Gaussian:
-        """Of at least two images. The covariance is divided by N - 1, as NumPy's.
+        """Mean and covariance of at least two images. The covariance is divided by N - 1, as NumPy's.
 
         Raises:
             UserError: one image alone has no covariance.
@@ -51,8 +51,8 @@ class Gaussian:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    The eigenvalues of C1 C2 are those of R C2 R with R R = C1, which is symmetric: no complex numbers, and covariances
-    of fewer images than features, which are singular, are as good as others.
+    C1 C2 has the eigenvalues of R C2 R with R R = C1. That matrix is symmetric, so no complex numbers occur, and
+    singular covariances (of fewer images than features) are no special case.
 
     Raises:
         UserError: a matrix has negative eigenvalues, so it is no covariance.

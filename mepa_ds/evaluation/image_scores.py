@@ -50,7 +50,7 @@ class Features:
     pool_NP: Tensor
     spatial_NS: Tensor
     logits_NK: Tensor
-    """Without the bias of the last layer, as ADM's suite has them."""
+    """Logits without the bias of the last layer, as in ADM's suite."""
 
     def check(self, what: str, first: int = 0) -> None:
         """Raises UserError for features that are not finite; `first` is the number of the first image."""

@@ -37,7 +37,7 @@ class FrozenNetworks:
     teacher_width: int | None = None
     teacher_patches: int = 0
     weights: dict[str, float] = field(default_factory=dict)
-    """By part."""
+    """Bytes of weights by part of the plan."""
     working: float | None = None
     """Memory at the peak of encoding one micro-batch of images; None: nothing is encoded (data.tokens)."""
     assumed: list[str] = field(default_factory=list)

@@ -33,7 +33,7 @@ _WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is planned for. `memory` is in bytes a rank; None: unknown, so nothing is compared with it."""
+    """The ranks that a run is planned for. `memory` is bytes of a rank; None: unknown, so it is not compared."""
 
     world_size: int
     is_gpu: bool

@@ -32,7 +32,7 @@ class Job:
     tasks_per_node: int | None = None
     """Ranks a node, each with a GPU; None: the profile's GPUs a node. 0: one task without a GPU."""
     cpus: int = 1
-    """Of a task without GPU."""
+    """CPUs of a task without a GPU."""
     time: str | None = None
     """SLURM's notation [default: the profile's]."""
     array: str | None = None
@@ -110,5 +110,5 @@ def submit(job: Job, profile: Profile, record: Path) -> str:
 
 
 def recorded_jobs(record: Path) -> list[dict[str, Any]]:
-    """What was submitted for a run, oldest first."""
+    """The jobs that were submitted for a run, oldest first."""
     return list(read_metrics(record / JOBS_NAME))  # lines of JSON too, of which a lost node may leave a torn one

@@ -191,7 +191,7 @@ def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) ->
     best = config.samples is not None and config.samples.weights == "best"
     if best and recipe_value("data.heldout_tokens", request.recipe, request.overrides) is None:
         raise UserError(
-            "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no "
+            "samples.weights: best means the weights of lowest held-out cross-entropy, but the recipe has no "
             "data.heldout_tokens; give it, or set samples.weights: last"
         )
 
@@ -234,7 +234,7 @@ def _request(training: TrainingConfig, job: str) -> Request:
 
 
 def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
-    """What is not done yet, stage by stage."""
+    """The jobs that are not done yet, stage by stage."""
     record = run / "slurm"
     if config.shards is not None:
         yield Stage("shards", tuple(_arrays("build_shards", "shards", config.shards, record)))

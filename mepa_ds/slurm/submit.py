@@ -178,7 +178,7 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
             check_recipe(member, profile, looked_at=looked_at)
             run = output_dir(member).resolve()
             if run in runs:
-                raise UserError(f"output_dir: {run} is that of run {runs.index(run) + 1} too; give each its own")
+                raise UserError(f"output_dir: {run} is also used by run {runs.index(run) + 1}; give each its own")
             runs.append(run)
             members.append(member)
         except UserError as error:

@@ -66,7 +66,7 @@ class Tokenizer(nn.Module):
         Args:
             source: `vae_ch160v4096z32.pth`, another file with the same keys, a checkpoint of VAR's training, or the
                 state dict itself.
-            scales: sides of the token maps; None: those of the settings in the file, or VAR's ten for 256 x 256. The
+            scales: sides of the token maps; None: the sides in the file's settings, or VAR's ten for 256 x 256. The
                 same weights serve 512 x 512 with (1, 2, 3, 4, 6, 9, 13, 18, 24, 32).
             phi_ratio: share of phi's convolution, which no tensor shows; None: the one in the settings, or VAR's 0.5.
 
@@ -127,7 +127,7 @@ class Tokenizer(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images (B, 3, H, H) in [-1, 1] to tokens (B, L) int64, scale after scale, each map row by row.
 
-        In the type of the weights, whatever autocast the caller has on: others read these tokens.
+        It runs in the type of the weights, without the caller's autocast, since others read these tokens.
         """
         with torch.autocast(images_B3HW.device.type, enabled=False), full_fp32():
             return self.quantizer.tokens_of(self.latent(images_B3HW))

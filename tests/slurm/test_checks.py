@@ -236,7 +236,7 @@ def test_a_stop_must_end_before_the_time_limit(cluster: Path) -> None:
 def test_runs_of_a_study_write_apart(cluster: Path) -> None:
     study(cluster, "a", "b", "a")
     message = refused(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
-    assert f"run 3: output_dir: {cluster}/a is that of run 1 too; give each its own" in message
+    assert f"run 3: output_dir: {cluster}/a is also used by run 1; give each its own" in message
 
 
 def pipeline(cluster: Path, **stages: object) -> Path:
@@ -278,7 +278,7 @@ def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
     assert f"images: {cluster}/images: no such file" in message(precompute={"commands": [tokens]})
     assert "--root: /nowhere: no such file" in message(shards={"commands": ["imagefolder --root /nowhere --out x"]})
     best = message("data.heldout_tokens=null", samples={"weights": "best"})
-    assert "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no" in best
+    assert "samples.weights: best means the weights of lowest held-out cross-entropy, but the recipe has no" in best
 
 
 @pytest.mark.parametrize(

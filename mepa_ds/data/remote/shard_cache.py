@@ -1,7 +1,7 @@
 """The bounded local cache of a remote set's tars, fetched ahead in the order of use. Processes and jobs may share it.
 
-Any of them may remove any tar at any time, to make room. So a reader is given an open file, not a path: whoever fetches
-a tar opens it before others can see it, and an open file stays readable when its name is gone.
+Any of them may remove any tar at any time, to make room. A reader is therefore given an open file, not a path: a tar is
+opened before others can see it, and an open file stays readable when its name is gone.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class ShardCache:
         found, names = list[tuple[int, int, Path]](), set(self._names)
         with suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
-                if entry.name in names:  # whatever they end in: .tar, .tar.gz
+                if entry.name in names:  # with any ending: .tar, .tar.gz
                     with suppress(OSError):  # another process has just removed it
                         found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         return sorted(found)

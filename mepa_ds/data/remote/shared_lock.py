@@ -39,7 +39,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     with _open(path) as file:
         try:
             how = _flock(file, wait)
-        except OSError:  # whatever the reason, a file system that does not lock
+        except OSError:  # for whatever reason, this file system does not lock
             with _claimed(path.with_name(f".{path.name}.claim"), wait) as held:
                 yield held
             return

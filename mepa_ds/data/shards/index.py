@@ -56,7 +56,7 @@ class ShardEntry(Section):
     num_samples: int
     bytes: int
     sha256: str
-    """Of the tar file; empty when unknown (a set that others made)."""
+    """SHA-256 of the tar file; empty if unknown (a set that others made)."""
     keys_sha256: str
     """SHA-256 of the keys in order, each ended by a newline."""
     skipped: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class ShardIndex(Section):
     kind: Kind
     shards: tuple[ShardEntry, ...]
     members: dict[str, Member]
-    """By extension, without the leading dot."""
+    """Members of a sample by extension, without the leading dot."""
     classes: tuple[str, ...] = ()
     """Class names by label; empty when unknown."""
     made_by: MadeBy
@@ -134,7 +134,7 @@ def images_identity(index: ShardIndex) -> str:
 
 
 def source_images(index: ShardIndex) -> str | None:
-    """Which images a set holds or was made from (`images_identity`); None where it does not say."""
+    """Identity of the images that a set holds or was made from (`images_identity`); None if the index has none."""
     return images_identity(index) if index.kind == "images" else index.made_by.settings.get("images")
 
 
@@ -234,7 +234,7 @@ def stored_description(shard: Path) -> Description | None:
 
 
 def read_description(shard: Path) -> Description | None:
-    """What is stored beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
+    """The description beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
     if not shard.exists() or (description := stored_description(shard)) is None:
         return None
     return description if description.is_of(shard) else None

@@ -1,4 +1,4 @@
-"""What a sample of a tar is: one rule for readers, tools and loader.
+"""The rule that says what a sample of a tar is, for readers, tools and loader alike.
 
 A sample is the members `KEY.EXT` with the same key, as WebDataset defines it: the key ends at the first dot of the
 file name. A sample of images is one member with an image's extension and perhaps a label, `KEY.cls`. Names that begin
@@ -40,7 +40,7 @@ def is_hidden(name: str) -> bool:
 
 
 def image_extension(extensions: Collection[str], where: str) -> str:
-    """Which of a sample's members is its image.
+    """The extension of a sample's image.
 
     Raises:
         DamagedError: there is no image, or there are several and no rule can know which one is meant.

@@ -42,7 +42,7 @@ class TarMember(NamedTuple):
 
     name: str
     offset: int
-    """Of its data, in bytes from the start of the tar file."""
+    """Where its data begin, in bytes from the start of the tar file."""
     size: int
 
 

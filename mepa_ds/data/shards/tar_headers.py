@@ -25,14 +25,14 @@ _TARGET, _MAGIC, _PREFIX = slice(157, 257), slice(257, 263), slice(345, 500)
 
 
 class Header(NamedTuple):
-    """What a header block says by itself. Extended headers before it may override it."""
+    """The content of one header block. Extended headers before it may override it."""
 
     name: str
     size: int
     kind: bytes
     """The type letter."""
     target: str
-    """What a link points at."""
+    """The target of a link."""
 
 
 def is_header(block: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Which members of a job array are done: `python -m mepa_ds.slurm.in_job.parts STATE PARTS` fails and names the others.
+"""Members of a job array that are done. `python -m mepa_ds.slurm.in_job.parts STATE PARTS` fails and names the others.
 
 Every member writes STATE/part-<number>/result: running, done, requeued: WHY, or failed: CAUSE.
 """
