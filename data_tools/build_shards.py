@@ -2,7 +2,7 @@
 
 Which image stands where is decided before the first shard is written, from the listing alone: a permutation by
 `--shuffle-seed`, cut into shards. So shards can be written by any number of processes and jobs, in any order, and a
-run that was killed goes on where it stopped; the result is the same to the byte.
+run that was killed continues where it stopped; the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Encoding:
     image_side: int | None = None
     """Resize the shorter side to this and crop the centre square; without it the original bytes are stored."""
     format: Literal["jpg", "png", "webp"] = "jpg"
-    """Of resized images."""
+    """File format of resized images."""
     quality: int = 95
-    """Of resized JPEG and WebP images (WebP 100 is lossless)."""
+    """Quality of resized JPEG and WebP images (WebP 100 is lossless)."""
     crop: Literal["centre", "none"] = "centre"
     """none: keep the whole resized image, so that random crops reach what VAR's reach."""
     background: str = "white"
@@ -80,7 +80,7 @@ class Encoding:
             return self.format, _encode(image, self.format, self.quality)
         extension = "jpg" if extension == "jpeg" else extension
         is_common = extension in _PILLOW_FORMATS  # BMP, TIFF...: not what WebDataset's users expect in shards
-        # Who reads original bytes lays them over white.
+        # Readers of original bytes lay transparent images over white.
         if not is_common or (colour != WHITE and image.tobytes() != decode_image(data, where).tobytes()):
             return "png", _encode(image, "png", self.quality)
         return extension, data
@@ -94,14 +94,14 @@ class BuildOptions:
     """Directory of the shard set."""
     encoding: Encoding
     shard_samples: int = 1000
-    """Images a shard."""
+    """Images in a shard."""
     shard_megabytes: int | None = None
-    """Size of a shard instead: images a shard are chosen from the mean size of a few."""
+    """Size of a shard, in place of --shard-samples: the number of images is chosen by the mean size of a few."""
     shuffle_seed: int = 0
     """The order in which images are spread over the shards."""
     on_damaged: Literal["stop", "skip"] = "stop"
-    """A file that is no readable image: stop and name it, or leave it out and record it in index.json. A build that
-    stopped goes on with skip."""
+    """What a file does that is no readable image: it stops the build and is named, or it is left out and recorded in
+    index.json. A build that stopped continues with skip."""
     workers: int = DEFAULT_WORKERS
     """Processes; 0 works in this one."""
     num_parts: int = 1
@@ -118,7 +118,7 @@ class BuildOptions:
             if value is not None and value < smallest:
                 raise UserError(f"--{name.replace('_', '-')}: expected at least {smallest}, got {value}")
         if self.encoding.crop != "centre" and self.encoding.image_side is None:
-            raise UserError(f"--crop {self.encoding.crop}: original bytes are whole; leave it, or give --image-side")
+            raise UserError(f"--crop {self.encoding.crop}: is for resized images; leave it out, or give --image-side")
         if self.encoding.quality > 100:
             raise UserError(f"--quality: expected 1 to 100, got {self.encoding.quality}")
         _ = self.encoding.colour
@@ -186,7 +186,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
 
 
 def _finished(reader: Reader, options: BuildOptions) -> ShardIndex | None:
-    """The set, if it is complete and opening the reader would only copy the dataset once more to find that out."""
+    """The set, if it is complete. Asked only of readers whose `open` would copy the dataset again to find that out."""
     copied_from = reader.copied_from() if isinstance(reader, CopyingReader) else None
     if copied_from is None or not (options.out / INDEX_NAME).exists():
         return None
@@ -213,7 +213,7 @@ def _option_settings(options: BuildOptions) -> dict[str, Any]:
 
 
 def shard_maker(source: Source, options: BuildOptions) -> ShardMaker:
-    """Fixes which image goes where."""
+    """Decides which image goes into which shard, and at which place."""
     for name in source.classes:
         if (shown := printable(name)) != name:
             raise UserError(
@@ -240,7 +240,7 @@ def shard_maker(source: Source, options: BuildOptions) -> ShardMaker:
 
 
 def _fingerprint(source: Source) -> str:
-    """Changes when the listing does: a rerun over other files must not go on with the old shards."""
+    """A hash of the listing: a rerun over other files must not continue with the old shards."""
     digest = hashlib.sha256()
     for number in range(len(source)):
         digest.update(f"{source.label(number)} {source.describe(number)}\n".encode(errors="surrogateescape"))
@@ -253,7 +253,7 @@ def _mean_bytes(source: Source, encoding: Encoding) -> float:
     for number in np.linspace(0, len(source) - 1, _SIZE_PROBES).astype(int).tolist():
         try:
             sizes.append(len(encoding.apply(*source.load(number), source.describe(number))[1]) + 2048)
-        except DamagedError:  # met again, and dealt with, when its shard is written
+        except DamagedError:  # it is met again and dealt with when its shard is written
             continue
     return float(np.mean(sizes)) if sizes else 1e5
 
@@ -287,7 +287,7 @@ else:
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line says."""
+    """The parsed command line."""
 
     reader: _AnyReader
     """Where the images come from."""
@@ -295,7 +295,7 @@ class Command:
 
 
 def parse(argv: Sequence[str] | None = None) -> Command:
-    """None: the process's own words. Ends the process, with a message, for words that mean nothing."""
+    """Parses the words of a command line (None: the process's own). Wrong words end the process with a message."""
     markers = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     return tyro.cli(Command, prog="build_shards.py", args=argv, description=__doc__, config=markers)
 

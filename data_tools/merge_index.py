@@ -69,7 +69,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Scan:
-    """Index WebDataset shards that others made."""
+    """Write the index of WebDataset shards that others made."""
 
     shards: tyro.conf.Positional[PathOrName]
     """A directory of tars, or a brace pattern of paths or URLs such as https://host/train-{0000..0099}.tar."""
@@ -151,7 +151,7 @@ def _check_foreign(directory: Path) -> None:
 
 def _scan_remote_shard(out: Path, place: tuple[str, str], transfer: Transfer) -> Description:
     url, name = place
-    if (known := stored_description(out / name)) is not None:  # by a scan of these URLs that was interrupted
+    if (known := stored_description(out / name)) is not None:  # by an interrupted scan of these URLs
         return known
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / name
@@ -162,7 +162,7 @@ def _scan_remote_shard(out: Path, place: tuple[str, str], transfer: Transfer) ->
 def _scan_shard(out: Path, name: str) -> Description:
     shard = out / name
     known, mtime_ns = read_description(shard), shard.stat().st_mtime_ns
-    # What has no time is of a scan that went by another rule, or of a set whose index was removed.
+    # An offset index without a time is of a scan by another rule, or of a set whose index was removed.
     if known is not None and known.mtime_ns is not None and known.entry.sha256:
         return known
     return _describe(shard, shard, mtime_ns)

@@ -21,22 +21,24 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 DEFAULT_WORKERS = max(usable_cpus() - 1, 1)
-"""Processes of a tool: a CPU is left to the one that collects what they make."""
+"""Worker processes of a tool: one CPU is left for the process that collects their results."""
 
 _function: Callable[..., object] | None = None
 
 
 def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], workers: int) -> Iterator[ResultT]:
-    """Results as they come. `function` and what it is bound to pickle; 0 or 1 workers: in this process.
+    """Yields results in the order in which they are ready. With 0 or 1 workers all work is done in this process.
+
+    `function` and what it is bound to must pickle.
 
     Raises:
-        UserError: the first that `function` raised, when the items that others work on are done; or a worker died.
+        UserError: the first one that `function` raised, once the items under way are done; or a worker was killed.
     """
     if workers <= 1 or len(items) <= 1:
         yield from map(function, items)
         return
-    # An executor notices a worker that was killed; multiprocessing.Pool puts a new one in its place, which waits for
-    # ever for the lost item. Spawned: no forks of a process that has threads.
+    # An executor notices a killed worker; multiprocessing.Pool replaces it, and waits for ever for the lost item.
+    # Workers are spawned, since a process that has threads should not fork.
     workers, waiting = min(workers, len(items)), iter(items)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start, (function, os.getpid())) as pool:
@@ -49,8 +51,8 @@ def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], 
                     result = future.result()
                     running |= {_submit(pool, item) for item in islice(waiting, 1)}
                     yield cast(ResultT, result)
-        except KeyboardInterrupt:  # to leave the pool is to wait for its workers
-            log.note("stopping, when what is being written is complete; at once, if asked again")
+        except KeyboardInterrupt:  # leaving the pool waits for its workers
+            log.note("stopping once the shards under way are complete; another signal stops at once")
             raise
         except BrokenProcessPool as error:
             raise UserError(
@@ -60,7 +62,7 @@ def unordered_map(function: Callable[[ItemT], ResultT], items: Sequence[ItemT], 
 
 
 def _submit(pool: ProcessPoolExecutor, item: object) -> Future[object]:
-    """May start a process, which leaves signals to this one from its first line on."""
+    """Hands out an item. A worker process that this starts leaves signals to this one from its first line on."""
     with blocked():
         return pool.submit(_call, item)
 
@@ -73,7 +75,7 @@ def _start(function: Callable[..., object], parent: int) -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """A killed parent cannot stop its pool: workers look for themselves."""
+    """Ends a worker whose parent is gone: a killed parent cannot stop its pool."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

@@ -1,7 +1,7 @@
 """Makes token and feature sets from an image set: `python data_tools/precompute.py tokens|features|fit-teacher --help`.
 
 Runs on one process, under torchrun (the shards are split over the ranks) or as a job array (--num-parts, --part); a
-run that was killed goes on with the shards that are missing, and a rerun ends the same to the byte.
+run that was killed continues with the missing shards, and a rerun ends the same to the byte.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Tokens:
     tokenizer: Path
     """Directory of a trained tokenizer, or VAR's vae_ch160v4096z32.pth."""
     scales: Scales = None
-    """Sides of the token maps, where they are not the tokenizer's own (512 px: 1 2 3 4 6 9 13 18 24 32)."""
+    """Sides of the token maps, if they are not the tokenizer's own (512 px: 1 2 3 4 6 9 13 18 24 32)."""
     views: str = CENTRE
     """`centre`, or `random:K` for K random crops out of a resize to 1.125x (VAR), whose boxes are stored."""
     views_seed: int = 0
-    """Draws the random crops; give the features the same."""
+    """Seed of the random crops; give the features the same seed."""
     out: Path | None = None
     """Directory of the new set [default: IMAGES.tokens-TOKENIZER, beside the images]."""
     run: Run = field(default_factory=RunOptions)
@@ -86,7 +86,7 @@ class Tokens:
         self.prepared()()
 
     def prepared(self) -> Callable[[], None]:
-        """Opens everything and checks it against what is in `out` already; what it returns does the work."""
+        """Opens everything and checks it against what `out` already holds. The returned function does the work."""
         images, device = open_images(self.images), _device(self.run)
         tokenizer = _load_tokenizer(self.tokenizer, self.scales).to(device)
         config = tokenizer.config
@@ -124,7 +124,7 @@ class Features:
     views: str = CENTRE
     """`centre`; `random:K`, the crops of the token set; or `whole`: one map of the whole image, read at their boxes."""
     views_seed: int = 0
-    """As given to the tokens."""
+    """Seed of the random crops: the one that was given to the tokens."""
     image_side: int | None = None
     """Side of the square cut from each image, in pixels [default, for centre: that of the stored squares]."""
     cls: bool = False
@@ -137,7 +137,7 @@ class Features:
         self.prepared()()
 
     def prepared(self) -> Callable[[], None]:
-        """As `Tokens.prepared`; a PCA basis is fitted with the work."""
+        """As `Tokens.prepared`. A PCA basis is fitted by the function that it returns."""
         components = pca_components(self.codec)
         images, device = open_images(self.images), _device(self.run)
         _allow_tf32(device)
@@ -238,7 +238,7 @@ def _device(options: RunOptions) -> torch.device:
 
 
 def _allow_tf32(device: torch.device) -> None:
-    """For teachers alone: TF32 is as fine as fp16 and finer than int8, but may turn a token into its neighbour."""
+    """Only for teachers: TF32 is as fine as fp16 and finer than int8, but it may change a token into another."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
 
@@ -264,7 +264,7 @@ def _writer(images: ShardSet, out: Path | None, kind: Kind, made_by: MadeBy) -> 
 
 
 def default_directory(images: Path, kind: str, name: str) -> Path:
-    """Where the set goes that a tokenizer or teacher of that name makes, unless --out says otherwise."""
+    """The directory of the set that a tokenizer or teacher of that name makes, unless --out says otherwise."""
     images = images.resolve()
     return images.with_name(f"{images.name}.{kind}-{name}")
 
@@ -294,7 +294,7 @@ def _whole_image(image: Image.Image, key: str) -> tuple[Pixels, Boxes | None]:
 
 
 def parse(argv: Sequence[str] | None = None) -> Tokens | Features | FitTeacher:
-    """None: the process's own words. Ends the process, with a message, for words that mean nothing."""
+    """Parses the words of a command line (None: the process's own). Wrong words end the process with a message."""
     commands = (
         Annotated[Tokens, tyro.conf.subcommand("tokens")]
         | Annotated[Features, tyro.conf.subcommand("features")]
@@ -309,7 +309,7 @@ def main() -> None:
     try:
         command()
     except UserError as error:
-        if not (launch := distributed.read_launch()).is_main:  # each rank has its own shards, and its own trouble
+        if not (launch := distributed.read_launch()).is_main:  # each rank has its own shards, and so its own error
             print(f"error: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
         raise
 

@@ -1,4 +1,4 @@
-"""The PCA basis of a feature set that is stored as `pca<k>-int8`: one for all its shards.
+"""The PCA basis of a feature set in the codec `pca<k>-int8`: one basis for all shards of the set.
 
 Shape legend: N tokens, C teacher width.
 """
@@ -24,13 +24,15 @@ def shared_basis(
 ) -> PcaBasis:
     """The set's basis, fitted on `features` (`num_blocks` blocks of (..., C)) if there is none yet.
 
-    Of several processes that write the set, the first to fit one decides for all.
+    If several processes write the set, the first one that has fitted a basis decides for all.
 
     Raises:
-        UserError: the basis is another teacher's, or is lost although shards that need it are there.
+        UserError: the basis is of another teacher, or is missing although shards that need it are there.
     """
     path = writer.directory / BASIS_NAME
-    any_shard = len(writer.missing()) < len(writer.manifest.shard_names)  # asked first: a shard comes after its basis
+    any_shard = len(writer.missing()) < len(
+        writer.manifest.shard_names
+    )  # asked first: a shard is written after its basis
     if not path.exists():
         if any_shard:
             raise UserError(f"{path}: lost, and the shards cannot be read without it; remove the set and make it again")

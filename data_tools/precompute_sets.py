@@ -1,4 +1,4 @@
-"""Derives a shard set from an image set: a shard for a shard, the same keys in the same order.
+"""Derives a shard set from an image set: one shard for each shard, with the same keys in the same order.
 
 Legend: B images of a batch, K views of an image, H and W of a view.
 """
@@ -41,12 +41,12 @@ _DEFAULT_THREADS = min(usable_cpus(), 16)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the work is done; none of it changes what is written, but for rounding."""
+    """How the work is done. None of it changes what is written, except for rounding."""
 
     batch_size: int = 64
     """Pictures (images times views) in a forward pass."""
     workers: int = _DEFAULT_THREADS
-    """Threads that decode images ahead; 0 decodes in between."""
+    """Threads that decode images ahead; 0 decodes when a batch is needed."""
     num_parts: int = 1
     """Job array: split the shards into this many parts (under torchrun each part is split over the ranks)..."""
     part: int = 0
@@ -132,12 +132,12 @@ def _items(images: ShardSet, samples: Iterable[int], prepare: Prepare, size: int
 
 @dataclass(frozen=True)
 class Derivation:
-    """What is made of each image."""
+    """How the sample of a derived set is made from each image."""
 
     prepare: Prepare
     encode: Encode
     extras: Callable[[Item], dict[str, bytes]]
-    """Members beside the encoded arrays: label, boxes."""
+    """The members beside the encoded arrays: label and boxes."""
     views: int
     """K; 0 for a single view that is stored without an axis of views."""
 
@@ -162,8 +162,8 @@ def derive_set(
 ) -> ShardIndex | None:
     """Writes this process's share of a set, and the index if the set is then complete.
 
-    Shards that are there already are kept. Batches end with their shard, so that what is written does not depend on
-    which shards those were.
+    Shards that are there already are kept. A batch never spans two shards, so what is written does not depend on which
+    shards were there.
     """
     launch = distributed.read_launch()
     worker, num_workers = options.part * launch.world_size + launch.rank, options.num_parts * launch.world_size

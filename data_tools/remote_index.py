@@ -25,14 +25,14 @@ from mepa_ds.errors import UserError
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How a remote set is kept at hand while it is used."""
+    """How the shards of a remote set are cached while the set is used."""
 
     cache: str = "$TMPDIR/mepa_ds-shards-$UID"
     """Local directory for fetched shards, shared by the processes of a machine; variables are expanded there."""
     cache_gigabytes: float = 100.0
-    """Of this set: shards that were used longest ago are removed when there is more."""
+    """Largest size of this set's cache. Beyond it, the shards that were used longest ago are removed."""
     window: int = 8
-    """Shards that samples are shuffled over at a time; the cache must hold three windows."""
+    """How many shards are shuffled together (the window); the cache must hold three windows."""
 
     def of(self, urls: list[str]) -> RemoteShards:
         values = {"urls": urls, "cache": self.cache, "cache_gigabytes": self.cache_gigabytes, "window": self.window}
@@ -43,7 +43,7 @@ Cache = Annotated[CacheOptions, tyro.conf.arg(name="")]
 
 
 def check_near(directory: Path) -> None:
-    """Refuses to put the index of remote shards over a set that lies here."""
+    """Refuses a directory for the index of remote shards in which another set lies."""
     indexed = any((directory / name).exists() for name in (INDEX_NAME, MANIFEST_NAME))
     if (indexed and not (directory / REMOTE_NAME).exists()) or any(directory.glob("*.tar")):
         raise UserError(f"--out: {directory}: holds a set of its own; give a new directory for the remote set's index")
@@ -66,7 +66,7 @@ def begin_scan(out: Path, remote: RemoteShards) -> list[str]:
 
 
 def signed_anew(out: Path, remote: RemoteShards, classes: tuple[str, ...]) -> ShardIndex | None:
-    """The index that is there, if it was made from these URLs, but for other signatures, which remote.json then has."""
+    """The existing index, if only the signatures of its URLs have changed; remote.json then gets the new ones."""
     before = RemoteShards.read(out)
     if before is None or before.urls == remote.urls or before.places != remote.places:
         return None
@@ -82,10 +82,10 @@ def signed_anew(out: Path, remote: RemoteShards, classes: tuple[str, ...]) -> Sh
 
 @dataclass(frozen=True)
 class Remote:
-    """Use a set of this project's tools that lies behind a URL."""
+    """Use a set that lies behind a URL and that this project's tools made."""
 
     url: tyro.conf.Positional[str]
-    """Of the set's directory; {} stands for the file's name where that is not at the end, as in
+    """URL of the set's directory. {} stands for the file's name where the name is not at the end, as in
     'pipe:aws s3 cp s3://bucket/set/{} -'."""
     out: Path
     """Local directory for index.json, offsets and remote.json; give this one to the loader."""
@@ -97,7 +97,7 @@ class Remote:
         check_near(self.out)
         index = self._index()
         (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
-        for torn in self.out.glob(".*.tmp"):  # of one that was killed
+        for torn in self.out.glob(".*.tmp"):  # of an earlier start that was killed
             torn.unlink(missing_ok=True)
         fetch_all(self._fetch_offset_index, index.shards, "fetching offsets")
         codec = index.made_by.settings.get("codec")
@@ -110,7 +110,7 @@ class Remote:
     def _fetch_offset_index(self, shard: ShardEntry, transfer: Transfer) -> None:
         path = offset_index_path(self.out / shard.name)
         check = partial(_is_offset_index_of, shard)
-        if not (shard.sha256 and _passes(check, path)):  # of a start that was interrupted, or of before
+        if not (shard.sha256 and _passes(check, path)):  # fetched by an earlier start
             fetch(self._url(path.name), path, check, transfer)
 
     def _index(self) -> ShardIndex:
@@ -139,7 +139,7 @@ def _is_offset_index_of(shard: ShardEntry, path: Path, digest: str) -> None:
 def _passes(check: Check, path: Path) -> bool:
     try:
         check(path, "")
-    except Exception:  # whatever is wrong with it, it is fetched
+    except Exception:  # whatever is wrong with the file, it is fetched again
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with one shard by itself."""
+"""Checks of one shard by itself, without regard to others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ShardReport:
 
 
 def check_shard(shards: ShardSet, decode: bool, number: int) -> ShardReport:
-    """Everything that can be said about one shard by itself."""
+    """Finds whatever is wrong with one shard by itself."""
     report = ShardReport(number)
     try:
         _check_shard(shards, decode, report)
@@ -80,7 +80,8 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
 
 def _same_offset_index(index: ShardIndex, path: Path, offset_index: OffsetIndex) -> bool:
     try:
-        stored = read_offset_index(path, index.kind)  # what is stored, whatever the loader reads
+        # The stored one, even where the loader would read the headers again.
+        stored = read_offset_index(path, index.kind)
     except DamagedError:
         return False
     if stored.extensions != offset_index.extensions or len(stored) != len(offset_index):
@@ -98,7 +99,7 @@ def _same_offset_index(index: ShardIndex, path: Path, offset_index: OffsetIndex)
 
 
 def _labels(path: Path, offset_index: OffsetIndex) -> NDArray[np.int64]:
-    """What the `cls` members say; -1 for what is no number."""
+    """The numbers in the `cls` members; -1 where there is no number."""
     column = offset_index.extensions.index(LABEL_EXTENSION)
     labels = []
     with open(path, "rb") as file:

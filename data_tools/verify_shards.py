@@ -39,7 +39,7 @@ class Options:
     sets: tyro.conf.Positional[tuple[Path, ...]]
     """Directories of sets that belong together, the image set first."""
     decode: bool = True
-    """Decode every sample; without, checksums, offsets and keys only."""
+    """Decode every sample; otherwise only checksums, offsets and keys are checked."""
     workers: int = DEFAULT_WORKERS
     """Processes."""
     repair: bool = False
@@ -57,11 +57,11 @@ class SetReport:
     shards: ShardSet
     reports: list[ShardReport]
     problems: list[str] = field(default_factory=list)
-    """Of the set as a whole: no shard of it is to blame."""
+    """Problems of the set as a whole, which no single shard has."""
 
     @property
     def damaged(self) -> list[int]:
-        """Shards that are."""
+        """Numbers of the damaged shards."""
         return [report.shard for report in self.reports if report.problems]
 
     @property
@@ -96,7 +96,7 @@ def _check_unique(reports: list[ShardReport]) -> None:
 
 
 def compare(first: SetReport, other: SetReport) -> None:
-    """Adds to `other` what does not fit the first set, as a whole and shard by shard."""
+    """Adds to `other` the problems of not fitting the first set, as a whole and shard by shard."""
     if len(first.reports) != len(other.reports):
         other.problems.append(
             f"the set has {len(other.reports)} shards, {first.shards.directory} has {len(first.reports)}"
@@ -107,7 +107,7 @@ def compare(first: SetReport, other: SetReport) -> None:
             f"the set was made from other images than {first.shards.directory}; make one of them again"
         )
     for ours, theirs in zip(first.reports, other.reports, strict=False):
-        # A shard whose own damage hides its keys or labels is reported for that alone.
+        # A shard whose own damage hides its keys or labels is reported only for that damage.
         if ours.keys and theirs.keys and ours.keys != theirs.keys:
             theirs.problems.append(f"its keys are not those of {first.shards.shard_paths[ours.shard]}")
         complete = len(ours.labels) == len(ours.keys) and len(theirs.labels) == len(theirs.keys)
@@ -173,8 +173,8 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     """Runs the precompute for the damaged shards of token and feature sets.
 
     Raises:
-        UserError: the images themselves are damaged, a set does not belong to them, or what made it is not given or is
-            another; then all is as it was.
+        UserError: the images themselves are damaged, a set does not belong to them, or its tokenizer or teacher is not
+            given or is another one. Nothing has been changed then.
     """
     if first.shards.index.kind != "images":
         raise UserError("--repair: give the image set first: tokens and features are made from it")
@@ -192,7 +192,7 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     runs = [_precompute(first.shards.directory, report.shards, options).prepared() for report in damaged]
     for report, run in zip(damaged, runs, strict=True):
         for number in report.damaged:
-            offset_index_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # no longer counts as complete
+            offset_index_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # it counts as incomplete now
         print(f"{report.shards.directory}: making {len(report.damaged)} shards again")
         run()
 

@@ -185,7 +185,7 @@ def sha256_of_file(path: Path, on_chunk: Callable[[int], object] | None = None) 
 
 
 def identity_of_weights(state: Mapping[str, Tensor]) -> str:
-    """A short hash of names, shapes, types and values: what shard sets and runs are compared by (D2)."""
+    """A short hash of names, shapes, types and values: by which shard sets and runs are compared."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

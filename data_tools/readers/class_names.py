@@ -1,4 +1,4 @@
-"""Names of all classes, where a dataset does not have images of each."""
+"""Names of all classes, for datasets that do not have images of every class."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class ImageFolder:
 
 
 def _check_links(root: Path, files: list[str]) -> None:
-    """A link that leads nowhere may have been a class: without it the others would have other labels."""
+    """Refuses links that lead nowhere: one may have been a class, and without it the other labels would shift."""
     for name in files:
         if (path := root / name).is_symlink() and not path.exists() and not is_hidden(name):
             raise UserError(
@@ -84,7 +84,7 @@ def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
     seen = {root.resolve(), *root.resolve().parents}
     for folder, folders, files in os.walk(root / name, onerror=_unreadable, followlinks=True):
         left_out += [f"{os.path.relpath(folder, root)}/{name}/" for name in folders if is_hidden(name)]
-        # Of two links to one folder the same is taken on every file system.
+        # Sorted, so that of two links to one folder every file system takes the same one.
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         relative, real = os.path.relpath(folder, root), Path(folder).resolve()
         if real in seen:

@@ -28,11 +28,11 @@ class ImageNet:
     tar: Path
     """The archive as downloaded: it is read in place, nothing is unpacked."""
     labels: Path | None = None
-    """Of the validation images, either a synset a line in the order of the file names, or a name and a synset a line
+    """Labels of the validation images: a synset a line in the order of the file names, or a name and a synset a line
     such as LOC_val_solution.csv, or names and class numbers from 0 such as Caffe's val.txt (with --classes), or the
     devkit's ILSVRC2012_validation_ground_truth.txt with meta.mat beside it."""
     classes: Path | None = None
-    """For validation images of some classes only, or labelled by number: text file of all synsets, one a line in the
+    """For validation images of only some classes, or labelled by number: a text file of all synsets, one a line in the
     order of the labels, or the shard set of the training images. By default the classes are those that the labels
     name."""
 

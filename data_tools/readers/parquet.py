@@ -101,7 +101,7 @@ class Parquet:
         writer.finish()
 
     def _copy_file(self, path: Path, writer: ShardWriter, shard: str, num_classes: int, progress: Any) -> None:
-        """A shard is written as a whole or not at all, so that it can be begun again."""
+        """Copies one file. Its shard appears whole or not at all, so a failed copy can be begun again."""
         try:
             again(lambda: writer.write_shard(shard, self._samples(path, _open(path), num_classes, progress)))
         except OSError as error:
@@ -124,7 +124,7 @@ class Parquet:
 
 
 def _scratch_writer(scratch: Path, manifest: Manifest) -> ShardWriter:
-    """What a killed build copied from other files or columns is of no use any more."""
+    """The writer of the copies. What a killed build copied from other files or columns is removed first."""
     try:
         return ShardWriter(scratch, manifest)
     except UserError:
@@ -143,7 +143,7 @@ def _open(path: Path) -> Any:
 
 
 def _batches(path: Path, table: Any, columns: list[str]) -> Iterator[Any]:
-    """Raises OSError for what may pass (`again`)."""
+    """Raises OSError only for errors that may pass (`again`)."""
     from pyarrow import ArrowException
 
     try:
@@ -155,13 +155,13 @@ def _batches(path: Path, table: Any, columns: list[str]) -> Iterator[Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno is not None:  # of the system; what is in the file has no number
+    if isinstance(error, OSError) and error.errno is not None:  # errors of the content have no number
         return UserError(f"{path}: cannot be read: {os.strerror(error.errno)}; mend that, and run again")
     return UserError(f"{path}: cannot be read as parquet: {' '.join(str(error).split())}; download it again")
 
 
 def _image_bytes(value: Any) -> bytes | None:
-    """Bytes of a cell: empty for null, which is then a damaged image like others; None for what holds no bytes."""
+    """Bytes of a cell: empty for null, which then counts as a damaged image; None for a cell that holds no bytes."""
     if isinstance(value, dict):  # a path alone says that the image is not embedded
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
@@ -170,7 +170,7 @@ def _image_bytes(value: Any) -> bytes | None:
 
 
 def _kind(data: bytes) -> str:
-    """File extension by the first bytes. What is no image is found when it is decoded."""
+    """File extension by the first bytes. Bytes that are no image are noticed when they are decoded."""
     if data[:4] == b"\x89PNG":
         return "png"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":

@@ -1,4 +1,4 @@
-"""Brace patterns such as train-{0000..0099}.tar, by which users give many paths or URLs."""
+"""Brace patterns such as train-{0000..0099}.tar, with which users name many paths or URLs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MOST = 1_000_000
 
 
 def expand_braces(pattern: str, option: str) -> list[str]:
-    """What a pattern stands for; a file that has the very name is itself.
+    """The names that a pattern stands for. A pattern that is the name of an existing file stands for that file.
 
     Raises:
-        UserError: a brace without its other half, or more names than anybody has shards.
+        UserError: a brace without its other half, or a pattern of more names than anybody has shards.
     """
     if Path(pattern).is_file():
         return [pattern]

@@ -1,4 +1,4 @@
-"""What a reader gives: images by number, each with a label. A new dataset is one file like those beside this one."""
+"""The interface of readers: images by number, each with a label. A new kind of dataset is one file in this folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Source(Protocol):
     name: str
     """Goes into `index.json` as the maker of the images."""
     settings: dict[str, Any]
-    """What a reader was told and its content depends on (no paths); a rerun with others is refused."""
+    """The options on which the content depends (no paths). A rerun with other settings is refused."""
     classes: tuple[str, ...]
     """Class names by label."""
 
@@ -25,7 +25,7 @@ class Source(Protocol):
         """Where an image comes from, for messages and for the fingerprint of the dataset."""
 
     def load(self, number: int) -> tuple[str, bytes]:
-        """(extension, encoded bytes): `png`, `jpg` or `webp`, or another that Pillow reads, to be encoded anew."""
+        """(extension, encoded bytes): `png`, `jpg` or `webp`; any other that Pillow reads is encoded anew."""
 
 
 COPIED_FROM = "copied_from"
@@ -34,7 +34,7 @@ COPIED_FROM = "copied_from"
 
 @runtime_checkable
 class CopyingReader(Protocol):
-    """A reader whose `open` may copy the dataset: it can tell before whether a finished set is made from it."""
+    """A reader whose `open` may copy the dataset. It can tell beforehand whether a finished set was made from it."""
 
     def copied_from(self) -> str | None:
         """Names the files that would be copied; None if nothing would be."""
@@ -47,7 +47,7 @@ class Reader(Protocol):
         """Lists the dataset.
 
         Args:
-            scratch: directory for a reader that cannot read single images in place and copies them to tars first;
+            scratch: directory for readers that cannot read single images in place and copy them to tars first;
                 None when several jobs write the set, which would each copy everything.
 
         Raises:

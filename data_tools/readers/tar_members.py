@@ -1,4 +1,4 @@
-"""Images that lie in uncompressed tars: named, labelled, and read by offset. What several readers end in."""
+"""Images in uncompressed tars: named, labelled, and read by offset. Several readers give this source."""
 
 from __future__ import annotations
 

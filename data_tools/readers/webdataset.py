@@ -24,12 +24,12 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable
 
 _MANY_CLASSES = 100_000
-"""More than any known dataset has: a label from here on that even exceeds the number of images is a mistake."""
+"""More classes than any known dataset has. A label from here on that exceeds the number of images is a mistake."""
 
 
 @dataclass(frozen=True)
 class WebDataset:
-    """Shards with an image and a `.cls` label (a number) a sample, to be shuffled, resized or cut anew."""
+    """Shards whose samples have an image and a `.cls` label (a number), to be shuffled, resized or cut anew."""
 
     shards: PathOrName
     """A directory, a glob, or a brace pattern such as /data/train-{0000..0099}.tar or https://host/{00..63}.tar."""
@@ -84,7 +84,7 @@ class WebDataset:
             return [Path(url) for url in urls]
         if scratch is None:
             raise UserError("--shards: remote shards are copied first; run this in one part, without --num-parts")
-        # Two URLs may end in one name, and what a killed build of other URLs left is not to be taken for these.
+        # Two URLs may end in one name, and files that a killed build of other URLs left must not be taken for these.
         folders = [scratch / hashlib.sha256(unsigned(url).encode()).hexdigest()[:12] for url in urls]
         paths = [folder / file_names([url])[0] for folder, url in zip(folders, urls, strict=True)]
         places = dict(zip(paths, urls, strict=True))  # a pattern may name a shard twice

@@ -111,7 +111,7 @@ def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """DCP pickles its table of contents; only what belongs into one is built, so a foreign file runs no code (D9)."""
+    """DCP pickles its table of contents; only what belongs into one is built, so a foreign file runs no code."""
 
     _CLASSES: ClassVar = {
         "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},

@@ -18,7 +18,7 @@ class EvaluateOptions:
     """Compares images with a reference by the protocol of ADM's evaluation suite. A GPU is used where there is one."""
 
     samples: tyro.conf.Positional[Path]
-    """Images: an .npz with `arr_0` (uint8, N H W 3), or a directory of image files. Papers take 50 of each class."""
+    """Images: an .npz with `arr_0` (uint8, N H W 3), or a directory of image files. Papers use 50 of each class."""
     reference: Path
     """Real images of the same size, in either form; ADM's VIRTUAL_imagenet256_labeled.npz brings its own statistics."""
     inception: Path
@@ -26,8 +26,7 @@ class EvaluateOptions:
     batch_size: int = 64
     """Images at a time."""
     order: Literal["shuffled", "file"] = "shuffled"
-    """Of the images, for the splits of the inception score. file: as they come, which ADM's suite does, to check
-    this program against that suite's published numbers."""
+    """Order of the images in the splits of the inception score. file: as they come, as in ADM's suite."""
     json: Path | None = None
     """Also writes the scores to this file."""
 

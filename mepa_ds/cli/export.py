@@ -21,7 +21,7 @@ class ExportOptions:
     directory: tyro.conf.Positional[Path]
     """Where the weights go; `mepa sample --weights` and `NextScaleTransformer.load` read it."""
     ema: bool = False
-    """The average of the weights instead (a run with optim.ema)."""
+    """Export the average of the weights instead (for a run with optim.ema)."""
 
 
 def main(argv: list[str]) -> None:

@@ -21,14 +21,14 @@ srun          srun python pretrain.py recipes/mepa_d16.yaml     (MASTER_ADDR and
 --dry-run [--world-size N] [--memory GB] [--num-samples N]
               prints the plan and trains nothing: parameters, FLOPs, memory a rank by part, bytes exchanged, checkpoint
               size, steps, and what would not fit in GB of memory a rank. Needs neither data nor GPUs; shard sets that
-              are there are checked against the recipe and each other. N defaults to the ranks that are started, GB to
-              this machine's, the samples to those of data.tokens if it is there.
+              are there are checked against the recipe and each other. By default the number of ranks is that of this
+              launch, GB is this machine's memory, and the samples are counted in data.tokens if that set is there.
 
 Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP on any rank: the step ends, all ranks save a checkpoint and exit with status 75,
 which means "start me again" (torchrun turns it into 1: see "state" in output_dir/status.json). A second one, a second
 later or more, exits at once.
 
-exit status   0 finished; 75 stopped, start again to go on; 2 something in the recipe or the data is wrong;
+exit status   0 finished; 75 stopped, start again to continue; 2 something in the recipe or the data is wrong;
               124 no step for guards.hang_timeout seconds; 1 a crash
 """
 

@@ -31,7 +31,7 @@ TORCHRUN = f"-m torch.distributed.run --standalone --nproc-per-node {RANKS}"
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands (words after the Python interpreter), and what they make."""
+    """Commands (the words after the Python interpreter) and their outputs."""
 
     name: str
     meaning: str
@@ -43,11 +43,11 @@ class Stage:
 
 @dataclass
 class Spent:
-    """What a stage has taken, over all its starts."""
+    """Time and memory that a stage has taken, over all its starts."""
 
     seconds: float = 0.0
     peak_memory_bytes: int = 0
-    """Of the process that needed most."""
+    """Peak memory of the largest process."""
     done: bool = False
     work: str = ""
     """Hash of its commands and recipes at its last start."""
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
         if spent[stage.name].done and all(path.exists() for path in stage.results):
             print(f"{place} {stage.name}: finished before, skipped", flush=True)
         else:
-            was_done = spent[stage.name].done  # and its results were removed since
+            was_done = spent[stage.name].done  # it was, but its results have been removed since
             _forget(STAGES[number - 1 if was_done else number :], spent)
             _run(stage, place, spent)
     _report(f"[{len(STAGES) + 1}/{len(STAGES) + 1}]", spent)
@@ -132,7 +132,7 @@ def _work(stage: Stage) -> str:
 
 
 def _read_spent() -> dict[str, Spent]:
-    """By stage, from earlier starts."""
+    """Time and memory by stage, from earlier starts."""
     known = json.loads(STAGES_FILE.read_text()) if STAGES_FILE.exists() else {}
     return {stage.name: Spent(**known.get(stage.name, {})) for stage in STAGES}
 
@@ -142,7 +142,7 @@ def _write_spent(spent: dict[str, Spent]) -> None:
 
 
 def _forget(stages: Sequence[Stage], spent: dict[str, Spent]) -> None:
-    """Removes what was made of what is made anew now: a report must not mix two runs."""
+    """Removes the outputs of stages whose inputs are made anew: a report must not mix two runs."""
     for stage in stages:
         spent[stage.name] = Spent()
         for path in stage.outputs:
@@ -165,7 +165,7 @@ def _run(stage: Stage, place: str, spent: dict[str, Spent]) -> None:
         if code:
             raise UserError(
                 f"quickstart: stage {stage.name} ended with status {code} (its own message is above); "
-                "run the quickstart again: it goes on from here"
+                "run the quickstart again: it continues here"
             )
     mine.done = True
     _write_spent(spent)
@@ -176,12 +176,12 @@ def _python(command: str) -> tuple[int, int]:
     """Runs Python with these words; its exit status, and the bytes of memory of its largest process."""
     # Threads that wait by spinning slow everything down several times when other programs want the cores too.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    if command.startswith(TORCHRUN):  # which sets it to that itself, and says so in five lines
+    if command.startswith(TORCHRUN):  # torchrun would set the same, and say so in five lines
         environment.setdefault("OMP_NUM_THREADS", "1")
     with subprocess.Popen([sys.executable, *shlex.split(command)], env=environment) as process:
         try:
             _, status, usage = os.wait4(process.pid, 0)
-        except Interrupted as interrupt:  # it saves what it has; a terminal's Ctrl-C has reached it too
+        except Interrupted as interrupt:  # the command saves what it has; a terminal's Ctrl-C has reached it already
             if interrupt.number != signal.SIGINT or not sys.stdin.isatty():
                 process.send_signal(interrupt.number)
             process.wait()

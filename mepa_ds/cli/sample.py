@@ -33,15 +33,15 @@ class SampleOptions:
     tokenizer: Path
     """The model's tokenizer: its directory, or VAR's vae_ch160v4096z32.pth."""
     out: Path
-    """PNG file of the grid; a directory gets one PNG for each image instead, and a start after a kill goes on there."""
+    """PNG file of the grid. A directory gets one PNG for each image instead; a killed command continues there."""
     scales: Scales = None
-    """Schedule of VAR weights that do not tell it, where it is neither VAR's for 256 pixels nor for 512: 1 2 3 4."""
+    """Sides of the token maps, such as 1 2 3 4, if VAR weights do not tell them and they are not VAR's own."""
     num_heads: int | None = None
-    """Heads of VAR weights that do not tell them (without QK normalisation)."""
+    """Number of attention heads, if VAR weights do not tell it (those without QK normalisation)."""
     depth: int | None = None
-    """Blocks of VAR weights that do not tell them, where they are not width / 64."""
+    """Number of blocks, if VAR weights do not tell it and it is not width / 64."""
     phi_ratio: float | None = None
-    """Of a tokenizer of VAR's architecture that does not tell it, where it is not 0.5."""
+    """Share of phi's convolution, if a tokenizer of VAR's architecture does not tell it and it is not 0.5."""
     classes: str = "all"
     """Class numbers such as 207,360 or 0-9, or all."""
     per_class: int = 8
@@ -51,7 +51,7 @@ class SampleOptions:
     top_k: int = 900
     """Draw from the k most probable codes; 0 is no limit."""
     top_p: float = 0.96
-    """Draw from the most probable codes of this mass; 0 is no limit."""
+    """Draw from the most probable codes that together have this probability; 0 is no limit."""
     seed: int = 0
     """Image i is a function of the seed and i, whatever the batch size."""
     batch_size: int = 50
@@ -65,7 +65,7 @@ class SampleOptions:
 
 
 def parse(argv: list[str]) -> SampleOptions:
-    """Ends the process, with a message, for words that mean nothing; raises UserError for values out of range."""
+    """Parses the options. Wrong words end the process with a message; values out of range raise UserError."""
     options = tyro.cli(SampleOptions, prog="mepa sample", args=argv)
     for name, value in (("per-class", options.per_class), ("batch-size", options.batch_size)):
         if value < 1:
@@ -168,12 +168,13 @@ def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[r
 
 
 def _check_others(directory: Path, paths: list[Path], made_by: str) -> None:
-    """Other jobs draw other classes into the same directory, with seeds of their own; all else must be the same.
+    """Refuses a directory with images of other kinds, since scores count all images in a directory.
 
-    One image a class is opened.
+    Other jobs may generate other classes into the same directory, with seeds of their own; everything else must be the
+    same. One image of each class is opened.
 
     Raises:
-        UserError: an image that this start would leave there, and that is none of such a job's.
+        UserError: the directory has an image that neither this start nor such a job would make.
     """
     from mepa_ds.images.decoding import is_image_name
     from mepa_ds.images.pictures import made_by_of
@@ -184,8 +185,8 @@ def _check_others(directory: Path, paths: list[Path], made_by: str) -> None:
     for name, path in others.items():
         if name in my_classes or _shared_facts(made_by_of(path)) != _shared_facts(made_by):
             raise UserError(
-                f"{path}: of another start with other weights or options, and scores take all that is in a directory; "
-                "remove it, or choose another --out"
+                f"{path}: made by another start with other weights or options, and scores count every image in a "
+                "directory; remove it, or choose another --out"
             )
 
 
@@ -194,13 +195,13 @@ def _class_of(path: Path) -> str:
 
 
 def _shared_facts(made_by: str | None) -> dict[str, object] | None:
-    """What jobs that share a directory have in common."""
+    """The facts that are equal for jobs that share a directory."""
     facts = json.loads(made_by) if made_by else None
     return facts and {name: value for name, value in facts.items() if name not in ("classes", "seed")}
 
 
 def _made_by(options: SampleOptions) -> str:
-    """What an image is a function of. Weights that were replaced since are told by their time."""
+    """Everything that an image is a function of. Weights that were replaced are noticed by their time."""
     weights = options.weights / "config.json" if options.weights.is_dir() else options.weights
     facts = {
         "weights": f"{options.weights.resolve()} of {weights.stat().st_mtime:.0f}",

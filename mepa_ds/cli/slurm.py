@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     if rest:
         hint = "; put key=value words at the end, after --" if any("=" in word for word in rest) else ""
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    # Paths on the command line are the caller's; those in recipes and pipelines begin where jobs start.
+    # Paths on the command line are relative to the caller's directory; paths in recipes and pipelines to the clone.
     for name in ("recipe", "file", "run"):
         if name in arguments:
             setattr(arguments, name, shipped.find(getattr(arguments, name)).resolve())
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
             copies_sets=arguments.stage,
             dry_run=arguments.dry_run,
         )
-        log.make_stdout_a_log()  # a job that is submitted stays so
+        log.make_stdout_a_log()  # a job stays submitted even if its number cannot be printed
         submit_recipe(request, profile)
 
 
@@ -73,7 +73,7 @@ def check_words(tool: Tool, words: list[str]) -> None:
     """Parses a command of a pipeline as the tool itself will.
 
     Raises:
-        UserError: the tool does not take it. What it says has been printed.
+        UserError: the tool does not accept it. The tool's own message has been printed.
     """
     from mepa_ds.cli import sample
     from mepa_ds.data_tools import build_shards, precompute
@@ -83,7 +83,7 @@ def check_words(tool: Tool, words: list[str]) -> None:
     try:
         parsers[tool](words)
     except SystemExit:
-        raise UserError(f"{shlex.join(words)}: these are no words of {tool}, which says why above") from None
+        raise UserError(f"{shlex.join(words)}: {tool} does not accept this command; its message is above") from None
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +105,7 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job", choices=sorted(JOBS), default="pretrain", help="what the recipe is for")
     parser.add_argument("--nodes", type=int, default=1, help="each with the profile's GPUs [default: 1]")
     parser.add_argument("--gpus", type=int, help="a node [default: the profile's]")
-    parser.add_argument("--time", help="limit, such as 12:00:00 [default: the profile's]; a run goes on after it")
+    parser.add_argument("--time", help="limit of one start, such as 12:00:00 [default: the profile's]")
     parser.add_argument("--after", action="append", metavar="JOB", help="start when this job has succeeded")
     parser.add_argument("--limit", type=int, default=8, help="members of a scaling study that run at once")
     parser.add_argument("--stage", action="store_true", help="copy the shard sets to every node's own disk first")

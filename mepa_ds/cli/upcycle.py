@@ -20,9 +20,9 @@ from mepa_ds.config.model import MoEConfig
 class UpcycleOptions:
     """Every FFN becomes experts: copies of it, or slices where experts are narrower. The router is new.
 
-    With copies the new model gives the dense model's output to rounding; with slices it does where top_k of them (and
-    the shared one) cover the FFN and top_k divides num_experts. Start training from the result with `pretrain.py RECIPE
-    init_weights=OUT`; the recipe's model.moe must say the same.
+    With copies the new model gives the dense model's output to rounding. With slices it does so if top_k of them (and
+    the shared expert) cover the FFN and top_k divides num_experts. Start training from the result with `pretrain.py
+    RECIPE init_weights=OUT`; the recipe's model.moe must be the same.
     """
 
     weights: Path
@@ -30,15 +30,15 @@ class UpcycleOptions:
     out: Path
     """Directory of the new model."""
     scales: Scales = None
-    """Schedule of VAR weights that do not tell it, where it is neither VAR's for 256 pixels nor for 512: 1 2 3 4."""
+    """Sides of the token maps, such as 1 2 3 4, if VAR weights do not tell them and they are not VAR's own."""
     num_heads: int | None = None
-    """Heads of VAR weights that do not tell them (without QK normalisation)."""
+    """Number of attention heads, if VAR weights do not tell it (those without QK normalisation)."""
     depth: int | None = None
-    """Blocks of VAR weights that do not tell them, where they are not width / 64."""
+    """Number of blocks, if VAR weights do not tell it and it is not width / 64."""
     num_experts: int = 8
     """Routed experts."""
     top_k: int = 2
-    """Routed experts a token."""
+    """Routed experts that each token sees."""
     expert_ratio: float = 4.0
     """Hidden width of an expert as a multiple of C: 4 copies VAR's FFN, 1.333 makes iso-FLOP slices of it."""
     renormalize: bool = False
@@ -50,7 +50,7 @@ class UpcycleOptions:
     router: Literal["stmoe", "smoe", "token"] = "stmoe"
     """See model.moe.router of `pretrain.py --help`."""
     seed: int = 0
-    """Draws the router."""
+    """Seed of the new router's weights."""
 
 
 def main(argv: list[str]) -> None:

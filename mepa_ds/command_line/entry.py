@@ -1,6 +1,6 @@
-"""What every entry point shares: one clear message for a user's mistake, exit status 2, on every rank.
+"""The frame of every entry point: one clear message for a user's mistake, and exit status 2 on every rank.
 
-It imports PyTorch when a command runs, not before: an interrupt while that is imported is a line too.
+PyTorch is imported only when a command runs, so that an interrupt during that import is one line too.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _ELSEWHERE = "give another path, or yourself the right to write there"
 _OF_THE_SYSTEM = {errno.ENOSPC: _MAKE_ROOM, errno.EDQUOT: _MAKE_ROOM} | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), _ELSEWHERE
 )
-"""Errors that a place has, not this program: what to do about them."""
+"""What to do about errors of a place (a full disk, a lack of rights), which are no bugs of this program."""
 
 
 def run(main: Callable[[], object]) -> None:
     """Runs `main`; a UserError is printed once and ends every rank with status 2.
 
-    A signal that asks to end (Ctrl-C) makes one line and the status of others that it ends; a second one ends at once.
-    When nobody reads its output any more (`| head`) a command ends as SIGPIPE ends others: without a word.
+    A signal that asks a command to end (Ctrl-C) gives one line and the status 128 + its number; a second signal ends
+    the command at once. A command whose output nobody reads any more (`| head`) ends silently, with SIGPIPE's status.
     """
     log.open_streams()
     try:
@@ -48,7 +48,7 @@ def run(main: Callable[[], object]) -> None:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
         tell(number)
         sys.exit(128 + number)
-    except BrokenPipeError as error:  # a network's connections raise it too
+    except BrokenPipeError as error:  # network connections raise it too
         if error.filename != log.STDOUT:
             raise
         sys.exit(128 + signal.SIGPIPE)
@@ -80,8 +80,8 @@ def _end(error: UserError) -> NoReturn:
 
     from mepa_ds import distributed
 
-    # Before the ranks meet each reads the same command line, but a node may lack a file: one rank a node speaks.
-    # Afterwards one may stand alone with its error.
+    # Before the ranks have met, all read the same command line, but one node may lack a file: one rank of each node
+    # prints. Afterwards a rank whose error is not shared by all prints it as well.
     met, launch = dist.is_initialized(), distributed.read_launch()
     if launch.is_main or (not error.agreed if met else launch.local_rank == 0):
         log.note(f"error: {error}")
@@ -89,15 +89,16 @@ def _end(error: UserError) -> NoReturn:
 
 
 def _leave_together(status: int) -> None:
-    """One of several ranks ends here, when all are done; a single process returns.
+    """Ends the process once all ranks are done, if there are several; a single process returns.
 
-    What the run made is on disk, so nothing may keep a rank from ending then: the destructors of process groups and
-    threads are left out (a rank that was the last to end was seen to abort in them, and once to hang). The wait for
-    the others is the process group's, with its time-out: one rank may have minutes more to do.
+    Everything is on disk by then, so nothing may keep a rank from ending: the destructors of process groups and threads
+    are left out (a rank that was the last to end was seen to abort in them, and once to hang). The barrier has the
+    process group's time-out, since one rank may have work for minutes more. See docs/decisions.md, Leaving without
+    destructors.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized() or dist.get_world_size() == 1:
-        sys.stdout.flush()  # a reader that has gone is met here, not where the interpreter ends
+        sys.stdout.flush()  # so that a broken pipe is noticed here, and not when the interpreter ends
         return
     dist.barrier()  # no rank leaves while another still needs it; a launcher ends the others when the first one exits
     guard = threading.Timer(_LEAVE_SECONDS, _leave_anyway, (status,))

@@ -1,4 +1,4 @@
-"""Values on command lines: paths, since no shell expands the ~ of `--out=~/x`, and numbers, which must be finite."""
+"""Types of options: paths, since no shell expands the ~ of `--out=~/x`, and numbers, which must be finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One config path (D1): YAML -> overrides -> strict typed config, or an error that names the key.
+"""One path of configuration: YAML, then overrides, then a strict typed config, or an error that names the key.
 
 Every config section derives from `Section`. Values are validated in JSON mode: a list may fill a tuple and a
 string may fill a path, but `"3"` is no integer and an unknown key is an error.

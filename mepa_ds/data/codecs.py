@@ -1,8 +1,8 @@
-"""How a teacher's feature map is stored: fp16, int8 with a scale a token, or PCA to k components and int8.
+"""How a teacher's feature map is stored: fp16, int8 with one scale for each token, or k principal components in int8.
 
 Shape legend: B batch, N patches, C teacher width, K principal components, X stored width (C, or K under PCA).
-Alignment compares directions (cosine over channels), so the number to watch is the mean cosine between a decoded
-token and the original; docs/data.md has it, with the bytes a sample, for every codec.
+The alignment loss compares directions (cosine over channels), so a codec is judged by the mean cosine between a decoded
+token and the original. docs/data.md has this number and the bytes of a sample for every codec.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PcaBasis:
     mean: Tensor  # (C,) float32
     components: Tensor  # (K, C) float32
     teacher: str
-    """Identity of the teacher whose features it was fitted on."""
+    """Identity of the teacher on whose features the basis was fitted."""
 
     def save(self, path: Path) -> None:
         write_safetensors(path, {"mean": self.mean, "components": self.components}, {"teacher": self.teacher})
@@ -64,7 +64,7 @@ class FeatureCodec:
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        """The members that a sample has in a shard."""
+        """Extensions of the members that a sample has in a shard."""
         return (FEATURES_EXT,) if self.name == "fp16" else (FEATURES_EXT, SCALE_EXT)
 
     def encode(self, features: Tensor) -> dict[str, Tensor]:
@@ -88,7 +88,7 @@ class FeatureCodec:
 
 
 class FeatureDecoder(nn.Module):
-    """What training holds: stored tensors -> features, on the device they are on (`.to(device)` moves the basis)."""
+    """Turns stored tensors into features, on the device where the tensors are (`.to(device)` moves the basis)."""
 
     mean: Tensor
     components: Tensor

@@ -35,7 +35,7 @@ from mepa_ds.interrupts import obey_only
 from mepa_ds.log import note
 from mepa_ds.machine import usable_cpus
 
-_END_SECONDS = 1.0  # from a broken connection to the end of the process behind it
+_END_SECONDS = 1.0  # how long a worker process may take to end once its connection is broken
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class ImageBatch:
     """Images of one rank's slice of a global batch."""
 
     pixels_B3HW: Tensor
-    """uint8; what travels between processes and to the GPU."""
+    """uint8: the form in which images travel between processes and to the GPU."""
     labels_B: Tensor
     """int64; -1 where the set has no labels."""
     keys: tuple[str, ...]
     next_position: int
-    """Global stream position after this global batch: where a resumed run goes on."""
+    """Position in the sample stream after this global batch: where a resumed run continues."""
     damaged: tuple[str, ...] = ()
     """What was wrong with samples that were replaced (on_damaged="skip"), one message each."""
 
@@ -97,7 +97,7 @@ def decode_sample(shards: ShardSet, key: str, members: dict[str, bytes]) -> Imag
 
 
 class _ImageDataset(Dataset[Any]):
-    """Reads whole batches. An error is returned, not raised, so that it crosses processes as it is."""
+    """Reads whole batches. An error is returned, not raised, so that it reaches the main process unchanged."""
 
     def __init__(self, shards: ShardSet, stream: OrderedStream | None, side: int, seed: int, on_damaged: OnDamaged):
         self._shards, self._stream, self._side = shards, stream, side
@@ -112,7 +112,7 @@ class _ImageDataset(Dataset[Any]):
                 pixels_B3HW[row] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
                 labels.append(label)
                 keys.append(key)
-        except UserError as error:  # a cache's full disk, too
+        except UserError as error:  # also raised for a full disk under a shard cache
             return error
         labels_B = torch.tensor(labels, dtype=torch.int64)
         return ImageBatch(pixels_B3HW, labels_B, tuple(keys), task.next_position, tuple(damaged))
@@ -167,7 +167,7 @@ def image_batches(
         shards: an image set.
         batch_size: of this rank.
         image_side: pixels; images that are that size already are neither resized nor cropped.
-        position: global stream position to go on from (`ImageBatch.next_position`); training only.
+        position: position in the sample stream to start at (`ImageBatch.next_position`); training only.
         num_workers: processes that decode; 0 decodes in this one.
         on_damaged: "stop" raises at a sample that cannot be read; "skip" takes the next readable one of the stream
             in its place and reports it in `ImageBatch.damaged` (training only).
@@ -208,8 +208,8 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
             "data.num_workers, or give the job more memory"
         ) from error
     if on_child is not None and threading.current_thread() is threading.main_thread():
-        # PyTorch's handler raises at a worker's death wherever the rank is then; asked for a batch, the loader
-        # notices it as well.
+        # When a worker dies, PyTorch's handler raises an error wherever the rank is at that moment. Without the handler
+        # the loader notices the death when it is next asked for a batch.
         signal.signal(signal.SIGCHLD, on_child)
     workers = [child for child in multiprocessing.active_children() if child not in others]
     try:
@@ -217,7 +217,7 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    except (OSError, EOFError, RuntimeError) as error:  # of a bug in a worker too, which lives on then
+    except (OSError, EOFError, RuntimeError) as error:  # a bug in a worker raises these too; the worker then lives on
         wait([worker.sentinel for worker in workers], timeout=_END_SECONDS)
         codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
         if not codes:
@@ -227,7 +227,7 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
             "job more memory"
         ) from error
     finally:
-        del batches  # now, not when nobody looks at the error any more: the workers end with it
+        del batches  # ends the workers now, and not only when the error is garbage-collected
 
 
 def _how_it_ended(code: int) -> str:
@@ -240,23 +240,23 @@ def _how_it_ended(code: int) -> str:
 
 @functools.cache
 def _note_few_cpus(num_workers: int) -> None:
-    """In one line, once, in place of PyTorch's warning at every loader, which does not know of quotas and SLURM."""
+    """Says once that the workers of a rank have few CPUs. PyTorch warns at every loader, without regard to quotas."""
     warnings.filterwarnings("ignore", "This DataLoader will create")
     if num_workers > (cpus := usable_cpus()) and read_launch().is_main:
         note(f"warning: data.num_workers: {num_workers} processes of a rank share {cpus} CPUs; {cpus} would do as well")
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    """A worker that ended at a signal to all processes would take its rank along before it has saved."""
+    """Makes a worker survive a signal to all processes: if it ended, its rank would crash before it has saved."""
     rank = multiprocessing.parent_process()
     assert rank is not None
     assert rank.pid is not None
-    signal.set_wakeup_fd(-1)  # a forked worker would note signals in the rank's socket
+    signal.set_wakeup_fd(-1)  # otherwise a forked worker would write signals into the rank's socket
     obey_only(rank.pid)
 
 
 class _Tasks:
-    """What DataLoader takes for a sampler: anything iterable."""
+    """Stands in for DataLoader's sampler, which may be anything iterable."""
 
     def __init__(self, tasks: Iterator[BatchTask]):
         self._tasks = tasks

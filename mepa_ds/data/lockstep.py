@@ -15,9 +15,9 @@ BatchT = TypeVar("BatchT")
 
 
 def lockstep(batches: Iterator[BatchT]) -> Iterator[BatchT]:
-    """Passes batches on; before each, the ranks agree that all have one. Collective, on every batch.
+    """Passes batches on. Before each batch the ranks agree that all of them have one. Collective for every batch.
 
-    One integer is reduced over gloo, on the CPU, so that work queued on a GPU is not waited for.
+    One integer is reduced over gloo, on the CPU, so that nothing waits for work queued on a GPU.
 
     Raises:
         UserError: on every rank, with the message of the first rank whose loader raised one.
@@ -43,6 +43,6 @@ def lockstep(batches: Iterator[BatchT]) -> Iterator[BatchT]:
 
 
 def report_damaged(lines: Sequence[str]) -> None:
-    """Names the samples of a batch that others took the place of, on the rank that read them, in the run's log."""
+    """Writes a line into the log for each damaged sample that was replaced, on the rank that read it."""
     for line in lines:
         log.note(f"rank {distributed.rank()}: damaged sample replaced: {line}")

@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of (seed, epoch, shard sizes, window) (D3).
+"""The order of samples as a pure function of (seed, epoch, shard sizes, window of shards).
 
 The training stream is endless: position p = 0, 1, 2, ... lies in epoch p // N at offset p % N, and the sample at
 position p is `permutation(seed, p // N)[p % N]`.
@@ -8,18 +8,18 @@ positions that starts at sG + rG / W. From this alone follows what resuming need
 
 - Each sample exactly once an epoch. The positions of epoch e are [eN, (e + 1)N); offsets run through 0..N-1 once
   and a permutation is a bijection. Batches tile the positions without gap or overlap, and the slices of the ranks
-  tile each batch, so whoever reads them, in whatever batch size, reads each position once.
+  tile each batch. So each position is read exactly once, at any batch size and by any readers.
 - Independent of world size, workers and timing. The positions of a global batch are [sG, (s + 1)G) for every W,
   and which sample stands at a position involves neither W nor the worker that reads it.
 - The same number of batches on every rank: all have one slice of each global batch. An epoch's end inside a batch
   is nothing special, since the stream runs on; so nothing is dropped when G does not divide N.
-- The state is one integer: the first position not yet consumed. A run may stop at any batch and go on from there
+- The state is one integer: the first position not yet consumed. A run may stop at any batch and continue there
   with other W, G or workers: the positions before are consumed, those after are not. Seed, shards and window must be
   the same: a run's checkpoint names them (mepa_ds.pretrain.data.data_identity), and refuses others.
 
-With a window (sets that are fetched) shards are permuted and cut into windows of that many; samples are permuted within
-each. That too is a bijection of the epoch's N samples, so all of the above holds, but nothing is nearer to uniform than
-the window allows: `shuffle_quality` measures it.
+Sets that are fetched have a window of shards: the shards are permuted and cut into windows of that many, and samples
+are permuted within each window. That too is a bijection of the epoch's N samples, so all of the above holds. Only the
+shuffle is less uniform; `shuffle_quality` measures by how much.
 
 Permutations are made from the raw output of the Philox generator, keyed through SeedSequence, by a stable sort of
 one 64-bit number a sample. NumPy promises the streams of bit generators and of SeedSequence to be stable between
@@ -50,7 +50,7 @@ def permutation(seed: int, epoch: int, size: int, stream: int = 0) -> Indices:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which sample of a set stands at each position of the endless stream.
+    """Says which sample of a set stands at each position of the endless sample stream.
 
     Args:
         shard_sizes: samples of each shard; N is their sum.

@@ -21,16 +21,15 @@ _RESCAN = "if it was replaced, run data_tools/merge_index.py scan on the set aga
 
 
 def remedy(index: ShardIndex) -> str:
-    """What to do about a shard that is not the one its index describes."""
+    """What a message advises when a shard is not the one that its index describes."""
     return _RESCAN if index.made_by == FOREIGN else REMEDY
 
 
 class Places:
-    """Keys, labels and members' places of a set. A shard's offset index is read when one of its
-    samples is first asked for.
+    """Keys, labels and members' places of a set. A shard's offset index is read when a sample of it is first asked for.
 
-    Pickles without the offset indices. Threads may share it: one that reads an offset index which another is reading
-    writes the same values.
+    A pickled copy has no offset indices. Threads may share an instance: two that read the same offset index write the
+    same values.
     """
 
     def __init__(self, index: ShardIndex, paths: list[str], what: str):
@@ -62,7 +61,7 @@ class Places:
         """(B,) the shard of each sample, whose offset index is then at hand.
 
         Raises:
-            DamagedError: an offset index cannot be read, or is not that of the set's index.
+            DamagedError: a offset index cannot be read, or does not fit the index.
         """
         shards_B = np.searchsorted(self._starts, samples_B, side="right") - 1
         known_B = self._is_read[shards_B]

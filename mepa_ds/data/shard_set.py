@@ -46,12 +46,12 @@ from mepa_ds.files import again
 class ShardSet:
     """The samples of a directory of shards, numbered 0 to len - 1 in the order of the shards.
 
-    Pickles (without its open files) and survives a fork: reads carry their own offset. Threads may share it.
+    It pickles (without its open files) and survives a fork, since reads carry their own offset. Threads may share it.
 
     Args:
         directory: with `index.json`, or with WebDataset tars that others made (their headers are stepped over);
             with `remote.json` too if the tars are to be fetched (mepa_ds.data.remote.remote_file).
-        what: name of the setting that gave the directory, for messages.
+        what: name of the recipe key or option that gave the directory, for messages.
 
     Raises:
         UserError: no set there.
@@ -74,7 +74,7 @@ class ShardSet:
         self._places = Places(self.index, self._paths, what)
         for shard, offset_index in enumerate(offset_indices):
             self._places.add(shard, offset_index)
-        # An open file that has left the cache still takes its space.
+        # An open file still takes disk space after the cache has removed its name.
         self._files = OpenFiles(None if remote is None else 2 * remote.window)
         self._npy_headers: dict[str, bytes] = {}
 

@@ -35,15 +35,15 @@ class TrainingBatch:
     weight_B: Tensor
     """float32: 1, or 0 for a sample that only fills up a last evaluation batch."""
     positions_B: Tensor
-    """int64 positions in the global stream (sample numbers in evaluation)."""
+    """int64 positions in the sample stream (sample numbers in evaluation)."""
     keys: tuple[str, ...]
     next_position: int
-    """Global stream position after this global batch: where a resumed run goes on."""
+    """Position in the sample stream after this global batch: where a resumed run continues."""
     stored_features: dict[str, Tensor] = field(default_factory=dict)
     """Members of the feature codec by extension, batched."""
     decoder: FeatureDecoder | None = None
     whole_map_grid_side: int | None = None
-    """Set when the stored features are maps of whole images: the side of the grid to read from them at the boxes."""
+    """Side of the grid to read at the boxes of the views, when features are maps of whole images; else None."""
     damaged: tuple[str, ...] = ()
     """What was wrong with samples that were replaced (on_damaged="skip"), one message each."""
 
@@ -86,7 +86,7 @@ class _Reader:
     ):
         self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
         self._num_classes = num_classes
-        # In a single pass, places beyond the last sample are filled with it, at weight 0.
+        # In a single pass, places beyond the last sample are filled with the last sample, at weight 0.
         self._last = sets.num_samples - 1 if stream is None else None
         self._buffers = BufferPool(pin_memory)
         whole = sets.whole_maps
@@ -114,13 +114,13 @@ class _Reader:
         return replace(batch, next_position=task.next_position, damaged=tuple(errors))
 
     def _read_whole(self, samples: Indices, places: Indices, positions: Indices) -> tuple[TrainingBatch, list[str]]:
-        """Damaged samples replaced, and what was wrong with them."""
+        """The batch with its damaged samples replaced, and what was wrong with these."""
         found = [self._whole(position) for position in positions.tolist()]
         whole = np.array([sample for sample, _ in found])
         batch = self._read(whole, positions)
         if self._stream is not None:
             return batch, [error for _, errors in found for error in errors]
-        # In evaluation what stands in for another sample does not count, and each damaged one is named once.
+        # In evaluation a sample that stands in for another does not count, and each damaged sample is named once.
         batch.weight_B[torch.from_numpy(whole != samples)] = 0
         own = [errors[:1] for place, at, (_, errors) in zip(places, positions, found, strict=True) if place == at]
         return batch, [error for errors in own for error in errors]
@@ -129,14 +129,14 @@ class _Reader:
         return positions if self._stream is None else self._stream.samples_at(positions)
 
     def _whole(self, position: int) -> tuple[int, list[str]]:
-        """The sample at a position, or the next one of the stream that can be read; and what those before it lack."""
+        """The sample at a position, or the next readable one of the stream; and what was wrong with those before it."""
 
         def read(step: int) -> int:
             at = np.array([position + step])
             if self._stream is None:
                 at %= self._sets.num_samples
             sample = self._samples(at)
-            self._read(sample, np.array([position]))  # the view is that of the place it would take
+            self._read(sample, np.array([position]))  # with the view of the position that it would fill
             return int(sample[0])
 
         return first_readable(read, self._sets.num_samples, self._sets.tokens.directory)
@@ -189,7 +189,7 @@ class _Reader:
 def check_labels(labels_B: Tensor, num_classes: int | None, where: Callable[[int], str]) -> None:
     """Raises UserError unless all labels are in range(num_classes); None: any. `where` names the sample of a row.
 
-    No DamagedError, which could be skipped: the model is too small for the set, or the set is not for training.
+    The error is no DamagedError, which could be skipped: the model is too small for the set, or the set is a wrong one.
     """
     if num_classes is None:
         return
@@ -255,9 +255,9 @@ def evaluation_batches(
 ) -> Iterator[TrainingBatch]:
     """One pass in order, each sample once over the ranks; every rank has the same number of batches of `batch_size`.
 
-    The places that are left over in the last batches hold the last sample again with `weight_B` 0: sums weighted by
-    it, reduced over the ranks, are exact. So do the places of damaged samples under on_damaged="skip", which
-    `TrainingBatch.damaged` names.
+    Places that are left over in the last batches hold the last sample again, with `weight_B` 0. Sums that are weighted
+    by it and reduced over the ranks are therefore exact. Under on_damaged="skip" the places of damaged samples also
+    hold other samples with weight 0, and `TrainingBatch.damaged` names the damaged ones.
     """
     if batch_size < 1:
         raise UserError(f"batch size: expected at least 1, got {batch_size}")

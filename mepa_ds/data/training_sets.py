@@ -40,17 +40,17 @@ class TrainingSets:
 
     @property
     def caches(self) -> list[ShardCache]:
-        """Of the sets that are remote."""
+        """The caches of those sets that are remote."""
         return [shards.cache for shards in (self.tokens, self.features) if shards and shards.cache]
 
     @property
     def num_classes(self) -> int:
-        """0 when the set does not say."""
+        """Number of classes of the token set; 0 when the set does not say."""
         return len(self.tokens.index.classes)
 
     @property
     def tokenizer(self) -> MadeBy:
-        """Who made the tokens: `.name`, `.identity`, `.settings`."""
+        """The tokenizer that made the tokens: `.name`, `.identity`, `.settings`."""
         return self.tokens.index.made_by
 
     @property
@@ -63,19 +63,19 @@ class TrainingSets:
 
     @property
     def num_views(self) -> int:
-        """Token maps of each sample."""
+        """How many views of an image a sample has token maps of."""
         shape = self.tokens.index.members[TOKENS_EXT].shape
         assert shape is not None
         return shape[0] if len(shape) == 2 else 1
 
     @property
     def teacher(self) -> MadeBy | None:
-        """Who made the features: `.name`, `.identity`, `.settings`."""
+        """The teacher that made the features: `.name`, `.identity`, `.settings`."""
         return None if self.features is None else self.features.index.made_by
 
     @property
     def feature_width(self) -> int | None:
-        """C, after decoding."""
+        """C, the width of decoded features."""
         return None if self.features is None else int(_setting(self.features, "width"))
 
     @property
@@ -85,7 +85,7 @@ class TrainingSets:
 
     @property
     def feature_grid_side(self) -> int | None:
-        """sqrt(N), of what a batch holds."""
+        """sqrt(N): cells along one side of the feature maps in a batch."""
         if self.features is None:
             return None
         if self.whole_maps:

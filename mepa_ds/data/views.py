@@ -55,7 +55,7 @@ class Views:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the index of a set says of its views; see `check_same_views`."""
+        """What the index of a set stores about its views; see `check_same_views`."""
         if self.count == 0:
             return {"views": CENTRE, "image_side": self.side}
         return {"views": f"random:{self.count}", "image_side": self.side, "views_seed": self.seed}
@@ -122,7 +122,7 @@ def sample_boxes(map_BhwC: Tensor, boxes_B4: Tensor, grid_side: int) -> Tensor:
     """Features (B, N, C) of crops, read from feature maps of whole images (B, h, w, C) by bilinear interpolation.
 
     boxes_B4: top, left, bottom, right as fractions of the image. Cell (i, j) of a crop is read at its middle. This
-    stands in for running the teacher on the crop; docs/data.md says how near it comes.
+    stands in for running the teacher on the crop; docs/data.md has measurements of the difference.
     """
     steps_g = (torch.arange(grid_side, device=map_BhwC.device) + 0.5) / grid_side
     top_B, left_B, bottom_B, right_B = boxes_B4.to(map_BhwC.device).float().unbind(1)

@@ -1,4 +1,4 @@
-"""DeepSpeed's part of a checkpoint: this rank's pieces of the state out of ZeRO's partitions, and back into them."""
+"""Checkpoints that do not know the topology, and weights that need no DeepSpeed: saved, loaded, exported."""
 
 from __future__ import annotations
 

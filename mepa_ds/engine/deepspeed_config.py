@@ -1,4 +1,4 @@
-"""DeepSpeed's config: engine knobs from a JSON file, everything else derived from the recipe (D1)."""
+"""DeepSpeed's config: engine knobs from a JSON file, everything else derived from the recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a group holds E / n experts, tokens travel by uneven all-to-all (D4, dropless).
+"""Expert parallelism: each rank of a group holds E / n experts, tokens travel by uneven all-to-all, none dropped.
 
 Shapes: T tokens here, K choices a token, R rows sent (T K less dropped ones), Q rows received, C width,
 E experts in all, J experts held here, n ranks in the expert-parallel group.

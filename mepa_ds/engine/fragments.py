@@ -2,7 +2,7 @@
 
 A fragment is a run of consecutive elements of one flattened parameter. Stacked experts are one parameter of E
 experts whatever the expert-parallel size, since rank i holds consecutive ones. So names, sizes and offsets do not
-know the topology (D5), and no communication is needed to form them.
+know the topology, and no communication is needed to form them.
 
 This file reads DeepSpeed's internals (`_hp_mapping`, `single_partition_of_fp32_groups`): the version is pinned.
 """

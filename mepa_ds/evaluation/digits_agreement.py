@@ -1,4 +1,4 @@
-"""Are generated digits what was asked for? A classifier trained on the real ones judges."""
+"""How often generated digits show the class that was asked for, by a classifier trained on real digits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 8  # of scikit-learn's digits, which the shards hold upscaled
 
 def digits_agreement(weights: Path, tokenizer: Path, train: Path, heldout: Path) -> dict[str, float]:
     """`class_agreement`: the share of generated digits (50 of each) that an SVC assigns to the class asked for;
-    `svc_heldout_accuracy`: the same SVC's accuracy on real held-out digits, the most one could hope for.
+    `svc_heldout_accuracy`: the same SVC's accuracy on real held-out digits, an upper bound for the agreement.
     """
     from sklearn.svm import SVC
 

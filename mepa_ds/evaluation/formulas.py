@@ -18,9 +18,9 @@ SPLIT = 5000
 """Images in a split of the inception score."""
 NEIGHBOURS = 3
 _ROWS = 1000  # in float64 at a time: 0.4 GB of distances to 50 000 images
-# Squared distances below this part of the squared norms are rounding: the points are one.
+# Squared distances below this share of the squared norms are rounding: the points are equal.
 _SAME = 1e-12
-# Of the trace: below it, a negative eigenvalue of a covariance that was stored in fp32 is rounding.
+# Share of the trace below which a negative eigenvalue of a covariance stored in fp32 is rounding.
 _ROUNDING = 1e-5
 
 
@@ -33,7 +33,7 @@ class Gaussian:
 
     @classmethod
     def of(cls, features_ND: Tensor) -> Gaussian:
-        """Of at least two images. The covariance is divided by N - 1, as NumPy's.
+        """Mean and covariance of at least two images. The covariance is divided by N - 1, as NumPy's.
 
         Raises:
             UserError: one image alone has no covariance.
@@ -51,8 +51,8 @@ class Gaussian:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    The eigenvalues of C1 C2 are those of R C2 R with R R = C1, which is symmetric: no complex numbers, and covariances
-    of fewer images than features, which are singular, are as good as others.
+    C1 C2 has the eigenvalues of R C2 R with R R = C1. That matrix is symmetric, so no complex numbers occur, and
+    singular covariances (of fewer images than features) are no special case.
 
     Raises:
         UserError: a matrix has negative eigenvalues, so it is no covariance.
@@ -85,7 +85,7 @@ def _check_eigenvalues(values_D: NDArray[np.float64]) -> None:
 
 
 def inception_scores(logits_NK: Tensor) -> list[float]:
-    """exp of the mean KL divergence of a split's images from their mean, split by split.
+    """For each split: exp of the mean KL divergence of its images' predictions from their mean.
 
     Splits are 5000 images, 5000 images, ... and the rest, as ADM's suite cuts them.
     """
@@ -104,8 +104,8 @@ def precision_and_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991).
 
-    Precision: which part of the samples lies in the ball of a real image, whose radius is the distance to its third
-    neighbour among the real ones. Recall: the same with both sets exchanged.
+    Precision is the share of samples that lie in the ball of a real image. A ball's radius is the distance from its
+    image to the third neighbour among the real images. Recall is the same with both sets exchanged.
 
     Args:
         device: where the distances are computed; None: where the features are.
@@ -124,7 +124,7 @@ def precision_and_recall(
 
 
 def _covered(points_ND: Tensor, centres_MD: Tensor) -> float:
-    """Which part of the points lies in the ball of a centre."""
+    """The share of points that lie in the ball of some centre."""
     # The nearest one is the centre itself.
     radii_M = torch.cat(
         [

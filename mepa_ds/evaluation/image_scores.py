@@ -1,5 +1,5 @@
 """Scores of generated images by the protocol of ADM's evaluation suite (arXiv 2105.05233): FID, sFID, inception score,
-improved precision and recall. The network is torch-fidelity's; formulas (`score_formulas`) and protocol are ours.
+improved precision and recall. The network is torch-fidelity's; formulas (`formulas.py`) and protocol are ours.
 
 Shapes: N images, B of them in a batch, P = 2048 channels of the last pooling, S = 2023 spatial features (7 channels of
 17 x 17), K = 1008 classes.
@@ -37,7 +37,7 @@ from mepa_ds.weights.state_dicts import Wanted
 Order = Literal["shuffled", "file"]
 _SPATIAL_CHANNELS = 7
 _SHUFFLE_SEED = 0
-_PACKAGE = (0, 4)  # torch-fidelity's version whose network the tests take apart
+_PACKAGE = (0, 4)  # the oldest version of torch-fidelity whose network the tests check
 _WANTED = Wanted("Inception v3", ("Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch1x1.conv.weight", "fc.weight"))
 _INSTALL = "pip install 'mepa_ds[evaluation]'"
 _OFFICIAL = "weights-inception-2015-12-05-6726825d.pth"
@@ -45,12 +45,12 @@ _OFFICIAL = "weights-inception-2015-12-05-6726825d.pth"
 
 @dataclass(frozen=True)
 class Features:
-    """What the network sees in images, on the CPU in fp32."""
+    """The network's outputs for images, on the CPU in fp32."""
 
     pool_NP: Tensor
     spatial_NS: Tensor
     logits_NK: Tensor
-    """Without the bias of the last layer, as ADM's suite has them."""
+    """Logits without the bias of the last layer, as in ADM's suite."""
 
     def check(self, what: str, first: int = 0) -> None:
         """Raises UserError for features that are not finite; `first` is the number of the first image."""
@@ -106,7 +106,7 @@ class Inception:
         return Features(pool_BP.cpu(), spatial_BS.cpu(), logits_BK.cpu())
 
     def of_all(self, images: ImageFiles, batch_size: int, on_batch: Callable[[int], object], what: str) -> Features:
-        """All images of a set; `on_batch` is told how many more are done.
+        """Features of all images of a set; `on_batch` is called with the number of images of each batch.
 
         Raises:
             UserError: features are not finite (`what` begins the message), or an image cannot be read.
@@ -125,7 +125,7 @@ class Inception:
 
 def _build(weights: Path) -> nn.Module:
     network = _network_class()
-    # The package would execute a pickle, or download; it gets what was read safely, as a file in memory.
+    # The package would execute a pickle, or download one. It gets weights that were read safely, as a file in memory.
     memory = io.BytesIO()
     torch.save(read_state_dict(weights, wanted=_WANTED), memory)
     memory.seek(0)
@@ -153,8 +153,8 @@ class ReferenceFile:
     """Real images on disk, and the statistics (`mu, sigma, mu_s, sigma_s`) that an .npz may have beside them.
 
     Raises:
-        UserError: at construction, for a damaged file, for one without images, which precision and recall need, and
-            for statistics that cannot be used. An hour of a GPU's work on the samples is not spent first.
+        UserError: at construction, for a damaged file, for a file without images (precision and recall need them), and
+            for statistics that cannot be used: before a GPU has spent an hour on the samples.
     """
 
     def __init__(self, path: Path):
@@ -202,7 +202,7 @@ def _stored_statistics(path: Path, features: Features) -> tuple[Gaussian, Gaussi
 
 
 def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.float64]]:
-    """Those of the arrays that are there. All else in the file is read too, so that damage is found now."""
+    """The named arrays, as far as they are there. The whole file is read, so that damage is found now."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
@@ -222,7 +222,7 @@ def _read_arrays(path: Path, names: tuple[str, ...]) -> dict[str, NDArray[np.flo
     if "arr_0.npy" not in members:
         raise UserError(
             f"{path}: no arr_0 among {', '.join(members) or 'nothing'}: precision and recall need the reference's "
-            "images (uint8, N H W 3), statistics alone do not do"
+            "images (uint8, N H W 3), statistics alone are not enough"
         )
     for name, array in found.items():
         if array.dtype.kind not in "fiu":
@@ -236,8 +236,8 @@ def image_scores(
     """`fid`, `sfid`, `inception_score` and its standard deviation over splits, `precision`, `recall`.
 
     The inception score is the mean over splits of 5000, 5000, ... images and the rest. Images in the order of their
-    classes would score a fifth of their worth, so they are shuffled, always alike; `order="file"` takes them as they
-    come, as ADM's suite does (for comparisons with its numbers). A single split has no deviation: None.
+    classes would score a fifth, so they are shuffled, always in the same way. `order="file"` takes them as they come,
+    as ADM's suite does (for comparisons with its numbers). A single split has no deviation: None.
 
     Args:
         device: where the neighbours for precision and recall are looked for.

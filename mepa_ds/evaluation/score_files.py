@@ -1,4 +1,4 @@
-"""Images in files scored against a reference in files: what `mepa evaluate` and SLURM's pipelines do."""
+"""Scores images in files against a reference in files, for `mepa evaluate` and SLURM's pipelines."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def save_pretrained(model: NextScaleTransformer | Tokenizer, directory: Path | s
 
 
 def load_pretrained(directory: Path | str) -> NextScaleTransformer | Tokenizer:
-    """Loads whichever of the two the directory holds, ours or of VAR's classes. Raises UserError for anything else."""
+    """Loads the model or tokenizer in a directory, ours or one of VAR's classes. Raises UserError for anything else."""
     if (of_vars := kind_of_vars(Path(directory))) is not None:
         return NextScaleTransformer.open(directory) if of_vars == "transformer" else Tokenizer.open(directory)
     kind = read_kind(directory)

@@ -1,4 +1,4 @@
-"""Pictures of how far a run has come: the same classes and the same random numbers every time."""
+"""Pictures that show the progress of a run: the same classes and the same random numbers every time."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class UnwrittenError(Exception):
 
 
 class SampleGrids:
-    """One row a class: all of up to 16 classes, 8 spread over all of more.
+    """Grids with one row for each class: all classes if there are up to 16, else 8 that are spread over all.
 
-    `alone`: no rank needs another one to sample, so that whatever fails on one can be told to all.
+    `alone`: no rank needs another rank to sample, so that a failure on one rank can be told to all.
     """
 
     def __init__(self, tokenizer: Tokenizer, directory: Path, num_classes: int, seed: int, alone: bool):

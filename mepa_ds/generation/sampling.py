@@ -25,7 +25,7 @@ Rng = Literal["image", "var"]
 
 
 class NonFiniteLogitsError(UserError):
-    """The model's logits are NaN or infinite: a run that samples on its way may catch it and go on."""
+    """The model's logits are NaN or infinite. A run that samples while it trains may catch this and continue."""
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def sample(
 
 @contextmanager
 def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
-    """In training mode experts have a capacity, and what an image gets would depend on its batch."""
+    """Evaluation mode within. In training mode experts have a capacity, and an image would depend on its batch."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -119,7 +119,7 @@ def _sample_batch(
         if scale + 1 < schedule.num_scales:
             next_BlZ = quantizer.next_input(f_hat, scale)
             x_BlC = model.next_input(torch.cat([next_BlZ, next_BlZ]) if guided else next_BlZ, scale + 1)
-    _check_finite(total)  # once a batch: on a GPU it waits for all that was queued
+    _check_finite(total)  # only once a batch: on a GPU it waits for all queued work
     del caches  # decoding takes as much memory again
     return tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1)
 
@@ -139,7 +139,7 @@ def keep_top(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 class _Draw:
-    """How the codes of a scale come from its logits; `generator` only with rng="var"."""
+    """Turns the logits of a scale into codes; `generator` only with rng="var"."""
 
     def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float):
         self.seed, self.index_B, self.generator = seed, index_B, generator

@@ -3,10 +3,10 @@
 What it does with each kind of image (docs/data.md has the rules for users):
 
 - 8-bit grey, palettes, CMYK (as Photoshop writes it), YCbCr and LAB are converted; embedded profiles are not used.
-- Integers of 16 and 32 bits are taken for 8-bit levels where none is above 255, else for 16-bit ones; floats for 0 to
-  1, or for 8-bit levels where all are whole numbers. Others have no scale that could be known, and are refused.
-- Whatever is transparent (an alpha channel, a palette's entries, one colour) is laid over a background.
-- Of several frames or pages the first is taken.
+- Integers of 16 and 32 bits are read as 8-bit levels if none is above 255, else as 16-bit levels. Floats are read as 0
+  to 1, or as 8-bit levels if all are whole numbers. Values of another range are refused: their white is unknown.
+- Transparent parts (an alpha channel, a palette's entries, one colour) are laid over a background.
+- Of several frames or pages the first is read.
 - Photos are turned upright by their EXIF orientation.
 """
 
@@ -30,7 +30,7 @@ from PIL import (
 from mepa_ds.errors import DamagedError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""What is decoded, by Pillow's names. Its other plugins are never asked: EPS, for one, starts another program."""
+"""Formats that are decoded, by Pillow's names. Its other plugins are never used: EPS starts another program."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 """File name endings of these formats, in lower case."""
 
@@ -58,7 +58,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class _UnsuitableError(Exception):
-    """The image is whole, but cannot be taken; with the remedy."""
+    """The image is whole but cannot be used. The message has the remedy."""
 
 
 def is_image_name(name: str) -> bool:
@@ -77,8 +77,8 @@ def decode_image(
         remedy: what the caller's user can do about an image that is damaged.
 
     Raises:
-        DamagedError: whatever is wrong with the image: the bytes are none that is read, are cut short, hold more pixels
-            than Pillow takes for safe, or values of an unknown scale.
+        DamagedError: the bytes are of no format that is read, or are cut short; or the image has more pixels than
+            Pillow considers safe, or values of an unknown range.
     """
     try:
         return _decode(data, background)
@@ -117,10 +117,10 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What EXIF asks for. Pillow's own function also writes the EXIF anew, and fails where that is malformed."""
+    """The rotation that EXIF asks for. Pillow's own function also rewrites the EXIF data, and fails if they are bad."""
     try:
         return _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # a damaged note makes no damaged image
+    except Exception:  # damaged EXIF data make no damaged image
         return None
 
 
@@ -173,7 +173,7 @@ def _levels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _values_per_level(image: Image.Image, values_HW: NDArray[Any]) -> float:
-    """What one of 255 levels is in the image's own units."""
+    """How large one of 255 levels is in the image's own units."""
     low, high = float(values_HW.min()), float(values_HW.max())
     if image.mode == "F":
         if low >= 0 and high <= 1:
@@ -181,12 +181,12 @@ def _values_per_level(image: Image.Image, values_HW: NDArray[Any]) -> float:
         if low >= 0 and high <= 255 and (values_HW == values_HW.round()).all():
             return 1
         raise _UnsuitableError(
-            f"its floats run from {low:g} to {high:g}, of which nobody knows what is white: only 0 to 1, and whole "
+            f"its floats run from {low:g} to {high:g}, and nothing says which of them is white: only 0 to 1, and whole "
             "numbers up to 255, are read; save it as 8- or 16-bit integers"
         )
     if low < 0 or high > 65535:
         raise _UnsuitableError(
-            f"its 32-bit integers run from {low:.0f} to {high:.0f}, of which nobody knows what is white: only 0 to 255 "
+            f"its 32-bit integers run from {low:.0f} to {high:.0f}, and nothing says which is white: only 0 to 255 "
             "and 0 to 65535 are read; save it as 8- or 16-bit integers"
         )
     if image.format == "PPM":
@@ -212,7 +212,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """What a plugin said, in one line. It is written down for what a build leaves out, so it is the same every time."""
+    """What a plugin said, in one line. Builds store it for images that they leave out, so it must not vary."""
     if isinstance(error, UnidentifiedImageError):  # whose own words hold the address of an object
         for name in FORMATS:
             accepts = Image.OPEN[name][1]

@@ -1,4 +1,4 @@
-"""Image tensors: what they may be, and to PNG files."""
+"""Image tensors: checked, and written as PNG files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = No
 
 
 def made_by_of(path: Path) -> str | None:
-    """What `save_png` noted in a file; None for one that says nothing, or is no PNG."""
+    """The text that `save_png` stored in a file; None for a file without it, or one that is no PNG."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return image.info.get(_MADE_BY)

@@ -21,17 +21,17 @@ from mepa_ds.images.decoding import decode_image, is_image_name
 _MEMBER = "arr_0.npy"
 _WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
 _SHOWN = 5
-# Runtime errors are those of encrypted archives and of unknown compression.
+# Encrypted archives and unknown compression raise RuntimeError.
 _UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 class ImageFiles:
-    """uint8 images of one size, `shape` (N, H, W, 3). Holds none of them: 50 000 of 256 pixels are 10 GB.
+    """uint8 images of one size, `shape` (N, H, W, 3). They stay on disk: 50 000 images of 256 pixels are 10 GB.
 
-    Of a directory all image files count, in the order of their names; what else is there is named in the log.
+    In a directory all image files count, in the order of their names; other files are listed in the log.
 
     Raises:
-        UserError: at construction, for what is no such set; while reading, for an image of another size.
+        UserError: at construction, if the path is no such set; while reading, for an image of another size.
     """
 
     def __init__(self, path: Path):

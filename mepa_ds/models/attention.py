@@ -1,4 +1,4 @@
-"""Block-causal self-attention without a mask (D7), and the key-value cache for sampling.
+"""Block-causal self-attention without a mask, and the key-value cache for sampling.
 
 Shapes: B batch, L positions, C width, H heads, D = C / H width of a head.
 """

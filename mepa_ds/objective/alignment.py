@@ -18,7 +18,7 @@ NORM_EPS = 1e-4
 
 
 class Projector(nn.Sequential):
-    """MLP m: C -> hidden -> hidden -> P with SiLU (as REPA's), trained along and left out of the exported model."""
+    """MLP m: C -> hidden -> hidden -> P with SiLU, as REPA's. It is trained with the model and not exported."""
 
     def __init__(self, width: int, hidden: int, teacher_width: int):
         super().__init__(

@@ -19,8 +19,8 @@ ReduceCounts = Callable[[Tensor], Tensor]
 def global_counts(routing: Sequence[RoutingStatistics], reduce_counts: ReduceCounts) -> Tensor:
     """(N layers, E): routed pairs of each expert over all ranks, in one reduction for all layers.
 
-    A layer whose router logits are not finite on any rank has NaN here, on every rank: with no further exchange all
-    know that the step is lost, and where.
+    If the router logits of a layer are not finite on any rank, the layer has NaN here on every rank. So all ranks know,
+    without another exchange, that the step is lost, and in which layer.
     """
     return reduce_counts(torch.stack([layer.counts_SE.sum(0) + 0 * layer.z_sum_S.detach().sum() for layer in routing]))
 

@@ -1,7 +1,7 @@
-"""Floating-point operations of a training step, by formula, and what GPUs can do: together the MFU.
+"""Floating-point operations of a training step, by formula, and the peaks of GPUs; their ratio is the MFU.
 
-A product of (m, n) and (n, k) matrices is 2 m n k operations. Counted are the model's own products once forward and
-twice backward, not what activation checkpointing computes again, nor norms and activations (PaLM's model FLOPs,
+A product of (m, n) and (n, k) matrices is 2 m n k operations. The model's own products are counted, once forward and
+twice backward; what activation checkpointing computes again is not, nor are norms and activations (PaLM's model FLOPs,
 arXiv 2204.02311, appendix B). For one image, L tokens, width C, FFN hidden width F, K of E experts of hidden width X:
 
     a block   qkv and output   8 L C^2          attention   4 C sum_scales l_s e_s    (e_s: where scale s ends)
@@ -45,7 +45,7 @@ def peak_flops_per_second(precision: str) -> float | None:
 
 
 def mfu(step_flops: float, seconds: float, peak: float, world_size: int) -> float:
-    """Model FLOPs utilisation: the share of all GPUs' peaks that a step of so many seconds makes use of."""
+    """Model FLOPs utilisation: the share of the peaks of all GPUs that a step of `seconds` uses."""
     return step_flops / seconds / (peak * world_size)
 
 

@@ -47,7 +47,7 @@ class ScaleScores:
 
 @dataclass
 class Losses:
-    """`total` is what backward takes; `terms` are its detached parts before weighting."""
+    """`total` is the loss for the backward pass; `terms` are its detached parts before weighting."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -57,7 +57,10 @@ class Losses:
     """Routed pairs of this micro-batch, MoE layer by expert, over all ranks."""
 
     def detached(self) -> Losses:
-        """Without the graph. A backward pass frees what it goes through: a loss of weight 0 would keep its part."""
+        """The same losses without their autograd graph.
+
+        A backward pass frees the parts of the graph that it goes through; the part of a loss of weight 0 would stay.
+        """
         routing = {block: statistics.detached() for block, statistics in self.routing.items()}
         return replace(self, total=self.total.detach(), routing=routing)
 
@@ -168,7 +171,7 @@ class PretrainingObjective(nn.Module):
         schedule = self.transformer.schedule
         present = [scale for scale, (_, end) in enumerate(schedule.bounds, start=1) if end <= hidden_BLC.shape[1]]
         scales = [scale for scale in self.config.alignment.scales if scale in present]
-        if not scales:  # none of them is trained yet: no loss, but a gradient (of 0) for every parameter
+        if not scales:  # no aligned scale is trained yet: no loss, but every parameter needs a gradient (of 0)
             return 0 * self.projector(hidden_BLC[:, :1]).float().mean()
         end = schedule.bounds[max(scales) - 1][1]
         return alignment_loss(self.projector(hidden_BLC[:, :end]), features_BNP, schedule, scales)

@@ -1,4 +1,4 @@
-"""What the plan of a run needs to know of tokenizer and teacher: width, weights, and memory when they run online.
+"""Tokenizer and teacher in the plan of a run: width, weights, and memory when they run online.
 
 Shapes: B images of a micro-batch, H side of an image.
 """
@@ -26,7 +26,7 @@ from mepa_ds.teachers.timm_vit import TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights.directories import CONFIG_NAME
 
-# Of a ViT-B with 16 x 16 patches, where the feature set is not there to say.
+# Those of a ViT-B with 16 x 16 patches, assumed if the feature set is not there.
 _ASSUMED_WIDTH, _ASSUMED_PATCHES = 768, 256
 
 
@@ -37,9 +37,9 @@ class FrozenNetworks:
     teacher_width: int | None = None
     teacher_patches: int = 0
     weights: dict[str, float] = field(default_factory=dict)
-    """By part."""
+    """Bytes of weights by part of the plan."""
     working: float | None = None
-    """What encoding one micro-batch of images needs at its peak; None: nothing is encoded (data.tokens)."""
+    """Memory at the peak of encoding one micro-batch of images; None: nothing is encoded (data.tokens)."""
     assumed: list[str] = field(default_factory=list)
 
 
@@ -95,7 +95,7 @@ def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
 
     model_name = TIMM_NAMES.get(teacher.name, teacher.name)
     if not timm.is_model(model_name):
-        return build_teacher(teacher.name, teacher.weights)  # says what there is instead
+        return build_teacher(teacher.name, teacher.weights)  # raises the error that names known teachers
     return TimmVit.outline(teacher.name, model_name)
 
 
@@ -118,7 +118,7 @@ def _tokenizer(config: PretrainConfig, assumed: list[str]) -> Tokenizer:
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether a network is still being made there: nothing but what its training leaves before its end."""
+    """Whether a network is still being trained there: the directory has only what training leaves before its end."""
     if not directory.is_dir() or (directory / CONFIG_NAME).exists():
         return False
     return (directory / "resolved.yaml").exists() or all(path.name.startswith(".") for path in directory.iterdir())
@@ -129,7 +129,7 @@ def _bytes_of(network: nn.Module) -> float:
 
 
 def _peak(network: nn.Module, run: Callable[[Tensor], object], shape: tuple[int, ...]) -> int:
-    """The most that `run` has in memory beside the weights, images included. The network is of no use afterwards."""
+    """Peak memory of `run` beside the weights, images included. The network cannot be used afterwards."""
     live = LiveBytes()
     with FakeTensorMode():
         materialise(network, torch.float32)

@@ -1,7 +1,7 @@
-"""How much memory a forward and backward pass needs, found by running it with fake tensors: sizes, but no data.
+"""How much memory a forward and backward pass needs, found by running it with fake tensors: they have no data.
 
-The model's own code runs, with every option of it (activation checkpointing, precision), so nothing here has to be
-kept in step with it. Only what depends on data is replaced: experts get even loads.
+The model's own code runs, with all its options (activation checkpointing, precision), so nothing here repeats that
+code. Only choices that depend on data are replaced: experts get even loads.
 
 Shapes: T tokens, C width, R routed rows.
 """
@@ -36,7 +36,7 @@ class Traced:
     kept: int
     """Activations that the forward pass keeps for the backward pass."""
     intermediate: int
-    """What there is beside them at the peak of both passes, but for the next one."""
+    """All other memory at the peak of both passes, except `exchanged`."""
     exchanged: int
     """Tokens that have come from other ranks, and gradients for them: buffers of all-to-alls that live at the peak."""
     num_elements: dict[str, int]
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def grow(self, size: int) -> None:
-        """Bytes that are there from now on, whatever holds them."""
+        """Adds bytes that stay allocated from now on, whatever holds them."""
         self.now += size
         if self.now > self.peak:
             self.peak, self.exchanged_at_peak = self.now, self.exchanged
@@ -77,7 +77,7 @@ class LiveBytes(TorchDispatchMode):
         self._exchanging = False
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
-        """Storages that were there before."""
+        """Does not count storages that existed before."""
         self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -96,7 +96,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Exchange(torch.autograd.Function):
-    """An all-to-all as far as memory goes: a new tensor of the same size, there and back."""
+    """Takes the memory of an all-to-all: a new tensor of the same size, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x_RC: Tensor, live: LiveBytes) -> Tensor:
@@ -111,7 +111,7 @@ class _Exchange(torch.autograd.Function):
 
 
 class _EvenCounts:
-    """Rows of each expert, as the CPU's loop asks for them."""
+    """The rows of each expert, in the form in which the CPU's loop reads them."""
 
     def __init__(self, rows: int, num_experts: int):
         self._counts = [rows // num_experts + (expert < rows % num_experts) for expert in range(num_experts)]
@@ -121,7 +121,7 @@ class _EvenCounts:
 
 
 class _EvenDispatcher:
-    """Gives every expert the same number of rows: without data nobody knows who chose what."""
+    """Gives every expert the same number of rows: without data there are no choices."""
 
     def __init__(self, num_experts: int, ep_size: int, live: LiveBytes):
         self._num_experts, self._ep_size, self._live = num_experts, ep_size, live
@@ -149,7 +149,7 @@ def trace_micro_batch(
     teacher_patches: int,
     on_gradient: Callable[[int], int],
 ) -> Traced:
-    """One micro-batch of `batch` images on one rank. A GPU's kernels keep the same as the CPU's, to a few per cent.
+    """Traces a micro-batch of `batch` images on one rank. A GPU's kernels keep the same as a CPU's, to a few per cent.
 
     `on_gradient` is called when the gradient of a parameter of so many elements is complete and has gone into the
     engine's buffers; it returns the bytes that these have grown by.
@@ -172,7 +172,7 @@ def trace_micro_batch(
         part = "routed experts" if ".experts." in name else name.split(".")[0]
         counts[part] += parameter.numel()
     others = live.peak - live.exchanged_at_peak
-    kept = min(kept, others)  # some is freed where a large part is exchanged
+    kept = min(kept, others)  # some activations are freed by the peak if a large part is exchanged
     return Traced(kept, others - kept, live.exchanged_at_peak, counts)
 
 

@@ -1,4 +1,4 @@
-"""`pretrain.py RECIPE --dry-run`: what a run will need, worked out without data, ranks or GPUs.
+"""`pretrain.py RECIPE --dry-run`: what a run will need, computed without data, ranks or GPUs.
 
 Sizes of activations come from running the model with fake tensors (`memory_trace`), everything else from counts of
 parameters and from what DeepSpeed's ZeRO-1/2 keeps of them. Memory is what is allocated; a GPU's allocator keeps some
@@ -23,7 +23,7 @@ from mepa_ds.planning.frozen_networks import FrozenNetworks, plan_networks
 from mepa_ds.planning.memory_trace import Traced, trace_micro_batch
 
 _FP32 = 4
-# Of what is allocated at the peak. Runs of 15 million parameters under glibc: 0.4 to 0.85.
+# As a share of what is allocated at the peak. Measured with 15 million parameters under glibc: 0.4 to 0.85.
 _KEPT_BY_C_LIBRARY = 0.6
 KEPT_NAME = "freed, but kept by the C library"
 _EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
@@ -33,7 +33,7 @@ _WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is planned for. `memory` is in bytes a rank; None: unknown, so nothing is compared with it."""
+    """The ranks that a run is planned for. `memory` is bytes of a rank; None: unknown, so it is not compared."""
 
     world_size: int
     is_gpu: bool
@@ -83,7 +83,7 @@ class Plan:
         line = f"a rank needs {self.peak / 1e9:.1f} GB, but has {limit / 1e9:.1f} GB"
         if max(*fixed, sum(self.optimizer.values())) >= limit:
             return [
-                f"{line}: more than activations is too much; use more ranks, a larger parallel.ep_size or less model"
+                f"{line}: smaller micro-batches would not help; use more ranks, a larger parallel.ep_size or less model"
             ]
         least = max(math.ceil(grows / (limit - stays)) for grows, stays in zip(per_batch, fixed, strict=True))
         factors = [factor for factor in range(least, self.micro_batch + 1) if self.micro_batch % factor == 0]
@@ -94,7 +94,7 @@ class Plan:
 
 
 def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None = None) -> Plan:
-    """Works out the plan; `num_samples` is read from data.tokens where that is there.
+    """Makes the plan; `num_samples` is read from data.tokens if that set is there.
 
     Raises UserError when the recipe cannot be spread over the ranks.
     """
@@ -133,7 +133,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
 
 
 class _EngineMemory:
-    """What ZeRO-1/2 keeps on each rank, and when."""
+    """Memory that ZeRO-1/2 keeps on each rank, at each moment of a step."""
 
     def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, object]):
         self._config, self._machine = config, machine

@@ -33,7 +33,7 @@ def run_report(run_directory: Path) -> dict[str, Any]:
         **facts,
         "steps": train["step"],
         "epochs": train["epoch"],
-        # The median: first steps and steps that share the machine with others do not count.
+        # The median, so that first steps and steps that share the machine with others hardly count.
         "samples_per_second": float(np.median([record["images_per_second"] for record in of_this_start])),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in of_this_start),
         "starts": [_summary(start, trained) for start, trained in starts],
@@ -41,7 +41,7 @@ def run_report(run_directory: Path) -> dict[str, Any]:
         "train_ce_last_scale": train["ce_last"],
     }
     if found := [record for record in by_event.get("heldout", []) if record.get("best")]:
-        best = found[-1]  # of the weights in `best`: scores on other held-out tokens before do not count
+        best = found[-1]  # the score of the weights in `best`; earlier scores may be of other held-out tokens
         report |= {
             "heldout_ce": best["ce"],
             "heldout_ce_last_scale": best["ce_last"],
@@ -56,7 +56,7 @@ def run_report(run_directory: Path) -> dict[str, Any]:
 
 
 def _starts(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each start with the training records that are left of it: those of steps that were taken again are not."""
+    """Each start with its training records. Records of steps that were taken again are not among them."""
     starts: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
     for record in records:
         if record["event"] == "start":

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the truth of a run (D8). Plots, reports and fits read it."""
+"""metrics.jsonl: one JSON object a line, the truth of a run. Reports, plots and fits read it."""
 
 from __future__ import annotations
 

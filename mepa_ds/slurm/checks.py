@@ -1,4 +1,4 @@
-"""What is wrong with a job before it is submitted: the partition, its nodes, the recipe, and where its files are."""
+"""Checks of a job before it is submitted: the partition, its nodes, the recipe, and the places of its files."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def check_partition(profile: Profile, partition: str) -> None:
 
 
 def check_nodes(profile: Profile, partition: str, num_nodes: int) -> None:
-    """Raises UserError unless the partition has so many nodes of one kind with the profile's GPUs."""
+    """Raises UserError unless the partition has `num_nodes` nodes of one kind with the profile's GPUs."""
     wanted, gpus = profile.get("GPU_TYPE"), profile.gpus_per_node
     nodes = nodes_of(partition)
     constraint = profile.get("CONSTRAINT")
-    if re.fullmatch(r"[\w.-]+", constraint):  # what is made of several, such as a&b, is for sbatch to judge
+    if re.fullmatch(r"[\w.-]+", constraint):  # combined constraints, such as a&b, are left to sbatch
         nodes = [node for node in nodes if constraint in node.features]
     nodes = [node for node in nodes if not wanted or wanted in dict(node.gpus)]
     kinds = Counter(_kinds(node) for node in nodes)
@@ -74,14 +74,14 @@ def check_exists(name: str, path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether a file, or a directory that no job is still filling."""
+    """Whether the path is a file, or a directory that no job is still filling."""
     from mepa_ds.data.shards.writer import MANIFEST_NAME
 
     return (root() / path).exists() and not (root() / path / MANIFEST_NAME).exists()
 
 
 def is_cached_elsewhere(path: Path) -> bool:
-    """Whether a remote set whose cache has a place on the nodes only."""
+    """Whether the path is a remote set whose cache lies on the nodes only."""
     from mepa_ds.data.remote.remote_file import RemoteShards
 
     remote = RemoteShards.read(path)
@@ -89,9 +89,9 @@ def is_cached_elsewhere(path: Path) -> bool:
 
 
 def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
-    """What the job itself would say of its shard sets, but for those that cannot be looked at here: keys in `unseen`.
+    """Makes the job's own checks of its shard sets, except for sets that cannot be looked at here (keys in `unseen`).
 
-    Runs of a study share their data, and `looked_at`.
+    `looked_at` remembers what was checked already: the runs of a study share their data.
 
     Raises:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
@@ -115,7 +115,7 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
 
 
 def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:
-    """What `pretrain.py --dry-run` prints, planned for ranks of the cluster; raises UserError if they are too small."""
+    """The text of `pretrain.py --dry-run` for ranks of the cluster. Raises UserError if they have too little memory."""
     from mepa_ds.planning.plan import Machine, format_plan, plan_run, this_machine
 
     is_gpu = profile.get("ACCELERATOR", "cuda") == "cuda"

@@ -15,7 +15,7 @@ _IMAGES = {"tokens": 1, "features": 1, "fit-teacher": 2}
 
 
 def command_words(command: str) -> list[str]:
-    """A command's words, with the paths among them expanded: no shell sees these.
+    """A command's words, with the paths among them expanded, since no shell does it.
 
     Raises:
         UserError: a path cannot be expanded, or a quote is not closed.
@@ -30,7 +30,7 @@ def command_words(command: str) -> list[str]:
 
 
 def path_words(words: list[str]) -> Iterator[tuple[int, str, str]]:
-    """(number of a word, its option, the path that it ends in)"""
+    """Yields (number of a word, its option, the path in which the word ends)."""
     place = _IMAGES.get(words[0], len(words)) if words else 0
     for number, word in enumerate(words):
         name, _, value = word.partition("=")

@@ -20,7 +20,7 @@ JOBS_NAME = "jobs.jsonl"
 
 @dataclass(frozen=True)
 class Job:
-    """What one sbatch starts."""
+    """The job that one sbatch submits."""
 
     script: str
     """File in slurm/, without .sbatch."""
@@ -33,7 +33,7 @@ class Job:
     tasks_per_node: int | None = None
     """Ranks a node, each with a GPU; None: the profile's GPUs a node. 0: one task without a GPU."""
     cpus: int = 1
-    """Of a task without GPU."""
+    """CPUs of a task without a GPU."""
     time: str | None = None
     """SLURM's notation [default: the profile's]."""
     array: str | None = None
@@ -92,7 +92,7 @@ def _exports(job: Job, profile: Profile) -> dict[str, str]:
 
 def test_only(command: list[str]) -> None:
     """Asks SLURM whether it would take the job; raises UserError with its answer if not."""
-    # A dependency on a job that is only planned has no number yet.
+    # Dependencies are left out: a job that is only planned has no number yet.
     words = [word for word in command[1:] if not word.startswith(("--dependency=", "--parsable"))]
     slurm(["sbatch", "--test-only", *words])
 
@@ -112,5 +112,5 @@ def submit(job: Job, profile: Profile, record: Path) -> str:
 
 
 def recorded_jobs(record: Path) -> list[dict[str, Any]]:
-    """What was submitted for a run, oldest first."""
+    """The jobs that were submitted for a run, oldest first."""
     return list(read_metrics(record / JOBS_NAME))  # lines of JSON too, of which a lost node may leave a torn one

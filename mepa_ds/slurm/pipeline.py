@@ -1,7 +1,7 @@
 """`mepa slurm pipeline`: shards, tokenizer and teacher, tokens and features, pretraining, samples, scores as one chain.
 
-Every stage waits for the success of the one before. A stage that is an array ends with a job that names the members
-that failed; then the chain stops there, and the same command again starts only what is not done.
+Every stage waits for the success of the stage before. After an array a job names the members that failed; the chain
+then stops there, and the same command again starts only what is not done.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TrainingConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Scores of the samples, by one GPU."""
+    """Scores of the samples, computed on one GPU."""
 
     reference: UserPath
     """Real images, such as ADM's VIRTUAL_imagenet256_labeled.npz."""
@@ -108,14 +108,14 @@ class PipelineConfig(Section):
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs that run side by side, each with the job that checks its array, if it is one."""
+    """Jobs that run side by side; those that are arrays each have a job that checks the array."""
 
     name: str
     jobs: tuple[tuple[Job, Job | None], ...]
 
 
 CheckWords = Callable[[Tool, list[str]], None]
-"""Raises UserError for words that a tool does not take."""
+"""Raises UserError for words that a tool does not accept."""
 
 
 def run_pipeline(path: Path, profile: Profile, dry_run: bool, check_words: CheckWords) -> list[str]:
@@ -145,7 +145,7 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool, check_words: Check
 
 
 def _check_words(config: PipelineConfig, check: CheckWords) -> None:
-    """What comes last would otherwise be found wrong after days of training."""
+    """Checks all commands now. A mistake in the last stage would otherwise be found after days of training."""
     arrays: tuple[tuple[Tool, ArrayConfig | None], ...] = (
         ("build_shards", config.shards),
         ("precompute", config.teacher),
@@ -164,7 +164,7 @@ def _check_words(config: PipelineConfig, check: CheckWords) -> None:
 
 
 def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) -> None:
-    """Raises UserError for a recipe that does not fit, and for what no stage makes and is not there."""
+    """Raises UserError for a recipe that does not fit, and for missing files that no stage makes."""
     made = [root() / path for array in _array_stages(config) for name, path in _paths(array) if name == "--out"]
     images = {"data.images", "data.heldout_images"} if config.shards else set()
     sets = images | ({"data.tokens", "data.heldout_tokens", "data.features"} if config.precompute else set())
@@ -191,7 +191,7 @@ def _check_inputs(config: PipelineConfig, request: Request, profile: Profile) ->
     best = config.samples is not None and config.samples.weights == "best"
     if best and recipe_value("data.heldout_tokens", request.recipe, request.overrides) is None:
         raise UserError(
-            "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no "
+            "samples.weights: best means the weights of lowest held-out cross-entropy, but the recipe has no "
             "data.heldout_tokens; give it, or set samples.weights: last"
         )
 
@@ -201,7 +201,7 @@ def _array_stages(config: PipelineConfig) -> list[ArrayConfig]:
 
 
 def _paths(array: ArrayConfig) -> Iterator[tuple[str, Path]]:
-    """Files and directories that the commands name, each after its option; image sets stand without one."""
+    """(option, path) of all files and directories that the commands name; image sets have no option."""
     for command in array.commands:
         for _, name, path in path_words(command_words(command)):
             yield name, Path(path)
@@ -234,7 +234,7 @@ def _request(training: TrainingConfig, job: str) -> Request:
 
 
 def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
-    """What is not done yet, stage by stage."""
+    """The jobs that are not done yet, stage by stage."""
     record = run / "slurm"
     if config.shards is not None:
         yield Stage("shards", tuple(_arrays("build_shards", "shards", config.shards, record)))
@@ -250,7 +250,7 @@ def _stages(config: PipelineConfig, run: Path) -> Iterator[Stage]:
 
 
 def _digest(*values: object) -> str:
-    """Names a state, so that changed work is not taken for work that is done."""
+    """Part of a state directory's name: changed work gets another directory, and so is not taken for done."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:8]
 
 
@@ -274,7 +274,7 @@ def _samples(config: PipelineConfig, run: Path) -> Iterator[tuple[Job, Job | Non
     assert samples is not None
     tokenizer = str(recipe_value("tokenizer", config.pretrain.recipe, config.pretrain.overrides))
     evaluate = samples.evaluate
-    # Those of a changed recipe are other samples.
+    # With a changed recipe they are other samples.
     recipe = load_config(PretrainConfig, config.pretrain.recipe, config.pretrain.overrides)
     what = samples.model_dump_json(exclude={"evaluate"}), recipe.model_dump_json()
     state = run / "slurm" / f"samples-{_digest(*what)}"

@@ -43,7 +43,7 @@ class Profile:
         return self.values.get(f"MEPA_{name}") or default
 
     def number(self, name: str, default: int) -> int:
-        """Raises UserError for what is no whole number above 0."""
+        """The value of MEPA_<name> as a number. Raises UserError unless it is a whole number above 0."""
         text = self.get(name, str(default))
         if not re.fullmatch("[1-9][0-9]*", text):  # bash reads 0100 as 64
             raise UserError(f"{self.path}: MEPA_{name}={text}: expected a whole number above 0")

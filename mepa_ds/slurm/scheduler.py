@@ -1,4 +1,4 @@
-"""What is asked of SLURM's own commands."""
+"""Questions to SLURM, answered by its own commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GPU = re.compile(r"gpu:(?:(?P<type>[^:,()]+):)?(?P<count>\d+)")
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has to offer."""
+    """A node of the cluster: its GPUs and features."""
 
     name: str
     gpus: tuple[tuple[str, int], ...]
@@ -58,7 +58,7 @@ def nodes_of(partition: str) -> list[Node]:
 
 
 def jobs(job: str) -> list[dict[str, str]]:
-    """`scontrol show job`, a mapping for each member of an array; [] once SLURM has forgotten it.
+    """`scontrol show job`: a mapping for each member of an array; [] once SLURM has forgotten the job.
 
     Raises UserError if SLURM does not answer.
     """

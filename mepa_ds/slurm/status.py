@@ -53,8 +53,8 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def _job_of(record: Path) -> str | None:
-    """The job that works on a run, or the one that was submitted for it since."""
-    # A pipeline records all its jobs beside the run; those of other stages have their state elsewhere.
+    """The job that works on a run, or a job that was submitted for it later."""
+    # A pipeline records all its jobs beside the run; jobs of other stages have their state elsewhere.
     jobs = [job for job in recorded_jobs(record) if Path(job["state"]).resolve() == record.resolve()]
     owner = record / "owner"
     words = owner.read_text().split() if owner.exists() else []
@@ -72,7 +72,7 @@ def _fields(number: str) -> tuple[dict[str, str], str]:
 
 
 def last_error(log: str) -> str | None:
-    """What the last start that failed failed of. None: no start did."""
+    """The cause of the last failed start; None: no start has failed."""
     for text in reversed(_START.split(log)):
         cause = cause_of(text)
         if cause is not None:

@@ -85,7 +85,7 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
 
 
 def is_finished(request: Request) -> bool:
-    """Whether a run is done, and was by today's recipe and overrides: a longer one, say, goes on.
+    """Whether a run is done, and was done by today's recipe and overrides (a recipe with more steps is not done).
 
     Where the data lie does not count: a start may have read copies on its nodes' disks, and other data are refused.
     """
@@ -122,8 +122,8 @@ def check_recipe(
 ) -> None:
     """Validates a recipe, its data, and its plan against the allocation.
 
-    `made_before`: keys of what earlier jobs of a pipeline make, so that it need not be there yet. `looked_at`: what
-    was found right of other recipes' data.
+    `made_before`: keys of files that earlier jobs of a pipeline make, which need not be there yet. `looked_at`: see
+    `check_data`.
     """
     config = load_config(JOBS[request.job], request.recipe, request.overrides)
     world_size = request.nodes * profile.gpus_per_node
@@ -154,7 +154,7 @@ def refuse_while_active(record: Path) -> None:
 
 
 def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str) -> str | None:
-    """Asks SLURM, prints the line, and submits unless it is a dry run."""
+    """Asks SLURM whether it would take the job, prints the sbatch line, and submits unless it is a dry run."""
     command = sbatch_command(job, profile)
     test_only(command)
     print(shlex.join(command))
@@ -166,7 +166,7 @@ def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str
 
 
 def _submit_study(request: Request, profile: Profile) -> str | None:
-    """An array with a member for each line of a manifest that is not done, and a job that checks them all."""
+    """Submits an array with a member for each unfinished line of a manifest, and a job that checks them all."""
     manifest = request.recipe
     if request.overrides:
         raise UserError("a scaling study's overrides stand in its manifest: RECIPE key=value ... on a line")
@@ -182,14 +182,14 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
             check_recipe(member, profile, looked_at=looked_at)
             run = output_dir(member).resolve()
             if run in runs:
-                raise UserError(f"output_dir: {run} is that of run {runs.index(run) + 1} too; give each its own")
+                raise UserError(f"output_dir: {run} is also used by run {runs.index(run) + 1}; give each its own")
             runs.append(run)
             members.append(member)
         except UserError as error:
             raise UserError(f"{manifest}: run {number}: {error}") from error
     state = manifest.resolve().with_suffix(".slurm")
     refuse_while_active(state)
-    # What is done is known of each run, not of a line's number: lines may come and go between two starts.
+    # Each run knows whether it is done. The number of a line does not: lines may come and go between two starts.
     left = [part for part, member in enumerate(members) if not is_finished(member)]
     if not left:
         if not request.dry_run:
@@ -225,7 +225,7 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
 
 @contextmanager
 def cancelled_on_error(numbers: Sequence[str]) -> Iterator[None]:
-    """Of jobs that belong together, all are submitted or none: an error cancels those that were."""
+    """Submits jobs that belong together all or none: an error cancels those that were submitted before it."""
     try:
         yield
     except UserError as error:
@@ -236,7 +236,7 @@ def cancelled_on_error(numbers: Sequence[str]) -> Iterator[None]:
 
 
 def _link_parts(state: Path, runs: Sequence[Path]) -> None:
-    """`state`/part-<number> leads to the state of each run, where the job after the array looks."""
+    """Links `state`/part-<number> to the state of each run. The job after the array looks there."""
     state.mkdir(parents=True, exist_ok=True)
     for part, run in enumerate(runs):
         link = state / f"part-{part}"

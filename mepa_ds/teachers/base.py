@@ -1,4 +1,4 @@
-"""What a teacher is: a frozen network that gives one feature vector for each cell of a grid over an image.
+"""The interface of teachers: frozen networks that give one feature vector for each cell of a grid over an image.
 
 Shape legend: B batch, H image height, W image width, N cells of the grid (row-major), C teacher width.
 """
@@ -21,7 +21,7 @@ Grid = tuple[int, int]
 class Teacher(nn.Module, ABC):
     """Frozen and always in evaluation mode; subclasses implement `_features`.
 
-    name: what shard sets and recipes call it. width: C. grid_side: cells along one side for a square image.
+    name: its name in shard sets and recipes. width: C. grid_side: cells along one side for a square image.
     pixels_per_cell: side of a cell in the teacher's own input.
     """
 
@@ -32,7 +32,7 @@ class Teacher(nn.Module, ABC):
         self.grid_side = grid_side
         self.pixels_per_cell = pixels_per_cell
         self.identity = ""
-        """Hash of the weights as they were loaded, by which shard sets and runs are compared."""
+        """Hash of the loaded weights, by which shard sets and runs are compared."""
 
     @property
     def has_cls(self) -> bool:
@@ -65,7 +65,7 @@ class Teacher(nn.Module, ABC):
         """Features of images in [-1, 1] whose sides are multiples of `pixels_per_cell`."""
 
     def freeze(self) -> Self:
-        """Called once the weights are in: no gradients, evaluation mode, and the identity is taken."""
+        """Turns gradients off and evaluation mode on, and computes the identity. Called once the weights are loaded."""
         self.identity = identity_of_weights(self.state_dict())
         self.requires_grad_(False)
         return self.eval()

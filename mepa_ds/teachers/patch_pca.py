@@ -1,7 +1,7 @@
 """A teacher that needs no download: whitened PCA of local image patches, fitted on the training images.
 
-It knows texture and shape around each cell and nothing of what the image means: it lets the whole pipeline run on any
-images, and is a baseline that a real teacher (DINOv2) has to beat.
+Its features describe texture and shape around each cell, but not what the image shows. It lets the whole pipeline run
+on any images, and is a baseline that a real teacher (DINOv2) has to beat.
 
 Shape legend: B batch, H image height, W image width, N cells (row-major), D pixels of a window (3 * window**2),
 C teacher width (principal components).
@@ -44,7 +44,7 @@ class PatchPcaConfig(Section):
     first, so that noise is not blown up to the size of structure. No option sets it; the stored config names it, so
     that it says all that the features depend on."""
     fitted_on: str = ""
-    """Which images, as the tool that fitted it names them."""
+    """The images it was fitted on, as the fitting tool names them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,5 +1,5 @@
-"""Teachers by name. A new one is a file with a `Teacher` and a line in TEACHERS, or for a ViT of timm's a line in
-TIMM_NAMES; then the precompute runs again.
+"""Teachers by name. A new teacher is a file with a subclass of `Teacher` and a line in TEACHERS, or, for a ViT of timm,
+a line in TIMM_NAMES. Its features must then be precomputed.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ TIMM_NAMES = {
     "dinov3-h-plus": "vit_huge_plus_patch16_dinov3",
     "dinov3-7b": "vit_7b_patch16_dinov3",
 }
-"""ViTs that have a name of their own here, and that in timm."""
+"""Our short name of a ViT -> its name in timm."""
 
 TEACHERS: dict[str, Loader] = {
     patch_pca.KIND: _patch_pca,
     **{name: _timm(model_name) for name, model_name in TIMM_NAMES.items()},
 }
-"""Beside these, every plain ViT goes by its own name in timm, with or without a tag."""
+"""Teachers that have a name here. Every other plain ViT is called by its name in timm, with or without a tag."""
 
 
 def build_teacher(name: str, weights: str | Path | None, grid_side: int | None = None) -> Teacher:
@@ -65,7 +65,7 @@ def build_teacher(name: str, weights: str | Path | None, grid_side: int | None =
         grid_side: features along one side; None is the teacher's own (16 for ViTs).
 
     Raises:
-        UserError: unknown name (with the nearest known), or weights that are missing or do not fit.
+        UserError: the name is unknown (the message has the nearest known names), or the weights are missing or unfit.
     """
     if name in TEACHERS:
         return TEACHERS[name](name, weights, grid_side)

@@ -60,7 +60,7 @@ class TimmVit(Teacher):
 
     @classmethod
     def outline(cls, name: str, model_name: str) -> TimmVit:
-        """Without weights, on the meta device. Raises UserError for a model that is no plain ViT."""
+        """The teacher without weights, on the meta device. Raises UserError for a model that is no plain ViT."""
         with torch.device("meta"):
             return cls(name, _create(model_name, pretrained=False), DEFAULT_GRID_SIDE)
 
@@ -94,7 +94,7 @@ def _create(model_name: str, pretrained: bool) -> Any:
 
 
 def _load_local(model: Any, model_name: str, path: Path) -> None:
-    # The authors' names and timm's.
+    # Names that the authors' files and timm's have in common.
     names = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
     state = read_state_dict(path, wanted=Wanted(f"a ViT such as timm's {model_name}", names))
     _check_format(state, model, model_name, path)
@@ -111,7 +111,7 @@ def _load_local(model: Any, model_name: str, path: Path) -> None:
 
 
 def _check_format(state: dict[str, Tensor], model: nn.Module, model_name: str, path: Path) -> None:
-    """Refuses what timm's conversion would take without a word, and drops what it would complain of in vain."""
+    """Refuses weights that timm would silently misread, and drops zero biases that it would reject."""
     if any(name.startswith("embeddings.") for name in state):
         raise UserError(
             f"{path}: a checkpoint of the transformers library; give timm's {model_name} or the authors' original file"

@@ -49,7 +49,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 class LeCam(nn.Module):
-    """Keeps the discriminator's outputs near the running mean of those for the other kind (LeCam, eq. 5)."""
+    """Keeps outputs for one kind of images near the running mean of outputs for the other kind (LeCam, eq. 5)."""
 
     def __init__(self, decay: float = 0.999):
         super().__init__()

@@ -1,6 +1,6 @@
 """Encoder and decoder of the tokenizer: the convolutional autoencoder of latent diffusion, as VAR uses it.
 
-Parameter names are latent diffusion's, which is what VAR's checkpoints carry.
+Parameters have latent diffusion's names, as in VAR's checkpoints.
 Shape legend: B batch, C channels, H and W the sides of the map.
 """
 

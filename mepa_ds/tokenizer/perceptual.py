@@ -34,7 +34,7 @@ def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Mo
         warnings.simplefilter("ignore", UserWarning)
         # pnet_rand: build the backbone without downloading; its weights come next.
         module = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-    # What both networks have.
+    # Names that both networks have.
     wanted = Wanted(f"torchvision's {network}", ("features.0.weight", "features.0.bias", "features.10.weight"))
     state = read_state_dict(backbone_weights, "features.", wanted)
     load_strict(module.net, _by_slice(module.net, state), f"loss.perceptual.backbone_weights: {backbone_weights}")

@@ -37,7 +37,7 @@ class Phi(nn.Conv2d):
 
 
 class Quantized(NamedTuple):
-    """What training needs of one pass. Losses are scalars, means over scales."""
+    """The results of one pass that training needs. Losses are scalars, means over scales."""
 
     f_hat_BCHW: Tensor
     """The quantised latent, with the gradient passed straight through to the latent."""
@@ -47,7 +47,7 @@ class Quantized(NamedTuple):
     commitment_loss: Tensor
     """Pulls the latent towards the codes (`mse(sg(f_hat), f)`)."""
     residuals_BLC: Tensor
-    """What each token stands for: the area-downsampled residual it was chosen for (no gradient)."""
+    """The area-downsampled residual that each token was chosen for (no gradient)."""
 
 
 class MultiScaleQuantizer(nn.Module):

@@ -43,10 +43,10 @@ class Tokenizer(nn.Module):
     def open(
         cls, path: Path | str, scales: Sequence[int] | None = None, *, phi_ratio: float | None = None
     ) -> Tokenizer:
-        """Whichever lies there: a directory (`load`), or VAR's tokenizer (`from_var`).
+        """Opens what the path holds: a directory of ours (`load`), or VAR's tokenizer (`from_var`).
 
         Raises:
-            UserError: neither; or another `phi_ratio` than the settings beside the weights tell.
+            UserError: it holds neither, or `phi_ratio` is not the one in the settings beside the weights.
         """
         config, state, name_in_file = read_tokenizer(path, scales, phi_ratio)
         tokenizer = cls(config)
@@ -66,9 +66,9 @@ class Tokenizer(nn.Module):
         Args:
             source: `vae_ch160v4096z32.pth`, another file with the same keys, a checkpoint of VAR's training, or the
                 state dict itself.
-            scales: sides of the token maps; None: those of the settings in the file, or VAR's ten for 256 x 256. The
+            scales: sides of the token maps; None: the sides in the file's settings, or VAR's ten for 256 x 256. The
                 same weights serve 512 x 512 with (1, 2, 3, 4, 6, 9, 13, 18, 24, 32).
-            phi_ratio: share of phi's convolution, which no tensor shows; None: that of the settings, or VAR's 0.5.
+            phi_ratio: share of phi's convolution, which no tensor shows; None: the one in the settings, or VAR's 0.5.
 
         Raises:
             UserError: not such a checkpoint, keys or shapes that do not fit, a pickle with more than tensors.
@@ -96,7 +96,7 @@ class Tokenizer(nn.Module):
 
     @cached_property
     def identity(self) -> str:
-        """16 hex digits of the weights and scales: token maps carry it, and refuse another tokenizer (D2).
+        """16 hex digits of a hash of weights and scales. Token sets store it, and are refused with another tokenizer.
 
         Computed once: weights that change afterwards (training) must be saved and loaded first.
         """
@@ -127,7 +127,7 @@ class Tokenizer(nn.Module):
     def encode(self, images_B3HW: Tensor) -> Tensor:
         """Images (B, 3, H, H) in [-1, 1] to tokens (B, L) int64, scale after scale, each map row by row.
 
-        In the type of the weights, whatever autocast the caller has on: others read these tokens.
+        It runs in the type of the weights, without the caller's autocast, since others read these tokens.
         """
         with torch.autocast(images_B3HW.device.type, enabled=False), full_fp32():
             return self.quantizer.tokens_of(self.latent(images_B3HW))

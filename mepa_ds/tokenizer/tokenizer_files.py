@@ -22,21 +22,21 @@ class StoredTokenizer(NamedTuple):
     config: TokenizerConfig
     state: dict[str, Tensor]
     name_in_file: Callable[[str], str]
-    """What the file calls a parameter of ours, also of one that is missing there."""
+    """Our name of a parameter -> its name in the file, also for one that is missing there."""
 
 
 def read_tokenizer(
     path: Path | str, scales: Sequence[int] | None, phi_ratio: float | None = None, prefix: str = ""
 ) -> StoredTokenizer:
-    """Whichever lies there.
+    """Reads the tokenizer at a path: a directory of ours, VAR's file, or a directory of VAR's own class.
 
     Args:
         scales: another schedule for the same weights; None: the one they were trained with.
         phi_ratio: see `var_keys.config_of`.
-        prefix: of a directory of ours, read only the tensors whose names start with it.
+        prefix: in a directory of ours, read only the tensors whose names start with it.
 
     Raises:
-        UserError: neither, or scales or a ratio that it cannot have.
+        UserError: it is none of these, or it cannot have these scales or this ratio.
     """
     if not Path(path).is_dir() or kind_of_vars(Path(path)) is not None:
         return convert_var(path, scales, phi_ratio)

@@ -1,4 +1,4 @@
-"""How often each code is used at each scale, and what happens to codes that are not.
+"""How often each code is used at each scale, and how unused codes are moved.
 
 Shape legend: B batch, S scales, V codebook size, L tokens over all scales, D dead codes.
 """
@@ -67,14 +67,14 @@ class CodebookUsage(nn.Module):
     def dead_codes(self, below: float) -> Tensor:
         """(D,) int64: codes whose frequency is below `below` times the uniform one at every scale.
 
-        Not over all scales together: the coarse ones have few tokens, and codes that serve them alone are in use.
+        The scales are not added up: coarse scales have few tokens, and codes that only they use would seem unused.
         """
         return (self.frequency_SV < below / self.codebook_size).all(0).nonzero().flatten()
 
     def forget(self, moved_D: Tensor) -> None:
-        """Gives codes that moved the uniform frequency, so that they have time to find tokens before the next check.
+        """Gives moved codes the uniform frequency, so that they have time to find tokens before the next check.
 
-        When all have moved, nothing that was counted stands any more, and the means start anew.
+        When all codes have moved, no count is valid any more, and the means start anew.
         """
         if len(moved_D) == self.codebook_size:
             self.mean_SV.zero_()

@@ -1,4 +1,4 @@
-"""VAR's tokenizer checkpoints (`vae_ch160v4096z32.pth`): which key is which, and what sizes they tell."""
+"""VAR's tokenizer checkpoints (`vae_ch160v4096z32.pth`): the table of their keys, and the sizes read from them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WANTED = Wanted(
 USAGE_KEY = "quantize.ema_vocab_hit_SV"
 
 
-# Behind a name that would otherwise be taken for ours, or for the second one of a tensor.
+# Appended to a name that would otherwise be taken for one of ours, or name a tensor twice.
 OUTSIDE = " (not in VAR's layout)"
 
 
@@ -80,11 +80,11 @@ def config_of(
     phi_ratio: float | None,
     where: str,
 ) -> TokenizerConfig:
-    """Reads the architecture off the shapes, and what these do not show off the settings beside them.
+    """Reads the architecture off the shapes, and the rest off the settings beside the weights.
 
     Args:
-        scales: any schedule for these weights; None: that of the settings, or VAR's ten.
-        phi_ratio: None: that of the settings, or VAR's 0.5 (for sizes that are not VAR's, a line on stderr says so).
+        scales: any schedule for these weights; None: the one in the settings, or VAR's ten.
+        phi_ratio: None: the one in the settings, or VAR's 0.5 (for sizes that are not VAR's, a line on stderr says so).
 
     Raises:
         UserError: not such a checkpoint; scales not given although the weights were not made for VAR's ten; a ratio

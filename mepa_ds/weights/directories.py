@@ -26,7 +26,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 
 
 def size_in(state: Mapping[str, Tensor], places: Sequence[tuple[str, int, int]], where: str) -> int:
-    """The size that most of the places have in common: one damaged tensor is then named, and not all the others.
+    """The size that most of the places agree on. If one tensor is damaged, that one is then named, and not all others.
 
     Args:
         places: (name, dimensions that the tensor should have, which of them to read), the most reliable first.
@@ -48,7 +48,7 @@ def load_strict(
     """Copies `state` into `module`; every name and shape must fit.
 
     Args:
-        name_in_file: what the user's file calls a parameter of ours, for messages.
+        name_in_file: our name of a parameter -> its name in the user's file, for messages.
 
     Raises:
         UserError: names the missing and unexpected keys with their nearest match, and the layers whose shapes differ.
@@ -123,7 +123,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def read_kind(directory: Path | str) -> str:
-    """What `save_pretrained` wrote into this directory: "tokenizer", ..."""
+    """The `kind` that `save_pretrained` stored in this directory: "tokenizer", ..."""
     return str(_read_config(Path(directory)).get("model_type"))
 
 

@@ -1,6 +1,6 @@
 """Files with state dicts, foreign ones too, read safely.
 
-Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors (D9).
+Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_state_dict(
 def read_checkpoint(
     source: Path | str | Mapping[str, Tensor], wanted: Wanted, prefix: str = ""
 ) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
-    """The same, and the settings found beside it, nearest first: a training program's `args` or `config` in the file,
+    """A state dict and the settings beside it, nearest first: a training program's `args` or `config` in the file,
     or the config.json beside weights in Hugging Face's layout.
     """
     state, notes = _read(source, prefix, wanted)
@@ -82,7 +82,7 @@ def _read(
     shards = _shards_in(path)
     if not shards:
         return {}, []
-    # A directory's file is the one of its layout: what it tells to be done is done there.
+    # The command in a refusal needs a file: for a directory it is the weights file of the layout.
     file = path if not path.is_dir() else path / WEIGHTS_NAME
     names = find({(): {name: name for name in shards}}, wanted, str(path), file).entries
     return _load_from(shards, {name: raw for name, raw in names.items() if name.startswith(prefix)}), []
@@ -107,7 +107,7 @@ def _chosen(
 
 @cache
 def _say_left_out(where: str, key: str, taken: str) -> None:
-    """Once for each file: a run opens it several times."""
+    """Says once for each file that averaged weights were left out: a run opens a file several times."""
     if distributed.is_main():
         note(f"{where}: took {taken}; the averaged weights under {key!r} are in a form that is not read")
 
@@ -121,7 +121,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def read_torch_file(path: Path, remedy: str) -> Any:
-    """What `torch.save` wrote, on the CPU; classes and functions in it are refused, not executed.
+    """Reads what `torch.save` wrote, on the CPU; classes and functions in it are refused, not executed.
 
     Raises:
         UserError: no such file, a damaged one, or one with more than plain values and tensors.

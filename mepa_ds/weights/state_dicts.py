@@ -1,4 +1,4 @@
-"""Which state dict is in a checkpoint: among a training program's nested mappings, the one that a reader looks for."""
+"""Finds the state dict that a reader looks for among a training program's nested mappings."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found(Generic[T]):
-    """A state dict, by the names that its network knows, and where in the file it is."""
+    """A state dict with the names that its network uses, and its place in the file."""
 
     place: tuple[Key, ...]
     """Keys of the mappings around it, from the outermost."""
     prefix: str
-    """What its names begin with there, without the wrappers' parts."""
+    """The beginning that its names have in the file, without the wrappers' parts."""
     entries: dict[str, T]
     names_in_file: tuple[str, ...]
 
@@ -85,10 +85,10 @@ def notes_in(tree: Any, place: tuple[Key, ...]) -> list[Mapping[str, Any]]:
 
 
 def averages_not_read(tree: Any, found: Found[Any], wanted: Wanted | None) -> list[str]:
-    """Keys, of mappings around what was found or of names beside it, that by their names are averaged weights.
+    """Keys beside or around the found state dict that, by their names, hold averaged weights in an unreadable form.
 
-    They are in a form that nobody reads: lists without names, names without dots. Averages that have the wanted names
-    are not among them: `find` refuses both together, unless they are equal.
+    Such forms are lists without names, and names without dots. Averages that have the wanted names are not among them:
+    `find` refuses a file with both, unless they are equal.
     """
     keys: list[str] = []
     for key in (*found.place, None):
@@ -103,13 +103,13 @@ def averages_not_read(tree: Any, found: Found[Any], wanted: Wanted | None) -> li
 
 
 def find(nests: Nests[T], wanted: Wanted | None, where: str, file: Path | None = None) -> Found[T]:
-    """The state dict, among one or more, that has the wanted names; parts of wrappers are taken out of the names.
+    """Finds the state dict that has the wanted names, and takes the wrappers' parts out of its names.
 
-    Where none has them, or nothing special is wanted, the outermost one, if there are no two: what it lacks is then the
-    reader's to say.
+    If none has them, or no names are wanted, the outermost one is taken, provided that there is only one. What it lacks
+    is then for the reader to say.
 
     Args:
-        file: where the user can take it from, for the command that a refusal names; None: it is in memory.
+        file: the file that the nests are from, for the command in a refusal; None: they are in memory.
 
     Raises:
         UserError: none of several is the wanted one, or several are and their values differ.
@@ -136,7 +136,7 @@ def _children(node: Any) -> list[tuple[Key, Any]]:
 
 
 def _is_unread(node: Any, wanted: Wanted | None) -> bool:
-    """Whether there are tensors, and no state dict with the wanted names."""
+    """Whether a node holds tensors but no state dict with the wanted names."""
     nests = nests_of(node)
     cleaned = {place: _without_wrappers(entries) for place, entries in nests.items()}
     return _has_tensors(node, 3) and not any(any(_matches(cleaned[at], nests[at], at, wanted)) for at in nests)
@@ -160,7 +160,7 @@ def _without_wrappers(entries: Mapping[str, T]) -> dict[str, str]:
 def _matches(
     cleaned: Mapping[str, str], entries: Mapping[str, T], place: tuple[Key, ...], wanted: Wanted | None
 ) -> Iterator[Found[T]]:
-    """Whatever of this mapping has more than half of the wanted names, behind whatever prefix."""
+    """The parts of this mapping that have more than half of the wanted names, each behind some prefix."""
     if wanted is None:
         return
     prefixes = dict.fromkeys(
@@ -179,7 +179,7 @@ def _found(
     prefix: str,
     others: Sequence[str] = (),
 ) -> Found[T]:
-    """What has the prefix, but for what has one of the others, which begin with it."""
+    """The entries that have the prefix, without those that have one of `others`, which are longer prefixes."""
     names = {
         name[len(prefix) :]: raw
         for name, raw in cleaned.items()

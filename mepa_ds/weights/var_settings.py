@@ -1,4 +1,4 @@
-"""What VAR's programs note beside weights: its training's `args`, its trainer's `config`, its classes' config.json."""
+"""Settings that VAR's programs store beside weights: its training's `args` and `config`, its classes' config.json."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ T = TypeVar("T")
 
 
 def kind_of_vars(directory: Path) -> Literal["transformer", "tokenizer"] | None:
-    """What a directory holds that `save_pretrained` of a class of VAR's wrote (huggingface_hub's mixin), whose
-    config.json has the arguments of a constructor: VARHF's or VQVAE's; None: neither, or no such file.
+    """Which network a directory holds that one of VAR's classes wrote (by huggingface_hub's `save_pretrained`).
+
+    Its config.json has the arguments of a constructor, VARHF's or VQVAE's. None: there is no such file, or another's.
     """
     path = directory / CONFIG_NAME
     config = read_json(path) if path.is_file() else {}

@@ -82,11 +82,13 @@ def test_a_directory_is_of_one_kind(folder: Path, tmp_path: Path) -> None:
         (["--classes", "3", "--per-class", "1"], "class0001"),
         (["--classes", "0,1", "--per-class", "2"], "class0001"),  # 1 would have numbers 2 and 3 as well
     ]:
-        with pytest.raises(UserError, match=rf"{culprit}_\d+\.png: of another start with other weights or options"):
+        with pytest.raises(
+            UserError, match=rf"{culprit}_\d+\.png: made by another start with other weights or options"
+        ):
             run(folder, out, *options, *SCALES)
     assert {path.name for path in out.iterdir()} == names
     Image.new("RGB", (8, 8)).save(out / "picture.png")
-    with pytest.raises(UserError, match=r"picture\.png: of another start"):
+    with pytest.raises(UserError, match=r"picture\.png: made by another start"):
         run(folder, out, "--classes", "3", "--per-class", "2", *SCALES)
 
 

@@ -138,7 +138,7 @@ def test_whole_images_give_the_crops_of_the_originals(tmp_path: Path) -> None:
     assert Image.open(io.BytesIO(data)).size == (60, 36)
     np.testing.assert_array_equal(crops[0][0], crops[1][0])
     np.testing.assert_array_equal(crops[0][1], crops[1][1])
-    with pytest.raises(UserError, match="--crop none: original bytes are whole"):
+    with pytest.raises(UserError, match="--crop none: is for resized images"):
         build(ImageFolder(tmp_path / "in"), options(tmp_path / "x", encoding=Encoding(crop="none")))
 
 

@@ -82,7 +82,8 @@ def test_an_interrupt_of_the_whole_group_completes_what_is_being_written(tmp_pat
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr is not None
         assert (
-            process.stderr.readline() == "stopping, when what is being written is complete; at once, if asked again\n"
+            process.stderr.readline()
+            == "stopping once the shards under way are complete; another signal stops at once\n"
         )
         (tmp_path / "gate").touch()
         errors = process.communicate(timeout=60)[1]

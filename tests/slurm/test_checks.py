@@ -211,7 +211,7 @@ def test_a_stop_must_end_before_the_time_limit(cluster: Path) -> None:
 def test_runs_of_a_study_write_apart(cluster: Path) -> None:
     study(cluster, "a", "b", "a")
     message = refused(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
-    assert f"run 3: output_dir: {cluster}/a is that of run 1 too; give each its own" in message
+    assert f"run 3: output_dir: {cluster}/a is also used by run 1; give each its own" in message
 
 
 def pipeline(cluster: Path, **stages: object) -> Path:
@@ -253,17 +253,26 @@ def test_a_pipeline_lacks_nothing_that_no_stage_makes(cluster: Path) -> None:
     assert f"images: {cluster}/images: no such file" in message(precompute={"commands": [tokens]})
     assert "--root: /nowhere: no such file" in message(shards={"commands": ["imagefolder --root /nowhere --out x"]})
     best = message("data.heldout_tokens=null", samples={"weights": "best"})
-    assert "samples.weights: best are those of lowest held-out cross-entropy, and the recipe has no" in best
+    assert "samples.weights: best means the weights of lowest held-out cross-entropy, but the recipe has no" in best
 
 
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({"shards": {"commands": ["imagent --tar x --out y"]}}, "imagent --tar x --out y: these are no words of build"),
-        ({"shards": {"commands": ["imagefolder --root x --out y --imge-side 8"]}}, "no words of build_shards"),
-        ({"precompute": {"commands": ["tokens x --tokeniser y"]}}, "tokens x --tokeniser y: these are no words of pre"),
-        ({"teacher": {"commands": ["fit-teacher"]}}, "fit-teacher: these are no words of precompute"),
-        ({"samples": {"options": "--cfg 1.5 --nosuch 3"}}, "--cfg 1.5 --nosuch 3: these are no words of sample"),
+        (
+            {"shards": {"commands": ["imagent --tar x --out y"]}},
+            "imagent --tar x --out y: build_shards does not accept",
+        ),
+        (
+            {"shards": {"commands": ["imagefolder --root x --out y --imge-side 8"]}},
+            "build_shards does not accept this command",
+        ),
+        (
+            {"precompute": {"commands": ["tokens x --tokeniser y"]}},
+            "tokens x --tokeniser y: precompute does not accept",
+        ),
+        ({"teacher": {"commands": ["fit-teacher"]}}, "fit-teacher: precompute does not accept this"),
+        ({"samples": {"options": "--cfg 1.5 --nosuch 3"}}, "--cfg 1.5 --nosuch 3: sample does not accept this"),
         ({"samples": {"parts": 99}}, "samples.parts: 99 parts, but only 3 classes to draw; use fewer"),
     ],
 )

@@ -28,7 +28,7 @@ from mepa_ds.files import atomic_path, naming_full_disks
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 Check = Callable[[Path, str], object]
-"""Looks at a copy before it gets its name: (path, SHA-256). Raises WrongContentError, or what reading it raises."""
+"""Checks a copy before it gets its name: (path, SHA-256). Raises WrongContentError, or whatever reading raises."""
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 2.0
@@ -38,15 +38,15 @@ _AGAIN = "check the address and the network, then try again"
 
 
 class WrongContentError(Exception):
-    """What came is not what was asked for; says what it is."""
+    """The fetched bytes are not what was asked for; the message says what they are."""
 
 
 @dataclass
 class Transfer:
-    """What fetches that run at once share."""
+    """State shared by fetches that run at the same time."""
 
     num_bytes: int = 0
-    """That have come so far, for a bar."""
+    """Bytes fetched so far, for a progress bar."""
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -77,7 +77,7 @@ def whole_archive(path: Path, _: str) -> None:
 
 
 def content_of(sha256: str, num_bytes: int) -> Check:
-    """A check: that the bytes are an index's, or, where the index has no checksum, that many and a whole tar."""
+    """A check against an index: by SHA-256 or, where the index has none, by size and that the tar is whole."""
 
     def check(path: Path, digest: str) -> None:
         if sha256 and digest == sha256:
@@ -94,7 +94,7 @@ def content_of(sha256: str, num_bytes: int) -> Check:
 
 
 def _what_it_is(path: Path) -> str | None:
-    """Names what often comes in place of data, by its first bytes."""
+    """Recognises, by its first bytes, what servers often send in place of data."""
     with open(path, "rb") as file:
         first = file.read(64)
     if not first:
@@ -131,7 +131,7 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
                 remedy = "give yourself the right, or another directory"
                 raise UserError(f"{path.parent}: cannot write there: {error.strerror}; {remedy}") from None
             reason: Exception = error
-            if digest and digest == refused:  # the same twice: nothing was lost on the way
+            if digest and digest == refused:  # the same bytes twice: they were not damaged on the way
                 break
             refused = digest
     why = redacted(": ".join([str(reason) or type(reason).__name__, *complaints]))
@@ -157,13 +157,13 @@ def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str]) -> st
 
 
 def fetch_all(work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT], what: str) -> list[ResultT]:
-    """`work` on all items, several at once, with a bar: in the order of the items.
+    """Runs `work` on all items, several at once, with a progress bar. Returns the results in the order of the items.
 
-    After an error no more are begun, and what is under way is completed. Ctrl-C ends that too.
+    After an error no further item is begun, and those under way are completed; Ctrl-C ends these too.
 
     Args:
-        work: fetches with the given `Transfer`.
-        what: is done, for the bar.
+        work: fetches one item with the given `Transfer`.
+        what: what is done, as the bar says it.
     """
     transfer, pool = Transfer(), ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="fetch")
     try:

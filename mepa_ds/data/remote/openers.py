@@ -31,8 +31,8 @@ connect-timeout = 30
 speed-limit = 1
 speed-time = 60
 """
-"""Servers are asked not to compress, and what they compress is unpacked; a transfer that stands still is given up. No
---retry: curl would begin again behind what it has written already."""
+"""Servers are asked not to compress; what they compress anyway is unpacked. A stalled transfer is given up. No
+--retry: curl would append the second attempt to what it has written already."""
 _BY_CURL = ("http://", "https://", "ftp://", "ftps://", "sftp://", "scp://")
 _BY_PROGRAM = {"s3://": ("aws", "s3", "cp", "--only-show-errors"), "gs://": ("gsutil", "-q", "cp")}
 
@@ -42,13 +42,13 @@ class StoppedError(Exception):
 
 
 def chunks_of(url: str, stop: threading.Event, complaints: list[str]) -> Generator[bytes, None, None]:
-    """The bytes at a URL. What a command that succeeds complains of all the same is added to `complaints`."""
+    """The bytes at a URL. If a command succeeds but writes to stderr, its last line is added to `complaints`."""
     program = next((words for scheme, words in _BY_PROGRAM.items() if url.startswith(scheme)), None)
     if url.startswith("pipe:"):
         yield from _output_of(url.removeprefix("pipe:"), stop, complaints)
     elif program is not None:
         yield from _output_of([*program, url, "-"], stop, complaints)
-    elif url.startswith(_BY_CURL):  # told by a file: command lines can be seen by everybody on the machine
+    elif url.startswith(_BY_CURL):  # by a file: everybody on a machine sees command lines
         if not url.isprintable():  # a new line would be read as an option
             raise ValueError("the address holds a control character")
         quoted = url.replace("\\", "\\\\").replace('"', '\\"')
@@ -66,7 +66,7 @@ def chunks_of(url: str, stop: threading.Event, complaints: list[str]) -> Generat
 def _output_of(
     command: str | list[str], stop: threading.Event, complaints: list[str], told: bytes | None = None
 ) -> Iterator[bytes]:
-    """What a command prints; a string is one for the shell. The last line of what it complains of is in the error."""
+    """What a command prints; a string is run by the shell. An error holds the last line that it wrote to stderr."""
     with tempfile.TemporaryFile() as said:
         process = _start(command, said, told)
         assert process.stdout is not None
@@ -78,7 +78,7 @@ def _output_of(
                     if not (chunk := os.read(descriptor, _CHUNK)):
                         break
                     yield chunk
-                elif process.poll() is not None:  # and a process that was forked meanwhile keeps the pipe open
+                elif process.poll() is not None:  # it has ended; a process forked meanwhile keeps the pipe open
                     break
             while process.poll() is None and not stop.is_set():
                 with suppress(subprocess.TimeoutExpired):
@@ -99,8 +99,8 @@ def _output_of(
 def _start(command: str | list[str], said: IO[bytes], told: bytes | None) -> subprocess.Popen[bytes]:
     read_from = subprocess.DEVNULL if told is None else subprocess.PIPE
     try:
-        # A session of its own: Ctrl-C is this program's matter, which may have to save first, and all that the command
-        # starts can be ended together.
+        # In a session of its own: Ctrl-C does not reach the command, since this program may have to save first, and the
+        # command can be ended together with all that it starts.
         process = subprocess.Popen(
             command,
             shell=isinstance(command, str),
@@ -110,8 +110,8 @@ def _start(command: str | list[str], said: IO[bytes], told: bytes | None) -> sub
             start_new_session=True,
         )
     except FileNotFoundError as error:
-        raise UserError(f"{command[0]}: fetches such URLs, and is not installed here; install it") from error
+        raise UserError(f"{command[0]}: the program for such URLs is not installed here; install it") from error
     if process.stdin is not None and told is not None:
-        with suppress(BrokenPipeError), process.stdin:  # one that ended at once says why
+        with suppress(BrokenPipeError), process.stdin:  # a command that ended at once has said why
             process.stdin.write(told)
     return process

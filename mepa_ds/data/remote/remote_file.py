@@ -33,7 +33,7 @@ class RemoteShards(Section):
     cache_gigabytes: Annotated[float, Field(gt=0)]
     """Older shards are removed when the cache holds more."""
     window: PositiveInt
-    """Shards that samples are shuffled over."""
+    """How many shards are shuffled together: the window of shards."""
 
     @property
     def directory(self) -> str:
@@ -57,7 +57,7 @@ class RemoteShards(Section):
             raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
         try:
             return validate(cls, data, str(path))
-        except UserError as error:  # it shows what was given
+        except UserError as error:  # its message shows what was given, signatures too
             raise UserError(redacted(str(error))) from None
 
     def write(self, directory: Path) -> None:

@@ -1,7 +1,7 @@
 """The bounded local cache of a remote set's tars, fetched ahead in the order of use. Processes and jobs may share it.
 
-Any of them may remove any tar at any time, to make room. So a reader is given an open file, not a path: whoever fetches
-a tar opens it before others can see it, and an open file stays readable when its name is gone.
+Any of them may remove any tar at any time, to make room. A reader is therefore given an open file, not a path: a tar is
+opened before others can see it, and an open file stays readable when its name is gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FETCHERS = 2
 _MOST_ROOM_MADE = 3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR)
-"""Of a cached file that another process removed, replaced, or made unreadable: it is fetched."""
+"""Errors for a cached file that another process removed, replaced or made unreadable: it is then fetched."""
 
 
 class ShardCache:
@@ -72,7 +72,7 @@ class ShardCache:
     def open(self, shard: int) -> OpenFile:
         """The local copy of a shard, fetched now if it is not there.
 
-        What could not be fetched is not tried again for some minutes: who skips the samples of a shard that is gone
+        A shard that could not be fetched is not tried again for some minutes: a run that skips its samples
         (on_damaged="skip") does not wait for each of them.
 
         Raises:
@@ -127,7 +127,7 @@ class ShardCache:
             return file
 
     def _copied(self, shard: int, path: Path) -> OpenFile:
-        """Fetches a shard; where the disk is full before the cache is, older shards go first."""
+        """Fetches a shard. If the disk is full before the cache is, older shards are removed first."""
         opened: list[OpenFile] = []
         entry = self._entries[shard]
         check: Check = content_of(entry.sha256, entry.bytes)
@@ -147,10 +147,13 @@ class ShardCache:
         return opened[-1]
 
     def _smaller(self, num_bytes: int) -> int:
-        """What the cache may hold from now on, since its disk has no more room: a shard must find some."""
+        """Lowers the cache's limit, since its disk is full, to make room for another shard; returns the limit."""
         held = sum(size for _, size, _ in self._files())
         if held < self._max_bytes:
-            note(f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards go")
+            note(
+                f"warning: {self.directory}: the disk is full with {held / 1e9:.3g} GB in the cache; older shards are "
+                "removed"
+            )
         self._max_bytes = min(self._max_bytes, max(held - 2 * num_bytes, num_bytes))
         return self._max_bytes
 
@@ -173,8 +176,8 @@ class ShardCache:
         found, names = list[tuple[int, int, Path]](), set(self._names)
         with suppress(OSError), os.scandir(self.directory) as entries:
             for entry in entries:
-                if entry.name in names:  # whatever they end in: .tar, .tar.gz
-                    with suppress(OSError):  # removed just now
+                if entry.name in names:  # with any ending: .tar, .tar.gz
+                    with suppress(OSError):  # another process has just removed it
                         found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
         return sorted(found)
 
@@ -196,7 +199,7 @@ class ShardCache:
         return removed
 
     def _remove_torn(self) -> None:
-        """What processes that were killed had begun, unless somebody is fetching that very shard."""
+        """Removes files that killed processes left unfinished, unless somebody is fetching that very shard."""
         known = {f".{name}.": name for name in self._names}
         for torn in self.directory.glob(".*.tmp"):
             owner = max((name for start, name in known.items() if torn.name.startswith(start)), key=len, default=None)
@@ -208,16 +211,16 @@ class ShardCache:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Of processes that were killed while they fetched this; to be called by who holds the lock."""
+    """Removes what killed processes left of this shard. The caller holds the lock."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         stale.unlink(missing_ok=True)
 
 
 def _recent(failure: Path) -> str | None:
-    """What a note of a failure says, if a process of this machine made it, since this one began and not long ago.
+    """The message of a noted failure, if a process of this machine noted it since this one began, and not long ago.
 
-    Told by the machine's own monotonic clock, which its processes share: the time of a file is a file server's, and the
-    time of day may be set back.
+    Times are the machine's monotonic clock, which its processes share: the time of a file comes from a file server, and
+    the time of day may be set back.
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(failure.read_text())
@@ -228,14 +231,14 @@ def _recent(failure: Path) -> str | None:
 
 
 def _boot() -> str:
-    """Which machine this is, since when."""
+    """Identifies this machine since its last boot."""
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return os.uname().nodename
 
 
 def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: str) -> Path:
-    """Of this set's content alone: other sets, and older versions at the same URLs, have shards of the same names."""
+    """The directory of this set's content alone: other sets and older versions have shards of the same names."""
     text = remote.directory
     if "$" in text:
         raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")

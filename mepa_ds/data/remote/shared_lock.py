@@ -1,9 +1,9 @@
 """One process or thread at a time works on a file of a directory that several share.
 
-A lock spares work: who waits finds the file there. What is written is right without one, since files appear whole. So
-where a file system has no `flock` (Lustre without -o flock, some NFS) a second, coarser way does: a file that only one
-can make, which its owner touches while it lives, and which others remove when it has not been touched for some time.
-That time is told by the clock of who waits alone: file servers have clocks of their own.
+A lock only saves work: whoever has waited finds the file written. Nothing breaks without it, since files appear whole.
+Where a file system has no `flock` (Lustre without -o flock, some NFS), a coarser way is therefore enough: a claim, a
+file that only one process can create. Its owner touches it while it lives, and others remove it when it has not been
+touched for some time. Each waiting process measures that time by its own clock: file servers have other clocks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mepa_ds.files import naming_full_disks
 
 _TOUCH_SECONDS = 5.0
 _STALE_SECONDS = 40.0
-"""Longer than file servers' clients keep what they know of a file, and than a busy machine forgets a thread."""
+"""Longer than a client of a file server caches facts about a file, and than a busy machine lets a thread wait."""
 _ASK_SECONDS = 0.1
 
 
@@ -39,7 +39,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     with _open(path) as file:
         try:
             how = _flock(file, wait)
-        except OSError:  # whatever the reason, a file system that does not lock
+        except OSError:  # for whatever reason, this file system does not lock
             with _claimed(path.with_name(f".{path.name}.claim"), wait) as held:
                 yield held
             return
@@ -110,7 +110,7 @@ def _make(claim: Path) -> bool:
 
 
 def _mark(claim: Path) -> tuple[int, int] | None:
-    """Changes whenever the owner touches it. Opened for it: some file systems then ask their server."""
+    """Changes whenever the owner touches the claim. Some file systems ask their server only when a file is opened."""
     with suppress(OSError), open(claim, "rb") as file:
         found = os.fstat(file.fileno())
         return found.st_ino, found.st_mtime_ns
@@ -118,7 +118,7 @@ def _mark(claim: Path) -> tuple[int, int] | None:
 
 
 def _remove(claim: Path) -> None:
-    """By a rename, which one process succeeds in. Should that hit a newer claim, two do the same work once."""
+    """Removes a claim by a rename, in which one process succeeds. If it hits a newer claim, work is done twice."""
     aside = claim.with_name(f"{claim.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
     with suppress(OSError):
         os.rename(claim, aside)

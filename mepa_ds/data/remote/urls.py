@@ -22,7 +22,7 @@ _SIGNED = re.compile(
 )
 """Parameters by which stores and content networks sign: Amazon's, Google's, Azure's..."""
 _MOST_BYTES = 120
-"""Of a name: the file systems' 255 less what locks, offset indices and temporary files add to it."""
+"""Longest name: the 255 bytes of file systems less what locks, offset indices and temporary files add to it."""
 
 
 def is_remote(url: str) -> bool:
@@ -40,7 +40,7 @@ def redacted(text: str) -> str:
 
 
 def unsigned(url: str) -> str:
-    """What stays of a URL, or of a command with URLs, when it is signed anew; to compare by, not to fetch from."""
+    """The part of a URL, or of a command with URLs, that a new signature does not change: to compare, not to fetch."""
 
     def without_signature(match: re.Match[str]) -> str:
         kept = [word for word in match[2].split("&") if not _SIGNED.fullmatch(word.partition("=")[0])]
@@ -50,7 +50,7 @@ def unsigned(url: str) -> str:
 
 
 def file_names(urls: Sequence[str]) -> list[str]:
-    """Names for the files at these URLs, different ones also without their extension; without queries and signatures.
+    """Names for the files at these URLs, without queries and signatures; they also differ without their extensions.
 
     Where names would be the same (`get?id=1`, `a/0.tar` and `b/0.tar`) all begin with their number.
     """

@@ -1,4 +1,4 @@
-"""A shard set's `index.json` (D2): what is in the set, how much, made by whom; and the offsets beside each shard.
+"""A shard set's `index.json`: what is in the set, how much, and what made it; and the offsets beside each shard.
 
 A set is a directory of WebDataset tars `shard-000000.tar`, an offset index `shard-000000.idx.npz` beside each, and
 one `index.json`. Tokens and features are sets of their own with the same keys in the same order as the images
@@ -29,7 +29,7 @@ INDEX_NAME = "index.json"
 
 
 class Member(Section):
-    """What the members of one extension hold. Bytes that are no array (images, labels) have neither."""
+    """What the members of one extension hold. Members that are no arrays (images, labels) have neither field."""
 
     dtype: str | None = None
     """NumPy dtype string of an .npy member, such as `uint16`."""
@@ -38,7 +38,7 @@ class Member(Section):
 
 
 class MadeBy(Section):
-    """What derived a set, and how."""
+    """What made a set, and how."""
 
     name: str
     """Tokenizer or teacher (or reader, for images), as a person names it."""
@@ -56,9 +56,9 @@ class ShardEntry(Section):
     num_samples: int
     bytes: int
     sha256: str
-    """Of the tar file; empty when unknown (a set that others made)."""
+    """SHA-256 of the tar file; empty if unknown (a set that others made)."""
     keys_sha256: str
-    """Of the keys in order, each ended by a newline."""
+    """SHA-256 of the keys in order, each ended by a newline."""
     skipped: tuple[str, ...] = ()
     """Damaged source images that were left out of this shard, with the reason."""
 
@@ -73,7 +73,7 @@ class ShardIndex(Section):
     kind: Kind
     shards: tuple[ShardEntry, ...]
     members: dict[str, Member]
-    """By extension, without the leading dot."""
+    """Members of a sample by extension, without the leading dot."""
     classes: tuple[str, ...] = ()
     """Class names by label; empty when unknown."""
     made_by: MadeBy
@@ -119,7 +119,7 @@ def keys_digest(offset_index: OffsetIndex) -> str:
 
 
 FOREIGN = MadeBy(name="webdataset")
-"""Of shards that others made, where they lie: their index has checksums only if `merge_index.py scan` wrote one."""
+"""The maker of shards that others made. Their index has checksums only if `merge_index.py scan` wrote it."""
 
 
 def images_identity(index: ShardIndex) -> str:
@@ -134,7 +134,7 @@ def images_identity(index: ShardIndex) -> str:
 
 
 def source_images(index: ShardIndex) -> str | None:
-    """Which images a set holds or was made from (`images_identity`); None where it does not say."""
+    """Identity of the images that a set holds or was made from (`images_identity`); None if the index has none."""
     return images_identity(index) if index.kind == "images" else index.made_by.settings.get("images")
 
 
@@ -148,14 +148,14 @@ class Description(Section):
     entry: ShardEntry
     members: dict[str, Member]
     mtime_ns: int | None = None
-    """Of the tar when its headers were read, in shards that others made; None where the writer of the tar wrote this
-    too: then equal content has equal offset indices, and bytes and SHA-256 of the index say whether it is whole."""
+    """Time of the tar when its headers were read, for shards that others made. None for shards that this project wrote:
+    for these equal content has equal offset indices, and size and SHA-256 in the index say whether the tar is whole."""
     left_out: dict[str, tuple[int, tuple[str, ...]]] = Field(default_factory=dict)
-    """Of shards that others made: members that belong to no sample (LeftOut)."""
+    """Members that belong to no sample (LeftOut); only for shards that others made."""
 
     def is_of(self, shard: Path) -> bool:
-        """Whether the file that lies there is the one that was described. A file of another time is another one:
-        a replaced shard may be older, and its size the same, since tars are padded."""
+        """Whether the file at this path is the one that was described. A file of another time is another file: a
+        replaced shard may be older, and its size the same, since tars are padded."""
         found = shard.stat()
         same_time = self.mtime_ns is None or self.mtime_ns == found.st_mtime_ns
         return self.entry.name == shard.name and self.entry.bytes == found.st_size and same_time
@@ -177,7 +177,7 @@ def write_offset_index(shard: Path, offset_index: OffsetIndex, description: Desc
 
 
 def _unset(description: Description) -> set[str]:
-    """What is written for shards that others made only."""
+    """Fields without a value, which are written only for shards that others made."""
     return {name for name in ("mtime_ns", "left_out") if getattr(description, name) in (None, {})}
 
 
@@ -185,8 +185,8 @@ def read_offset_index(shard: Path, kind: Kind, foreign: bool = False) -> OffsetI
     """The offsets of a shard: stored ones, or those found by stepping over its headers.
 
     Args:
-        foreign: others made the shard: what is stored counts only for the very file that was scanned. Of sets that
-            were copied without their times the headers are read again, which finds the same.
+        foreign: whether others made the shard. Its offset index then counts only for the file that was scanned.
+            In a copy that did not keep the times, the headers are read again, with the same result.
     """
     if not offset_index_path(shard).exists():
         return scan_tar(shard, kind)
@@ -234,7 +234,7 @@ def stored_description(shard: Path) -> Description | None:
 
 
 def read_description(shard: Path) -> Description | None:
-    """What is stored beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
+    """The description beside a complete shard; None if the shard is missing, torn, replaced or foreign."""
     if not shard.exists() or (description := stored_description(shard)) is None:
         return None
     return description if description.is_of(shard) else None

@@ -1,4 +1,4 @@
-"""What readers and tools leave out, by reason: counted and named, never silent."""
+"""What readers and tools leave out, counted by reason and named, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def few(names: Sequence[str], most: int = _SHOWN) -> str:
 
 @dataclass
 class LeftOut:
-    """How many of what is left out for each reason, and the first names. Its size does not grow with their number."""
+    """Counts what is left out, by reason, and keeps the first names. Its size does not grow with their number."""
 
     counts: dict[str, int] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class LeftOut:
         self._add(reason, 1, [printable(name)])
 
     def update(self, other: LeftOut) -> None:
-        """Adds what another one holds."""
+        """Adds the counts and names of another instance."""
         for reason, count in other.counts.items():
             self._add(reason, count, other.names[reason])
 
@@ -50,7 +50,7 @@ class LeftOut:
         return f"left out: {'; '.join(reasons)}"
 
     def note(self, where: object) -> None:
-        """Prints what was left out there, if anything was."""
+        """Prints what was left out of `where`, if anything was."""
         if self:
             print(f"{where}: {self}")
 

@@ -18,7 +18,7 @@ from mepa_ds.errors import DamagedError
 
 _LABEL_DIGITS = 18
 _MOST_EXTENSIONS = 32
-"""Of one shard: an offset index has a column for each."""
+"""Most extensions in one shard, since each is a column."""
 _ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
 
 
@@ -33,7 +33,7 @@ class OffsetIndex:
     sizes_NM: NDArray[np.int64]
     """Bytes of each member; -1 where a sample has no such member."""
     labels_N: NDArray[np.int64] | None = None
-    """What the `cls` members say, so that they need not be read; None when they have not been looked at."""
+    """The numbers in the `cls` members, so that these need not be read again; None if they have not been read."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """Members that belong to no sample; of shards that others made."""
 

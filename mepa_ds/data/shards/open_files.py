@@ -13,11 +13,11 @@ from collections import OrderedDict
 from contextlib import suppress
 
 _ENOUGH = 1 << 16
-"""Nobody has more shards. A hard limit may be a thousand million, which children that look at every number inherit."""
+"""More shards than anybody has. Hard limits of a thousand million exist, and slow children that close every number."""
 
 
 class OpenFile:
-    """Closed when the last one who reads from it lets go."""
+    """A file that is closed when its last reader lets go of it."""
 
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -28,10 +28,12 @@ class OpenFile:
 
 
 class OpenFiles:
-    """Files of one set by number. All sets of the process share what it may open. Pickles empty; threads may share it.
+    """The open files of one set, by number. All sets of a process share the number of files that it may open.
+
+    A pickled copy is empty. Threads may share an instance.
 
     Args:
-        most: of this set, where less than what the system allows is wanted.
+        most: largest number of open files of this set; None: as many as the system allows.
     """
 
     def __init__(self, most: int | None = None):
@@ -48,17 +50,18 @@ class OpenFiles:
         return len(self._files)
 
     def add(self, number: int, file: OpenFile) -> None:
-        """Keeps a file at hand; one that was added earlier may go for it: of the set that has the most."""
+        """Keeps a file open. If there are then too many, the set with the most open files drops its earliest one."""
         self._files[number] = file
         while self._most is not None and len(self) > self._most:
             self._drop_first()
-        # No lock, which a fork could find taken: the list is copied, and two threads at once drop one file too many.
+        # There is no lock, since a fork could find it taken. Instead the list is copied; two threads at once may drop
+        # one file too many.
         files = [found for ref in list(_all) if (found := ref()) is not None]
         for _ in range(sum(map(len, files)) - num_allowed()):
             max(files, key=len)._drop_first()
 
     def drop(self, number: int) -> None:
-        """Forgets a file; the next one who asks opens it anew."""
+        """Forgets a file; the next reader opens it anew."""
         self._files.pop(number, None)
 
     def _drop_first(self) -> None:
@@ -78,6 +81,6 @@ def raise_limit() -> None:
 
 
 def num_allowed() -> int:
-    """Three quarters of what the process may open: the rest is for everything else in it."""
+    """Three quarters of the files that the process may open: the rest is for everything else in it."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (_ENOUGH if soft == resource.RLIM_INFINITY else soft) * 3 // 4

@@ -1,4 +1,4 @@
-"""What a sample of a tar is: one rule for readers, tools and loader.
+"""The rule that says what a sample of a tar is, for readers, tools and loader alike.
 
 A sample is the members `KEY.EXT` with the same key, as WebDataset defines it: the key ends at the first dot of the
 file name. A sample of images is one member with an image's extension and perhaps a label, `KEY.cls`. Names that begin
@@ -35,15 +35,15 @@ Samples = dict[str, dict[str, tuple[int, TarMember]]]
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path, or a folder on it, is of an editor or a file manager: .ipynb_checkpoints, __MACOSX, ._1.jpg."""
+    """Whether a path, or a folder in it, is an editor's or a file manager's: .ipynb_checkpoints, __MACOSX, ._1.jpg."""
     return _HIDDEN_PART.search(name) is not None
 
 
 def image_extension(extensions: Collection[str], where: str) -> str:
-    """Which of a sample's members is its image.
+    """The extension of a sample's image.
 
     Raises:
-        DamagedError: none is, or several are: which one is meant, no rule can know.
+        DamagedError: there is no image, or there are several and no rule can know which one is meant.
     """
     found = [extension for extension in IMAGE_EXTENSIONS if extension in extensions]
     if not found:
@@ -75,7 +75,7 @@ def tar_files(directory: Path, left_out: LeftOut | None = None) -> list[Path]:
     """The shards in a directory, in alphabetical order.
 
     Args:
-        left_out: takes what is there besides, but for index.json and offset indices.
+        left_out: collects everything else in the directory, except indices and offset indices of offsets.
     """
     shards = []
     for path in sorted(directory.iterdir()):
@@ -90,9 +90,9 @@ def image_samples(path: Path, left_out: LeftOut, dots_in_keys: bool = False) -> 
     """The samples of a tar of images: of each its image, and its label if it has one.
 
     Args:
-        left_out: takes all other members.
-        dots_in_keys: let keys end at the last dot of the name in a tar where this makes a whole sample, image and
-            label, of each image and label.
+        left_out: collects all other members.
+        dots_in_keys: let keys end at the last dot of the name, in a tar where every image and every label then belongs
+            to a whole sample (an image and its label).
 
     Raises:
         DamagedError: the tar is damaged; a sample has two images, or two members of one name; names with dots make
@@ -119,7 +119,7 @@ def image_samples(path: Path, left_out: LeftOut, dots_in_keys: bool = False) -> 
 
 
 def _lacks_its_image(found: Iterable[str]) -> bool:
-    """Whether none of a sample's extensions is an image's, but the end of one is."""
+    """Whether no extension of a sample is an image's, but one of them ends in an image's (`59.jpg`)."""
     return not any(map(_is_image, found)) and any("." in ext and _is_image(ext.rpartition(".")[2]) for ext in found)
 
 
@@ -129,7 +129,7 @@ def _of_dots(samples: Samples) -> str:
 
 
 def _with_images(members: list[TarMember], samples: Samples, path: Path, left_out: LeftOut) -> Samples:
-    """The samples that have an image, and of each the image and the label; all else is left out."""
+    """The samples that have an image, each with its image and label; everything else is left out."""
     whole: Samples = {}
     taken = set[int]()
     for key, found in samples.items():
@@ -151,7 +151,7 @@ def _is_image(extension: str) -> bool:
 
 
 def _is_image_or_label(extension: str) -> bool:
-    """By what stands behind the last dot."""
+    """Whether the part of an extension behind its last dot is an image's or a label's."""
     return extension.rpartition(".")[2] in (*IMAGE_EXTENSIONS, LABEL_EXTENSION)
 
 
@@ -172,7 +172,7 @@ def grouped(
     path: Path,
     wanted: Callable[[str], bool],
 ) -> Samples:
-    """Members by key and extension. Raises DamagedError for two of both."""
+    """Members by key and extension. Raises DamagedError for two members of the same key and extension."""
     samples: Samples = {}
     for number, member in enumerate(members):
         key, extension = split(member.name)

@@ -26,9 +26,9 @@ UNKNOWN_KINDS = "members of unknown types"
 BEHIND_THE_END = "pieces of data behind the end of the archive"
 
 _MOST_EXTENDED_BYTES = 1 << 24
-"""Of one extended header: more is damage, and would fill the memory."""
+"""Largest size of one extended header: a larger one is damage and would fill the memory."""
 _MOST_LINKS = 40
-"""As the kernel has it: longer chains of links lead round."""
+"""The kernel's limit: a longer chain of links leads in a circle."""
 _CHUNK = 1 << 20
 _SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 _AGAIN = "copy or make it again"
@@ -42,12 +42,12 @@ class TarMember(NamedTuple):
 
     name: str
     offset: int
-    """Of its data, in bytes from the start of the tar file."""
+    """Where its data begin, in bytes from the start of the tar file."""
     size: int
 
 
 class _Entry(NamedTuple):
-    """A member as its headers have it."""
+    """A member as its headers describe it."""
 
     name: str
     offset: int
@@ -60,7 +60,7 @@ def list_members(path: Path, left_out: LeftOut, start: int = 0, size: int | None
     """The files of a tar in its order, without reading their data; links in their own place.
 
     Args:
-        left_out: takes the members that are no files of this tar: dead links, devices, unknown types; and data behind
+        left_out: collects members that are no files of this tar (dead links, devices, unknown types), and data behind
             the end.
         start: where the tar begins, if it is itself a member of the uncompressed tar `path`.
         size: of the tar in bytes; to the end of the file by default.
@@ -89,7 +89,7 @@ def _entries(path: Path, start: int, size: int | None) -> tuple[list[_Entry], Le
 
 def _read(descriptor: int, where: str, size: int, position: int) -> bytes:
     data = os.pread(descriptor, size, position)
-    if len(data) < size:  # somebody is writing it
+    if len(data) < size:  # the file is being written
         raise DamagedError(f"{where}: became shorter while it was read; {_AGAIN}")
     return data
 
@@ -101,7 +101,7 @@ def check_member_name(name: str, where: str) -> None:
 
 
 def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> Iterator[_Entry]:
-    """All members but folders and labels. Records of extended headers are kept until the member that they speak of."""
+    """All members except folders and labels. Records of extended headers are kept for the member that they describe."""
     position, is_over = start, False
     common, own = dict[str, str](), dict[str, str]()
     while position + BLOCK <= end:
@@ -154,7 +154,7 @@ def _parse(block: bytes, where: str, position: int, is_first: bool) -> Header:
 def _take_extended(
     header: Header, read: Read, data: int, end: int, where: str, common: dict[str, str], own: dict[str, str]
 ) -> None:
-    """Adds what an extended header says to the records of all members that follow, or of the next one."""
+    """Adds the records of an extended header to those of all following members, or to those of the next one."""
     if header.size > min(end - data, _MOST_EXTENDED_BYTES):
         raise DamagedError(f"{where}: an extended header at byte {data - BLOCK} is cut short or damaged; {_AGAIN}")
     content = read(header.size, data)
@@ -169,9 +169,9 @@ def _take_extended(
 
 
 def _member(header: Header, records: dict[str, str], read: Read, data: int, end: int, where: str) -> _Entry:
-    """A member with what extended headers say of it, and the size of the data that do follow.
+    """A member by its header and the extended headers before it, with the size of the data that really follow.
 
-    Records that are empty take back what a header for all members said.
+    An empty record cancels the record of that name in a header for all members.
     """
     name, kind = records.get("path") or header.name, header.kind
     if kind == headers.SPARSE or any(key.startswith(_SPARSE_RECORDS) and records[key] for key in records):
@@ -202,7 +202,7 @@ def _member(header: Header, records: dict[str, str], read: Read, data: int, end:
 
 
 def _has_data(read: Read, data: int, size: int, end: int) -> bool:
-    """Whether data follow the header of a folder or a link that has a size: not where the next header does."""
+    """Whether data follow the header of a folder or link that has a size, and not the next header at once."""
     if size == 0:
         return False
     block = read(min(BLOCK, end - data), data)
@@ -243,13 +243,13 @@ def _files(entries: list[_Entry], left_out: LeftOut) -> list[TarMember]:
 
 
 def _target(link: _Entry) -> str:
-    """The name that a link stands for: a symbolic link's is relative to where the link is."""
+    """The name of a link's target. A symbolic link's target is relative to the link's own folder."""
     folder = posixpath.dirname(link.name) if link.kind == headers.SYMBOLIC_LINK else ""
     return posixpath.normpath(posixpath.join(folder, link.target))
 
 
 def _note(name: str, place: tuple[int, int] | str, places: dict[str, tuple[int, int]], links: dict[str, str]) -> None:
-    """A later member takes the name of an earlier one."""
+    """Notes what a name stands for: a later member replaces an earlier one of the same name."""
     if isinstance(place, str):
         links[name] = place
         places.pop(name, None)

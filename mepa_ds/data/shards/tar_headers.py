@@ -15,7 +15,7 @@ DEVICES = (b"3", b"4", b"6")
 FOLDERS_AND_LABELS = (b"5", b"V", b"D")
 """Folders, the label of a GNU volume, and GNU's list of what lay in a folder: they hold no file."""
 WITHOUT_DATA = (*LINKS, *DEVICES, *FOLDERS_AND_LABELS)
-"""Their headers may carry a size all the same, such as the 4096 bytes that a folder takes on its disk."""
+"""Members without data. Their headers may have a size nonetheless, such as the 4096 bytes of a folder on its disk."""
 SPARSE, CONTINUED = b"S", b"M"
 EXTENDED = PAX, PAX_OF_SOLARIS, PAX_GLOBAL, GNU_NAME, GNU_LINK = b"x", b"X", b"g", b"L", b"K"
 
@@ -25,14 +25,14 @@ _TARGET, _MAGIC, _PREFIX = slice(157, 257), slice(257, 263), slice(345, 500)
 
 
 class Header(NamedTuple):
-    """What a header block says by itself; extended headers before it may say otherwise."""
+    """The content of one header block. Extended headers before it may override it."""
 
     name: str
     size: int
     kind: bytes
     """The type letter."""
     target: str
-    """What a link points at."""
+    """The target of a link."""
 
 
 def is_header(block: bytes) -> bool:

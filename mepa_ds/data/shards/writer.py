@@ -44,7 +44,7 @@ from mepa_ds.files import atomic_path, naming_full_disks, write_json
 
 MANIFEST_NAME = "index.plan.json"
 SCRATCH_NAME = ".scratch"
-"""What a reader of data_tools/ copies first."""
+"""Directory into which a reader of data_tools/ copies a dataset that cannot be read in place."""
 
 Sample = tuple[str, Mapping[str, bytes]]
 """Key and members by extension (`png`, `cls`, `tokens.npy`)."""
@@ -107,7 +107,7 @@ class ShardWriter:
             write_json(directory / MANIFEST_NAME, manifest.model_dump(mode="json"))
 
     def _is_abandoned(self) -> bool:
-        """Nothing came of the manifest that is there: it is in nobody's way who has mended what stopped it."""
+        """Whether the plan that is there has no shards: its build stopped before the first one. It may be replaced."""
         return {path.name for path in self.directory.iterdir()} <= {MANIFEST_NAME, SCRATCH_NAME}
 
     def _check_same(self, found: Manifest, under_way: bool = False) -> None:
@@ -115,7 +115,7 @@ class ShardWriter:
         ours, theirs = (json.loads(manifest.model_dump_json()) for manifest in (self.manifest, found))
         our_settings, their_settings = (manifest["made_by"]["settings"] for manifest in (ours, theirs))
         goes_on = (their_settings.get("on_damaged"), our_settings.get("on_damaged")) == ("stop", "skip")
-        if goes_on or (under_way and "on_damaged" in our_settings):  # shards that were written under "stop" are whole
+        if goes_on or (under_way and "on_damaged" in our_settings):  # shards written under "stop" are whole
             their_settings["on_damaged"] = our_settings["on_damaged"]
         if ours == theirs:
             return
@@ -140,13 +140,15 @@ class ShardWriter:
         Args:
             name: one of the manifest's names.
             samples: in the order of the file; keys unique within the set.
-            skipped: notes on samples that were left out; looked at after `samples` has run out.
+            skipped: notes on samples that were left out; read after `samples` is exhausted.
 
         Raises:
             UserError: a key that comes twice, members whose type changes, or a full disk.
         """
         assert name in self.manifest.shard_names, name
-        if (self.directory / MANIFEST_NAME).exists():  # another's, if one with other settings began at the same time
+        if (
+            self.directory / MANIFEST_NAME
+        ).exists():  # another build's, if one with other settings began at the same time
             self._check_same(read_manifest(self.directory), under_way=True)
         path = self.directory / name
         offset_index_path(path).unlink(missing_ok=True)

@@ -1,4 +1,5 @@
-"""Dispatch: the permutation that brings each routed token to its experts, and the way back (D4, dropless).
+"""Dispatch: the permutation that brings each routed token to its experts, and the way back (docs/decisions.md, Dropless
+routing).
 
 Shapes: T tokens, K choices a token, R routed rows (T K, less those that are dropped), C width, E experts.
 """

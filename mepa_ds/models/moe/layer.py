@@ -36,7 +36,7 @@ class MoEFeedForward(nn.Module):
         """Maps (B, L, C) and the 0-based scale of each position (L,) to (B, L, C) and the routing statistics."""
         x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
         scale_index_T = scale_index_L.expand(x_BLC.shape[:2]).reshape(-1)
-        # Autocast is off for routing and statistics (D6): bf16 cannot count to 1000.
+        # Neither routing nor its statistics may be autocast: bf16 cannot even count to 1000.
         with torch.autocast(x_BLC.device.type, enabled=False):
             routing = self.router(x_TC, scale_index_T)
             statistics = RoutingStatistics.of(routing, scale_index_T, self.num_scales)

@@ -1,7 +1,7 @@
 """Routers: they choose the experts of each token, and their weights.
 
 Shapes: B batch, L positions, T = B L tokens, C width, S scales, E experts, K choices a token.
-Routing is computed in fp32, whatever the model's type (D6).
+Routing is computed in fp32, whatever the model's type (docs/decisions.md, fp32 where it decides).
 """
 
 from __future__ import annotations

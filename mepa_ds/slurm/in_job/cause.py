@@ -10,8 +10,8 @@ from mepa_ds.runtime.lost_peers import is_lost_peer
 
 _SUMMARY = "ChildFailedError"  # torchrun's last line, whatever has failed
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
-# A message of ours, of argparse or tyro, the last line of a traceback, SLURM's own words about a killed process, or the
-# last words of a process that had no time for a traceback (NCCL's watchdog, C++, the interpreter).
+# A message of ours, of argparse or of tyro; the last line of a traceback; SLURM's message about a killed process; or
+# the last line of a process that had no time for a traceback (NCCL's watchdog, C++, the interpreter).
 _CAUSE = re.compile(
     r"^(?:error: (?P<ours>.+)"
     r"|(?!srun|slurm)[\w./ -]+: error: (?P<usage>.+)"
@@ -25,10 +25,10 @@ _CAUSE = re.compile(
 
 
 def cause_of(text: str) -> str | None:
-    """The first message of an error in a log: what follows are the ranks that it took down. None: there is none.
+    """The first error message in a log; later ones come from ranks that the first one took down. None: there is none.
 
-    A rank that is taken down may be faster to say so than the first one, so what names a lost peer counts last. In our
-    own messages that has been thought of.
+    A rank that was taken down may write its message before the rank that failed first. A message about a lost peer
+    therefore counts only if there is no other. This project's own messages (`error: ...`) count as they are.
     """
     weak: str | None = None
     for line in text.splitlines():

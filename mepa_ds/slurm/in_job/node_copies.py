@@ -38,7 +38,7 @@ def sets_to_copy(scratch: Path, recipe: Path, overrides: Sequence[str]) -> Itera
         source = Path(value)
         if not (source / _INDEX).is_file():
             raise UserError(f"{key}: {source}: no {_INDEX} there; whole shard sets are copied")
-        if (source / _REMOTE).exists():  # has a cache of its own
+        if (source / _REMOTE).exists():  # a remote set has a cache of its own
             continue
         digest = hashlib.sha256((source / _INDEX).read_bytes()).hexdigest()[:16]
         yield key, source, scratch / "mepa_ds-shards" / digest / source.name
@@ -88,4 +88,4 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, OSError) as error:
         print(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)  # a disk that fails may be one node's
+        sys.exit(2 if isinstance(error, UserError) else 1)  # a failing disk may be a fault of one node

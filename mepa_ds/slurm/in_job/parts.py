@@ -1,4 +1,4 @@
-"""Which members of a job array are done: `python -m mepa_ds.slurm.in_job.parts STATE PARTS` fails and names the others.
+"""Members of a job array that are done. `python -m mepa_ds.slurm.in_job.parts STATE PARTS` fails and names the others.
 
 Every member writes STATE/part-<number>/result: running, done, requeued: WHY, or failed: CAUSE.
 """
@@ -14,12 +14,12 @@ _SHOWN = 10
 
 
 def results(state: Path, parts: int) -> dict[int, str]:
-    """What became of every part; a part without a word never started."""
+    """The result of every part; a part without a result file never started."""
     return {part: read_result(state / f"part-{part}") or "never started" for part in range(parts)}
 
 
 def read_result(state: Path) -> str:
-    """The last word of the job whose state lies in a directory; empty before its first."""
+    """The result in a job's state directory; empty if the job has written none yet."""
     path = state / RESULT
     return path.read_text(errors="replace").strip() if path.is_file() else ""
 

@@ -1,6 +1,6 @@
 """Values of a recipe for batch scripts: `python -m mepa_ds.slurm.in_job.recipe_value KEY RECIPE [key=value ...]`.
 
-Needs no torch, so that a batch script has its answer at once; the job itself validates the recipe.
+It needs no torch, so that a batch script has its answer at once. The job itself validates the recipe.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OUTPUT_KEY = "output_dir"
 
 
 def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
-    """(key, path) of all that a run reads; not weights that timm is to download, nor what a resumed run began with."""
+    """(key, path) of all files that a run reads, without weights that timm downloads or a resumed run began with."""
     run = Path(str(recipe_value(OUTPUT_KEY, recipe, overrides)))
     resumes = (run / "checkpoint.pt").exists() or any((run / "checkpoints").glob("step_*"))
     for key in PATH_KEYS:
@@ -44,7 +44,7 @@ def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[
 
 
 def recipe_value(key: str, recipe: Path, overrides: Sequence[str] = ()) -> Any:
-    """What stands under a dotted key once the overrides are applied, paths expanded; None if there is nothing.
+    """The value of a dotted key after the overrides, with paths expanded; None if there is no value.
 
     Raises:
         UserError: the recipe cannot be read, or the path not be expanded.

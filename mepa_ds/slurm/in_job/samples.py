@@ -1,4 +1,4 @@
-"""Samples that many jobs drew, as one file for evaluation suites.
+"""Generated images of many jobs, packed into one file for evaluation suites.
 
 classes WEIGHTS PARTS PART             the classes of one part, with commas between
 merge WEIGHTS IMAGES PER_CLASS OUT SCORES REFERENCE INCEPTION
@@ -31,15 +31,15 @@ def num_classes(weights: Path) -> int:
 
 
 def classes_of_part(weights: Path, parts: int, part: int) -> list[int]:
-    """Classes part, part + parts, ...: all parts are of one size, give or take one class."""
+    """Classes part, part + parts, ...: the sizes of all parts differ by one class at most."""
     return list(range(part, num_classes(weights), parts))
 
 
 def pack(weights: Path, images: Path, per_class: int, out: Path) -> int:
     """Writes all images into `out`, in an order drawn with a fixed seed; returns their number.
 
-    The inception score of the suite is a mean over contiguous splits that it does not shuffle: images in the order of
-    their classes would score about a fifth of their worth.
+    The suite's inception score is a mean over contiguous splits, and the suite does not shuffle: images in the order of
+    their classes would score about a fifth of what they should.
 
     Raises:
         UserError: a class has fewer or more images than `per_class`, or an image has another size or mode.

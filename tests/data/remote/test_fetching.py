@@ -184,7 +184,7 @@ def test_an_address_is_no_option(tmp_path: Path) -> None:
 
 def test_a_program_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="aws: fetches such URLs, and is not installed here; install it"):
+    with pytest.raises(UserError, match="aws: the program for such URLs is not installed here; install it"):
         fetch("s3://bucket/0.tar", tmp_path / "here", anything)
 
 
