@@ -40,6 +40,7 @@ from PIL import Image
 
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.order import OrderedStream, SampleOrder, shuffle_quality
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import (
@@ -226,7 +227,10 @@ def measure(name: str, directories: list[Path], ways: dict[str, Callable[[], Non
 def measure_precomputed(name: str, tokens: Path, features: Path | None, samples: int, rounds: int) -> Row:
     directories = [tokens] if features is None else [tokens, features]
     own, ahead = (
-        LoaderRun(training_batches(tokens, features, global_batch=BATCH, seed=0, num_workers=workers), samples)
+        LoaderRun(
+            training_batches(tokens, features, global_batch=BATCH, seed=0, options=LoaderOptions(num_workers=workers)),
+            samples,
+        )
         for workers in (0, 1)
     )
 
@@ -268,7 +272,7 @@ def measure_images(root: Path, options: Options) -> Row:
         "loader": LoaderRun(loader, options.images),
     }
     for workers in (1, 2):
-        batches = image_batches(directory, batch_size=BATCH, image_side=256, num_workers=workers)
+        batches = image_batches(directory, batch_size=BATCH, image_side=256, options=LoaderOptions(num_workers=workers))
         ways[f"loader_{workers}_processes"] = LoaderRun(batches, options.images)
     return measure("images, JPEG 500 x 375 to 256", [directory], ways, options.images, min(options.rounds, 3))
 

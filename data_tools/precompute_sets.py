@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mepa_ds import distributed
-from mepa_ds.data.fetched_ahead import AHEAD
 from mepa_ds.data.images import decode_sample
 from mepa_ds.data.prefetch import ordered_map
+from mepa_ds.data.remote.fetched_ahead import AHEAD
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import Sample, ShardWriter, npy_bytes

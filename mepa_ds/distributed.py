@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,16 @@ FactT = TypeVar("FactT")
 
 class SetupError(UserError):
     """The environment of this node is wrong, which this rank alone may know; starting again would not help."""
+
+
+class Ranks(NamedTuple):
+    """One rank of several, among which samples are divided."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,11 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def ranks() -> Ranks:
+    """This process's place among the ranks."""
+    return Ranks(rank(), world_size())
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

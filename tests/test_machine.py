@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mepa_ds import machine as cpus
-from mepa_ds.data.images import _note_few_cpus, image_batches
+from mepa_ds.data.images import _note_few_cpus, images_once
 from mepa_ds.data_tools.build_shards import BuildOptions
 from mepa_ds.data_tools.merge_index import Scan
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS
@@ -142,6 +142,6 @@ def test_more_decoding_processes_than_cpus_are_one_line(
     _note_few_cpus.cache_clear()
     make_set(tmp_path, "images", [4])
     for _ in range(2):
-        assert len(list(image_batches(tmp_path, batch_size=2, image_side=8, num_workers=2, train=False))) == 2
+        assert len(list(images_once(tmp_path, batch_size=2, image_side=8, num_workers=2))) == 2
     said = capfd.readouterr().err
     assert said == "warning: data.num_workers: 2 processes of a rank share 1 CPUs; 1 would do as well\n"

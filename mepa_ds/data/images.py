@@ -22,12 +22,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
+from mepa_ds.data.options import DEFAULTS, LoaderOptions
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
+from mepa_ds.data.remote.fetched_ahead import fetched_ahead, fetched_in_order
+from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
-from mepa_ds.distributed import read_launch
+from mepa_ds.distributed import ALONE, Ranks, read_launch
 from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import decode_image
 from mepa_ds.images.resizing import fit_image
@@ -150,42 +152,57 @@ def image_batches(
     image_side: int,
     seed: int = 0,
     position: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    train: bool = True,
-    on_damaged: OnDamaged = "stop",
+    ranks: Ranks = ALONE,
+    options: LoaderOptions = DEFAULTS,
 ) -> Iterator[ImageBatch]:
-    """Image batches of this rank.
+    """This rank's share of an endless shuffled stream of images (mepa_ds.data.order), for training.
 
-    With `train`, an endless shuffled stream (mepa_ds.data.order) with VAR's random crop: the shorter side is
-    resized to 1.125 x `image_side`, then cropped at random; no flip. Which crop is a pure function of (seed,
-    position). Without, one pass: rank r has the samples r, r + W, ... in order, centre-cropped; its last batch may
-    be short, and a rank may have one batch fewer than another.
+    VAR's random crop: the shorter side is resized to 1.125 x `image_side`, then cropped at random; no flip. Which crop
+    is a pure function of (seed, position).
 
     Args:
         shards: an image set.
         batch_size: of this rank.
         image_side: pixels; images that are that size already are neither resized nor cropped.
-        position: position in the sample stream to start at (`ImageBatch.next_position`); training only.
-        num_workers: processes that decode; 0 decodes in this one.
-        on_damaged: "stop" raises at a sample that cannot be read; "skip" takes the next readable one of the stream
-            in its place and reports it in `ImageBatch.damaged` (training only).
+        position: position in the sample stream to start at (`ImageBatch.next_position`).
+        options: on_damaged="skip" takes the next readable sample of the stream in place of a damaged one.
 
     Raises:
         UserError: no such set, it has no images, or a damaged sample under "stop".
     """
+    opened = _open_images(shards)
+    order = SampleOrder(opened.shard_sizes, seed, opened.window)
+    tasks = rank_batches(position, batch_size * ranks.world_size, *ranks)
+    dataset = _ImageDataset(opened, OrderedStream(order), image_side, seed, options.on_damaged)
+    return _run(dataset, fetched_ahead(tasks, order, _caches(opened)), options.num_workers)
+
+
+def images_once(
+    shards: Path, *, batch_size: int, image_side: int, ranks: Ranks = ALONE, num_workers: int = 0
+) -> Iterator[ImageBatch]:
+    """One pass over an image set, centre-cropped, for evaluation.
+
+    Rank r has the samples r, r + W, ... in order. Its last batch may be short, and a rank may have one batch fewer than
+    another.
+
+    Raises:
+        UserError: no such set, it has no images, or a damaged sample.
+    """
+    opened = _open_images(shards)
+    tasks = _single_pass_tasks(len(opened), batch_size, *ranks)
+    tasks = fetched_in_order(tasks, opened.shard_sizes, _caches(opened))
+    return _run(_ImageDataset(opened, None, image_side, 0, "stop"), tasks, num_workers)
+
+
+def _open_images(shards: Path) -> ShardSet:
     opened = ShardSet(shards, "images")
     if not set(IMAGE_EXTENSIONS) & opened.index.members.keys():
         raise UserError(f"images: {shards}: holds {sorted(opened.index.members)}, no images; give the image set")
-    if not train:
-        tasks = _single_pass_tasks(len(opened), batch_size, rank, world_size)
-        tasks = fetched_in_order(tasks, opened.shard_sizes, [opened.cache] if opened.cache else [])
-        return _run(_ImageDataset(opened, None, image_side, seed, "stop"), tasks, num_workers)
-    order = SampleOrder(opened.shard_sizes, seed, opened.window)
-    tasks = rank_batches(position, batch_size * world_size, rank, world_size)
-    dataset = _ImageDataset(opened, OrderedStream(order), image_side, seed, on_damaged)
-    return _run(dataset, fetched_ahead(tasks, order, [opened.cache] if opened.cache else []), num_workers)
+    return opened
+
+
+def _caches(opened: ShardSet) -> list[ShardCache]:
+    return [opened.cache] if opened.cache else []
 
 
 def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -> Iterator[ImageBatch]:

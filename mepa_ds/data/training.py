@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
-from mepa_ds.data.fetched_ahead import fetched_ahead, fetched_in_order
+from mepa_ds.data.options import DEFAULTS, LoaderOptions
 from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
+from mepa_ds.data.remote.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.shard_set import ShardSet
-from mepa_ds.data.shards.damaged import OnDamaged, first_readable
+from mepa_ds.data.shards.damaged import first_readable
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_sets
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
+from mepa_ds.distributed import ALONE, Ranks
 from mepa_ds.errors import DamagedError, UserError
 
 
@@ -80,15 +82,13 @@ class _Reader:
         sets: TrainingSets,
         stream: OrderedStream | None,
         seed: int,
-        pin_memory: bool,
-        on_damaged: OnDamaged,
-        num_classes: int | None,
+        options: LoaderOptions,
     ):
-        self._sets, self._stream, self._seed, self._on_damaged = sets, stream, seed, on_damaged
-        self._num_classes = num_classes
+        self._sets, self._stream, self._seed = sets, stream, seed
+        self._on_damaged, self._num_classes = options.on_damaged, options.num_classes
         # In a single pass, places beyond the last sample are filled with the last sample, at weight 0.
         self._last = sets.num_samples - 1 if stream is None else None
-        self._buffers = BufferPool(pin_memory)
+        self._buffers = BufferPool(options.pin_memory)
         whole = sets.whole_maps
         # (set, extension, dimensions of one view): a member with one dimension more holds several views.
         self._arrays = [(sets.tokens, TOKENS_EXT, 1)]
@@ -209,12 +209,8 @@ def training_batches(
     global_batch: int,
     seed: int,
     position: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    on_damaged: OnDamaged = "stop",
-    num_classes: int | None = None,
+    ranks: Ranks = ALONE,
+    options: LoaderOptions = DEFAULTS,
 ) -> Iterator[TrainingBatch]:
     """The endless training stream from `position` on: this rank's share of each global batch.
 
@@ -222,13 +218,10 @@ def training_batches(
 
     Args:
         tokens: token set; features: feature set of the same images, or None.
-        global_batch: samples a step over all ranks, a multiple of `world_size`.
+        global_batch: samples a step over all ranks, a multiple of their number.
         position: `TrainingBatch.next_position` of the last batch that a resumed run had consumed.
-        num_workers: threads that read ahead; 0 reads when asked.
-        pin_memory: batches in pinned memory, for asynchronous copies to a GPU.
-        on_damaged: "stop" raises at a sample that cannot be read; "skip" puts the next readable one of the stream
-            in its place (the same on any world size) and reports it in `TrainingBatch.damaged`.
-        num_classes: of the model; labels are checked against it.
+        options: with on_damaged="skip" the next readable sample of the stream takes a damaged one's place, the same
+            one on any number of ranks.
 
     Raises:
         UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop"; a
@@ -236,9 +229,9 @@ def training_batches(
     """
     sets = open_training_sets(tokens, features)
     order = SampleOrder(sets.tokens.shard_sizes, seed, sets.window)
-    reader = _Reader(sets, OrderedStream(order), seed, pin_memory, on_damaged, num_classes)
-    tasks = rank_batches(position, global_batch, rank, world_size)
-    return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), num_workers)
+    reader = _Reader(sets, OrderedStream(order), seed, options)
+    tasks = rank_batches(position, global_batch, *ranks)
+    return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), options.num_workers)
 
 
 def evaluation_batches(
@@ -246,12 +239,8 @@ def evaluation_batches(
     features: Path | None,
     *,
     batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-    on_damaged: OnDamaged = "stop",
-    num_classes: int | None = None,
+    ranks: Ranks = ALONE,
+    options: LoaderOptions = DEFAULTS,
 ) -> Iterator[TrainingBatch]:
     """One pass in order, each sample once over the ranks; every rank has the same number of batches of `batch_size`.
 
@@ -262,7 +251,7 @@ def evaluation_batches(
     if batch_size < 1:
         raise UserError(f"batch size: expected at least 1, got {batch_size}")
     sets = open_training_sets(tokens, features)
-    reader = _Reader(sets, None, 0, pin_memory, on_damaged, num_classes)
-    tasks = rank_batches(0, batch_size * world_size, rank, world_size, last=sets.num_samples)
+    reader = _Reader(sets, None, 0, options)
+    tasks = rank_batches(0, batch_size * ranks.world_size, *ranks, last=sets.num_samples)
     tasks = fetched_in_order(tasks, sets.tokens.shard_sizes, sets.caches)
-    return ordered_map(reader, tasks, num_workers)
+    return ordered_map(reader, tasks, options.num_workers)

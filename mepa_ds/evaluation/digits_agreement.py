@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mepa_ds.data.images import image_batches
+from mepa_ds.data.images import images_once
 from mepa_ds.generation.sampling import sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def digits_agreement(weights: Path, tokenizer: Path, train: Path, heldout: Path)
 
 
 def _real(shards: Path, side: int) -> tuple[np.ndarray, np.ndarray]:
-    batches = list(image_batches(shards, batch_size=256, image_side=side, seed=0, train=False))
+    batches = list(images_once(shards, batch_size=256, image_side=side))
     images = torch.cat([batch.images_B3HW for batch in batches]).add(1).mul(0.5)
     return _pixels(images), torch.cat([batch.labels_B for batch in batches]).numpy()
 

@@ -6,9 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +15,7 @@ from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import report_damaged
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.training import TrainingBatch, TrainingSets, open_training_sets, training_batches
@@ -173,27 +172,26 @@ Stream = Callable[[int], Iterator[TrainingBatch]]
 
 def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream:
     """The recipe's. Which images share a micro-batch does not depend on the number of ranks."""
-    data, micro_batch = config.data, config.train.global_batch // config.train.accumulation
+    data, seed = config.data, config.seed
+    micro_batch = config.train.global_batch // config.train.accumulation
+    options = LoaderOptions(data.num_workers, torch.cuda.is_available(), data.on_damaged, config.model.num_classes)
     if isinstance(sets, OnlineSets):
-        return lambda position: sets.batches(data, micro_batch, config.seed, config.model.num_classes, position)
+        return lambda position: sets.batches(options, micro_batch, seed, position)
     assert data.tokens is not None
-    return partial(
-        _stored_batches, data.tokens, data.features if config.objective.alignment is not None else None,
-        global_batch=micro_batch, seed=config.seed, num_workers=data.num_workers, on_damaged=data.on_damaged,
-        num_classes=config.model.num_classes,
-    )  # fmt: skip
+    tokens, features = data.tokens, data.features if config.objective.alignment is not None else None
 
+    def stored(position: int) -> Iterator[TrainingBatch]:
+        return training_batches(
+            tokens,
+            features,
+            global_batch=micro_batch,
+            seed=seed,
+            position=position,
+            ranks=distributed.ranks(),
+            options=options,
+        )
 
-def _stored_batches(tokens: Path, features: Path | None, position: int, **settings: Any) -> Iterator[TrainingBatch]:
-    return training_batches(
-        tokens,
-        features,
-        position=position,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        pin_memory=torch.cuda.is_available(),
-        **settings,
-    )
+    return stored
 
 
 class Loader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import lockstep, report_damaged
-from mepa_ds.data.training import OnDamaged, evaluation_batches
+from mepa_ds.data.options import DEFAULTS, LoaderOptions
+from mepa_ds.data.training import evaluation_batches
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
@@ -29,14 +31,14 @@ def heldout_scores(
     inputs: InputMaker,
     tokens: Path,
     batch_size: int,
-    num_workers: int,
-    on_damaged: OnDamaged = "stop",
+    options: LoaderOptions = DEFAULTS,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """One pass over a token set, every image once over all ranks: see `score_report`. Collective.
 
     Args:
-        on_damaged: "skip" leaves images out that cannot be read; how many is `damaged_samples` in the result.
+        options: on_damaged="skip" leaves images out that cannot be read; their number is `damaged_samples` in the
+            result.
         on_batch: called after every batch.
 
     Raises:
@@ -47,11 +49,8 @@ def heldout_scores(
         tokens,
         None,
         batch_size=batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=num_workers,
-        on_damaged=on_damaged,
-        num_classes=model.config.num_classes,
+        ranks=distributed.ranks(),
+        options=replace(options, num_classes=model.config.num_classes),
     )
     for batch in lockstep(batches):
         report_damaged(batch.damaged)
@@ -106,8 +105,7 @@ class Evaluations:
                 self._inputs,
                 data.heldout_tokens,
                 self._batch_size,
-                data.num_workers,
-                data.on_damaged,
+                LoaderOptions(num_workers=data.num_workers, on_damaged=data.on_damaged),
                 self._on_batch,
             )
         self._seconds = time.perf_counter() - started

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from mepa_ds import distributed
-from mepa_ds.config.pretrain import DataConfig, PretrainConfig
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.codecs import FeatureDecoder, codec_named
 from mepa_ds.data.images import ImageBatch, image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import TrainingBatch, check_labels
 from mepa_ds.errors import UserError
@@ -88,34 +89,30 @@ class OnlineSets:
         teacher = {} if self.teacher is None else {"data.teacher": f"{self.teacher.name}, {self.teacher.identity}"}
         return {"tokenizer": self.tokenizer.identity, **teacher}
 
-    def batches(
-        self, data: DataConfig, global_batch: int, seed: int, num_classes: int, position: int
-    ) -> Iterator[TrainingBatch]:
+    def batches(self, options: LoaderOptions, global_batch: int, seed: int, position: int) -> Iterator[TrainingBatch]:
         """This rank's share of each micro-batch from a position of the stream on, as `training_batches` gives it.
 
-        `global_batch`: images of a micro-batch over all ranks. `num_classes`: the model's.
+        `global_batch`: images of a micro-batch over all ranks.
 
         Raises:
             UserError: a damaged image under "stop", or one without a label that the model has a class for.
         """
-        rank, world_size = distributed.rank(), distributed.world_size()
-        share = global_batch // world_size
+        ranks = distributed.ranks()
+        share = global_batch // ranks.world_size
         batches = image_batches(
             self.images.directory,
             batch_size=share,
             image_side=self.tokenizer.config.image_side,
             seed=seed,
             position=position,
-            rank=rank,
-            world_size=world_size,
-            num_workers=data.num_workers,
-            on_damaged=data.on_damaged,
+            ranks=ranks,
+            options=options,
         )
         for batch in batches:
-            first = batch.next_position - global_batch + rank * share
-            yield self._encode(batch, torch.arange(first, first + share), num_classes)
+            first = batch.next_position - global_batch + ranks.rank * share
+            yield self._encode(batch, torch.arange(first, first + share), options.num_classes)
 
-    def _encode(self, batch: ImageBatch, positions_B: torch.Tensor, num_classes: int) -> TrainingBatch:
+    def _encode(self, batch: ImageBatch, positions_B: torch.Tensor, num_classes: int | None) -> TrainingBatch:
         where = f"data.images: {self.images.directory}"
         check_labels(batch.labels_B, num_classes, lambda row: f"{where}: sample {batch.keys[row]!r}")
         images_B3HW = batch.to(self.device).images_B3HW

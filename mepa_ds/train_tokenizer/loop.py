@@ -20,8 +20,9 @@ from mepa_ds import distributed, log
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.changes import changes_in_words, recipe_changes
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
-from mepa_ds.data.images import ImageBatch, image_batches
+from mepa_ds.data.images import ImageBatch, image_batches, images_once
 from mepa_ds.data.lockstep import lockstep, report_damaged
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import images_identity
 from mepa_ds.distributed import sum_over_ranks
@@ -156,10 +157,8 @@ class _Loop:
             image_side=self.config.tokenizer.image_side,
             seed=self.config.seed,
             position=self.trainer.position,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=self.config.data.num_workers,
-            on_damaged=self.config.data.on_damaged,
+            ranks=distributed.ranks(),
+            options=LoaderOptions(num_workers=self.config.data.num_workers, on_damaged=self.config.data.on_damaged),
         )
         for batch in lockstep(batches):
             report_damaged(batch.damaged)
@@ -182,14 +181,12 @@ class _Loop:
         """False: given up, since a rank was asked to stop. The same on every rank."""
         if self.config.data.heldout_images is None:
             return True
-        batches = image_batches(
+        batches = images_once(
             self.config.data.heldout_images,
             batch_size=self.trainer.local_batch,
             image_side=self.config.tokenizer.image_side,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            ranks=distributed.ranks(),
             num_workers=self.config.data.num_workers,
-            train=False,
         )
         evaluated = evaluate_tokenizer(
             self.trainer.tokenizer,

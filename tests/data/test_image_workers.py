@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.errors import UserError
 from tests.data.shard_fixtures import make_set
 from tests.tiny_run import ROOT
@@ -65,7 +66,7 @@ def test_a_killed_worker_is_named_where_its_batch_is_asked_for(tmp_path: Path) -
     """PyTorch's own exception would come at once, in the middle of whatever the rank does then."""
     make_set(tmp_path, "images", [12, 11])
     others = multiprocessing.active_children()
-    batches = image_batches(tmp_path, batch_size=4, image_side=8, num_workers=2)
+    batches = image_batches(tmp_path, batch_size=4, image_side=8, options=LoaderOptions(num_workers=2))
     next(batches)
     worker = next(child for child in multiprocessing.active_children() if child not in others)
     assert worker.pid is not None

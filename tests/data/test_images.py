@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, image_batches
+from mepa_ds.data.images import ImageBatch, image_batches, images_once
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
+from mepa_ds.distributed import Ranks
 from mepa_ds.errors import UserError
 from mepa_ds.images.resizing import crop_square, fit_image, resize_shorter
+from tests.data.loading import grouped
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 
@@ -77,7 +79,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def take(count: int, images: Path, **options: Any) -> list[ImageBatch]:
     defaults = {"batch_size": 4, "image_side": 8, "seed": 1}
-    return list(itertools.islice(image_batches(images, **{**defaults, **options}), count))
+    return list(itertools.islice(image_batches(images, **grouped({**defaults, **options})), count))
 
 
 def assert_same(first: list[ImageBatch], second: list[ImageBatch]) -> None:
@@ -132,11 +134,11 @@ def test_crops_are_random_and_differ_between_epochs(images: Path) -> None:
 def test_a_pass_sees_each_image_once_over_the_ranks(images: Path) -> None:
     keys: list[str] = []
     for rank in range(3):
-        batches = list(image_batches(images, batch_size=4, image_side=8, rank=rank, world_size=3, train=False))
+        batches = list(images_once(images, batch_size=4, image_side=8, ranks=Ranks(rank, 3)))
         assert [len(batch.keys) for batch in batches][:-1] == [4]
         keys += [key for batch in batches for key in batch.keys]
     assert sorted(keys) == [f"{number:09d}" for number in range(23)]
-    ones, others = (list(image_batches(images, batch_size=5, image_side=8, seed=s, train=False)) for s in (0, 1))
+    ones, others = (list(images_once(images, batch_size=5, image_side=8)) for _ in range(2))
     assert_same(ones, others)
 
 
@@ -180,7 +182,7 @@ def test_shards_that_others_made(tmp_path: Path) -> None:
                     info = tarfile.TarInfo(f"n0144/{shard}/image_{number}.{extension}")
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
-    batches = list(image_batches(tmp_path, batch_size=4, image_side=8, train=False))
+    batches = list(images_once(tmp_path, batch_size=4, image_side=8))
     assert [key for batch in batches for key in batch.keys][6] == "n0144/1/image_1"
     assert torch.cat([batch.labels_B for batch in batches]).tolist() == [3] * 10
 

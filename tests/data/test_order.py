@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mepa_ds.data.fetched_ahead import fetched_ahead
 from mepa_ds.data.order import OrderedStream, SampleOrder, WindowWatch, permutation, rank_batches, shuffle_quality
+from mepa_ds.data.remote.fetched_ahead import fetched_ahead
 from mepa_ds.errors import UserError
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum).map(tuple)

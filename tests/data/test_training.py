@@ -13,13 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training import TrainingBatch, evaluation_batches, training_batches
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import Views, choose_views, sample_boxes
+from mepa_ds.distributed import Ranks
 from mepa_ds.errors import UserError
+from tests.data.loading import grouped
 from tests.data.shard_fixtures import CLASSES, features_of, make_set, tokens_of
 
 SIZES = (7, 4, 0, 12)
@@ -36,7 +39,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def take(count: int, sets: tuple[Path, Path | None], **options: Any) -> list[TrainingBatch]:
     defaults = {"global_batch": 6, "seed": 2}
-    return list(itertools.islice(training_batches(*sets, **{**defaults, **options}), count))
+    return list(itertools.islice(training_batches(*sets, **grouped({**defaults, **options})), count))
 
 
 def assert_batch_is_its_samples(batch: TrainingBatch) -> None:
@@ -59,7 +62,7 @@ def test_batches_join_what_belongs_together(sets: tuple[Path, Path]) -> None:
 
 def test_held_batches_keep_their_content(sets: tuple[Path, Path]) -> None:
     """Memory is used again only after a batch, and every tensor taken from it, is gone."""
-    batches = training_batches(*sets, global_batch=6, seed=2, num_workers=2)
+    batches = training_batches(*sets, global_batch=6, seed=2, options=LoaderOptions(num_workers=2))
     views = [next(batches).tokens_BL[1:3].clone() for _ in range(20)]
     kept = [batch.tokens_BL[1:3] for batch in itertools.islice(training_batches(*sets, global_batch=6, seed=2), 20)]
     assert all(torch.equal(a, b) for a, b in zip(views, kept, strict=True))
@@ -92,7 +95,7 @@ def test_any_world_sizes_workers_and_interruptions_read_the_same_stream(
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 3), (1, 5), (50, 2), (2, 1), (11, 2)])
 def test_evaluation_counts_each_sample_once_in_step(sets: tuple[Path, Path], batch_size: int, world_size: int) -> None:
     ranks = [
-        list(evaluation_batches(*sets, batch_size=batch_size, rank=rank, world_size=world_size))
+        list(evaluation_batches(*sets, batch_size=batch_size, ranks=Ranks(rank, world_size)))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -201,7 +204,7 @@ def test_mismatched_siblings_are_refused(sets: tuple[Path, Path], tmp_path: Path
     with pytest.raises(UserError, match=r"data\.features: .*missing: no such directory"):
         training_batches(sets[0], tmp_path / "missing", global_batch=6, seed=0)
     with pytest.raises(UserError, match="global batch 7 does not divide among 2 ranks"):
-        training_batches(*sets, global_batch=7, seed=0, rank=0, world_size=2)
+        training_batches(*sets, global_batch=7, seed=0, ranks=Ranks(0, 2))
     for name, images in (("ours", "a"), ("same", "a"), ("theirs", "b")):  # keys are places, the same in any dataset
         make_set(tmp_path / name, "tokens" if name == "ours" else "features", SIZES, images=images)
     training_batches(tmp_path / "ours", tmp_path / "same", global_batch=6, seed=0)
@@ -255,7 +258,7 @@ def test_evaluation_leaves_damaged_samples_out_and_counts_them(tmp_path: Path, w
         batch
         for rank in range(world_size)
         for batch in evaluation_batches(
-            tmp_path, None, batch_size=5, rank=rank, world_size=world_size, on_damaged="skip"
+            tmp_path, None, batch_size=5, ranks=Ranks(rank, world_size), options=LoaderOptions(on_damaged="skip")
         )
     ]
     rows = [row for batch in batches for row in zip(batch.keys, batch.weight_B.tolist(), strict=True)]
@@ -290,14 +293,14 @@ def test_labels_that_the_model_has_no_class_for(tmp_path: Path) -> None:
     samples = ((f"k{n}", {"tokens.npy": npy_bytes(tokens_of(n)), "cls": b"%d" % n}) for n in range(6))
     writer.write_shard("a.tar", samples)
     writer.finish()
-    assert len(list(evaluation_batches(tmp_path, None, batch_size=6, num_classes=6))) == 1
+    assert len(list(evaluation_batches(tmp_path, None, batch_size=6, options=LoaderOptions(num_classes=6)))) == 1
     message = "sample 'k5' has label 5, but the model's classes are 0 to 4; set model.num_classes"
     with pytest.raises(UserError, match=message):
         take(1, (tmp_path, None), num_classes=5)
     with pytest.raises(UserError, match=message):  # a wrong recipe is no damaged sample
         take(1, (tmp_path, None), num_classes=5, on_damaged="skip")
     with pytest.raises(UserError, match=message):
-        list(evaluation_batches(tmp_path, None, batch_size=6, num_classes=5))
+        list(evaluation_batches(tmp_path, None, batch_size=6, options=LoaderOptions(num_classes=5)))
 
 
 @given(st.lists(st.integers(), max_size=30), st.integers(0, 3), st.integers(1, 3))

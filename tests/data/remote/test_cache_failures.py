@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.remote import shard_cache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.training import training_batches
@@ -60,8 +61,11 @@ def test_a_full_disk_ends_a_run_with_its_name(tmp_path: Path, monkeypatch: pytes
     """In threads and in decoding processes; it is no damage, which on_damaged="skip" leaves out."""
     tokens, images = make_remote(tmp_path), make_remote(tmp_path / "i", "images")
     monkeypatch.setattr("mepa_ds.files.os.replace", FullDisk(tmp_path, 0).replace)
-    many = image_batches(images, batch_size=3, image_side=8, num_workers=1, on_damaged="skip")
-    for batches in (training_batches(tokens, None, global_batch=3, seed=0, on_damaged="skip"), many):
+    many = image_batches(images, batch_size=3, image_side=8, options=LoaderOptions(num_workers=1, on_damaged="skip"))
+    for batches in (
+        training_batches(tokens, None, global_batch=3, seed=0, options=LoaderOptions(on_damaged="skip")),
+        many,
+    ):
         with pytest.raises(UserError, match=r"^/.*cache/.*/shard-.*tar: the disk or quota is full \(No space left"):
             next(batches)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME
@@ -51,7 +52,11 @@ def test_the_same_samples_from_afar(tmp_path: Path) -> None:
 
 def test_training_reads_remote_sets_window_by_window(tmp_path: Path) -> None:
     tokens, features = make_remote(tmp_path, "tokens"), make_remote(tmp_path, "features")
-    batches = list(itertools.islice(training_batches(tokens, features, global_batch=3, seed=4, num_workers=2), 14))
+    batches = list(
+        itertools.islice(
+            training_batches(tokens, features, global_batch=3, seed=4, options=LoaderOptions(num_workers=2)), 14
+        )
+    )
     expected = [SampleOrder(SIZES, 4, window=2).epoch(epoch).tolist() for epoch in range(2)]
     assert [int(key) for batch in batches for key in batch.keys] == [*expected[0], *expected[1]]
     for batch in batches:
@@ -64,7 +69,7 @@ def test_training_reads_remote_sets_window_by_window(tmp_path: Path) -> None:
 def test_images_are_fetched_by_worker_processes_too(tmp_path: Path) -> None:
     images = make_remote(tmp_path, "images")
     options: dict[str, Any] = {"batch_size": 3, "image_side": 8, "seed": 1}
-    keys = [b.keys for b in itertools.islice(image_batches(images, num_workers=2, **options), 7)]
+    keys = [b.keys for b in itertools.islice(image_batches(images, **options, options=LoaderOptions(num_workers=2)), 7)]
     assert sorted(itertools.chain(*keys)) == [f"{number:09d}" for number in range(21)]
     assert keys == [b.keys for b in itertools.islice(image_batches(images, **options), 7)]
 
@@ -92,7 +97,7 @@ def test_what_cannot_be_fetched_is_named(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"shard-000001\.tar: cannot be fetched"):
         ShardSet(tokens).read(4)
     assert ShardSet(tokens).read(0)[0] == "000000000"
-    skipping = training_batches(tokens, None, global_batch=21, seed=0, on_damaged="skip")
+    skipping = training_batches(tokens, None, global_batch=21, seed=0, options=LoaderOptions(on_damaged="skip"))
     assert len(next(skipping).damaged) >= 4
 
 

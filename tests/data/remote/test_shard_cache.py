@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from mepa_ds.data.images import image_batches
+from mepa_ds.data.images import image_batches, images_once
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.remote import shard_cache
 from mepa_ds.data.remote.remote_file import RemoteShards
@@ -128,7 +129,7 @@ def test_jobs_that_remove_each_others_shards(tmp_path: Path, num_workers: int) -
     other = threading.Thread(target=remove_all, args=(cache.directory, over))
     other.start()
     try:
-        batches = image_batches(images, num_workers=num_workers, **options)
+        batches = image_batches(images, **options, options=LoaderOptions(num_workers=num_workers))
         assert [batch.keys for batch in itertools.islice(batches, 14)] == expected
     finally:
         over.set()
@@ -247,7 +248,7 @@ def test_a_single_pass_is_fetched_ahead_too(tmp_path: Path, monkeypatch: pytest.
     options: dict[str, Any] = {"batch_size": 1}
     passes = {
         tokens: evaluation_batches(tokens, None, **options),
-        images: image_batches(images, image_side=8, train=False, **options),
+        images: images_once(images, image_side=8, **options),
     }
     for directory, batches in passes.items():
         next(batches)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mepa_ds.data.images import image_batches
+from mepa_ds.data.images import images_once
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import scan_tar
@@ -122,7 +122,7 @@ def test_all_tools_say_what_they_leave_out(tmp_path: Path, capsys: pytest.Captur
     assert verify(VerifyOptions((tmp_path / "in",), workers=0))
     printed = capsys.readouterr().out
     assert all(reason in printed for reason in reasons[1:])
-    batches = list(image_batches(tmp_path / "in", batch_size=2, image_side=16, train=False))
+    batches = list(images_once(tmp_path / "in", batch_size=2, image_side=16))
     assert batches[0].keys == ("0", "d/1")
     assert contact_sheet(ShowOptions(tmp_path / "in", count=2, side=16)).size
 
