@@ -8,9 +8,8 @@ STAMP := .venv/.installed
 PROCESSES ?= 2
 # Tests of `make test-fast` and `make coverage`: what needs one process and little time.
 FAST := -m "not slow and not slurm and not processes" $(addprefix tests/,config data data_tools generation images \
-	models objective reports teachers tokenizer weights train_tokenizer/test_losses.py pretrain/test_parts.py \
-	runtime/test_failures.py evaluation/test_formulas.py test_foundations.py test_layers.py \
-	test_log.py test_public_api.py)
+	models objective reports teachers tokenizer weights pretrain/test_parts.py runtime/test_failures.py \
+	evaluation/test_formulas.py test_foundations.py test_layers.py test_log.py test_public_api.py)
 
 .PHONY: setup quickstart test test-fast lint types coverage mutants clean-quickstart
 

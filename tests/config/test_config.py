@@ -76,6 +76,27 @@ def config_with(*overrides: str) -> PretrainConfig:
         ("data.tokens=$MEPA_TEST_UNSET/x", r"data\.tokens: .*the variable \$MEPA_TEST_UNSET is not set here"),
         ("tokenizer=~no-such-user-here/x", r"tokenizer: .*no home directory of ~no-such-user-here"),
         ("data.teacher={name: a, weights: ''}", r"data\.teacher\.weights: an empty path"),
+        ("model.moe={router: expert_choice, bias_rate: 0.1}", r"router expert_choice balances by itself: leave capac"),
+        ("model.moe={top_k: 1, renormalize: true}", r"renormalize with top_k 1 makes every weight 1"),
+        ("model.moe.every=3", r"moe\.every \(3\) exceeds depth \(2\): no block would be MoE"),
+        ("objective.alignment.scales=[]", r"scales must name at least one scale"),
+        ("data.images=x", r"data: give one of tokens .* and images"),
+        (
+            "data={images: x, features: y}",
+            r"data\.features: belong to data\.tokens; with data\.images set data\.teacher",
+        ),
+        (
+            "data.teacher={name: a, weights: b}",
+            r"data\.teacher: runs on data\.images; with data\.tokens set data\.features",
+        ),
+        (
+            "parallel={compile: true, activation_checkpointing: blocks}",
+            r"compile and activation_checkpointing \(blocks\) exclude each other",
+        ),
+        (
+            "log={checkpoint_every: 10, keep_every: 25}",
+            r"keep_every \(25\) must be a multiple of checkpoint_every \(10\)",
+        ),
     ],
 )
 def test_a_faulty_recipe_names_key_and_remedy(override: str, message: str | None) -> None:
@@ -156,6 +177,24 @@ def test_a_malformed_override_says_the_form(override: str) -> None:
 def test_a_world_that_does_not_fit(world_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         config_with("parallel.ep_size=2").check_world(world_size)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("tokenizer.channels=48", r"tokenizer: channels must be a multiple of 32 .*, got 48"),
+        ("loss.adversarial={channels: 16}", r"loss\.adversarial: channels must be a multiple of 32 .*, got 16"),
+        ("codebook={dropout: 0.1, dropout_from: 10}", r"codebook\.dropout_from \(10\) must be below .* scales \(10\)"),
+    ],
+)
+def test_a_faulty_recipe_of_a_tokenizer(override: str, message: str) -> None:
+    values = {"output_dir": "x", "data": {"images": "y"}, "train": {"global_batch": 12, "steps": 1}}
+    config = validate(TokenizerTrainingConfig, values, "recipe.yaml")
+    config.check_world(3)
+    with pytest.raises(UserError, match=r"train\.global_batch \(12\) must be a multiple of 8 ranks x .* = 8"):
+        config.check_world(8)
+    with pytest.raises(UserError, match=message):
+        validate(TokenizerTrainingConfig, apply_overrides(values, [override]), "recipe.yaml")
 
 
 NUMBERS = {

@@ -173,6 +173,14 @@ def test_skipped_damage_is_replaced_the_same_on_any_world_size(tmp_path: Path) -
         assert ranks[0][step].keys + ranks[1][step].keys == batch.keys
 
 
+def test_a_set_without_one_whole_image_ends_the_search(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, Plan(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="test")))
+    writer.write_shard("a.tar", [(f"{number}", {"jpg": b"no image", "cls": b"1"}) for number in range(5)])
+    writer.finish()
+    with pytest.raises(UserError, match=f"{tmp_path}: no sample of the set can be read; make it again"):
+        take(1, tmp_path, on_damaged="skip")
+
+
 def test_shards_that_others_made(tmp_path: Path) -> None:
     """Plain WebDataset shards: no index, jpg and cls, keys of any kind."""
     for shard in range(2):

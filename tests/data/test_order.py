@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import time
 
 import numpy as np
@@ -183,3 +184,11 @@ def test_imagenet_takes_under_a_second() -> None:
 def test_bad_input(call: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()  # type: ignore[operator]
+
+
+def test_a_stream_that_was_sent_to_another_process_goes_on_alike() -> None:
+    """Workers of the loader get theirs by pickle."""
+    stream = OrderedStream(SampleOrder((3, 5, 2), seed=4))
+    expected = [stream.samples_at(np.arange(start, start + 4)).tolist() for start in (0, 8, 21)]
+    copy = pickle.loads(pickle.dumps(stream))
+    assert [copy.samples_at(np.arange(start, start + 4)).tolist() for start in (0, 8, 21)] == expected

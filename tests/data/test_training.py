@@ -247,6 +247,15 @@ def damage_codes(directory: Path, number: int) -> None:
         path.write_bytes(path.read_bytes().replace(tokens_of(number).tobytes(), np.full(5, 999, np.uint16).tobytes()))
 
 
+def test_a_set_without_one_whole_sample_ends_the_search(tmp_path: Path) -> None:
+    make_set(tmp_path / "tokens", "tokens", SIZES)
+    make_set(tmp_path / "features", "features", SIZES)
+    for number in range(TOTAL):
+        damage_codes(tmp_path / "tokens", number)
+    with pytest.raises(UserError, match="tokens: no sample of the set can be read; make it again"):
+        take(1, (tmp_path / "tokens", tmp_path / "features"), on_damaged="skip")
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_evaluation_leaves_damaged_samples_out_and_counts_them(tmp_path: Path, world_size: int) -> None:
     make_set(tmp_path, "tokens", SIZES)

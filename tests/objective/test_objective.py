@@ -174,6 +174,20 @@ def test_scores_per_scale_add_up_to_the_mean() -> None:
     assert losses.terms["ce"].item() == pytest.approx(math.log(16), rel=0.05)  # a fresh model knows nothing
 
 
+def test_guidance_waits_for_its_scales_without_missing_gradients() -> None:
+    """train.progressive begins with the first scales alone, before any that is aligned: ZeRO wants all gradients."""
+    objective, inputs = make_objective()
+    first = replace(inputs, inputs_BLZ=inputs.inputs_BLZ[:, :0], tokens_BL=inputs.tokens_BL[:, :1])
+    losses = objective(first)
+    losses.total.backward()
+    assert losses.terms["alignment"].item() == 0
+    assert losses.scores.tokens_S.tolist() == [2, 0, 0, 0]
+    assert objective.projector is not None
+    for name, parameter in objective.projector.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
 def test_every_parameter_has_a_gradient() -> None:
     """Experts that saw no token included: ZeRO-2 relies on it."""
     objective, inputs = make_objective()
