@@ -22,10 +22,12 @@ RANK = """
 import itertools, sys
 from pathlib import Path
 from mepa_ds.data.images import image_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.runtime.stopping import REQUEUE_EXIT_CODE, StopRequests
 
 stop = StopRequests()
-batches = image_batches(Path(sys.argv[1]), batch_size=4, image_side=8, num_workers=2)
+options = LoaderOptions(num_workers=2)
+batches = image_batches(Path(sys.argv[1]), batch_size=4, image_side=8, options=options)
 for number, batch in enumerate(batches):
     if number == 3:
         print("running", flush=True)
