@@ -45,8 +45,8 @@ def main(argv: list[str]) -> None:
     if arguments.command != "status":
         if not (ROOT / "slurm" / "lib.sh").is_file():
             raise UserError(
-                f"mepa slurm {arguments.command}: jobs start in a clone of the repository, and {ROOT} is none; clone "
-                "it to where all nodes see it, and install it from there: pip install --editable ."
+                f"mepa slurm {arguments.command}: jobs start in a clone of the repository, but {ROOT} is not one; "
+                "clone it to where all nodes see it, and install it from there: pip install --editable ."
             )
         profile = read_profile(arguments.cluster)
         os.chdir(ROOT)
