@@ -96,7 +96,7 @@ class Scan:
         else:
             names = [Path(path).name for path in urls]
             if len(set(names)) < len(names):
-                raise UserError(f"{self.shards}: names a shard twice; a set has each once")
+                raise UserError(f"{self.shards}: two of these shards have the same name; names in a set are unique")
             scan = unordered_map(partial(_scan_shard, out), names, self.workers)
             scanned = list(tqdm(scan, "scanning", len(names)))
         found = {shard.entry.name: shard for shard in scanned}
@@ -121,7 +121,7 @@ class Scan:
     def _places(self, left_out: LeftOut) -> tuple[Path, list[str]]:
         if is_remote(self.shards):
             if self.out is None:
-                raise UserError("--out: where should the index of these remote shards go?")
+                raise UserError("--out: give a local directory for the index of these remote shards")
             return self.out, expand_braces(self.shards, "shards")
         if Path(self.shards).is_dir():
             directory, tars = Path(self.shards), [str(path) for path in tar_files(Path(self.shards), left_out)]
@@ -132,7 +132,7 @@ class Scan:
                 raise UserError(f"{self.shards}: lies in several directories; a set is one directory")
         check_files(tars or [str(directory)], "shards")
         if self.out not in (None, directory):
-            raise UserError("--out: the index of local shards lies beside them; leave --out away")
+            raise UserError("--out: the index of local shards lies beside them; leave the option out")
         return directory, tars
 
 

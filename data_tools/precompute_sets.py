@@ -92,8 +92,8 @@ def stored_square(images: ShardSet) -> int:
     height, width = item.pixels_KHW3.shape[1:3]
     if height != width:
         raise UserError(
-            f"images: {images.directory}: the first image is {width} x {height} pixels, no square; say with "
-            "--image-side how large the square is that is cut from each (256, as for VAR's tokens)"
+            f"images: {images.directory}: the first image is {width} x {height} pixels, no square; give "
+            "with --image-side the side of the square to cut from each image (256, as for VAR's tokens)"
         )
     return height
 

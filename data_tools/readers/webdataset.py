@@ -47,7 +47,7 @@ class WebDataset:
                 _list_tar(source, number, len(names or ()), left_out)
             except OSError as error:
                 reason = why_unreadable(paths[number], error)
-                raise UserError(f"--shards: {paths[number]}: cannot be read: {reason}; mend that") from error
+                raise UserError(f"--shards: {paths[number]}: cannot be read: {reason}; repair it") from error
         left_out.note(redacted(self.shards))
         source.classes = names or _numbered_classes(source)
         if (copied_from := self.copied_from()) is not None:

@@ -22,7 +22,7 @@ from mepa_ds.interrupts import Interrupted, raise_interrupts, tell
 
 _LEAVE_SECONDS = 30.0
 _MAKE_ROOM = "free some space there and run again"
-_ELSEWHERE = "give another path, or yourself the right to write there"
+_ELSEWHERE = "give another path, or get the right to write there"
 _OF_THE_SYSTEM = {errno.ENOSPC: _MAKE_ROOM, errno.EDQUOT: _MAKE_ROOM} | dict.fromkeys(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), _ELSEWHERE
 )

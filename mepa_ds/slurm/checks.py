@@ -46,7 +46,7 @@ def check_nodes(profile: Profile, partition: str, num_nodes: int) -> None:
     if not wanted and len({kind for node in able for kind, _ in node.gpus}) > 1:
         raise UserError(
             f"{profile.path}: partition {partition} mixes {' and '.join(sorted({_kinds(node) for node in able}))} "
-            "a node; say with MEPA_GPU_TYPE or MEPA_CONSTRAINT which of them"
+            "a node; choose one of them with MEPA_GPU_TYPE or MEPA_CONSTRAINT"
         )
 
 

@@ -174,7 +174,7 @@ def test_skipped_damage_is_replaced_the_same_on_any_world_size(tmp_path: Path) -
 
 
 def test_a_set_without_one_whole_image_ends_the_search(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, Plan(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="test")))
+    writer = ShardWriter(tmp_path, Manifest(kind="images", shard_names=("a.tar",), made_by=MadeBy(name="test")))
     writer.write_shard("a.tar", [(f"{number}", {"jpg": b"no image", "cls": b"1"}) for number in range(5)])
     writer.finish()
     with pytest.raises(UserError, match=f"{tmp_path}: no sample of the set can be read; make it again"):

@@ -368,7 +368,7 @@ def test_bad_input(images: Path, tokenizer: Path, teacher: Path, tmp_path: Path)
 
 def test_oblong_images_need_a_side(tmp_path: Path, teacher: Path) -> None:
     images = write_images(tmp_path / "images", height=20, width=28)
-    with pytest.raises(UserError, match="28 x 20 pixels, no square; say with --image-side"):
+    with pytest.raises(UserError, match="28 x 20 pixels, no square; give with --image-side"):
         Features(images, "patch-pca", str(teacher))()
 
 

@@ -196,7 +196,7 @@ def test_only_a_plain_constraint_is_judged_here(cluster: Path, constraint: str, 
 
 def test_a_node_of_two_kinds(cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRES", "gpu:a100:2(S:0),gpu:h100:6(S:1)")
-    assert "mixes 2 a100 + 6 h100 a node; say with" in refused(cluster, "submit", cluster / "recipe.yaml")
+    assert "mixes 2 a100 + 6 h100 a node; choose one of them" in refused(cluster, "submit", cluster / "recipe.yaml")
     (cluster / "fake.env").write_text(PROFILE.replace("=2", "=4") + "MEPA_GPU_TYPE=h100\n")
     mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run")
     (cluster / "fake.env").write_text(PROFILE.replace("=2", "=4") + "MEPA_GPU_TYPE=a100\n")

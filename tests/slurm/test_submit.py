@@ -82,7 +82,7 @@ def test_bad_input_is_refused_at_submit_time(bed: Bed) -> None:
             submit(profiles["lost"]),
             "no partition 'gpus' on this cluster; its partitions: gpu, failing, urgent, big, mixed",
         ),
-        (submit(profiles["mixed"]), "mixes 4 a100 and 8 h100 a node; say with MEPA_GPU_TYPE or MEPA_CONSTRAINT"),
+        (submit(profiles["mixed"]), "mixes 4 a100 and 8 h100 a node; choose one of them with MEPA_GPU_TYPE"),
         (submit(profiles["small"]), "has only 0 nodes with 8 a100 a node (its nodes: 2 with 4 a100)"),
         (submit("ci", "--nodes", "3"), "--nodes 3: partition gpu has only 2 nodes with 2 GPUs a node"),
         (submit("ci", "--nodes", "0"), "--nodes 0: expected at least 1"),

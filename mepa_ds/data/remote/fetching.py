@@ -128,7 +128,7 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
             raise
         except Exception as error:  # the openers raise whatever their transports do
             if isinstance(error, OSError) and error.errno in _MAY_NOT:
-                remedy = "give yourself the right, or another directory"
+                remedy = "get the right to write there, or give another directory"
                 raise UserError(f"{path.parent}: cannot write there: {error.strerror}; {remedy}") from None
             reason: Exception = error
             if digest and digest == refused:  # the same bytes twice: they were not damaged on the way

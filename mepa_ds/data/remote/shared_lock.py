@@ -62,8 +62,8 @@ def _open(path: Path) -> IO[bytes]:
             continue
         except OSError as error:
             raise UserError(
-                f"{path.parent}: cannot write there: {error.strerror}; give yourself the right, or another directory "
-                "(cache in remote.json)"
+                f"{path.parent}: cannot write there: {error.strerror}; get the right to write there, or give another "
+                "directory (cache in remote.json)"
             ) from error
     raise UserError(f"{path.parent}: is removed again and again; give another directory (cache in remote.json)")
 

@@ -79,7 +79,7 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path, monkeypatc
     tokens = make_remote(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr("mepa_ds.files.os.replace", forbidden)
-        with pytest.raises(UserError, match="cannot write there: Permission denied; give yourself the right") as caught:
+        with pytest.raises(UserError, match="cannot write there: Permission denied; get the right to write") as caught:
             ShardSet(tokens).read(0)
         assert not isinstance(caught.value, DamagedError)
     monkeypatch.setattr(Path, "mkdir", forbidden)

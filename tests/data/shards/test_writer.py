@@ -198,17 +198,17 @@ def test_a_kill_at_any_moment_leaves_complete_shards_and_a_rerun_the_same_bytes(
 
 
 def test_a_torn_plan_is_named_with_the_way_on(tmp_path: Path) -> None:
-    ShardWriter(tmp_path, plan_of())
-    (tmp_path / PLAN_NAME).write_text((tmp_path / PLAN_NAME).read_text()[:20])
+    ShardWriter(tmp_path, manifest_of())
+    (tmp_path / MANIFEST_NAME).write_text((tmp_path / MANIFEST_NAME).read_text()[:20])
     with pytest.raises(
-        UserError, match=rf"{PLAN_NAME}: cannot be read: .*; nothing was started here, or start it again"
+        UserError, match=rf"{MANIFEST_NAME}: cannot be read: .*; nothing was started here, or start it again"
     ):
-        read_plan(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_shards_of_unlike_members_make_no_set(tmp_path: Path) -> None:
     """Two jobs with other settings in one directory: a batch could not be stacked."""
-    writer = ShardWriter(tmp_path, plan_of())
+    writer = ShardWriter(tmp_path, manifest_of())
     for number, dtype in enumerate((np.uint16, np.int32)):
         sample = {"tokens.npy": npy_bytes(np.zeros(5, dtype)), "cls": b"0"}
         writer.write_shard(f"shard-{number:06d}.tar", [(f"{number}", sample)])
