@@ -140,7 +140,7 @@ def prune(directory: Path, keep: int, keep_every: int | None) -> None:
                 make_way(aside)
                 os.rename(old, aside)
             except OSError as error:
-                _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints would have it so")
+                _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints asks for it")
             remove(aside)
 
 

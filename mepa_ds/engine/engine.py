@@ -179,7 +179,7 @@ class PretrainEngine:
             torch._foreach_lerp_(self._ema, masters, 1 - self._ema_decay)
 
     def restored(self, average_too: bool) -> None:
-        """Must be called after a checkpoint was read into the partitions. `average_too`: it had the average as well."""
+        """Takes over partitions that were read from a checkpoint. `average_too`: the average was read as well."""
         self.zero.update_lp_params()
         if self._ema_decay and not average_too:
             self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)]

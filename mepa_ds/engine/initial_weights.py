@@ -98,7 +98,7 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
     moe = ours.moe
     assert moe is not None
     if moe.router == "expert_choice":
-        return "With model.moe.router=expert_choice it cannot become one; use another router, or model.moe=null"
+        return "With model.moe.router=expert_choice it cannot be upcycled; use another router, or model.moe=null"
     ratio = min(moe.expert_ratio, theirs.ffn_ratio)
     words: list[Any] = ["mepa", "upcycle", "--weights", path, "--out", "OUT", "--num-experts", moe.num_experts]
     words += ["--top-k", moe.top_k, "--expert-ratio", ratio, "--router", moe.router, "--every", moe.every]

@@ -58,7 +58,7 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
 
 
 def check_made_sets(config: PretrainConfig) -> None:
-    """For a plan: checks, as `open_sets` does, the sets that exist. Sets that are still to be made are left out.
+    """Checks, for a plan, the sets that exist as `open_sets` does. Sets that are still to be made are left out.
 
     Raises UserError in the same cases as `open_sets`.
     """
@@ -105,9 +105,9 @@ def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
         label = next((n for n, (a, b) in enumerate(zip(*named, strict=False)) if a != b), min(map(len, named)))
         meaning = [names[label] if label < len(names) else "nothing" for names in named]
         raise UserError(
-            f"{first.what} {first.directory} and {second.what} {second.directory} have other classes: label {label} is "
-            f"{meaning[0]!r} there and {meaning[1]!r} here; make one of them again with the classes of the other: "
-            "data_tools/build_shards.py has --classes for that"
+            f"{first.what} {first.directory} and {second.what} {second.directory} have different classes: label "
+            f"{label} is {meaning[0]!r} in the first and {meaning[1]!r} in the second; make one of them again with the "
+            "classes of the other: data_tools/build_shards.py has --classes for that"
         )
 
 

@@ -39,8 +39,8 @@ def _check_length(path: Path, state: RunState, train: TrainConfig) -> None:
     theirs = state.recipe["train"]["global_batch"]
     if train.steps is None and theirs != train.global_batch:
         raise UserError(
-            f"train.global_batch: {theirs} in {path}, {train.global_batch} now: a length in epochs or samples "
-            "has another number of steps then, and some are done already; restore it, or give train.steps",
+            f"train.global_batch: {theirs} in {path}, {train.global_batch} now: this would change the number of "
+            "steps of a half-finished run, whose length is in epochs or samples; restore it, or give train.steps",
             agreed=True,
         )
 
@@ -77,9 +77,9 @@ def without_missing_best(checkpoints: RunCheckpoints, state: RunState, has_heldo
     if state.best_heldout_ce == float("inf") or checkpoints.has_best():
         return state
     if distributed.is_main():
-        remedy = "the next evaluation's weights go there, though earlier ones may have been better"
+        remedy = "the next evaluation's weights will be stored there, though earlier ones may have been better"
         if not has_heldout:
-            remedy = "data.heldout_tokens is not set, so none will come; mepa export writes a checkpoint's weights"
+            remedy = "data.heldout_tokens is not set, so none will follow; mepa export writes a checkpoint's weights"
         best = checkpoints.directory.parent / BEST
-        log.note(f"warning: {best}: no weights there, though this run had evaluated some as its best: {remedy}")
+        log.note(f"warning: {best} has no weights, though evaluations of this run had found its best ones: {remedy}")
     return replace(state, best_heldout_ce=float("inf"), evaluated_step=0)

@@ -97,7 +97,7 @@ class PretrainRun:
         if loaded is not None:
             self._warn_of_damage(loaded)
             if heldout_changed:
-                line = "data.heldout_tokens has changed: what scored best on the old ones is no longer compared with"
+                line = "data.heldout_tokens has changed, so the best score on the old held-out set no longer counts"
                 self.recorder.warn("heldout_changed", state.step, line)
             self.recorder.say(f"resumed from {loaded.path} at step {state.step} of {self.num_steps}")
 
@@ -222,7 +222,7 @@ class PretrainRun:
     # Work that is due between two steps. `_evaluate_if_due` and `_draw_if_due` return whether a rank was asked to stop.
 
     def _beat_or_stop(self) -> None:
-        """Called during an evaluation: raises StopError on all ranks when one rank is asked to stop."""
+        """Reports progress during an evaluation; raises StopError on all ranks when one rank is asked to stop."""
         self.watchdog.beat()
         self.agreement.begin()
         if self.agreement.end():
@@ -260,7 +260,7 @@ class PretrainRun:
     # Saving and loading.
 
     def _save_is_due(self) -> bool:
-        """A checkpoint is not saved amid bad steps, because going back to it would not help."""
+        """Returns whether to save. No checkpoint is saved amid bad steps, because going back to it would not help."""
         step = self.state.step
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 

@@ -61,7 +61,7 @@ class StopRequests:
             if first is None:
                 first, self._reason = now, name
                 if distributed.read_launch().is_main:
-                    log.note(f"{name}: the step ends, the run is saved and stops; a second one ends it at once")
+                    log.note(f"{name}: the step ends, the run is saved and stops; a second signal ends it at once")
             elif now - first > same_request_seconds():
                 log.note(f"{name}: ended at once")
                 os._exit(128 + received[0])
@@ -81,9 +81,9 @@ def stopped(step: int, num_steps: int, reason: str | None, from_step: int | None
     """Returns the last line of a stopped run. `from_step` is the step of its last checkpoint; None: there is none."""
     line = f"stopped at step {step} of {num_steps} ({reason or 'another rank was asked to stop'}); start again to go on"
     if from_step is None:
-        line += " anew: there is no checkpoint (that of this step could not be written)"
+        line += " from the beginning: there is no checkpoint (the checkpoint of this step could not be written)"
     elif from_step != step:
-        line += f" from step {from_step}, the last checkpoint (that of this step could not be written)"
+        line += f" from step {from_step}, the last checkpoint (the checkpoint of this step could not be written)"
     return line + to_go_on()
 
 
