@@ -1,10 +1,10 @@
-"""Checkpoints that do not know how many ranks wrote them. Needs no DeepSpeed.
+"""Checkpoints that do not depend on the number of ranks that wrote them. This package needs no DeepSpeed.
 
-store             tensors to and from disk, in pieces that any number of ranks can read
-state             what a run is besides tensors
-files             a checkpoint's directory: named, listed, verified, published, pruned
-weights           exported weights, and checkpoints turned into them
-compare           what differs between two checkpoints
-background_writer writes while training goes on
-progress          one place to say that a long write or read goes on
+store             writes and reads tensors, in pieces that any number of ranks can read
+state             holds the state of a run besides its tensors
+files             names, lists, verifies, publishes and prunes the directories of checkpoints
+weights           exports the weights of checkpoints, and finds exported weights
+compare           lists the differences between two checkpoints
+background_writer writes while training continues
+progress          passes on that a long write or read makes progress
 """

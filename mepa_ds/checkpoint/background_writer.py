@@ -1,8 +1,8 @@
-"""Writes tensors to disk while training goes on, and waits for ranks that read there.
+"""Writes tensors to disk while training continues, and waits for ranks that read from disk.
 
-The state is copied aside (the only time training stands still), then a thread writes it: all ranks their own pieces,
-then the main rank commits, so that the result appears complete or not at all. A failed write (a full disk) is
-reported and leaves what was there before.
+The state is copied aside, which is the only time that training stands still. Then a thread writes it: each rank writes
+its own pieces, and the main rank commits them, so that the result appears complete or not at all. A failed write (for
+example to a full disk) is reported and leaves the earlier files in place.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PROGRESS_KEY, _TOLD_EVERY_SECONDS = "checkpoint progress", 0.5
 
 @dataclass(frozen=True)
 class Written:
-    """What became of one task. Training stood still for `stalled_seconds`: copying, and waiting for an earlier task."""
+    """The result of one task. Training stood still for `stalled_seconds`: copying, and waiting for an earlier task."""
 
     what: str
     error: str | None
@@ -40,9 +40,9 @@ class Written:
 
 
 class _Progress:
-    """Counts what all ranks do of a task, so that one that is done early sees that the others are not stuck.
+    """Counts the progress of all ranks in a task, so that a rank that is done early sees that the others are not stuck.
 
-    The count is in the process group's store, since a collective would wait for the slow ones.
+    The count is in the process group's store, because a collective would wait for the slow ranks.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class _Progress:
         self._told = 0.0
 
     def note(self) -> None:
-        """Something was done; told to the others twice a second at most."""
+        """Notes progress, and tells the other ranks at most twice a second."""
         now = time.monotonic()
         if now - self._told >= _TOLD_EVERY_SECONDS:
             self._told = now
@@ -61,9 +61,9 @@ class _Progress:
 
 
 class BackgroundWriter:
-    """One task at a time; its collectives run over a CPU group of their own, beside training's. Collective to make.
+    """Runs one task at a time. Its collectives use their own CPU group, beside training's. Making one is collective.
 
-    `beat` is called while this rank waits for a task, whenever any rank has done some of it: a slow disk is no hang.
+    `beat` is called while this rank waits for a task, whenever any rank makes progress: a slow disk is not a hang.
     """
 
     def __init__(self, device: torch.device, beat: Callable[[], object] = lambda: None) -> None:
@@ -81,11 +81,11 @@ class BackgroundWriter:
         commit: Callable[[Digests], None],
         before: tuple[str, Callable[[], None]] | None = None,
     ) -> None:
-        """Waits for the last task, stages, and starts to write into `temporary`. Collective.
+        """Waits for the last task, stages the state, and starts to write into `temporary`. Collective.
 
-        `commit` runs on the main rank when all files are written and synced; it gets their sizes and digests. `before`
-        is a task of its own name that the main rank does from the same files right before; when it fails, `commit`
-        runs nonetheless.
+        `commit` runs on the main rank when all files are written and synced, and gets their sizes and digests. `before`
+        is a separately named task that the main rank runs on the same files right before `commit`. When it fails,
+        `commit` still runs.
         """
         started = time.perf_counter()
         self.wait()
@@ -94,7 +94,7 @@ class BackgroundWriter:
 
         def task() -> None:
             begun = time.perf_counter()
-            if self._device.type == "cuda":  # a new thread's is the first GPU, which is another rank's
+            if self._device.type == "cuda":  # a new thread starts on the first GPU, which may be another rank's
                 torch.cuda.set_device(self._device)
             error = self._write(fragments, temporary, commit, before)
             self._done.append(Written(what, error, stalled, time.perf_counter() - begun))
@@ -110,7 +110,7 @@ class BackgroundWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written."""
+        """Waits until nothing is being written."""
         seen = -1
         while self._thread is not None:
             self._thread.join(1.0)
@@ -122,7 +122,7 @@ class BackgroundWriter:
                 self._beat()
 
     def gather(self, action: Callable[[], FactT]) -> list[FactT]:
-        """What `action`, which runs in the thread, returns on each rank. Collective."""
+        """Runs `action` in the thread; returns its results from all ranks, in order of rank. Collective."""
         self.wait()
         errors: list[Exception] = []
         gathered: list[Any] = [None] * distributed.world_size()
@@ -140,7 +140,7 @@ class BackgroundWriter:
         return gathered
 
     def written(self) -> list[Written]:
-        """Tasks that have ended since the last call."""
+        """Returns the tasks that have ended since the last call."""
         done, self._done = self._done, []
         return done
 
@@ -163,7 +163,7 @@ class BackgroundWriter:
         except CheckpointException as error:  # raised on every rank
             rank, (cause, _) = next(iter(error.failures.items()))
             message = f"rank {rank}: {type(cause).__name__}: {cause}"
-        except Exception as error:  # a peer that is gone, say: the main thread learns of it in its own collectives
+        except Exception as error:  # a lost peer, for example; the main thread notices it in its own collectives
             message = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
         else:
             return None
@@ -180,19 +180,19 @@ class BackgroundWriter:
         self._done.append(Written(what, error, 0.0, time.perf_counter() - begun))
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """Runs `action` on the main rank; an error there is raised on all."""
+        """Runs `action` on the main rank; an error there is raised on all ranks."""
         message: list[str | None] = [None]
         if distributed.is_main():
             try:
                 action()
-            except Exception as error:  # whatever it is, the other ranks must hear of it
+            except Exception as error:  # the other ranks must learn of any error
                 message = [f"{type(error).__name__}: {error}"]
         dist.broadcast_object_list(message, src=0, group=self._group)
         if message[0] is not None:
             raise _RemoteError(message[0])
 
     def _gather_digests(self, temporary: Path) -> Digests:
-        """Size and digest of every rank's files, on every rank."""
+        """Returns, on every rank, the size and digest of all ranks' files."""
         own: Digests | str
         try:
             own = {path.name: digest(path) for path in temporary.glob(f"__{distributed.rank()}_*")}
@@ -209,7 +209,7 @@ class BackgroundWriter:
 
 
 class _RemoteError(Exception):
-    """A step of the write failed on some rank; raised on all of them."""
+    """A part of the write failed on some rank; raised on all ranks."""
 
 
 def _make_anew(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints."""
+"""Compares two checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COMPARED_AT_ONCE = 32
 
 
 def differences(first: Path, second: Path) -> Iterator[str]:
-    """What differs between two checkpoints, a line each; nothing when they are the same run state bit by bit."""
+    """Yields a line for each difference between two checkpoints; no line if they are the same run state bit by bit."""
     ours, theirs = (asdict(read_state(path)) for path in (first, second))
     yield from (f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed(ours, theirs).items())
     left, right = stored_tensors(first), stored_tensors(second)

@@ -1,8 +1,8 @@
-"""A checkpoint's directory: what is in it, whether it is whole, when it appears and when it goes.
+"""The directory of a checkpoint: its content, checks of its integrity, its publication and its deletion.
 
-A checkpoint is a directory `step_<number>`: DCP files with every parameter's fp32 master and Adam moments, `run.json`
-with everything else, and `manifest.json`, written last, with size and SHA-256 of all these. It is written under
-another name and renamed when complete, so a directory with this name was a whole checkpoint once.
+A checkpoint is a directory `step_<number>`. It holds DCP files with every parameter's fp32 master and Adam moments,
+`run.json` with everything else, and `manifest.json`, written last, with size and SHA-256 of all these files. The
+directory is written under another name and renamed when complete, so a directory of this name was once whole.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mepa_ds.files import fsync_directory, make_way, remove, sha256_of_file, wri
 _NAME = re.compile(r"step_(\d{8,})")
 MANIFEST_NAME = "manifest.json"
 _DAMAGED = ".damaged"
-# What a killed run may leave half-written or half-deleted. Exports have their names from the training loop.
+# The names that a killed run may leave half-written or half-deleted. The training loop chooses the names of exports.
 _UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old|pruned)(\.left\d+)?")
 _RETRY_SECONDS = 1.0
 
@@ -44,16 +44,16 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints that were written to the end, oldest first."""
+    """Returns the completely written checkpoints, oldest first."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def complete(directory: Path, state: RunState, digests: dict[str, dict[str, Any]]) -> None:
-    """Adds run.json and manifest.json to a directory of fragments; `digests` are those of the ranks' files.
+    """Adds run.json and manifest.json to a directory of fragments; `digests` describe the ranks' files.
 
-    Raises OSError when a rank's file is not here: its node writes to another file system.
+    Raises OSError when a rank's file is missing here, because its node then writes to another file system.
     """
     for name, expected in digests.items():
         if not (directory / name).exists() or (directory / name).stat().st_size != expected["bytes"]:
@@ -65,7 +65,7 @@ def complete(directory: Path, state: RunState, digests: dict[str, dict[str, Any]
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as the manifest has them."""
+    """Returns size and SHA-256 of a file in the form of the manifest."""
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
@@ -74,9 +74,9 @@ def _sha256(path: Path) -> str:
 
 
 def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Compares size and SHA-256 of every `parts`-th file, from number `part` on; says what is wrong, if anything is.
+    """Compares size and SHA-256 of every `parts`-th file from number `part` on. Returns what is wrong, or None.
 
-    A read that fails is tried once more: a passing error of a file system is no damage.
+    A failed read is tried once more, because a temporary error of a file system is not damage.
     """
     for attempt in (1, 2):
         try:
@@ -101,17 +101,17 @@ def _compare_with_manifest(checkpoint: Path, part: int, parts: int) -> str | Non
 
 
 def set_aside(checkpoint: Path) -> None:
-    """A damaged checkpoint is kept for inspection, but never picked up or counted again."""
+    """Renames a damaged checkpoint, which keeps it for inspection but prevents its use and its counting."""
     target = checkpoint.with_name(checkpoint.name + _DAMAGED)
     make_way(target)
     os.rename(checkpoint, target)
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Gives a complete directory its final name; what had that name before is gone only afterwards.
+    """Gives a complete directory its final name. An earlier directory of that name is deleted only afterwards.
 
-    A link of that name (to another disk, say) is replaced, and what it leads to stays: a directory appears at once,
-    complete, only where it was written.
+    A link of that name (for example to another disk) is replaced, and its target stays: a directory can appear at once
+    and complete only on the file system where it was written.
     """
     fsync_directory(temporary)
     aside = target.with_name(f".{target.name}.old")
@@ -129,9 +129,9 @@ def publish(temporary: Path, target: Path) -> None:
 
 
 def prune(directory: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes all but the newest `keep` checkpoints and those of every `keep_every`-th step.
+    """Deletes all checkpoints except the newest `keep` and the checkpoints of every `keep_every`-th step.
 
-    One that cannot be deleted is told of once, and stays.
+    A checkpoint that cannot be deleted stays, with one warning.
     """
     for old in list_checkpoints(directory)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
@@ -140,7 +140,7 @@ def prune(directory: Path, keep: int, keep_every: int | None) -> None:
                 make_way(aside)
                 os.rename(old, aside)
             except OSError as error:
-                _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints would have it so")
+                _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints asks for it")
             remove(aside)
 
 
@@ -150,14 +150,14 @@ def _say_once(line: str) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Removes what a killed run was writing or deleting, and nothing else that lies there."""
+    """Removes what a killed run was writing or deleting, and nothing else."""
     for path in list(directory.glob(".*")):
         match = _UNFINISHED.fullmatch(path.name)
         if match is None:
             continue
         target = directory / match[1]
         if match[2] == "old" and match[3] is None and path.is_dir() and not target.exists():
-            make_way(target)  # a link that leads nowhere
-            os.rename(path, target)  # killed between the two renames of `publish`: the new one is not there yet
+            make_way(target)  # a link whose target is missing
+            os.rename(path, target)  # the run was killed between the two renames of `publish`
         elif not remove(path):
             _say_once(f"warning: {path}, a leftover, cannot be removed; remove it when nothing uses it")

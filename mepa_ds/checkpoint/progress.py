@@ -1,7 +1,7 @@
-"""One place to say that a long read or write goes on, and one to hear it.
+"""Passes on that a long read or write makes progress.
 
-Functions that read and write files call `note_progress` after every part. Whoever waits for them listens with
-`progress_noted_by`: a checkpoint's writer tells the other ranks, whose watchdogs would end them otherwise.
+Functions that read and write files call `note_progress` after every part. Code that waits for them listens with
+`progress_noted_by`. A checkpoint's writer tells the other ranks, because their watchdogs would otherwise end them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ _listener: ContextVar[Listener] = ContextVar("listener", default=lambda: None)
 
 
 def note_progress() -> None:
-    """Something was done in this thread."""
+    """Tells the listener that this thread has made progress."""
     _listener.get()()
 
 
 def current_listener() -> Listener:
-    """For work that is handed to another thread, which does not inherit the listener."""
+    """Returns the listener, for work that is handed to another thread: threads do not inherit it."""
     return _listener.get()
 
 
 @contextmanager
 def progress_noted_by(listener: Listener) -> Iterator[None]:
-    """Within the context, and in this thread, `listener` is called at every `note_progress`."""
+    """Within the context, every `note_progress` in this thread calls `listener`."""
     token = _listener.set(listener)
     try:
         yield

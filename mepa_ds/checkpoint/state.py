@@ -1,4 +1,4 @@
-"""What a run is, besides its tensors: `run.json` of a checkpoint."""
+"""The state of a run besides its tensors: `run.json` of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RUN_NAME = "run.json"
 
 @dataclass
 class RunState:
-    """What a run is, besides tensors. All of it is independent of the number of ranks.
+    """The state of a run besides its tensors. All of it is independent of the number of ranks.
 
     There is no state of random generators: every random number of a run is a function of (seed, position).
     """
@@ -24,33 +24,33 @@ class RunState:
     position: int = 0
     """Images consumed: the position in the endless sample stream."""
     adam_step: int = 0
-    """Steps that Adam has seen (skipped ones are not among them)."""
+    """Steps that Adam has seen (skipped steps do not count)."""
     best_heldout_ce: float = float("inf")
     """Lowest held-out cross-entropy so far (inf before the first evaluation)."""
     evaluated_step: int = 0
     """Step of the last held-out evaluation."""
     metrics_records: int = 0
-    """Records in metrics.jsonl: those after them belong to steps that are taken again."""
+    """Number of records in metrics.jsonl. Later records belong to steps that are trained again."""
     skipped_steps: int = 0
-    """Steps that were skipped because something was not finite, also those of which a rollback took the rest back."""
+    """Steps that were skipped because something was not finite, including skipped steps before a rollback."""
     replaced_samples: int = 0
-    """Damaged samples that others took the place of (data.on_damaged = "skip"), up to the last logged step."""
+    """Damaged samples that were replaced by others (data.on_damaged = "skip"), up to the last logged step."""
     window: dict[str, Any] = field(default_factory=dict)
-    """Sums of the steps since the last record in metrics.jsonl (pretrain.window); empty if a record has just been."""
+    """Sums of the steps since the last record in metrics.jsonl (recording.window); empty right after a record."""
     loss_scaler: dict[str, float] = field(default_factory=dict)
     """fp16's dynamic loss scale."""
     data: dict[str, str] = field(default_factory=dict)
-    """Identities of what the order and content of the samples depend on, by key of the recipe."""
+    """Identities of everything that the order and content of the samples depend on, by key of the recipe."""
     heldout: str = ""
-    """Identity of the held-out tokens: `best_heldout_ce` is of them."""
+    """Identity of the held-out tokens on which `best_heldout_ce` was measured."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Of this package and the libraries that wrote the checkpoint."""
+    """Versions of this package and of the libraries that wrote the checkpoint."""
 
 
 def read_state(path: Path) -> RunState:
-    """Raises UserError for a directory that holds no checkpoint of this project."""
+    """Reads `run.json`. Raises UserError for a directory that holds no checkpoint of this project."""
     try:
         return RunState(**json.loads((path / RUN_NAME).read_text()))
     except (OSError, TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Fragments to and from disk through torch.distributed.checkpoint (DCP).
+"""Writes and reads fragments through torch.distributed.checkpoint (DCP).
 
-Every parameter is stored as one flat tensor in as many chunks as ranks own a piece of it; DCP's own resharding
-arithmetic then reads any other partition of it. Each rank writes and reads its own pieces only.
+Every parameter is stored as one flat tensor, with one chunk for each rank that owns a piece of it. DCP's own resharding
+arithmetic can then read any other partition. Each rank writes and reads only its own pieces.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from torch.futures import Future
 from mepa_ds.checkpoint.progress import current_listener
 from mepa_ds.errors import UserError
 
-# The kinds of what is kept of every parameter: the fp32 master, Adam's moments, the average of the masters (if the
-# recipe wants one); and what the model keeps beside parameters.
+# The kinds of tensors that are kept for every parameter: the fp32 master, Adam's moments, and the average of the
+# masters (if the recipe wants one). BUFFER is the kind of the model's buffers.
 MASTER, EXP_AVG, EXP_AVG_SQ, EMA, BUFFER = "master", "exp_avg", "exp_avg_sq", "ema", "buffer"
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements [offset, offset + len(data)) of the flattened tensor `name` ("kind/parameter"), of `numel` elements."""
+    """Elements [offset, offset + len(data)) of the flattened tensor `name` ("kind/parameter") of `numel` elements."""
 
     name: str
     numel: int
@@ -57,7 +57,7 @@ class Fragment:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans one chunk a fragment; DCP itself sees plain 1-D tensors."""
+    """Plans one chunk per fragment; DCP itself sees plain 1-D tensors."""
 
     def __init__(self, fragments: dict[str, Fragment]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -77,9 +77,9 @@ class _SavePlanner(DefaultSavePlanner):
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        self._note_progress()  # one tensor after the other is looked up and written
-        # DCP copies a tensor that is a part of a larger storage, and keeps all copies until the end. The way through
-        # NumPy gives the same memory a storage of its own.
+        self._note_progress()  # DCP looks up and writes one tensor after the other
+        # DCP copies a tensor that is part of a larger storage, and keeps all copies until the end. A detour through
+        # NumPy gives the same memory its own storage, which avoids the copy.
         return torch.from_numpy(self._fragments[index.fqn].data.numpy())
 
 
@@ -111,7 +111,7 @@ def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """DCP pickles its table of contents; only what belongs into one is built, so a foreign file runs no code."""
+    """Reads DCP's pickled table of contents. It builds only the classes of a table, so a foreign file runs no code."""
 
     _CLASSES: ClassVar = {
         "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
@@ -132,7 +132,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """A full disk is told as such: torch.save would report a wrong position in its file instead."""
+    """Reports a full disk as such; torch.save would report a wrong position in its file instead."""
 
     def write_data(self, plan: SavePlan, planner: Any) -> Future[list[WriteResult]]:
         try:
@@ -156,11 +156,11 @@ class _Reader(dcp.FileSystemReader):
 
 
 def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup) -> None:
-    """Writes every rank's fragments, fsynced. Collective over `group`, a CPU group of all ranks."""
+    """Writes every rank's fragments and fsyncs them. Collective over `group`, a CPU group of all ranks."""
     named = {fragment.name: fragment for fragment in fragments}
     dcp.save(
         {name: fragment.data for name, fragment in named.items()},
-        # No copying ahead: the tensors are on the CPU, and DCP would wait for a stream of the current GPU nonetheless.
+        # No copying ahead: the tensors are on the CPU, but DCP would still wait for a stream of the current GPU.
         storage_writer=_Writer(directory, sync_files=True, per_thread_copy_ahead=0),
         planner=_SavePlanner(named),
         process_group=group,
@@ -170,19 +170,19 @@ def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.P
 def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
     """Fills fragments in place. Collective, unless one process reads `alone`.
 
-    Raises UserError, the same on every rank, for files that cannot be read or that hold other tensors.
+    Raises the same UserError on every rank for files that cannot be read or that hold other tensors.
     """
     named = {fragment.name: fragment for fragment in fragments}
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what was asked for
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
             dcp.load(
                 {name: fragment.data for name, fragment in named.items()},
                 storage_reader=_Reader(directory),
                 planner=_LoadPlanner(named),
                 no_dist=alone,
             )
-    except CheckpointException as error:  # a BaseException, with what went wrong on each rank
+    except CheckpointException as error:  # a BaseException that holds the error of each rank
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, UserError):
             raise UserError(f"{directory}: {cause}", agreed=True) from cause
@@ -192,13 +192,13 @@ def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool =
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Name -> size and type of every tensor in a checkpoint."""
+    """Returns name -> size and type of every tensor in a checkpoint."""
     stored = _Reader(directory).read_metadata().state_dict_metadata
     return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 
 def read_tensors(directory: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, flat, in one process and without any process group."""
+    """Reads the named tensors, flat, in one process and without any process group."""
     stored = stored_tensors(directory)
     if lost := [name for name in names if name not in stored]:
         raise UserError(f"{directory}: has no {lost[0]}" + (f" and {len(lost) - 1} more" if len(lost) > 1 else ""))

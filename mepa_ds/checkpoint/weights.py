@@ -1,4 +1,4 @@
-"""Weights in a directory of their own, which needs no DeepSpeed: exported by a run, or from a checkpoint."""
+"""Exported weights: a separate directory, written by a run or from a checkpoint, that needs no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mepa_ds.models.transformer_files import KIND
 from mepa_ds.weights.directories import CONFIG_NAME, save_pretrained
 
 TRANSFORMER = "transformer."
-"""The objective's name of the transformer: the start of its parameters' names in a checkpoint."""
+"""The objective's name for the transformer. In a checkpoint its parameters' names start with it."""
 WEIGHTS_FACTS_NAME = "training.json"
 
 
 def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
-    """A checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
+    """Writes a checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
     if not is_checkpoint_name(checkpoint.name) and not (checkpoint / MANIFEST_NAME).exists():
         of_a_run = list_checkpoints(checkpoint / "checkpoints")
         newest = f"; the newest of this run is {of_a_run[-1]}" if of_a_run else ""
@@ -39,12 +39,12 @@ def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> 
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a whole export is there."""
+    """Returns whether the directory holds a whole export."""
     return (directory / CONFIG_NAME).is_file()
 
 
 def step_of_weights(directory: Path) -> int | None:
-    """The step that exported weights are of; None where there are none, or it is not known."""
+    """Returns the step of exported weights; None if there are no weights, or if their step is not known."""
     try:
         return int(json.loads((directory / WEIGHTS_FACTS_NAME).read_text())["step"])
     except (OSError, KeyError, TypeError, ValueError):
@@ -58,7 +58,10 @@ def convert_fragments(
     kind: str,
     step: int,
 ) -> None:
-    """Fragments of at least `kind` and the buffers -> the Hugging Face layout, with a note of the step."""
+    """Writes weights in the Hugging Face layout, with a note of the step.
+
+    `fragments` must hold at least the fragments of `kind` and the buffers.
+    """
     with torch.device("meta"):
         model = NextScaleTransformer(config)
     parameters = {name for name, _ in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Checkpoints that do not know the topology, and weights that need no DeepSpeed: saved, loaded, exported."""
+"""Copies an engine's state into fragments, and restores it from a checkpoint of any topology."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mepa_ds.engine.fragments import (
 
 
 class Staging:
-    """CPU copies of device state, in memory that is used again (pinned beside a GPU)."""
+    """Makes CPU copies of device state, in reused memory (pinned if there is a GPU)."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], Tensor] = {}
@@ -44,7 +44,7 @@ class Staging:
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What an optimizer has besides tensors."""
+    """The state of an optimizer besides tensors."""
 
     adam_step: int
     loss_scaler: dict[str, float]
@@ -55,7 +55,7 @@ def optimizer_facts(engine: PretrainEngine) -> OptimizerFacts:
 
 
 def stage(engine: PretrainEngine, staging: Staging, kinds: tuple[str, ...]) -> list[Fragment]:
-    """Copies on the CPU of all pieces that this rank owns; the main rank's have the model's buffers as well."""
+    """Returns CPU copies of all pieces that this rank owns, and on the main rank of the model's buffers as well."""
     model = engine.objective
     fragments = list(parameter_fragments(model, staging.copy(engine.flats(kinds))))
     if distributed.is_main():
@@ -66,7 +66,7 @@ def stage(engine: PretrainEngine, staging: Staging, kinds: tuple[str, ...]) -> l
 def restore(engine: PretrainEngine, path: Path, state: RunState) -> None:
     """Fills the engine from a checkpoint that any number of ranks wrote, at any ep_size. Collective.
 
-    A checkpoint without an average of the weights gives a run that wants one the weights themselves.
+    If the run wants an average of the weights and the checkpoint has none, the average starts as the weights.
     """
     has_average = any(name.startswith(f"{EMA}/") for name in stored_tensors(path))
     kinds = [kind for kind in engine.kinds if kind != EMA or has_average]

@@ -1,4 +1,4 @@
-"""DeepSpeed's config: engine knobs from a JSON file, everything else derived from the recipe."""
+"""DeepSpeed's config: the engine knobs come from a JSON file, everything else comes from the recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mepa_ds.config.base import read_text
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 
-# Keys of the JSON that the recipe decides, and where.
+# JSON keys that the recipe decides -> the recipe's keys for them.
 OWNED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.global_batch and train.accumulation",
@@ -27,7 +27,7 @@ OWNED = {
 
 
 def read_knobs(path: Path) -> dict[str, Any]:
-    """The JSON's engine knobs. Raises UserError for keys the recipe owns and for what experts cannot run with."""
+    """Reads the engine knobs. Raises UserError for keys that the recipe owns, and for settings that break experts."""
     path = shipped.find(path)
     text = read_text(path.absolute(), "parallel.deepspeed")
     try:
@@ -51,7 +51,7 @@ def read_knobs(path: Path) -> dict[str, Any]:
             f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "
             "checkpoints read ZeRO's partitions"
         )
-    for key in ("reduce_scatter", "contiguous_gradients"):  # without the latter stage 1 averages different experts
+    for key in ("reduce_scatter", "contiguous_gradients"):  # without the latter, stage 1 averages different experts
         if zero.get(key) is False:
             raise UserError(f"parallel.deepspeed: {path}: {key}: false does not work with experts; delete it here")
     return knobs
@@ -62,7 +62,7 @@ def zero_stage(path: Path) -> int:
 
 
 def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` gets."""
+    """Builds the dictionary for `deepspeed.initialize`."""
     micro_batch = config.train.global_batch // (world_size * config.train.accumulation)
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,

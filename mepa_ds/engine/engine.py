@@ -1,4 +1,4 @@
-"""Forward, backward and update under DeepSpeed: ZeRO, expert parallelism, precision, clipping."""
+"""Forward, backward and update under DeepSpeed, with ZeRO, expert parallelism, precision and clipping."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ _RETIRED_COLLECTIVES = (
 
 
 class Update(NamedTuple):
-    """What an optimizer step did."""
+    """The result of an optimizer step."""
 
     grad_norm: float
-    """Global, before clipping; NaN where it is not known."""
+    """The global norm before clipping; NaN if it is not known."""
     applied: bool
-    """False: a gradient was not finite."""
+    """False if a gradient was not finite."""
 
 
 def _compile_blocks(transformer: NextScaleTransformer) -> None:
-    """In place, so that parameters keep their names. How many rows an expert gets changes with every batch, and they
-    travel between ranks: dispatchers stay as they are, and cut a block's graph in two.
+    """Compiles the blocks in place, so that parameters keep their names.
+
+    Dispatchers are not compiled, and so cut a block's graph in two: the number of rows of an expert changes with every
+    batch, and rows travel between ranks.
     """
     for block in transformer.blocks:
         ffn = cast(Block, block).ffn
@@ -55,19 +57,19 @@ def _compile_blocks(transformer: NextScaleTransformer) -> None:
 
 
 class PretrainEngine:
-    """Builds the sharded objective and trains it. Needs an initialised process group (one rank is fine).
+    """Builds the sharded objective and trains it. Needs an initialised process group (one rank is enough).
 
-    resumes: a checkpoint will be loaded, so that `config.init_weights` need not be there any more.
+    resumes: a checkpoint will be loaded, so `config.init_weights` is not read and need not exist any more.
     """
 
     def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device, resumes: bool = False):
         self.device = device
         deepspeed_logger.setLevel(logging.ERROR)
-        # DeepSpeed's own calls: newer versions of PyTorch would tell of each anew, after every evaluation and export.
+        # DeepSpeed makes these calls: newer versions of PyTorch would warn of each after every evaluation and export.
         warnings.filterwarnings("ignore", _RETIRED_COLLECTIVES, FutureWarning)
-        # On a CPU the shared-memory op would be compiled at start (33 s), and crash without g++.
+        # On a CPU, DeepSpeed would compile the shared-memory op at the start (33 s), and crash without g++.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed insists on it, even for one process
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed requires it, even for one process
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self._waits = WaitingClock()
         with torch.device("meta"):
@@ -88,7 +90,7 @@ class PretrainEngine:
             config=deepspeed_config.build(config, dist.get_world_size()),
             dist_init_required=False,
         )
-        # Nothing can be wrong with a loss scale that cannot fall any more but the run, which has a guard for that.
+        # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False
         self._ema_decay = config.optim.ema
@@ -106,28 +108,28 @@ class PretrainEngine:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What there is of every parameter, as a checkpoint stores it."""
+        """The kinds of tensors that exist for every parameter, as a checkpoint stores them."""
         return (MASTER, EXP_AVG, EXP_AVG_SQ) + ((EMA,) if self._ema_decay else ())
 
     def flats(self, kinds: tuple[str, ...]) -> dict[str, list[Tensor]]:
-        """This rank's flat fp32 partitions: kind -> one a parameter group. Writing into them writes into the state."""
+        """Returns kind -> this rank's flat fp32 partitions, one per group. Writing into them changes the state."""
         return {kind: self._ema if kind == EMA else flat_partitions(self.zero, kind) for kind in kinds}
 
     @property
     def can_overflow(self) -> bool:
-        """Whether a gradient that is not finite may only mean that the loss scale must come down (fp16)."""
+        """Whether a gradient that is not finite may just mean that the loss scale must come down (fp16)."""
         scaler = self.zero.loss_scaler
         return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
     def begin_step(self, lr: float, timed: bool = False) -> None:
-        """Before a step's first forward pass: the rate of its update, and whether waiting is to be measured."""
+        """Starts a step: sets the learning rate of its update, and whether waits are measured (`timed`)."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._counts_NE: Tensor | None = None
         self._waits.start(timed)
 
     def forward(self, inputs: ModelInputs) -> Losses:
-        """One micro-batch's losses. Collective: tokens travel to their experts."""
+        """Returns one micro-batch's losses. Collective: tokens travel to their experts."""
         if self._balance_over_step:
             inputs = replace(inputs, earlier_counts_NE=self._counts_NE)
         losses: Losses = self._engine(inputs)
@@ -136,14 +138,14 @@ class PretrainEngine:
         return losses
 
     def backward(self, losses: Losses) -> Losses:
-        """Adds the micro-batch's gradients to the step's; returns the losses without their graph. Collective."""
+        """Adds a micro-batch's gradients to the step's; returns the losses without their graph. Collective."""
         self._engine.backward(losses.total)
         if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # DeepSpeed counts micro-batches here, and does nothing else
+            self._engine.step()  # here DeepSpeed only counts micro-batches
         return losses.detached()
 
     def update(self) -> Update:
-        """Clips the gradients to a global norm (parallel's DeepSpeed knobs get optim.clip) and updates the weights.
+        """Clips the gradients to a global norm of optim.clip, which DeepSpeed's config holds, and updates the weights.
 
         When a gradient is not finite on any rank, weights and moments stay as they were. Collective.
         """
@@ -156,11 +158,11 @@ class PretrainEngine:
         return Update(float("nan") if norm is None else float(norm), applied)
 
     def waited(self) -> float:
-        """Seconds of this step in which this rank has waited for others' tokens and counts, so far."""
+        """Returns the seconds of this step, so far, in which this rank waited for other ranks' tokens and counts."""
         return self._waits.seconds("all_to_all") + self._waits.seconds("counts")
 
     def waited_for_tokens(self) -> float:
-        """The part of `waited` that is all-to-alls."""
+        """Returns the part of `waited` that was spent in all-to-alls."""
         return self._waits.seconds("all_to_all")
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
@@ -177,14 +179,14 @@ class PretrainEngine:
             torch._foreach_lerp_(self._ema, masters, 1 - self._ema_decay)
 
     def restored(self, average_too: bool) -> None:
-        """To be called when the partitions were written from outside (a checkpoint), with their average or without."""
+        """Takes over partitions that were read from a checkpoint. `average_too`: the average was read as well."""
         self.zero.update_lp_params()
         if self._ema_decay and not average_too:
             self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)]
 
     @contextmanager
     def evaluating(self) -> Iterator[NextScaleTransformer]:
-        """The transformer without gradients; training state is as before afterwards. Never compiled: sizes vary."""
+        """Yields the transformer without gradients, then restores training mode. Runs uncompiled, as sizes vary."""
         transformer = self.objective.transformer.eval()
         try:
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):

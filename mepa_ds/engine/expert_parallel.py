@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of a group holds E / n experts, tokens travel by uneven all-to-all, none dropped.
+"""Expert parallelism: each rank of a group holds E / n experts. Tokens travel by uneven all-to-all; none is dropped.
 
 Shapes: T tokens here, K choices a token, R rows sent (T K less dropped ones), Q rows received, C width,
 E experts in all, J experts held here, n ranks in the expert-parallel group.
@@ -22,10 +22,10 @@ from mepa_ds.models.moe.routing import Routing
 
 
 class _Exchange:
-    """One all-to-all of rows and, in the backward pass, of their gradients the other way.
+    """One all-to-all of rows and, in the backward pass, of their gradients in the other direction.
 
-    Each is started and later finished: `finish` of what `start` returned, with work that does not need the rows in
-    between. That work's backward pass comes between the two as well: autograd runs the latest ready node first.
+    `start` begins the exchange, and `finish` takes the result of `start` and ends it. Work that does not need the rows
+    runs in between. Its backward pass also runs in between, because autograd runs the latest ready node first.
     """
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup, waits: WaitingClock):
@@ -33,7 +33,7 @@ class _Exchange:
         self._travelling: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor) -> Tensor:
-        """The rows of other ranks; not to be read before `finish`."""
+        """Returns the rows of other ranks, which must not be read before `finish`."""
         return _Start.apply(rows, self)
 
     def finish(self, rows: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         ctx.exchange.begin(gradient, ctx.exchange.receive, ctx.exchange.send)
-        return gradient, None  # of the shape that autograd expects here; `_Start` returns what arrives
+        return gradient, None  # only its shape counts here, for autograd; `_Start` returns the gradients that arrive
 
 
 class ExpertParallelDispatcher:
-    """The local dispatcher's interface, over a group of ranks. One host sync a call: the row counts.
+    """Has the local dispatcher's interface, over a group of ranks. Each call has one host sync, for the row counts.
 
-    Half of the tokens go through `shared_expert` while rows travel to their experts, half while they travel back; the
-    same halves of its backward pass while gradients travel.
+    Half of the tokens go through `shared_expert` while rows travel to their experts, and half while rows travel back.
+    In the backward pass the same halves run while gradients travel.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, waits: WaitingClock | None = None):
@@ -128,9 +128,9 @@ class ExpertParallelDispatcher:
 
 
 class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):
-    """Our MoE layer under DeepSpeed's class, by which its engine recognises layers with expert gradients.
+    """Our MoE layer as a subclass of DeepSpeed's, by which DeepSpeed's engine recognises layers with expert gradients.
 
-    Nothing of DeepSpeed's layer runs, not even its constructor.
+    None of the code of DeepSpeed's layer runs, not even its constructor.
     """
 
     ep_size: int
@@ -138,14 +138,14 @@ class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):
     expert_group_name: str
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """DeepSpeed's hook. The groups exist since `shard_experts`."""
+        """Does nothing: DeepSpeed calls this hook to make the groups, which `shard_experts` has already made."""
 
 
 def shard_experts(model: nn.Module, ep_size: int, waits: WaitingClock | None = None) -> None:
     """Makes every MoE layer of a model on the meta device expert-parallel, in place. Needs the process group.
 
-    Consecutive ranks form a group; rank i of it keeps experts [i E/n, (i+1) E/n). Weights are drawn afterwards:
-    an expert's values depend on its global number, so the model is the same at every ep_size. `waits` measures the
+    Consecutive ranks form a group; rank i of a group keeps experts [i E/n, (i+1) E/n). Weights are drawn afterwards. An
+    expert's values depend on its global number, so the model is the same at every ep_size. `waits` measures the
     exchanges.
     """
     if ep_size == 1:
@@ -182,9 +182,9 @@ def _shard(
 
 
 def mark_expert_parameters(model: nn.Module) -> None:
-    """Tells DeepSpeed to average experts' gradients over the ranks that hold the same experts only.
+    """Tells DeepSpeed to average experts' gradients only over the ranks that hold the same experts.
 
-    To be called once the parameters are materialised: moving from the meta device makes new ones.
+    Must be called after the parameters are materialised, because moving from the meta device makes new parameters.
     """
     for module in model.modules():
         if isinstance(module, ExpertParallelFeedForward):

@@ -1,8 +1,8 @@
-"""ZeRO's flat partitions seen as pieces of whole, named parameters.
+"""Views of ZeRO's flat partitions as pieces of whole, named parameters.
 
-A fragment is a run of consecutive elements of one flattened parameter. Stacked experts are one parameter of E
-experts whatever the expert-parallel size, since rank i holds consecutive ones. So names, sizes and offsets do not
-know the topology, and no communication is needed to form them.
+A fragment is a run of consecutive elements of one flattened parameter. Stacked experts are one parameter of E experts
+at every expert-parallel size, since each rank holds consecutive experts. So names, sizes and offsets do not depend on
+the topology, and no communication is needed to form them.
 
 This file reads DeepSpeed's internals (`_hp_mapping`, `single_partition_of_fp32_groups`): the version is pinned.
 """
@@ -20,7 +20,7 @@ from mepa_ds.engine.expert_parallel import ExpertParallelFeedForward
 
 
 def parameter_layout(model: nn.Module) -> dict[str, tuple[torch.Size, int]]:
-    """Name -> (shape of the whole parameter over all ranks, this rank's offset in its flattened elements)."""
+    """Returns name -> (shape of the whole parameter over all ranks, this rank's offset in its flattened elements)."""
     expert_parameters = {
         f"{prefix}.experts.{name}": module
         for prefix, module in model.named_modules()
@@ -38,7 +38,7 @@ def parameter_layout(model: nn.Module) -> dict[str, tuple[torch.Size, int]]:
 
 
 def flat_partitions(zero: Any, kind: str) -> list[Tensor]:
-    """This rank's flat fp32 partitions of one kind, one a parameter group. Adam's are made (zero) if not there yet."""
+    """Returns this rank's flat fp32 partitions of one kind, one per group. Adam's are made (zero) if missing."""
     partitions = zero.single_partition_of_fp32_groups
     if kind == MASTER:
         return [partition.detach() for partition in partitions]
@@ -50,11 +50,11 @@ def flat_partitions(zero: Any, kind: str) -> list[Tensor]:
 
 
 def parameter_fragments(model: nn.Module, flats: Mapping[str, list[Tensor]]) -> Iterator[Fragment]:
-    """All pieces that this rank owns, as views of `flats`: partitions by kind, in ZeRO's layout."""
+    """Yields all pieces that this rank owns, as views of `flats` (partitions by kind, in ZeRO's layout)."""
     layout = parameter_layout(model)
     for name, parameter in model.named_parameters():
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:  # none of this parameter lies in this rank's partition
+        if mapping is None:  # this rank's partition has no element of this parameter
             continue
         shape, start = layout[name]
         lp, hp = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -64,7 +64,7 @@ def parameter_fragments(model: nn.Module, flats: Mapping[str, list[Tensor]]) -> 
 
 
 def buffer_fragments(model: nn.Module) -> Iterator[Fragment]:
-    """What the model keeps beside parameters, the same on every rank."""
+    """Yields the model's buffers, which are the same on every rank."""
     parameters = {name for name, _ in model.named_parameters()}
     for name, tensor in model.state_dict().items():
         if name not in parameters:
@@ -72,7 +72,7 @@ def buffer_fragments(model: nn.Module) -> Iterator[Fragment]:
 
 
 def adam_step(zero: Any) -> int:
-    """Optimizer steps that Adam's bias correction has seen."""
+    """Returns how many optimizer steps Adam's bias correction has seen."""
     states = [zero.optimizer.state.get(partition, {}) for partition in zero.single_partition_of_fp32_groups]
     return max((int(state["step"]) for state in states if "step" in state), default=0)
 
@@ -81,7 +81,7 @@ LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def loss_scaler_state(zero: Any) -> dict[str, float]:
-    """The dynamic loss scale of fp16; empty in other precisions."""
+    """Returns the state of fp16's dynamic loss scale; empty in other precisions."""
     scaler = zero.loss_scaler
     return {name: float(getattr(scaler, name)) for name in LOSS_SCALER} if scaler.dynamic else {}
 

@@ -1,4 +1,4 @@
-"""Starting a run from weights on disk: fine-tuning, or the result of `mepa upcycle`."""
+"""Starts a run from weights on disk, for fine-tuning or from the result of `mepa upcycle`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
 
     path: a directory of safetensors + config.json, or VAR's transformer such as var_d16.pth.
 
-    Weights of another number of classes are taken but for the classes' embeddings, which stay as they were drawn (that
-    of "no class" is taken); a line on stderr says so.
+    If the weights have another number of classes, the embeddings of classes stay as they were drawn, and all other
+    weights are taken (also the embedding of "no class"). A line on stderr says so.
 
-    Raises UserError, on every rank, for weights of another architecture: names the keys of the recipe that differ,
-    those too by which the same weights would give another output, and the way to start from these weights all the same.
+    Raises UserError, on every rank, for weights of another architecture. The message names the recipe's keys that
+    differ, including keys that only change what the same weights compute, and how to start from these weights anyway.
     """
     error: UserError | None = None
     try:
@@ -45,7 +45,7 @@ def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
 
 
 def _architecture(config: ModelConfig) -> dict[str, object]:
-    """Keys that decide what the weights are and compute, by their names in a recipe."""
+    """Returns the settings that decide the shapes of the weights and what they compute, by their names in a recipe."""
     values: dict[str, object] = {
         "depth": config.depth,
         "width": config.C,
@@ -59,7 +59,7 @@ def _architecture(config: ModelConfig) -> dict[str, object]:
     }
     if config.moe is not None:
         if config.moe.every == 1:
-            del values["ffn_ratio"]  # no FFN is dense
+            del values["ffn_ratio"]  # no FFN is dense then
         keys = ("router", "num_experts", "top_k", "renormalize", "shared_expert", "every")
         values |= {f"moe.{key}": getattr(config.moe, key) for key in keys}
         values["moe.expert_ratio"] = config.expert_hidden / config.C
@@ -67,7 +67,7 @@ def _architecture(config: ModelConfig) -> dict[str, object]:
 
 
 def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
-    """Raises UserError, with the way on, for weights whose config is not the recipe's."""
+    """Raises UserError, with a remedy, for weights whose config differs from the recipe's."""
     if (theirs.moe is None) != (ours.moe is None):
         if ours.moe is not None:
             way = _way_to_experts(theirs, ours, path)
@@ -87,24 +87,24 @@ def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
 
 
 def _settings(values: Mapping[str, object], prefix: str = "") -> str:
-    """As overrides on the command line."""
+    """Returns the values whose keys start with `prefix`, as overrides for the command line."""
     chosen = {key: value for key, value in values.items() if key.startswith(prefix)}
     texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in chosen.items()}
     return " ".join(f"model.{key}={text.replace(' ', '')}" for key, text in texts.items())
 
 
 def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
-    """`mepa upcycle` with the recipe's experts, and what the recipe must leave for it."""
+    """Returns advice: `mepa upcycle` with the recipe's experts, and the changes that the recipe then needs."""
     moe = ours.moe
     assert moe is not None
     if moe.router == "expert_choice":
-        return "With model.moe.router=expert_choice it cannot become one; use another router, or model.moe=null"
+        return "With model.moe.router=expert_choice it cannot be upcycled; use another router, or model.moe=null"
     ratio = min(moe.expert_ratio, theirs.ffn_ratio)
     words: list[Any] = ["mepa", "upcycle", "--weights", path, "--out", "OUT", "--num-experts", moe.num_experts]
     words += ["--top-k", moe.top_k, "--expert-ratio", ratio, "--router", moe.router, "--every", moe.every]
     words += ["--renormalize"] if moe.renormalize else []
     words += [] if moe.shared_expert else ["--no-shared-expert"]
-    if not path.is_dir():  # what the file may not tell
+    if not path.is_dir():  # settings that the file may not tell
         words += ["--scales", *theirs.scales, "--num-heads", theirs.H, "--depth", theirs.depth]
     changes = ["init_weights=OUT"]
     if moe.bias_rate:
@@ -143,7 +143,7 @@ def _fill(transformer: NextScaleTransformer, path: Path) -> None:
     for module in transformer.modules():
         if isinstance(module, Router) and module.bias_rate and is_fresh_from_upcycling(module):
             raise UserError(f"{path}: model.moe.bias_rate {module.bias_rate}: {NO_BIAS_AFTER_UPCYCLING}")
-    for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, where both models have them
+    for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, if both models have them
         if name in state:
             buffer.copy_(state[name])
 
@@ -151,7 +151,7 @@ def _fill(transformer: NextScaleTransformer, path: Path) -> None:
 def _drawn_classes(
     transformer: NextScaleTransformer, state: Mapping[str, Tensor], theirs: ModelConfig, path: Path
 ) -> Tensor:
-    """(classes of the recipe + 1, C): as drawn, but for the last one, of no class."""
+    """Returns (classes of the recipe + 1, C) embeddings: as drawn, except for the taken last row ("no class")."""
     drawn = transformer.class_embed.weight.detach().clone()
     rows = state.get(_CLASSES)
     expected = (theirs.num_classes + 1, drawn.shape[1])

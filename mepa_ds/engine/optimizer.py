@@ -10,17 +10,17 @@ from torch import nn
 
 from mepa_ds.config.pretrain import OptimConfig
 
-# VAR's list, in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
+# VAR's list in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
 NO_DECAY = ("start_embed", "position_embed", "scale_embed", "adaln_offset", "log_temperature", "scale_logits_SE")
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """VAR's rule: matrices decay; biases (stacked ones too), vectors and the listed embeddings do not."""
+    """Applies VAR's rule: matrices decay; biases (stacked ones too), vectors and the listed embeddings do not."""
     return not (parameter.ndim < 2 or name.endswith("bias") or any(part in NO_DECAY for part in name.split(".")))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Groups: decay / no decay, and for each the experts apart where they are sharded over ranks."""
+    """Builds AdamW with groups for decay and no decay. Experts that are sharded over ranks get separate groups."""
     decay = [p for n, p in model.named_parameters() if has_decay(n, p)]
     no_decay = [p for n, p in model.named_parameters() if not has_decay(n, p)]
     named: list[dict[str, Any]] = [

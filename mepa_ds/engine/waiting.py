@@ -1,4 +1,4 @@
-"""How long a rank waits for others within a step: measured on the steps that are logged, free on all others."""
+"""Measures how long a rank waits for other ranks within a step. Only logged steps are measured; others cost nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 class WaitingClock:
-    """Seconds by kind of wait. On a GPU it is the time in which the stream of the computation stands still."""
+    """Measures seconds by kind of wait. On a GPU a wait is the time in which the computation's stream stands still."""
 
     def __init__(self) -> None:
         self._on = False
@@ -18,13 +18,13 @@ class WaitingClock:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self, on: bool) -> None:
-        """A new step, measured or not."""
+        """Starts a new step, which is measured if `on`."""
         self._on = on
         self._seconds, self._events = {}, []
 
     @contextmanager
     def waiting(self, kind: str) -> Iterator[None]:
-        """Around a wait (on a GPU: around the call that makes the stream wait)."""
+        """Measures the wait within the context (on a GPU: the call that makes the stream wait)."""
         if not self._on:
             yield
         elif torch.cuda.is_available():
@@ -39,7 +39,7 @@ class WaitingClock:
             self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - began
 
     def seconds(self, kind: str) -> float:
-        """Since `start`. On a GPU the work must be done (synchronised)."""
+        """Returns the seconds since `start`. On a GPU the work must be done (synchronised)."""
         for name, begin, end in self._events:
             self._seconds[name] = self._seconds.get(name, 0.0) + begin.elapsed_time(end) / 1000
         self._events = []

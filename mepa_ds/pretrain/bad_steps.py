@@ -1,4 +1,7 @@
-"""Steps that were skipped because a gradient was not finite: counted, kept for inspection, and when to go back."""
+"""Steps that were skipped because a gradient was not finite.
+
+They are counted, and their images are noted for inspection. Too many in a row make the run go back to a checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -22,21 +25,21 @@ class BadSteps:
         self._limit, self.directory = limit, directory
         self.in_a_row = 0
         self.total = 0
-        """Of the whole run, whatever was started or taken back since."""
+        """The count over the whole run: new starts and rollbacks do not reset it."""
         self._cause = ""
         self._rollbacks: dict[int, int] = {}
 
     @property
     def rollback_due(self) -> bool:
-        """Whether it is time to go back to a checkpoint. The same on every rank."""
+        """Whether it is time to go back to a checkpoint. The answer is the same on every rank."""
         return self.in_a_row >= self._limit
 
     def note_good(self) -> None:
-        """A step was applied, which ends a row of bad ones."""
+        """Notes that a step was applied, which ends a row of bad steps."""
         self.in_a_row = 0
 
     def note(self, step: int, batches: Iterable[TrainingBatch], losses: Iterable[Tensor], cause: str) -> None:
-        """A step was skipped. The keys of what it has read go to `directory/step_<step>_rank_<rank>.json`.
+        """Notes that a step was skipped, and writes the keys of its images to `directory/step_<step>_rank_<rank>.json`.
 
         `cause` says what was not finite.
         """
@@ -57,7 +60,10 @@ class BadSteps:
             log.note(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}")
 
     def rolled_back(self, to_step: int | None) -> None:
-        """Raises UserError when going back does not help, or there is nothing to go back to."""
+        """Notes that the run went back to the checkpoint of `to_step` (None: there is none).
+
+        Raises UserError when going back has not helped, or when there is no checkpoint.
+        """
         count = 0 if to_step is None else self._rollbacks.get(to_step, 0) + 1
         if to_step is None or count > _MAX_ROLLBACKS:
             why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"

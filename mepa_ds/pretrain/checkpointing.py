@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides its records: checkpoints, the best weights, the last weights."""
+"""What a run writes to disk besides its records: checkpoints, the best weights and the last weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _VERSIONS_OF = ("mepa_ds", "torch", "deepspeed")
 
 @dataclass(frozen=True)
 class Loaded:
-    """The state of the checkpoint `path`. `damaged`: a line for each newer checkpoint that could not be used."""
+    """The state of the checkpoint `path`. `damaged` has a line for each newer checkpoint that could not be used."""
 
     state: RunState
     path: Path
@@ -37,17 +37,17 @@ class Loaded:
 
 @dataclass(frozen=True)
 class BestWeights:
-    """Weights of a step that are better than those in `best`, and their held-out cross-entropy."""
+    """The step whose weights are better than the weights in `best`, and their held-out cross-entropy."""
 
     step: int
     heldout_ce: float
 
 
 class RunCheckpoints:
-    """Checkpoints and exported weights of the run in `output_dir`. Collective, but for `newest_step`.
+    """Checkpoints and exported weights of the run in `output_dir`. Collective, except for `newest_step`.
 
-    Saving and exporting return when the state is copied aside; a thread writes. What became of it: `ended`. `beat` is
-    called while something is waited for that goes on.
+    Saving and exporting return when the state is copied aside; a thread then writes it, and `ended` returns the result.
+    `beat` is called while this rank waits for work that makes progress.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class RunCheckpoints:
     def save(self, state: RunState, best: BestWeights | None = None) -> None:
         """Writes `checkpoints/step_<step>`, and deletes old checkpoints.
 
-        `best`: these weights also go to `best`. The checkpoint has their score as its best one if that succeeds;
-        `ended` then has an entry of its own for them.
+        If `best` is given, the weights are also exported to `best`. If that succeeds, the checkpoint stores their score
+        as the best one. `ended` has a separate entry for this export.
         """
         facts = optimizer_facts(self._engine)
         versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
@@ -108,9 +108,9 @@ class RunCheckpoints:
         self._writer.submit(name, self._stage((kind,)), temporary, commit)
 
     def export_last(self, step: int) -> list[Written]:
-        """The weights of the last step, unless they are there; returns when everything is on disk, as `settle` does.
+        """Exports the weights of the last step unless they exist; waits for the disk and returns as `settle` does.
 
-        `check_last` says whether they could be written.
+        `check_last` says whether the weights could be written.
         """
         for name, kind in self._last.items():
             if distributed.of_main(step_of_weights(self._output / name)) != step:
@@ -118,7 +118,7 @@ class RunCheckpoints:
         return self.settle()
 
     def check_last(self, ended: list[Written]) -> None:
-        """Raises UserError, on every rank, when last weights are among what could not be written."""
+        """Raises UserError, on every rank, when the last weights could not be written."""
         for written in ended:
             if written.error is not None and written.what in self._last:  # the same on every rank
                 raise UserError(
@@ -128,31 +128,31 @@ class RunCheckpoints:
                 )
 
     def settle(self) -> list[Written]:
-        """Waits for everything that is being written; returns what has ended since the last call."""
+        """Waits for everything that is being written; returns the tasks that have ended since the last call."""
         self._writer.wait()
         return self._writer.written()
 
     def ended(self) -> list[Written]:
-        """What has been written, or has failed, since the last call. A failure leaves what was there before."""
+        """Returns the tasks that succeeded or failed since the last call. A failure leaves earlier files in place."""
         return self._writer.written()
 
     @property
     def newest_step(self) -> int | None:
-        """Of the checkpoints on disk; None: there is none."""
+        """The step of the newest checkpoint on disk; None if there is no checkpoint."""
         return next((files.step_of(path) for path in files.list_checkpoints(self.directory)[-1:]), None)
 
     def has_best(self) -> bool:
-        """Whether `best` holds weights, as the main rank sees it."""
+        """Returns whether the main rank sees weights in `best`."""
         return distributed.of_main(has_weights(self._output / BEST))
 
     def load_newest(self, check: Callable[[Path, RunState], None]) -> Loaded | None:
-        """Restores the newest whole checkpoint, on any number of ranks and at any ep_size; None: there is none.
+        """Restores the newest whole checkpoint, on any number of ranks and at any ep_size; None if there is none.
 
-        Damaged ones are set aside, and the one before them is taken. `check` raises UserError, on every rank, for a
-        checkpoint that the recipe cannot go on from.
+        Damaged checkpoints are set aside, and the one before them is used. `check` raises UserError, on every rank, for
+        a checkpoint from which the recipe cannot continue.
 
         Raises:
-            UserError: on every rank, when all checkpoints are damaged (which then stay where they are).
+            UserError: on every rank, when all checkpoints are damaged (they then stay where they are).
         """
         damaged: dict[Path, str] = {}
         for path in reversed(distributed.of_main(files.list_checkpoints(self.directory))):
@@ -179,9 +179,9 @@ class RunCheckpoints:
         return None
 
     def forget_last_weights_after(self, step: int) -> None:
-        """Last weights of later steps, which are taken again, lose their note of the step.
+        """Removes the note of the step from last weights of later steps, because those steps are trained again.
 
-        Other weights of the same number are to replace them, also when this start does not come to that.
+        Without the note, new weights of the same step replace the old ones, even if only a later start exports them.
         """
         for name in self._last if distributed.is_main() else ():
             if (step_of_weights(self._output / name) or 0) > step:
@@ -195,7 +195,7 @@ class RunCheckpoints:
 
 
 def _beside(path: Path) -> Path:
-    """Where it is written before it gets its name."""
+    """Returns the temporary path at which `path` is written before it gets its name."""
     return path.with_name(f".{path.name}.tmp")
 
 

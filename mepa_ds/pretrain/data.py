@@ -1,4 +1,4 @@
-"""The shard sets of a run: opened, checked against the recipe, and told apart from others."""
+"""Opens the shard sets of a run, checks them against the recipe, and identifies their content."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mepa_ds.weights.directories import CONFIG_NAME
 
 
 def open_checked(config: PretrainConfig) -> TrainingSets | OnlineSets:
-    """Opens the shard sets; every rank leaves together when one of them cannot. Collective."""
+    """Opens the shard sets. When one rank cannot, all ranks raise its UserError. Collective."""
     error: UserError | None = None
     sets: TrainingSets | OnlineSets | None = None
     try:
@@ -39,7 +39,10 @@ def open_checked(config: PretrainConfig) -> TrainingSets | OnlineSets:
 
 
 def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
-    """One process's view. Raises UserError for sets that are missing, or do not fit the recipe or each other."""
+    """Opens the shard sets in one process.
+
+    Raises UserError for sets that are missing, or that do not fit the recipe or each other.
+    """
     sets: TrainingSets | OnlineSets
     if config.data.tokens is None:
         sets = OnlineSets.open(config)
@@ -55,9 +58,9 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
 
 
 def check_made_sets(config: PretrainConfig) -> None:
-    """For a plan: what `open_sets` would say of the sets that are there. What is still to be made is left out.
+    """Checks, for a plan, the sets that exist as `open_sets` does. Sets that are still to be made are left out.
 
-    Raises UserError as that does.
+    Raises UserError in the same cases as `open_sets`.
     """
     data, training = config.data, None
     tokenizer_is_made = _is_tokenizer_made(config.tokenizer)
@@ -76,7 +79,7 @@ def check_made_sets(config: PretrainConfig) -> None:
 
 
 def _is_tokenizer_made(path: Path) -> bool:
-    return path.is_file() or (path / CONFIG_NAME).exists()  # the last file of a directory that is written
+    return path.is_file() or (path / CONFIG_NAME).exists()  # config.json is written last
 
 
 def _is_made(path: Path | None) -> bool:
@@ -84,7 +87,7 @@ def _is_made(path: Path | None) -> bool:
 
 
 def _open_heldout(tokens: Path, model: ModelConfig, training: ShardSet | None) -> TrainingSets:
-    """Checked, as far as can be said without the tokenizer."""
+    """Opens the held-out set and makes all checks that do not need the tokenizer."""
     heldout = open_training_sets(tokens, None, "data.heldout_tokens")
     if training is not None:
         _check_same_classes(training, heldout.tokens)
@@ -93,18 +96,18 @@ def _open_heldout(tokens: Path, model: ModelConfig, training: ShardSet | None) -
 
 
 def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
-    """Raises UserError when a label means another class in the two sets, as far as they name their classes.
+    """Raises UserError when a label means different classes in the two sets, if both sets name their classes.
 
-    Numbers are no names: readers give them where there are none.
+    Numbers do not count as names, because readers number the classes of sets that have no names.
     """
     named = [shards.index.classes for shards in (first, second)]
     if all(map(_are_names, named)) and named[0] != named[1]:
         label = next((n for n, (a, b) in enumerate(zip(*named, strict=False)) if a != b), min(map(len, named)))
         meaning = [names[label] if label < len(names) else "nothing" for names in named]
         raise UserError(
-            f"{first.what} {first.directory} and {second.what} {second.directory} have other classes: label {label} is "
-            f"{meaning[0]!r} there and {meaning[1]!r} here; make one of them again with the classes of the other: "
-            "data_tools/build_shards.py has --classes for that"
+            f"{first.what} {first.directory} and {second.what} {second.directory} have different classes: label "
+            f"{label} is {meaning[0]!r} in the first and {meaning[1]!r} in the second; make one of them again with the "
+            "classes of the other: data_tools/build_shards.py has --classes for that"
         )
 
 
@@ -117,7 +120,7 @@ def _check_fit(model: ModelConfig, sets: TrainingSets, key: str) -> None:
     for name, theirs, ours in facts:
         if theirs != ours:
             raise UserError(f"model.{name}: {ours}, but {key} {sets.tokens.directory} has {theirs}; set model.{name}")
-    # Labels that are bare numbers mean the same in every set: a held-out one may lack the last classes.
+    # Labels that are bare numbers mean the same in every set, so a held-out set may lack the last classes.
     may_lack = key != "data.tokens" and not _are_names(sets.tokens.index.classes)
     if sets.num_classes > model.num_classes or (0 < sets.num_classes < model.num_classes and not may_lack):
         raise UserError(
@@ -138,9 +141,9 @@ def _check_maker(tokenizer: Path, scales: tuple[int, ...], sets: TrainingSets, k
 
 
 def data_identity(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> dict[str, str]:
-    """What the order and content of the samples depend on, by key of the recipe: a resumed run must have the same.
+    """Returns what the order and content of the samples depend on, by key of the recipe. A resumed run needs the same.
 
-    Where the sets lie does not matter, but for one thing: those that are fetched are shuffled within windows.
+    The location of the sets does not matter, with one exception: fetched sets are shuffled within windows.
     """
     identity = {"seed": str(config.seed)}
     if sets.window is not None:
@@ -154,12 +157,12 @@ def data_identity(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> di
 
 
 def heldout_identity(path: Path | None) -> str:
-    """Of the set that held-out scores are of; empty without one."""
+    """Returns the identity of the held-out set; empty if `path` is None."""
     return "" if path is None else _set_identity(ShardSet(path, "data.heldout_tokens"))
 
 
 def _set_identity(shards: ShardSet) -> str:
-    """Readable in a message, and different for different content."""
+    """Returns an identity that is readable in a message and differs for different content."""
     index = shards.index
     content = [index.keys_sha256, index.made_by.model_dump(mode="json"), [shard.sha256 for shard in index.shards]]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
@@ -167,11 +170,11 @@ def _set_identity(shards: ShardSet) -> str:
 
 
 Stream = Callable[[int], Iterator[TrainingBatch]]
-"""From a position of the sample stream on: this rank's share of one micro-batch after the other."""
+"""Maps a position of the sample stream to this rank's shares of all micro-batches from there on."""
 
 
 def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream:
-    """The recipe's. Which images share a micro-batch does not depend on the number of ranks."""
+    """Returns the recipe's stream. Which images share a micro-batch does not depend on the number of ranks."""
     data, seed = config.data, config.seed
     micro_batch = config.train.global_batch // config.train.accumulation
     options = LoaderOptions(data.num_workers, torch.cuda.is_available(), data.on_damaged, config.model.num_classes)
@@ -195,21 +198,21 @@ def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream
 
 
 class Loader:
-    """Batches of a stream, with what a run must know of them: the place, the waits, the damage."""
+    """The batches of a stream. Counts the position, the time spent waiting, and the damaged samples."""
 
     def __init__(self, stream: Stream, position: int):
         self._stream = stream
         self.seconds = 0.0
-        """This rank's own waits for its data so far, not those for other ranks'."""
+        """How long this rank has waited for its own data so far. Waits for other ranks do not count."""
         self._damaged: list[str] = []
         self.load_state_dict({"position": position})
 
     def state_dict(self) -> dict[str, int]:
-        """The first position of the sample stream that no batch has had yet: all that a loader's state is."""
+        """Returns the loader's whole state: the first position of the sample stream that no batch has used yet."""
         return {"position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from there, on any number of ranks and workers."""
+        """Continues from the position in `state`, on any number of ranks and workers."""
         self._position = state["position"]
         self._batches = self._stream(self._position)
 
@@ -228,7 +231,7 @@ class Loader:
         return batch
 
     def take_damaged(self) -> list[str]:
-        """What was wrong with samples that were replaced since the last call, on all ranks. Collective."""
+        """Returns what was wrong with the samples that were replaced since the last call, on all ranks. Collective."""
         mine, self._damaged = self._damaged, []
         if distributed.world_size() == 1:
             return mine

@@ -1,4 +1,4 @@
-"""What a run looks at between two steps: held-out scores, and pictures of samples. Reads the model, changes nothing."""
+"""Held-out scores and pictures of samples, made between two steps. They read the model and change nothing."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def heldout_scores(
     options: LoaderOptions = DEFAULTS,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """One pass over a token set, every image once over all ranks: see `score_report`. Collective.
+    """Scores a token set in one pass: each image once over all ranks. For the result see `score_report`. Collective.
 
     Args:
-        options: on_damaged="skip" leaves images out that cannot be read; their number is `damaged_samples` in the
-            result.
+        options: on_damaged="skip" leaves out images that cannot be read; the result then gives their number as
+            `damaged_samples`.
         on_batch: called after every batch.
 
     Raises:
-        UserError: on every rank, when one has a damaged image under "stop", or a label beyond the model's classes.
+        UserError: on every rank, when one rank has a damaged image under "stop", or a label beyond the model's classes.
     """
     parts, num_damaged = [], 0
     batches = evaluation_batches(
@@ -73,7 +73,7 @@ class StopError(Exception):
 
 
 class Evaluations:
-    """What a run looks at between two steps: held-out scores and pictures. All methods are collective.
+    """Held-out scores and pictures of samples, made between two steps. All methods are collective.
 
     `on_batch` is called after every batch and every row of a picture; it may raise StopError, on all ranks.
     """
@@ -96,7 +96,7 @@ class Evaluations:
             self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
 
     def heldout_scores(self) -> dict[str, Any]:
-        """Of data.heldout_tokens, which the recipe must name. See `heldout_scores`."""
+        """Scores data.heldout_tokens, which the recipe must name. See the function `heldout_scores`."""
         data, started = self._data, time.perf_counter()
         assert data.heldout_tokens is not None
         with self._engine.evaluating() as model:
@@ -112,7 +112,7 @@ class Evaluations:
         return scores
 
     def record(self, recorder: Recorder, step: int, scores: dict[str, Any], is_best: bool) -> None:
-        """The scores of `step`; `is_best`: its weights are to be exported."""
+        """Records the scores of `step`. `is_best` says that the weights of this step will be exported."""
         recorder.record("heldout", step, {"best": is_best, **scores, "seconds": self._seconds})
         recorder.say(
             f"step {step}  held-out ce {scores['ce']:.4f}, last scale {scores['ce_last']:.4f}"
@@ -120,15 +120,15 @@ class Evaluations:
         )
 
     def draw(self, recorder: Recorder, step: int) -> None:
-        """A picture of samples of the model as it is (log.sample_every). A failure is told, and ends no run."""
+        """Draws samples of the current model (log.sample_every). A failure is recorded and does not end the run."""
         assert self._grids is not None
         try:
             with self._engine.evaluating() as model:
                 path = self._grids.write(model, step, self._on_batch)
-        except UnwrittenError as error:  # on the main rank, when all ranks are done
+        except UnwrittenError as error:  # raised on the main rank alone, after all ranks are done
             line = f"a picture could not be written ({error})"
             recorder.warn("write_failed", step, line, what="samples")
-        except UserError as error:  # of weights that are not finite, on every rank
+        except UserError as error:  # the weights are not finite; raised on every rank
             recorder.warn("samples_failed", step, f"no picture: {error}")
         else:
             where = str(path.relative_to(self._output))

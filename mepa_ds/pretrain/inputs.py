@@ -1,4 +1,4 @@
-"""From a loaded batch to what the objective takes: codebook inputs, dropped labels, stochastic depth.
+"""Turns a loaded batch into the objective's inputs: codebook inputs, dropped labels, stochastic depth.
 
 Shapes: B batch, L positions, D blocks.
 """
@@ -20,7 +20,10 @@ from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 
 
 class InputMaker:
-    """Randomness is a function of the image's position in the sample stream: the same on any number of ranks."""
+    """Makes model inputs.
+
+    Random choices are a function of an image's position in the sample stream: the same on any number of ranks.
+    """
 
     def __init__(self, config: ModelConfig, quantizer: MultiScaleQuantizer, seed: int, device: torch.device):
         self._config = config
@@ -29,7 +32,7 @@ class InputMaker:
         self._device = device
 
     def training(self, batch: TrainingBatch, num_scales: int | None = None) -> ModelInputs:
-        """One micro-batch's first scales (None: all), with some labels dropped and some branches skipped."""
+        """Returns inputs of the first scales (None: all), with some labels dropped and some branches skipped."""
         positions_B = batch.positions_B.numpy()
         batch = batch.to(self._device)
         schedule = self._config.schedule
@@ -43,7 +46,7 @@ class InputMaker:
         )
 
     def evaluation(self, batch: TrainingBatch) -> ModelInputs:
-        """All labels kept, all branches run."""
+        """Returns inputs with all labels kept and all branches run."""
         batch = batch.to(self._device)
         return ModelInputs(batch.labels_B, self._quantizer.inputs_from_tokens(batch.tokens_BL), batch.tokens_BL)
 
@@ -52,7 +55,7 @@ class InputMaker:
         return labels_B.masked_fill(_on_device(dropped_B, self._device), self._config.num_classes)
 
     def _stochastic_depth(self, positions_B: NDArray[np.int64]) -> Tensor | None:
-        """(D, 2, B) factors 0 or 1 / keep; the rate grows linearly from 0 at the first block (VAR)."""
+        """Returns (D, 2, B) factors, 0 or 1 / keep. The drop rate grows linearly from 0 at the first block (VAR)."""
         if self._config.drop_path_rate == 0:
             return None
         rates_D = np.linspace(0, self._config.drop_path_rate, self._config.depth, dtype=np.float32)
@@ -63,6 +66,6 @@ class InputMaker:
 
 
 def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """From pinned memory to a GPU: from other memory the copy would wait for all that is queued there."""
+    """Copies through pinned memory to a GPU: from other memory the copy would wait for all work queued there."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

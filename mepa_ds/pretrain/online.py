@@ -1,8 +1,9 @@
-"""Training without precomputed sets: tokenizer and teacher run on the image batches, at every step.
+"""Training without precomputed sets: the tokenizer and the teacher run on the image batches at every step.
 
-For images stored as squares of the tokenizer's side the batches are those of token and feature sets precomputed from
-them (features as the codec fp16 stores them), in the same order. Larger images are cropped at random, anew in every
-epoch, which precomputed sets cannot do. It costs a forward pass of both networks a step.
+For images stored as squares of the tokenizer's side, the batches equal the batches of token and feature sets that were
+precomputed from these images (with features as the codec fp16 stores them), in the same order. Larger images are
+cropped at random, anew in every epoch, which precomputed sets cannot do. The cost is a forward pass of both networks
+per step.
 
 Legend: B batch of this rank.
 """
@@ -31,7 +32,7 @@ _CODEC = codec_named("fp16")
 
 
 def open_images(path: Path, model_classes: int) -> ShardSet:
-    """Raises UserError when the set is missing, of another kind, or has other classes than the model."""
+    """Opens images. Raises UserError when the set is missing, of another kind, or has other classes than the model."""
     images = ShardSet(path, "data.images")
     if images.index.kind != "images":
         raise UserError(f"data.images: {images.directory}: holds {images.index.kind}; set data.tokens to it")
@@ -45,7 +46,7 @@ def open_images(path: Path, model_classes: int) -> ShardSet:
 
 @dataclass(frozen=True)
 class OnlineSets:
-    """What stands in for `TrainingSets` when a recipe gives data.images: the images and the frozen networks."""
+    """Replaces `TrainingSets` when a recipe gives data.images: holds the images and the frozen networks."""
 
     images: ShardSet
     tokenizer: Tokenizer
@@ -55,7 +56,7 @@ class OnlineSets:
 
     @classmethod
     def open(cls, config: PretrainConfig) -> OnlineSets:
-        """Raises UserError when a set or checkpoint is missing or does not fit the model."""
+        """Opens all parts. Raises UserError when a set or checkpoint is missing or does not fit the model."""
         assert config.data.images is not None
         model = config.model
         images = open_images(config.data.images, model.num_classes)
@@ -85,17 +86,17 @@ class OnlineSets:
 
     @property
     def networks(self) -> dict[str, str]:
-        """Identities of the weights, by key of the recipe."""
+        """The identities of the networks' weights, by key of the recipe."""
         teacher = {} if self.teacher is None else {"data.teacher": f"{self.teacher.name}, {self.teacher.identity}"}
         return {"tokenizer": self.tokenizer.identity, **teacher}
 
     def batches(self, options: LoaderOptions, global_batch: int, seed: int, position: int) -> Iterator[TrainingBatch]:
-        """This rank's share of each micro-batch from a position of the stream on, as `training_batches` gives it.
+        """Yields this rank's share of each micro-batch from `position` of the stream on, like `training_batches`.
 
-        `global_batch`: images of a micro-batch over all ranks.
+        `global_batch` is the number of images in a micro-batch over all ranks.
 
         Raises:
-            UserError: a damaged image under "stop", or one without a label that the model has a class for.
+            UserError: for a damaged image under "stop", or for an image whose label is not a class of the model.
         """
         ranks = distributed.ranks()
         share = global_batch // ranks.world_size

@@ -1,4 +1,4 @@
-"""Whether a recipe can go on from a checkpoint, and what of the checkpoint still holds."""
+"""Checks whether a recipe can continue from a checkpoint, and which parts of the checkpoint's state still hold."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mepa_ds.pretrain.checkpointing import BEST, RunCheckpoints
 
 
 def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: dict[str, str]) -> None:
-    """`data`: what the run's samples depend on (`data_identity`).
+    """Checks that the recipe can continue from a checkpoint. `data` is what its samples depend on (`data_identity`).
 
     Raises:
-        UserError: on every rank, with what differs, the way to go on, and the way to start anew.
+        UserError: on every rank. It names what differs, how to continue, and how to start anew.
     """
     _check_model(path, state, config.model, config.objective.alignment)
     _check_length(path, state, config.train)
@@ -35,22 +35,22 @@ def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: 
 
 
 def _check_length(path: Path, state: RunState, train: TrainConfig) -> None:
-    """Raises UserError, on every rank, when the length of a half-finished run would be another one."""
+    """Raises UserError, on every rank, when the recipe would change the length of a half-finished run."""
     theirs = state.recipe["train"]["global_batch"]
     if train.steps is None and theirs != train.global_batch:
         raise UserError(
-            f"train.global_batch: {theirs} in {path}, {train.global_batch} now: a length in epochs or samples "
-            "has another number of steps then, and some are done already; restore it, or give train.steps",
+            f"train.global_batch: {theirs} in {path}, {train.global_batch} now: this would change the number of "
+            "steps of a half-finished run, whose length is in epochs or samples; restore it, or give train.steps",
             agreed=True,
         )
 
 
 def _check_model(path: Path, state: RunState, ours: ModelConfig, alignment: AlignmentConfig | None) -> None:
-    # Keys that are newer than the checkpoint have their defaults there.
+    # A key that is newer than the checkpoint gets its default.
     theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
     expected, found = (json.loads(model.model_dump_json()) for model in (ours, theirs))
     lines = [f"model.{line}" for line in _differences(found, expected)]
-    if alignment is not None:  # the projector is no part of the model's config; one that is not needed may go
+    if alignment is not None:  # the projector is not in the model's config; without guidance it may be dropped
         hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
         if hidden != alignment.projector_hidden:
             key = "objective.alignment.projector_hidden"
@@ -68,17 +68,18 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def without_missing_best(checkpoints: RunCheckpoints, state: RunState, has_heldout: bool) -> RunState:
-    """The state, without a best score whose weights are not there: only checkpoints were copied, or `best` was removed.
+    """Returns the state, without its best score if the weights in `best` are missing. Collective.
 
-    The next evaluation's weights are the best ones then; that is this start's first one where the checkpoint's step was
-    evaluated. `has_heldout`: whether there will be an evaluation. Collective.
+    They are missing when only checkpoints were copied, or when `best` was removed. The next evaluation's weights then
+    count as the best. If the checkpoint's step was evaluated before, it is evaluated again when this start begins.
+    `has_heldout` says whether there will be an evaluation.
     """
     if state.best_heldout_ce == float("inf") or checkpoints.has_best():
         return state
     if distributed.is_main():
-        remedy = "the next evaluation's weights go there, though earlier ones may have been better"
+        remedy = "the next evaluation's weights will be stored there, though earlier ones may have been better"
         if not has_heldout:
-            remedy = "data.heldout_tokens is not set, so none will come; mepa export writes a checkpoint's weights"
+            remedy = "data.heldout_tokens is not set, so none will follow; mepa export writes a checkpoint's weights"
         best = checkpoints.directory.parent / BEST
-        log.note(f"warning: {best}: no weights there, though this run had evaluated some as its best: {remedy}")
+        log.note(f"warning: {best} has no weights, though evaluations of this run had found its best ones: {remedy}")
     return replace(state, best_heldout_ce=float("inf"), evaluated_step=0)

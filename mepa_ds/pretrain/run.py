@@ -1,4 +1,4 @@
-"""`pretrain`: checks everything that can be checked, then trains. The place to begin to read."""
+"""`pretrain` checks everything that can be checked, then trains. Start reading here."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mepa_ds.runtime.stopping import StopRequests, deadline, undisturbed
 
 
 def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
-    """Runs, or resumes, the recipe on all ranks that the launcher started. Collective.
+    """Runs or resumes the recipe on all ranks that the launcher started. Collective.
 
-    Returns whether the run is finished; if not, a signal or a time limit has stopped it, and it has been saved.
+    Returns whether the run is finished. If it is not, a signal or a time limit has stopped it, and it has been saved.
 
-    Raises UserError, on every rank, before anything is trained, when the recipe does not fit data or ranks.
+    Raises UserError, on every rank and before any training, when the recipe does not fit the data or the ranks.
     """
     launch = distributed.read_launch()
     requests.stop_at(deadline(config.guards.time_limit, config.guards.stop_before_end, os.environ))
@@ -39,7 +39,7 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
             try:
                 return run.train()
             except UserError as error:
-                if error.agreed or launch.world_size == 1:  # all ranks come here: what is being written can be finished
+                if error.agreed or launch.world_size == 1:  # all ranks come here, so writes can be finished
                     run.settle()
                 raise
 

@@ -1,4 +1,4 @@
-"""The start of a run: its output directory is made ready, and the record `start` says what begins."""
+"""The start of a run: prepares its output directory and writes the record `start`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from mepa_ds.runtime.trackers import check_packages
 
 @contextmanager
 def prepared_output(output_dir: Path, tensorboard: bool) -> Iterator[None]:
-    """The run's, within the context, and without a killed run's leftovers. Collective.
+    """Holds the output directory for this run within the context, and removes a killed run's leftovers. Collective.
 
     Raises:
-        UserError: on every rank, when the main rank cannot write there, another does not see it, or another start is
-            at work there.
+        UserError: on every rank, when the main rank cannot write to the directory, another rank does not see it, or
+            another start is working in it.
     """
 
     def prepare() -> None:
@@ -49,9 +49,10 @@ def record_start(
     facts: dict[str, int],
     changes: dict[str, list[Any]],
 ) -> None:
-    """`facts` are the run's own numbers: num_steps, num_samples and what else belongs into the record.
+    """Records and prints how the run starts.
 
-    `changes` are those of the recipe since the checkpoint that the run goes on from.
+    `facts` are the run's own numbers: num_steps, num_samples and further entries of the record. `changes` are the
+    changes of the recipe since the checkpoint from which the run continues.
     """
     counts = count_parameters(config.model)
     projector = engine.objective.projector

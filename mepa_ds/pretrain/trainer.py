@@ -1,4 +1,4 @@
-"""One pretraining run: resume, take steps, and do what is due between two of them."""
+"""One pretraining run: it resumes, takes steps, and evaluates, draws and saves between two steps."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 
 
 class PretrainRun:
-    """One run: its engine, its place in the sample stream (`state`), and what watches, saves and records it.
+    """One run: its engine, its place in the sample stream (`state`), and the objects that watch, save and record it.
 
-    All methods are collective. `state` is changed by this class alone.
+    All methods are collective. Only this class changes `state`.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class PretrainRun:
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.best: BestWeights | None = None
-        """Found by an evaluation, and not yet in `<output_dir>/best`."""
+        """The best weights by an evaluation, as long as they are not yet in `<output_dir>/best`."""
 
     def resume(self) -> None:
-        """Goes on from the newest whole checkpoint in output_dir, if there is one, and begins the records."""
+        """Continues from the newest whole checkpoint in output_dir, if there is one, and opens the records."""
         config, ours = self.config, self.state
         loaded = self._load_newest()
         heldout_changed = loaded is not None and loaded.state.heldout not in ("", ours.heldout)
@@ -97,20 +97,20 @@ class PretrainRun:
         if loaded is not None:
             self._warn_of_damage(loaded)
             if heldout_changed:
-                line = "data.heldout_tokens has changed: what scored best on the old ones is no longer compared with"
+                line = "data.heldout_tokens has changed, so the best score on the old held-out set no longer counts"
                 self.recorder.warn("heldout_changed", state.step, line)
             self.recorder.say(f"resumed from {loaded.path} at step {state.step} of {self.num_steps}")
 
     def train(self) -> bool:
-        """Trains to the end of the recipe, or until the run is stopped; returns whether it came to the end."""
-        stop = self._evaluate_if_due()  # a run that was stopped has saved first and left the evaluation to this start
+        """Trains to the end of the recipe, or until the run is stopped. Returns whether the run is finished."""
+        stop = self._evaluate_if_due()  # a stopped run saves at once and leaves a due evaluation to the next start
         self._export_best()
         self._open_stream()
         while self.state.step < self.num_steps and not stop:
             stop = self.train_step()
             if self.bad_steps.rollback_due:
                 self._roll_back()
-                if stop:  # or the next start would read the same images again
+                if stop:  # otherwise the next start would read the same images again
                     self._save()
                 continue
             stop = stop or self._evaluate_if_due() or self._draw_if_due()
@@ -127,9 +127,9 @@ class PretrainRun:
         return finished
 
     def train_step(self) -> bool:
-        """One optimizer step, from its images to its record; returns whether a rank was asked to stop."""
+        """Takes one optimizer step, from its images to its record. Returns whether a rank was asked to stop."""
         config, state, engine = self.config, self.state, self.engine
-        self.agreement.begin()  # whether a rank was asked to stop: the answer travels while the step is computed
+        self.agreement.begin()  # asks all ranks whether to stop; the answer arrives while the step is computed
         step = state.step + 1
         logged = step % config.log.every == 0 or step == self.num_steps
         clock, loader_seconds = StepClock(logged, engine.waited), self.loader.seconds
@@ -145,10 +145,10 @@ class PretrainRun:
             clock.lap("inputs")
             loss = engine.forward(inputs)
             clock.lap("forward")
-            loss = engine.backward(loss)  # without its graph from here on
+            loss = engine.backward(loss)  # the losses without their graph
             clock.lap("backward")
             losses.append(loss)
-        update = engine.update()  # gradients are clipped, weights and their average move
+        update = engine.update()  # clips the gradients, updates the weights and their average
         clock.lap("optimizer")
 
         state.step, state.position = step, batches[-1].next_position
@@ -176,7 +176,7 @@ class PretrainRun:
         self.metrics.write(report, place, damaged, loader_seconds)
 
     def settle(self) -> None:
-        """Waits for everything that is being written to disk, and records what became of it."""
+        """Waits for everything that is being written to disk, and records the results."""
         self._note_written(self.checkpoints.settle())
 
     def _open_stream(self) -> None:
@@ -186,7 +186,7 @@ class PretrainRun:
     # Steps whose gradient is not finite.
 
     def _note_if_bad(self, report: StepReport, batches: list[TrainingBatch]) -> None:
-        """Counts steps that were skipped. An fp16 overflow is none while the loss scale can still come down."""
+        """Counts a skipped step. An fp16 overflow does not count while the loss scale can still come down."""
         if report.applied:
             self.bad_steps.note_good()
             return
@@ -200,7 +200,7 @@ class PretrainRun:
         self.bad_steps.note(report.step, batches, losses, cause)
 
     def _roll_back(self) -> None:
-        """The newest checkpoint's weights, but the data after those that did harm."""
+        """Goes back to the newest checkpoint's weights, and continues after the data of the bad steps."""
         in_a_row, position, step = self.bad_steps.in_a_row, self.state.position, self.state.step
         self.settle()
         best_heldout_ce = self.state.best_heldout_ce
@@ -219,17 +219,17 @@ class PretrainRun:
         self.metrics.restart(self.state.window)
         self._open_stream()
 
-    # What is due between two steps. Each returns whether a rank was asked to stop meanwhile.
+    # Work that is due between two steps. `_evaluate_if_due` and `_draw_if_due` return whether a rank was asked to stop.
 
     def _beat_or_stop(self) -> None:
-        """Amid an evaluation: raises StopError on all ranks when one is asked to stop."""
+        """Reports progress during an evaluation; raises StopError on all ranks when one rank is asked to stop."""
         self.watchdog.beat()
         self.agreement.begin()
         if self.agreement.end():
             raise StopError
 
     def _evaluate_if_due(self) -> bool:
-        """An evaluation that is given up is left to the next start."""
+        """Evaluates the model if it is due. An interrupted evaluation is left to the next start."""
         step, log = self.state.step, self.config.log
         due = step > 0 and (step % log.evaluate_every == 0 or step == self.num_steps)
         if not due or self.state.evaluated_step == step or self.config.data.heldout_tokens is None:
@@ -247,7 +247,7 @@ class PretrainRun:
         return False
 
     def _draw_if_due(self) -> bool:
-        """A picture that is given up is not drawn later."""
+        """Draws a picture if it is due. An interrupted picture is not drawn later."""
         every = self.config.log.sample_every
         if every is None or self.state.step % every:
             return False
@@ -257,15 +257,15 @@ class PretrainRun:
             return True
         return False
 
-    # What goes to disk, and comes from there.
+    # Saving and loading.
 
     def _save_is_due(self) -> bool:
-        """Not amid bad steps: going back to such a checkpoint would not help."""
+        """Returns whether to save. No checkpoint is saved amid bad steps, because going back to it would not help."""
         step = self.state.step
         return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
-        """A checkpoint of this step; its weights also to <output_dir>/best, if they were found to be the best."""
+        """Saves a checkpoint of this step, and exports its weights to <output_dir>/best if they are the best so far."""
         best = self.best if self.best is not None and self.best.step == self.state.step else None
         if best is None:
             self._settle_best()
@@ -274,17 +274,17 @@ class PretrainRun:
         self.checkpoints.save(self.state, best)
 
     def _export_best(self) -> None:
-        """Weights that this step's evaluation found to be the best go to <output_dir>/best."""
+        """Exports the weights to <output_dir>/best, if this step's evaluation found them to be the best."""
         if self.best is not None and self.best.step == self.state.step:
             self.checkpoints.export(BEST, self.state.step)
 
     def _settle_best(self) -> None:
-        """All ranks know whether an earlier export of the best weights has succeeded."""
+        """Waits until all ranks know whether an earlier export of the best weights has succeeded."""
         if self.best is not None:
             self.settle()
 
     def _note_written(self, ended: list[Written]) -> None:
-        """What became of checkpoints and exports. A failed one does not end the run: there will be another."""
+        """Records which checkpoints and exports were written. A failure does not end the run: another will follow."""
         for written in ended:
             if written.what == BEST and self.best is not None:
                 if written.error is None:
@@ -307,7 +307,7 @@ class PretrainRun:
         return loaded
 
     def _take_up(self, state: RunState) -> None:
-        """A checkpoint's place in the run, under today's recipe (whose length and logging may have changed)."""
+        """Takes over a checkpoint's state, but keeps this start's recipe (its length and logging may have changed)."""
         self.state = replace(state, recipe=self.state.recipe, heldout=self.state.heldout)
 
     def _warn_of_damage(self, loaded: Loaded) -> None:
@@ -317,7 +317,7 @@ class PretrainRun:
     # The end of this start.
 
     def _stop(self) -> None:
-        """Everything is on disk: leaves word for whoever starts the run again."""
+        """Waits until everything is on disk, and records why the run stopped and that it is to be started again."""
         self.settle()
         self.watchdog.stop()
         reason, step = self.requests.reason, self.state.step
@@ -325,7 +325,7 @@ class PretrainRun:
         self.recorder.close("requeue", step, line, reason=reason or "another rank")
 
     def _finish(self) -> None:
-        """Exports the last weights. A finished run that is started again says that it is done, and no more."""
+        """Exports the last weights. A finished run that is started again only says that it is done."""
         ended = self.checkpoints.export_last(self.state.step)
         self._note_written(ended)
         self.checkpoints.check_last(ended)

@@ -1,4 +1,4 @@
-"""A crash of one rank, told once: the first cause in full, the others' broken connections in a line each."""
+"""Reports a crash once: the first cause in full, and a line for each other rank that lost its connection."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from mepa_ds.runtime.recorder import write_status
 from mepa_ds.runtime.run_lock import is_held
 
 ResultT = TypeVar("ResultT")
-# A rank that loses its peers learns of it before the peer's report is on disk.
+# A rank may lose its connection before the report of the crashed peer is on disk, so it waits this long.
 _PATIENCE_SECONDS = 3.0
-# How often a rank looks whether it is asked for, and how long answers are waited for.
+# How often a rank looks whether it must answer, and how long the asking rank waits for answers.
 _LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 _NAMED = 8
-# NCCL's words for what the launcher or the environment has set wrong: starting again would not help.
+# NCCL's words for mistakes of the launcher or the environment. Starting again would not help then.
 _RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
 
 
 def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
-    """Runs `body`; a crash is written to `output_dir/errors/rank_<rank>.json`, and ends the process with status 1.
+    """Runs `body`. A crash is written to `output_dir/errors/rank_<rank>.json` and ends the process with status 1.
 
-    One rank prints its traceback: the one that crashed first or, when a rank is gone without a word (killed by the
-    system, a lost node), the first of those that miss it, which says who does not answer. Others print a line.
+    One rank prints its traceback: the rank that crashed first. When a rank has ended without a report (killed by the
+    system, a lost node), the first rank that misses it prints instead, and names the ranks that do not answer. All
+    other ranks print one line.
 
-    The status is 2 where the same would happen again.
+    The status is 2 when the same crash would happen again.
     """
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
-    if launch.is_main and not is_held(output_dir):  # before it meets the others, so before any of them can claim it
+    if launch.is_main and not is_held(output_dir):  # before the ranks meet, so before any can claim it
         with suppress(OSError):
             _claim_path(directory).unlink()
     if launch.world_size > 1:
@@ -50,7 +51,7 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     try:
         return body()
     except UserError as error:
-        # A mistake in a recipe leaves no new output_dir. A held one is another start's to say something of.
+        # A mistake in a recipe must not leave a new output_dir. In a held one, only the start that holds it writes.
         tells = (launch.is_main and output_dir.is_dir()) or isinstance(error, distributed.SetupError)
         if tells and not is_held(output_dir):
             with suppress(OSError):
@@ -58,7 +59,7 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
         raise
     except Exception as error:
         _tell(error, output_dir, started, launch)
-        # No clean-up that would talk to ranks that may be gone.
+        # No clean-up, because it would talk to ranks that may be gone.
         os._exit(2 if _RECURS.search(str(error)) else 1)
 
 
@@ -67,7 +68,7 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
     lost_peer = launch.world_size > 1 and isinstance(error, RuntimeError) and is_lost_peer(str(error))
     message = f"{type(error).__name__}: {error}"
     report = {"rank": rank, "time": time.time(), "error": message, "lost_peer": lost_peer}
-    with suppress(OSError):  # the disk may be what has failed
+    with suppress(OSError):  # the disk itself may have failed
         write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": traceback.format_exc()})
     heading = f"error: rank {rank} failed: {_in_a_line(message)}"
     if lost_peer:
@@ -78,7 +79,7 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
         if first is None and (silent := _call(directory, started, launch.world_size)):
             message = _silent(silent)
             heading = f"error: {message}; rank {rank} has lost its peers:"
-        elif first is None:  # all are there, so this is what went wrong, unless one was slower to say why
+        elif first is None:  # all ranks answer, so this error is the cause, unless a report came late
             first = _first_cause(directory, started, 0.0)
         if first is not None:
             log.note(f"rank {rank}: ended because rank {first['rank']} failed: {_in_a_line(first['error'])}")
@@ -86,13 +87,13 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
     with suppress(OSError):
         write_status(output_dir, "failed", error=message, rank=rank)
     log.note(f"{heading}\n{traceback.format_exc()}")
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first one
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first recorded error
         with suppress(OSError):
             get_error_handler().record_exception(error)
 
 
 def _in_a_line(message: str) -> str:
-    """Without the stack that C++ errors bring along: NCCL says what was wrong in its last line."""
+    """Returns the message in one line, without the stack of C++ errors. NCCL names the cause in its last line."""
     lines = [line.strip() for line in message.split("\nException raised from")[0].splitlines()]
     return " ".join(line for line in lines if line)
 
@@ -107,7 +108,7 @@ def _silent(ranks: list[int]) -> str:
 
 
 def _call(directory: Path, since: float, world_size: int) -> list[int]:
-    """Ranks that neither fail nor answer: some that live may be waiting for one that has failed."""
+    """Returns the ranks that neither report a failure nor answer. Ranks that merely wait for others do answer."""
     silent, end = set(range(world_size)), time.monotonic() + _ANSWER_SECONDS
     while silent and time.monotonic() < end:
         time.sleep(0.2)
@@ -116,11 +117,11 @@ def _call(directory: Path, since: float, world_size: int) -> list[int]:
 
 
 def _answer(directory: Path, rank: int, started: float) -> None:
-    """A rank's thread: when another one has lost its peers, leaves word that this one is there."""
+    """Runs in a thread of each rank: when another rank has lost its peers, writes a file that says this rank lives."""
     while True:
         time.sleep(_LOOK_SECONDS)
-        with suppress(OSError, ValueError):  # not there, or still empty
-            if float(_claim_path(directory).read_text()) < started:  # of an earlier start
+        with suppress(OSError, ValueError):  # the claim is missing or still empty
+            if float(_claim_path(directory).read_text()) < started:  # a claim of an earlier start
                 continue
             answer = {"rank": rank, "time": time.time(), "error": "none: waits for others", "lost_peer": True}
             write_json(directory / f"alive_{rank:05d}.json", answer)
@@ -128,7 +129,7 @@ def _answer(directory: Path, rank: int, started: float) -> None:
 
 
 def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
-    """Those of this start of the run, answers too, earliest first."""
+    """Returns the reports and answers of this start of the run, earliest first."""
     reports = []
     for path in directory.glob("*.json"):
         with suppress(OSError, ValueError):
@@ -139,7 +140,7 @@ def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
 
 
 def _first_cause(directory: Path, since: float, patience: float) -> dict[str, Any] | None:
-    """The earliest report that is no lost connection, after waiting so many seconds for one."""
+    """Waits up to `patience` seconds for a report that is not a lost connection; returns the earliest one, or None."""
     end = time.monotonic() + patience
     while True:
         causes = [report for report in _reports(directory, since) if not report["lost_peer"]]
@@ -155,13 +156,13 @@ def _claim_path(directory: Path) -> Path:
 
 
 def _claim(directory: Path) -> bool:
-    """Whether this rank is the one to speak for all that have lost a peer."""
+    """Returns whether this rank is the one that reports for all ranks that have lost a peer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(_claim_path(directory), "x") as file:
             file.write(str(time.time()))
     except FileExistsError:
         return False
-    except OSError:  # a full disk: better twice than never
+    except OSError:  # a full disk: two reports are better than none
         return True
     return True

@@ -1,11 +1,11 @@
-"""How errors of PyTorch's collectives read where a peer is gone: another rank, or the system, knows the cause."""
+"""Recognises errors of PyTorch's collectives that only mean a lost peer, whose report or the system has the cause."""
 
 from __future__ import annotations
 
 import re
 
-# Of gloo, the store, and NCCL: connections that were there and ended, and peers that never came. What merely has the
-# name of a library in it ("gloo: unable to find address for: ib7", "NCCL error: duplicate GPU") is an error of its own.
+# Messages of gloo, the store and NCCL about connections that ended, and about peers that never came. A message that
+# only has a library's name in it ("gloo: unable to find address for: ib7", "NCCL error: duplicate GPU") is different.
 _ENDING = re.compile(
     r"connection (?:was (?:likely )?)?closed|closed by (?:remote )?peer|peer closed|connection reset|broken pipe"
     r"|pair closure|(?:recv|send)\w* failed on|failed to (?:recv|send), (?:got|sent) 0"
@@ -18,5 +18,5 @@ _ENDING = re.compile(
 
 
 def is_lost_peer(message: str) -> bool:
-    """Whether this is the message of an error that another rank's end has caused."""
+    """Returns whether the message belongs to an error that another rank's end has caused."""
     return _ENDING.search(message) is not None

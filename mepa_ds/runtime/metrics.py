@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, the truth of a run. Reports, plots and fits read it."""
+"""metrics.jsonl: one JSON object per line. It is the authoritative record of a run: reports, plots and fits read it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mepa_ds.files import write_text
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`, line by line, so a killed run keeps what it logged.
+    """Appends records to `metrics.jsonl`, line by line, so a killed run keeps its records.
 
-    A resumed run passes the step it continues from: records of later steps, which the killed run wrote after its
-    last checkpoint, are dropped, so that every step stands in the file once. None keeps all. `anew`: an event of that
-    step which is to be written again.
+    A resumed run passes the step from which it continues. Records of later steps, which the killed run wrote after its
+    last checkpoint, are dropped, so that every step is in the file once. None keeps all records. `anew` names an event
+    of that step that will be written again, so its old record is dropped.
 
-    What cannot be written (a full disk) is kept and tried again with the next record.
+    A record that cannot be written (a full disk) is kept and tried again with the next record.
     """
 
     def __init__(self, path: Path, resume_step: int | None = 0, anew: str | None = None):
@@ -37,9 +37,10 @@ class MetricsWriter:
         self._flush()
 
     def rewind(self, count: int, keep_warnings: bool) -> int:
-        """Drops all records after the first `count`, but for warnings (they have a message); returns how many are left.
+        """Drops all records after the first `count`; returns how many are left.
 
-        The file is cut, not written anew: that needs no room. Records that have not been written yet count too.
+        `keep_warnings` keeps later records that have a message. The file is truncated and not rewritten, because this
+        needs no disk space. Records that have not been written yet count too.
         """
         stored = self._path.read_bytes()
         lines = (stored + self._unwritten).splitlines(keepends=True)
@@ -68,20 +69,20 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run; a torn line (a kill, or a lost node, in the middle of a write) is left out."""
+    """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write)."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # of bytes that are no text, too
+        except ValueError:  # also raised for bytes that are not text
             continue
         if isinstance(record, dict):
             yield record
 
 
 def finite(value: Any) -> Any:
-    """The same, with strings for floats that JSON lacks."""
+    """Returns the value with strings in place of floats that JSON lacks (NaN, inf)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, dict):

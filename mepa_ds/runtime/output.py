@@ -1,4 +1,4 @@
-"""A run's output_dir before anything is trained: writable, this run's alone, and seen by all ranks."""
+"""Checks a run's output_dir before training: it must be writable, unused by another start, and visible to all ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable
 from mepa_ds.runtime.run_lock import LOCK_NAME, RunLock
 
-# A network file system shows another node's new file late (NFS: up to its attribute cache's age).
+# A network file system shows another node's new file late (NFS: by up to the age of its attribute cache).
 _VISIBLE_SECONDS = 5.0
 
 
 @contextmanager
 def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """A run's output_dir, in which the main rank has done `prepare`. Two starts would delete each other's files.
+    """Locks a run's output_dir within the context, after the main rank has run `prepare`. Collective.
 
-    Collective.
+    The lock is needed because two starts would delete each other's files.
 
     Raises:
-        UserError: on every rank, when another start is at work there, or a rank does not see the directory.
+        UserError: on every rank, when another start is working in the directory, or a rank does not see it.
     """
     error: UserError | None = None
     lock, is_new = RunLock(directory), not directory.exists()
@@ -48,13 +48,13 @@ def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iter
         if distributed.is_main():
             lock.release()
             with suppress(OSError):
-                if is_new and os.listdir(directory) == [LOCK_NAME]:  # nothing came of it
+                if is_new and os.listdir(directory) == [LOCK_NAME]:  # the start wrote nothing
                     (directory / LOCK_NAME).unlink()
                     directory.rmdir()
 
 
 def _check_shared(directory: Path) -> None:
-    """Every rank writes its part of a checkpoint, or reads one: all must see the same directory."""
+    """Checks that all ranks see the same directory, because every rank writes and reads its part of a checkpoint."""
     name = [f".probe.{secrets.token_hex(4)}"]
     dist.broadcast_object_list(name, src=0)
     probe = directory / name[0]

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl first, then a line in the log, a progress bar, wandb, TensorBoard."""
+"""Writes a run's numbers: first to metrics.jsonl, then to the log, a progress bar, wandb and TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ RunStatus = Literal["running", "requeue", "finished", "failed"]
 
 
 def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
-    """`<output_dir>/status.json`: how the run stands, for launchers that hide exit codes (torchrun)."""
+    """Writes the state of the run to `<output_dir>/status.json`, for launchers that hide exit codes (torchrun)."""
     write_json(output_dir / "status.json", {"state": state, **facts})
 
 
 class Recorder:
-    """What ranks other than the main one have: it takes everything and records nothing. See `RunRecorder`."""
+    """The recorder of all ranks except the main one: it accepts everything and records nothing. See `RunRecorder`."""
 
     num_records = 0
-    """Records in metrics.jsonl."""
+    """The number of records in metrics.jsonl."""
 
     def rewind(self, step: int, num_kept: int) -> None:
-        """Back to a checkpoint: what was recorded after it is recorded again; warnings stay."""
+        """Goes back to a checkpoint: drops later records except warnings, because those steps are recorded again."""
 
     def past_losses(self) -> list[float]:
-        """Of single steps, one a record of earlier starts."""
+        """Returns the losses of single steps: one for each record of earlier starts."""
         return []
 
     def advance(self, step: int) -> None:
-        """A step is done; status.json says so within a second or two."""
+        """Notes that a step is done; status.json shows it within a second or two."""
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
-        """A record of the kind `event` in metrics.jsonl and the trackers."""
+        """Writes a record of the kind `event` to metrics.jsonl and the trackers."""
 
     def say(self, line: str) -> None:
-        """A line on the terminal, above the progress bar."""
+        """Prints a line on the terminal, above the progress bar."""
 
     def warn(self, kind: str, step: int, line: str, **values: Any) -> None:
-        """A record `kind` and a line in the log."""
+        """Writes a record of the kind `kind` and a line in the log."""
 
     def training(self, step: int, values: dict[str, Any]) -> None:
-        """The record `train`, and its line in the log."""
+        """Writes the record `train` and its line in the log."""
 
     def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
-        """Says and stores how the run ended."""
+        """Prints and stores how the run ended."""
 
 
 class RunRecorder(Recorder):
-    """The main rank's. `num_kept` records of an earlier start stay; later ones are dropped."""
+    """The recorder of the main rank. `num_kept` records of earlier starts stay; later records are dropped."""
 
     def __init__(
         self, output_dir: Path, step: int, num_steps: int, num_kept: int, trackers: Sequence[Wandb | TensorBoard] = ()
@@ -70,7 +70,7 @@ class RunRecorder(Recorder):
         self._bar = tqdm(total=num_steps, initial=step, desc="pretraining", unit="step", disable=None)
         self._num_steps = num_steps
         self._recent: dict[str, Any] = {}
-        """Of the last record, for status.json."""
+        """Numbers of the last record, for status.json."""
         self._status_due, self._status_failed = 0.0, False
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
@@ -101,7 +101,7 @@ class RunRecorder(Recorder):
             tracker.add(scalars, step)
 
     def say(self, line: str) -> None:
-        with suppress(OSError):  # a log on a full disk lacks some lines, and ends no run
+        with suppress(OSError):  # a full disk may cost lines of the log, but does not end a run
             self._bar.write(line)
             sys.stdout.flush()
 
@@ -146,14 +146,14 @@ class RunRecorder(Recorder):
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this rank has used so far: resident on the CPU, allocated on a GPU."""
+    """Returns the most memory that this rank has used so far: resident on the CPU, allocated on a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Lists become one entry an element: `ce_scale` of 3 scales is ce_scale/1 .. ce_scale/3."""
+    """Yields numbers by name. A list gives an entry per element: `ce_scale` of 3 scales is ce_scale/1 .. ce_scale/3."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _scalars(value, f"{prefix}{key}/")

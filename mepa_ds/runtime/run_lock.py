@@ -1,4 +1,4 @@
-"""One start at a time in an output_dir: a lock of the main rank's process, which ends with it, however it ends."""
+"""Allows one start at a time in an output_dir. The main rank's process holds a lock, which ends with the process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mepa_ds import log
 from mepa_ds.errors import UserError
 
 LOCK_NAME = ".lock"
-# A file server keeps the lock of a node that is lost for some time (NFSv4: a lease of 90 s).
+# A file server keeps a lost node's lock for some time (NFSv4: a lease of 90 s).
 _LOST_NODE_SECONDS = 180.0
 
 
 class RunLock:
-    """Held from `take` to `release`. Where locks cannot be had (some file systems) nothing is locked.
+    """A lock that is held from `take` to `release`. On file systems without locks, nothing is locked.
 
     It is a POSIX record lock: forked workers, which may outlive a killed rank by seconds, do not inherit it.
     """
@@ -29,10 +29,10 @@ class RunLock:
         self._file: IO[bytes] | None = None
 
     def take(self) -> None:
-        """Raises UserError when another process holds it.
+        """Takes the lock. Raises UserError when another process holds it.
 
-        A job that SLURM has requeued waits for a lost node's lock to expire, and then goes on without it: SLURM runs no
-        job twice, and its scripts wait for the old start's ranks.
+        A job that SLURM has requeued waits for a lost node's lock to expire, and then continues without the lock. This
+        is safe, because SLURM does not run a job twice, and our job scripts wait for the ranks of the old start.
         """
         self._file = _open(self._directory / LOCK_NAME)
         requeued = int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
@@ -53,7 +53,7 @@ class RunLock:
                 told = True
             time.sleep(1)
         if self._file is not None:
-            with suppress(OSError):  # a full disk is told of elsewhere
+            with suppress(OSError):  # a full disk is reported elsewhere
                 self._file.truncate(0)
                 self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
@@ -64,7 +64,7 @@ class RunLock:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether another process holds the lock. To be asked by a process that does not: it would lose its own."""
+    """Returns whether another process holds the lock. A process that holds it must not ask: it would lose its lock."""
     try:
         file = open(directory / LOCK_NAME, "r+b", buffering=0)  # noqa: SIM115
     except OSError:
@@ -76,7 +76,7 @@ def is_held(directory: Path) -> bool:
 def _open(path: Path) -> IO[bytes] | None:
     with suppress(OSError):
         return open(path, "a+b", buffering=0)
-    with suppress(OSError):  # another user's, in a directory that both may write to
+    with suppress(OSError):  # another user's lock file in a directory that both may write to
         path.unlink()
         return open(path, "a+b", buffering=0)
     return None

@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run."""
+"""The learning rate and the number of trained scales over the steps of a run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 from mepa_ds.config.pretrain import OptimConfig
 
-FLAT = 0.05  # lin0's flat share of the steps after the warm-up
+FLAT = 0.05  # the share of the steps after the warm-up in which lin0 is flat
 
 
 def peak_lr(config: OptimConfig, global_batch: int) -> float:
-    """VAR's linear scaling: base_lr x global batch / 256."""
+    """Returns the rate by VAR's linear scaling: base_lr x global batch / 256."""
     return config.base_lr * global_batch / 256
 
 
 def scales_in_step(progressive: float | None, num_scales: int, step: int, num_steps: int) -> int:
-    """How many scales 0-based `step` of `num_steps` trains: VAR's progressive training (`pg`, without its warm-up).
+    """Returns how many scales the 0-based `step` of `num_steps` trains (VAR's progressive training: `pg`, no warm-up).
 
-    The first half of them (VAR's `pg0`) from the start; the others join one by one, evenly, until all are there after
-    `progressive` x num_steps steps. None: all from the start.
+    The first half of the scales (VAR's `pg0`) is trained from the start. The other scales join one by one, evenly,
+    until all are trained after `progressive` x num_steps steps. If `progressive` is None, all are from the start.
     """
     if progressive is None:
         return num_scales
@@ -28,10 +28,11 @@ def scales_in_step(progressive: float | None, num_scales: int, step: int, num_st
 
 
 def learning_rate(config: OptimConfig, global_batch: int, step: int, num_steps: int) -> float:
-    """Rate of 0-based `step` of `num_steps`: VAR's `lr_wd_annealing`.
+    """Returns the rate of the 0-based `step` of `num_steps`, by VAR's `lr_wd_annealing`.
 
-    Linear from warmup_start x peak over the warm-up; then with p in [0, 1] the share of what remains: lin0 is flat up
-    to p = 0.05 and linear to final_lr x peak at p = 1; cosine is final + (1 - final) (1 + cos(pi p)) / 2.
+    Over the warm-up the rate rises linearly from warmup_start x peak. After it, let p in [0, 1] be the share of the
+    remaining steps that has passed: lin0 is flat up to p = 0.05 and then linear to final_lr x peak at p = 1; cosine is
+    final + (1 - final) (1 + cos(pi p)) / 2.
     """
     peak = peak_lr(config, global_batch)
     warmup_steps = round(config.warmup * num_steps)

@@ -1,4 +1,4 @@
-"""Where numbers go beside metrics.jsonl: Weights & Biases, TensorBoard. Whatever fails there makes one warning."""
+"""Sends numbers to Weights & Biases and TensorBoard, beside metrics.jsonl. A tracker that fails gives one warning."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 
-# What is still to be sent at the end of a run takes a while; what a killed process leaves to do does not.
+# Sending the rest of the numbers at the end of a run takes a while. Once the service is killed, little is left to do.
 _CLOSE_SECONDS, _KILLED_SECONDS = 60.0, 5.0
 _SERVICE = "wandb-core"
 
 
 def open_trackers(config: PretrainConfig, step: int) -> list[Wandb | TensorBoard]:
-    """Those that the recipe names, at a step of the run."""
+    """Opens the trackers that the recipe names, at a step of the run."""
     trackers: list[Wandb | TensorBoard] = []
     if config.log.wandb_project:
         trackers.append(Wandb(config.log.wandb_project, config.output_dir, config.model_dump(mode="json")))
@@ -34,18 +34,21 @@ def open_trackers(config: PretrainConfig, step: int) -> list[Wandb | TensorBoard
 
 
 def check_packages(tensorboard: bool) -> None:
-    """Raises UserError when what the recipe wants recorded needs a package that is not there."""
+    """Raises UserError when the recipe asks for TensorBoard and its package is not installed."""
     if tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise UserError("log.tensorboard: needs the tensorboard package; run: pip install tensorboard") from error
-        except Exception:  # of its own imports; the run will say so, and go on without it
+        except Exception:  # an error in its own imports; the run warns and continues without it
             return
 
 
 class TensorBoard:
-    """Scalars for TensorBoard. Its writer is of no use after an error (a full disk): none until a rewind or a start."""
+    """Writes scalars for TensorBoard.
+
+    After an error (a full disk) its writer is of no use, so there is no writer until the next rewind or start.
+    """
 
     def __init__(self, directory: Path, step: int):
         self._directory = directory
@@ -53,7 +56,7 @@ class TensorBoard:
         self.rewind(step)
 
     def rewind(self, step: int) -> None:
-        """TensorBoard shows nothing of later steps that was written before."""
+        """Opens a new writer, which makes TensorBoard hide earlier numbers of steps after `step`."""
         self.close()
         with self._giving_up():
             from torch.utils.tensorboard import SummaryWriter
@@ -76,16 +79,16 @@ class TensorBoard:
     def _giving_up(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a full disk's comes from its thread's last write, told at the next one
+        except Exception as error:  # its thread fails to write to a full disk, and the next call raises the error
             self._writer = None
             _rests(f"{self._directory} cannot be written ({_in_a_line(error)})")
 
 
 class Wandb:
-    """The Weights & Biases run of an output_dir, the same for every start.
+    """The Weights & Biases run of an output_dir, which is the same for every start.
 
-    Its library talks to a process that it starts. A batch system that asks a run to stop sends its signal to that too,
-    which then ends. A thread does all of it, so that a process that has died or hangs holds nobody up.
+    The library starts a service process and talks to it. A batch system that asks a run to stop sends its signal to the
+    service too, which ends it. A thread makes all calls, so that a dead or hanging service does not hold up the run.
     """
 
     def __init__(self, project: str, output_dir: Path, recipe: dict[str, Any]):
@@ -103,10 +106,10 @@ class Wandb:
             self._tasks.put(lambda: self._run.log({"step": step, **scalars}))
 
     def rewind(self, step: int) -> None:
-        """Nothing: its own counter cannot go back, so `step` is a number like others, and some stand there twice."""
+        """Does nothing: the counter of wandb cannot go back. `step` is logged as a number; some steps appear twice."""
 
     def close(self) -> None:
-        """Returns within a minute or so."""
+        """Waits until all is sent, for about a minute at most."""
         self._tasks.put(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -121,13 +124,13 @@ class Wandb:
             self._run.finish()
         except (Exception, SystemExit) as error:
             self._rest(f"fails ({_in_a_line(error)})")
-        with suppress(Exception, SystemExit):  # or it would do so when Python ends, and tell of a process that is gone
+        with suppress(Exception, SystemExit):  # or it would run when Python ends, and complain of a dead service
             if self._library is not None:
                 self._library.teardown()
 
     def _start(self) -> None:
         if os.environ.get("WANDB_MODE") == "":
-            del os.environ["WANDB_MODE"]  # which is what is meant, but the library finds it misspelt
+            del os.environ["WANDB_MODE"]  # empty means unset, but the library rejects it
         import wandb
 
         self._library = wandb
@@ -144,7 +147,7 @@ class Wandb:
             config=self._recipe,
             settings=wandb.Settings(console="off", silent=True),
         )
-        # Its own counter cannot go back, but a resumed run takes some steps again.
+        # The counter of wandb cannot go back, but a resumed run trains some steps again.
         self._run.define_metric("*", step_metric="step")
         if mode == "online" and self._run.url:
             log.note(f"wandb: {self._run.url}")
@@ -165,7 +168,7 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def _kill_service() -> None:
-    """It would live on after the run, with the run's output open: who reads that would wait for ever."""
+    """Kills the service. It would outlive the run and keep its output open, so that readers would wait for ever."""
     with suppress(psutil.Error):
         for child in psutil.Process().children():
             with suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""Ends a process in which nothing moves any more, and shows where it stands."""
+"""Ends a process that makes no progress any more, and shows the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pathlib import Path
 
 from mepa_ds import distributed, log
 
-# timeout(1)'s: the run made no step for guards.hang_timeout seconds.
+# The exit code of timeout(1): the run made no progress for guards.hang_timeout seconds.
 HANG_EXIT_CODE = 124
 
 
 class Watchdog:
-    """Ends the process when nothing has moved for `timeout` seconds: all stacks to stderr and to a file, exit 124."""
+    """Ends a process without progress for `timeout` seconds: writes all stacks to stderr and a file, exits with 124."""
 
     def __init__(self, timeout: float | None, directory: Path):
         self._timeout, self._directory = timeout, directory
@@ -26,7 +26,7 @@ class Watchdog:
             threading.Thread(target=self._watch, args=(timeout,), name="watchdog", daemon=True).start()
 
     def beat(self) -> None:
-        """Something has moved."""
+        """Notes that the process has made progress."""
         self._beat = time.monotonic()
 
     def stop(self) -> None:

@@ -1,6 +1,6 @@
-"""The adversarial half of the tokenizer's training: discriminator, its optimizer, its weight against the rest.
+"""The adversarial part of the tokenizer's training: the discriminator, its optimizer, and the weight of its loss.
 
-Shape legend: B batch, H = W the image's side, h = w the side of the map of logits.
+Shape legend: B batch, H = W side of the image, h = w side of the map of logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_ADAPTIVE = 1e4
 
 
 class Adversary:
-    """One step is: `generator_term` and `accumulate` for each micro-batch, then `step` once."""
+    """Trains the discriminator. One step calls `generator_term` and `accumulate` per micro-batch, then `step` once."""
 
     def __init__(self, config: AdversarialConfig, optim: TokenizerOptimConfig, device: torch.device):
         self.config, self.clip = config, optim.clip
@@ -31,9 +31,9 @@ class Adversary:
     def generator_term(
         self, reconstruction_B3HW: Tensor, reconstruction_loss: Tensor, last_layer: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
-        """(the weighted loss of the tokenizer, the adaptive weight), scalars.
+        """Returns (the weighted loss of the tokenizer, the adaptive weight), both scalars.
 
-        Collective when adaptive: the gradients that are compared are means over ranks, of one micro-batch.
+        Collective when the weight is adaptive, because it compares the mean gradients over ranks of one micro-batch.
         """
         loss = generator_loss(self.discriminator(reconstruction_B3HW).float())
         weight = loss.new_ones(())
@@ -42,7 +42,7 @@ class Adversary:
         return self.config.weight * weight * loss, weight
 
     def accumulate(self, images_B3HW: Tensor, reconstruction_B3HW: Tensor, share: float) -> Tensor:
-        """Adds `share` times the discriminator's gradients for one micro-batch; returns its loss."""
+        """Adds `share` times the discriminator's gradients for one micro-batch; returns the discriminator's loss."""
         logits_B1hw = self.discriminator(torch.cat([images_B3HW, reconstruction_B3HW.detach()])).float()
         real_logits, fake_logits = logits_B1hw.chunk(2)
         loss = hinge_loss(real_logits, fake_logits)
@@ -53,7 +53,7 @@ class Adversary:
         return loss.detach()
 
     def step(self, lr: float) -> None:
-        """Collective: averages gradients and logits over ranks, then moves the discriminator."""
+        """Averages gradients and logits over ranks, then updates the discriminator. Collective."""
         parameters = list(self.discriminator.parameters())
         average_gradients(parameters)
         if self.clip is not None:
@@ -79,7 +79,7 @@ class Adversary:
 
 
 def build_optimizer(module: nn.Module, config: TokenizerOptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters; only kernels decay, not biases, norms or the codebook."""
+    """Builds AdamW over all parameters. Only kernels decay; biases, norms and the codebook do not."""
     kernels = [parameter for parameter in module.parameters() if parameter.ndim > 2]
     others = [parameter for parameter in module.parameters() if parameter.ndim <= 2]
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -87,7 +87,10 @@ def build_optimizer(module: nn.Module, config: TokenizerOptimConfig) -> torch.op
 
 
 def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
-    """|d reconstruction / d last layer| / |d adversarial / d last layer| (VQGAN, eq. 7), a scalar without gradient."""
+    """Returns |d reconstruction / d last layer| / |d adversarial / d last layer| (VQGAN, eq. 7): a scalar, no gradient.
+
+    Collective. The weight is at most 1e4.
+    """
     (reconstruction,) = torch.autograd.grad(reconstruction_loss, last_layer, retain_graph=True)
     (adversarial,) = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)
     reconstruction, adversarial = mean_over_ranks(torch.stack([reconstruction, adversarial]).float())

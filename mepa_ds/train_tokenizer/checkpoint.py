@@ -1,4 +1,4 @@
-"""The checkpoint of a tokenizer's training: one file, written by the main rank and read by all."""
+"""The checkpoint of a tokenizer's training: one file, written by the main rank and read by all ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _KEYS = (
     "step", "position", "tokenizer", "optimizer", "usage", "adversary", "record", "num_replaced", "unevaluated",
     "images", "config",
 )  # fmt: skip
-# A resumed run may change how it runs and how long, not what it computes.
+# A resumed run may change how and how long it runs, but not what it computes.
 _FIXED = ("seed", "tokenizer", "loss", "codebook", "optim", "precision")
 
 
 def write_checkpoint(config: TokenizerTrainingConfig, state: dict[str, Any]) -> None:
-    """Atomically. Raises UserError when the disk is full, say."""
+    """Writes the checkpoint atomically. Raises UserError when it cannot be written, for example to a full disk."""
     path = config.output_dir / CHECKPOINT_NAME
     try:
         write_torch(path, state | {"config": config.model_dump_json()})
@@ -32,10 +32,10 @@ def write_checkpoint(config: TokenizerTrainingConfig, state: dict[str, Any]) -> 
 
 
 def read_checkpoint(config: TokenizerTrainingConfig, images: str) -> dict[str, Any] | None:
-    """None if there is none. `images` names the training images and their order.
+    """Reads the checkpoint; None if there is none. `images` names the training images and their order.
 
     Raises:
-        UserError: it is damaged, or of another recipe or other images.
+        UserError: when the checkpoint is damaged, or was made with another recipe or other images.
     """
     path = config.output_dir / CHECKPOINT_NAME
     if not path.exists():

@@ -1,6 +1,6 @@
-"""Held-out quality of a tokenizer: PSNR, use of the codebook, and a picture.
+"""Measures the held-out quality of a tokenizer: PSNR, use of the codebook, and a picture.
 
-Shape legend: B batch, H = W the image's side, S scales, V codebook size, L tokens over all scales.
+Shape legend: B batch, H = W side of the image, S scales, V codebook size, L tokens over all scales.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def evaluate_tokenizer(
     max_images: int,
     gives_up: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Any], Tensor] | None:
-    """Encodes and decodes up to `max_images` images over all ranks. Collective at its end alone.
+    """Encodes and decodes up to `max_images` images over all ranks. Collective, but only at its end.
 
-    Returns None, on every rank, when `gives_up` was true on one before a batch; else:
+    Returns None, on every rank, when `gives_up` returned true on some rank before a batch. Otherwise returns metrics:
         - `psnr`: dB, mean over images of `10 log10(1 / mse)`, pixels in [0, 1];
         - `codebook_use_by_scale`, `codebook_use`: share of codes in [0, 1] that occur at all, at each scale and over
           all scales;
         - `perplexity`: exp of the entropy of the codes over all scales;
-        - `num_images`;
-        and a grid (3, h, w) in [-1, 1] of this rank's first images: originals above their reconstructions.
+        - `num_images`: the number of images over all ranks;
+        and a grid (3, h, w) in [-1, 1] of this rank's first images, with originals above their reconstructions.
     """
     device = next(tokenizer.parameters()).device
-    # decay 0 and one update: the frequencies of exactly these images
+    # With decay 0 and one update, the usage holds the frequencies of exactly these images.
     usage = CodebookUsage(tokenizer.schedule, tokenizer.config.codebook_size, decay=0.0).to(device)
     hits_SV = torch.zeros_like(usage.mean_SV)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
@@ -77,7 +77,7 @@ def evaluate_tokenizer(
 
 
 def reconstruction_grid(images_B3HW: Tensor, reconstruction_B3HW: Tensor) -> Tensor:
-    """(3, h, w): a row of eight images above the row of their reconstructions, and so on."""
+    """Returns a picture (3, h, w) that alternates rows of eight images and rows of their reconstructions."""
     rows = []
     for originals, copies in zip(images_B3HW.cpu().split(8), reconstruction_B3HW.cpu().split(8), strict=True):
         rows += [torch.cat(list(originals), dim=2), torch.cat(list(copies), dim=2)]

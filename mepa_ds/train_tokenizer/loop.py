@@ -1,7 +1,7 @@
-"""Training of the multi-scale tokenizer: `mepa train-tokenizer`.
+"""The training loop of the multi-scale tokenizer: `mepa train-tokenizer`.
 
-The output directory holds `config.json` and `model.safetensors` (Tokenizer.load) once training has finished,
-`metrics.jsonl`, `reconstructions/`, `resolved.yaml`, `status.json`, and `checkpoint.pt` to resume from.
+The output directory holds `metrics.jsonl`, `reconstructions/`, `resolved.yaml`, `status.json`, and `checkpoint.pt` to
+resume from. Once training has finished, it also holds `config.json` and `model.safetensors` (Tokenizer.load).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mepa_ds.weights.state_dict_files import WEIGHTS_NAME
 def train_tokenizer(config: TokenizerTrainingConfig, requests: StopRequests) -> bool:
     """Trains to the end of the recipe, from the last checkpoint if there is one. Collective.
 
-    Returns whether the run is finished; if not, a signal has stopped it, and it has been saved.
+    Returns whether the run is finished. If it is not, a signal has stopped it, and it has been saved.
 
     Raises:
         UserError: on every rank, before any step, if the recipe does not fit the ranks, the shards, or the checkpoint.
@@ -75,28 +75,28 @@ def _train(config: TokenizerTrainingConfig, device: torch.device, requests: Stop
 
 
 class _Start(NamedTuple):
-    """Where a run begins or goes on."""
+    """The state from which a run begins or continues."""
 
     trainer: TokenizerTrainer
     images: str
-    """Which training images, and in which order."""
+    """Names the training images and their order."""
     unevaluated: bool
-    """A stop came before the evaluation of this step."""
+    """Whether the run was stopped before the evaluation of this step."""
     num_replaced: int
     """Damaged images since the last record, over all ranks."""
     changes: dict[str, list[Any]]
-    """Of the recipe, since the checkpoint."""
+    """Changes of the recipe since the checkpoint."""
 
 
 class _Loop:
-    """Steps, records, evaluations and checkpoints."""
+    """Takes steps, and writes records, evaluations and checkpoints."""
 
     def __init__(self, config: TokenizerTrainingConfig, start: _Start, requests: StopRequests):
         self.config, self.trainer, self.images = config, start.trainer, start.images
         self.requests, self.agreement = requests, Agreement(requests)
-        # damaged images since the last record, on this rank
+        # Damaged images since the last record. On the main rank the count includes the total of the checkpoint.
         self.num_replaced = start.num_replaced if distributed.is_main() else 0
-        # rank 0 alone writes
+        # Only rank 0 writes.
         self.writer: MetricsWriter | None = None
         if distributed.is_main():
             anew = "heldout" if start.unevaluated else None
@@ -105,7 +105,7 @@ class _Loop:
             self._write("recipe_changed", {"changes": start.changes})
 
     def run(self, unevaluated: bool) -> bool:
-        """Whether the run is finished. unevaluated: the step it begins at is to be evaluated first."""
+        """Trains; returns whether the run is finished. unevaluated: the step it starts from is evaluated first."""
         trainer, log = self.trainer, self.config.log
         self._say_status("running")
         batches = self._training_batches()
@@ -166,7 +166,7 @@ class _Loop:
             yield batch
 
     def _all_replaced(self) -> int:
-        """Damaged images that were replaced since the last record, on all ranks. Collective."""
+        """Returns how many damaged images were replaced since the last record, on all ranks. Collective."""
         return int(sum_over_ranks(torch.tensor(self.num_replaced, device=self.trainer.device)))
 
     def _say_status(self, state: RunStatus, **facts: str) -> None:
@@ -174,11 +174,11 @@ class _Loop:
             steps = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
             try:
                 write_status(self.config.output_dir, state, **steps, **facts)
-            except OSError as error:  # does not end a run
+            except OSError as error:  # a failed write of the status does not end a run
                 log.note(f"warning: {self.config.output_dir / 'status.json'} cannot be written: {error}")
 
     def _evaluate(self, progress: tqdm[Any], to_the_end: bool = False) -> bool:
-        """False: given up, since a rank was asked to stop. The same on every rank."""
+        """Evaluates the tokenizer. Returns False, on every rank, if a rank was asked to stop meanwhile."""
         if self.config.data.heldout_images is None:
             return True
         batches = images_once(
@@ -202,7 +202,7 @@ class _Loop:
             try:
                 save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
                 save_image(grid, self.config.output_dir / "reconstructions.png")
-            except Exception as error:  # pictures end no run
+            except Exception as error:  # a picture that fails does not end a run
                 progress.write(f"warning: a picture could not be written ({error})")
             progress.write(
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
@@ -233,7 +233,7 @@ class _Loop:
 
 
 def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
-    """Builds the trainer, and resumes it; an error on any rank is raised on all."""
+    """Builds and resumes the trainer; an error on any rank is raised on all ranks."""
     start: _Start | None = None
     error: UserError | None = None
     try:
@@ -280,7 +280,7 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:
     source = Tokenizer.open(path, tokenizer.config.scales)
-    if source.config.phi_ratio != tokenizer.config.phi_ratio:  # no shape shows it
+    if source.config.phi_ratio != tokenizer.config.phi_ratio:  # the shapes of the weights do not show phi_ratio
         raise UserError(
             f"start_from: {path} was trained with phi_ratio {source.config.phi_ratio}, and the recipe says "
             f"{tokenizer.config.phi_ratio}; set tokenizer.phi_ratio={source.config.phi_ratio}"

@@ -1,4 +1,4 @@
-"""Gradients averaged over ranks."""
+"""Averages gradients over ranks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _BUCKET_BYTES = 64 * 2**20
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replaces gradients by their mean over ranks, in buckets of 64 MiB. Collective.
 
-    By hand rather than by DDP: the adversarial step runs several backward passes over parts of the graph, and
-    gradient accumulation needs one reduction a step, not one a pass.
+    This is done by hand and not by DDP, because the adversarial step runs several backward passes over parts of the
+    graph, and gradient accumulation needs one reduction per step, not one per pass.
     """
     if not dist.is_initialized():
         return

@@ -1,10 +1,10 @@
-"""One optimizer step of the tokenizer, and everything that a resumed run needs to take the next one.
+"""One optimizer step of the tokenizer, and all state that a resumed run needs to take the next step.
 
-Nothing here depends on the number of ranks or micro-batches, to rounding: gradients and code counts are summed over
+Up to rounding, nothing here depends on the number of ranks or micro-batches: gradients and code counts are summed over
 both, and every random choice belongs to a position in the stream of samples or to a step. (The adaptive adversarial
-weight is the exception: it compares gradients of one micro-batch.)
+weight is the exception, because it compares gradients of one micro-batch.)
 
-Shape legend: B images of this rank in a micro-batch, G images of the global batch, H = W their side, S scales,
+Shape legend: B images of this rank in a micro-batch, G images of the global batch, H = W side of an image, S scales,
 V codebook size, D dead codes, C code width, L tokens over all scales.
 """
 
@@ -34,7 +34,7 @@ from mepa_ds.train_tokenizer.adversary import Adversary, build_optimizer
 from mepa_ds.train_tokenizer.reduce import average_gradients
 from mepa_ds.train_tokenizer.revival import Revival
 
-# Streams of random numbers: each is a pure function of (seed, stream, position or step).
+# Numbers of the random streams. Each stream is a pure function of (seed, stream, position or step).
 _DROPOUT, _REVIVAL = 1, 2
 
 
@@ -53,26 +53,26 @@ class TokenizerTrainer:
         self.lpips = load_lpips(perceptual.network, perceptual.backbone_weights).to(device) if perceptual else None
         self.fresh_codes = config.start_from is None
         if self.fresh_codes:
-            # They move onto residuals of the first step, which are the latent's own only where the codes are nothing.
+            # Fresh codes move onto residuals of the first step. Only zero codes leave the latent itself as residual.
             nn.init.zeros_(self.tokenizer.quantizer.codebook.weight)
         self.step_index = 0
         self.position = 0
-        # Of the record that comes next: sums over this rank's micro-batches, and over how many steps.
+        # For the next record: sums over this rank's micro-batches, and the number of steps in each sum.
         self._totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
         self._num_steps_of: dict[str, float] = defaultdict(float)
         self._num_revived = 0
 
     @property
     def local_batch(self) -> int:
-        """B: images of this rank in one micro-batch."""
+        """B, the number of images of this rank in one micro-batch."""
         return self.config.train.global_batch // (distributed.world_size() * self.config.train.accumulation)
 
     def lr_at(self, step_index: int) -> float:
-        """Learning rate of a 0-based step."""
+        """Returns the learning rate of a 0-based step."""
         return learning_rate(self.config.optim, self.config.train.global_batch, step_index, self.num_steps)
 
     def step(self, batches: Iterator[ImageBatch]) -> None:
-        """One optimizer step over `accumulation` micro-batches. Collective."""
+        """Takes one optimizer step over `accumulation` micro-batches. Collective."""
         schedule, accumulation = self.tokenizer.schedule, self.config.train.accumulation
         hits_SV = torch.zeros(schedule.num_scales, self.config.tokenizer.codebook_size, device=self.device)
         revival = self._plan_revival()
@@ -97,7 +97,7 @@ class TokenizerTrainer:
         self.position += self.config.train.global_batch
 
     def _accumulate(self, images_B3HW: Tensor, num_scales_B: Tensor | None) -> Quantized:
-        """Forward and backward of one micro-batch."""
+        """Runs forward and backward of one micro-batch."""
         loss_config, share = self.config.loss, 1 / self.config.train.accumulation
         with self._autocast():
             quantized: Quantized = self.tokenizer.quantizer(self.tokenizer.latent(images_B3HW), num_scales_B)
@@ -116,7 +116,7 @@ class TokenizerTrainer:
                     reconstruction_B3HW, fidelity, last_layer
                 )
             loss = loss + terms["adversarial"]
-        # Only the tokenizer's gradients: the adversarial term runs through the discriminator without training it.
+        # Only the tokenizer gets gradients: the adversarial term passes through the discriminator without training it.
         (share * loss).backward(inputs=self.parameters)
         terms["loss"] = loss
         if adversary is not None:
@@ -148,7 +148,10 @@ class TokenizerTrainer:
         return self.adversary if started else None
 
     def _num_scales(self, position: int, count: int) -> Tensor | None:
-        """(B,) scales that each sample uses (quantizer dropout); a function of its position in the stream."""
+        """Returns (B,) numbers of scales that samples use (quantizer dropout), by their positions in the stream.
+
+        None: all samples use all scales.
+        """
         codebook, S = self.config.codebook, self.tokenizer.schedule.num_scales
         if not codebook.dropout:
             return None
@@ -160,7 +163,7 @@ class TokenizerTrainer:
         return torch.from_numpy(num_scales_B).to(self.device, torch.int64)
 
     def _plan_revival(self) -> Revival | None:
-        """The codes that move after this step: the dead ones when it is time, and all before the first step."""
+        """Chooses the codes that move after this step: all fresh codes in the first step, later the dead codes."""
         codebook = self.config.codebook
         if self.step_index == 0 and self.fresh_codes:
             dead_D = torch.arange(self.config.tokenizer.codebook_size, device=self.device)
@@ -179,8 +182,8 @@ class TokenizerTrainer:
         return Revival.drawn(dead_D, counts_GL, self.config.tokenizer.code_width, key)
 
     def check_finite(self) -> None:
-        """Raises a UserError on all ranks alike if a gradient since the last call of `metrics` was not finite."""
-        # The norm is of gradients averaged over ranks: a loss that is NaN anywhere shows everywhere.
+        """Raises UserError, on every rank, if a gradient since the last call of `metrics` was not finite."""
+        # The norm is taken of gradients averaged over ranks, so a NaN loss on one rank shows on all ranks.
         if not math.isfinite(float(self._totals["grad_norm"])):
             raise UserError(
                 f"the gradients became infinite or NaN before step {self.step_index}; lower optim.base_lr, "
@@ -188,7 +191,7 @@ class TokenizerTrainer:
             )
 
     def metrics(self) -> dict[str, Any]:
-        """Means since the last call, over ranks, and the usage of codes. Collective."""
+        """Returns means over ranks since the last call, and the usage of codes. Collective."""
         names = sorted(self._totals)
         totals = mean_over_ranks(torch.stack([self._totals[name] for name in names])).tolist()
         record: dict[str, Any] = {
@@ -203,7 +206,7 @@ class TokenizerTrainer:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """The same on every rank. Collective."""
+        """Returns the state, which is the same on every rank. Collective."""
         return {
             "step": self.step_index,
             "position": self.position,

@@ -100,7 +100,7 @@ def test_best_weights_that_were_not_copied_along_are_looked_for_anew(folder: Pat
     best = folder / "branched/best"
     best.symlink_to(folder / "another_disk")
     log = finish(arguments(folder, "branched"), 1, folder / "branched.log")
-    assert log.count(f"warning: {best}: no weights there, though this run had evaluated some as its best") == 1
+    assert log.count(f"warning: {best} has no weights, though evaluations of this run had found its best ones") == 1
     assert f"warning: {best} was a link to {folder / 'another_disk'}" in log
     assert json.loads((best / "training.json").read_text()) == {"step": 12}
     ours, theirs = read_state_dict(best), read_state_dict(folder / "whole/best")
@@ -406,7 +406,7 @@ def test_a_stop_without_a_checkpoint_says_where_the_run_goes_on(folder: Path) ->
         ranks.signal(signal.SIGUSR1, 0)
         assert ranks.wait() == [75, 75], log.read_text()
     step = checkpoint_files.step_of(newest)
-    assert f"start again to go on from step {step}, the last checkpoint (that of this step could not be" in (
+    assert f"start again to go on from step {step}, the last checkpoint (the checkpoint of this step could not be" in (
         log.read_text()
     )
 

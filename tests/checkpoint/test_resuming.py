@@ -124,7 +124,7 @@ def test_scores_on_other_heldout_tokens_are_not_compared(folder: Path) -> None:
     finish(arguments(folder, "scores", other, "train.steps=12"), 1, folder / "scores2.log")
     records = list(read_metrics(folder / "scores/metrics.jsonl"))
     assert [r["message"] for r in records if r["event"] == "heldout_changed"] == [
-        "data.heldout_tokens has changed: what scored best on the old ones is no longer compared with"
+        "data.heldout_tokens has changed, so the best score on the old held-out set no longer counts"
     ]
     heldout = [record for record in records if record["event"] == "heldout"]
     assert heldout[-1]["step"] == 12
@@ -149,7 +149,8 @@ def test_heldout_classes_are_those_of_training(folder: Path) -> None:
         (named / "index.json").write_text(json.dumps(index | {"classes": classes}))
         data.append(f"data.{key}={named}")
     message = refused(folder, "classes", *data)
-    assert "have other classes: label 0 is 'cat' there and 'Fox' here; make one of them again" in message
+    expected = "have different classes: label 0 is 'cat' in the first and 'Fox' in the second; make one of them again"
+    assert expected in message
     finish(arguments(folder, "unnamed", data[1]), 1, folder / "unnamed.log")  # what has no names is not compared
 
 

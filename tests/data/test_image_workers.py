@@ -59,7 +59,7 @@ def test_a_signal_to_the_whole_step_lets_the_rank_save(tmp_path: Path, number: s
         printed, errors = rank.communicate(timeout=60)
     assert printed == f"saved after {number.name}\n", errors
     assert rank.returncode == 75, errors
-    assert errors == f"{number.name}: the step ends, the run is saved and stops; a second one ends it at once\n"
+    assert errors == f"{number.name}: the step ends, the run is saved and stops; a second signal ends it at once\n"
     with pytest.raises(ProcessLookupError):  # no worker is left
         os.killpg(rank.pid, 0)
 

@@ -204,7 +204,7 @@ def test_a_mixture_for_a_dense_run_or_another_mixture(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"set model\.moe\.num_experts=4 model\.moe\.top_k=1$"):
         load_initial_weights(dense_model(moe={"num_experts": 6}), tmp_path / "moe")
     dense_model().save_pretrained(tmp_path / "dense")
-    with pytest.raises(UserError, match=r"With model\.moe\.router=expert_choice it cannot become one; use another"):
+    with pytest.raises(UserError, match=r"With model\.moe\.router=expert_choice it cannot be upcycled; use another"):
         load_initial_weights(dense_model(moe={"router": "expert_choice"}), tmp_path / "dense")
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mepa_ds.objective.objective import Losses, ScaleScores, nonfinite_routers
 
 from mepa_ds.models.moe.routing import RoutingStatistics
+from mepa_ds.objective.objective import Losses, ScaleScores, nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite, reduce_losses, score_report
 
 

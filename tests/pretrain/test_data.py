@@ -52,7 +52,10 @@ def refused_alike(config: PretrainConfig, message: str) -> None:
 def test_a_validation_set_that_lacks_a_class(folder: Path) -> None:
     change(folder, "train.tokens", classes=["cat", "dog", "fox"])
     change(folder, "heldout.tokens", classes=["cat", "fox"])
-    message = r"label 1 is 'dog' there and 'fox' here; make one of them again .*build_shards\.py has --classes for that"
+    message = (
+        r"label 1 is 'dog' in the first and 'fox' in the second; make one of them again .*"
+        r"build_shards\.py has --classes for that"
+    )
     refused_alike(config_of(folder), message)
     change(folder, "train.tokens", classes=[])
     refused_alike(

@@ -54,7 +54,7 @@ def test_a_signal_on_any_rank_saves_and_asks_to_be_started_again(folder: Path) -
     assert stopped_at == [7, 14], "each ends the step that was under way, and the one in which all ranks agree"
     log = finish([str(folder / "recipe.yaml"), f"output_dir={output}"], 2, folder / "stopped.log")
     assert f"stopped at step {stopped_at[1]} of {STEPS} (SIGINT); start again to go on:\n" in log
-    assert log.count("SIGINT: the step ends, the run is saved and stops; a second one ends it at once\n") == 1
+    assert log.count("SIGINT: the step ends, the run is saved and stops; a second signal ends it at once\n") == 1
     assert "Traceback" not in log
     assert f"at step {stopped_at[0]} of {STEPS}" in log
     assert losses(output) == losses(folder / "whole")

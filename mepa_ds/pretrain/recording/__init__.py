@@ -1,1 +1,1 @@
-"""What is recorded of steps: their report, means over several, and what detectors see in them."""
+"""The records of steps: the report of one step, means over several steps, and detectors of problems."""

@@ -1,4 +1,4 @@
-"""What numbers of a run say that nobody may be looking at: loss spikes, experts that nobody chooses, a slow rank.
+"""Detectors of problems that nobody may be watching for: loss spikes, experts that no token chooses, a slow rank.
 
 Shapes: S scales, E experts.
 """
@@ -11,22 +11,25 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-# So many spikes in a row are no spike but a new level, which is enough of them to judge by.
+# `_SPIKE_MIN` losses are enough to judge by. As many spikes in a row are a new level of the loss, not a spike.
 _SPIKE_WINDOW, _SPIKE_MIN, _SPIKE_DEVIATIONS = 50, 10, 6.0
-# 1 % of the load; with many experts, 8 % of an even share.
+# An expert has collapsed below 1 % of the load or, with many experts, below 8 % of an even share.
 _COLLAPSED_SHARE, _COLLAPSED_OF_EVEN, COLLAPSED_STEPS = 0.01, 0.08, 500
 SLOW_RANK_RATIO, SLOW_RANK_RECORDS = 1.3, 10
 
 
 class SpikeDetector:
-    """A loss far above the recent ones: more than 6 deviations (of their median) over the median of the last 50."""
+    """Finds a loss that is more than 6 deviations above the median of the last 50 losses.
+
+    The deviation is 1.4826 times the median absolute deviation, and at least 1 % of the median.
+    """
 
     def __init__(self, history: Iterable[float]):
         self._recent: deque[float] = deque(history, maxlen=_SPIKE_WINDOW)
         self._spikes: list[float] = []
 
     def __call__(self, loss: float) -> bool:
-        """Whether this loss is a spike; it joins the recent ones unless it is. 10 in a row take their place."""
+        """Returns whether this loss is a spike. Other losses join the recent ones; 10 spikes in a row replace them."""
         if not math.isfinite(loss):
             return True
         if len(self._recent) >= _SPIKE_MIN:
@@ -44,13 +47,13 @@ class SpikeDetector:
 
 
 class CollapseDetector:
-    """Experts with less than min(1 %, 8 % of an even share) of the routed pairs at every record of 500 steps."""
+    """Finds experts with less than min(1 %, 8 % of an even share) of the routed pairs at every record of 500 steps."""
 
     def __init__(self) -> None:
         self._since: dict[tuple[str, int], int] = {}
 
     def __call__(self, step: int, layers: dict[str, dict[str, Any]]) -> list[str]:
-        """From the routing record of `step`: "layer.expert" of all that are collapsed."""
+        """Takes the routing record of `step`; returns "layer.expert" for each collapsed expert."""
         for layer, report in layers.items():
             limit = min(_COLLAPSED_SHARE, _COLLAPSED_OF_EVEN / len(report["load"]))
             for expert, share in enumerate(report["load"]):
@@ -64,13 +67,13 @@ class CollapseDetector:
 
 
 class SlowRankDetector:
-    """One rank that takes more than 1.3 times as long for its own work as the fastest one, in 10 records running."""
+    """Finds a rank that takes over 1.3 times as long for its own work as the fastest rank, in 10 records in a row."""
 
     def __init__(self) -> None:
         self._rank, self._records = -1, 0
 
     def __call__(self, own: dict[str, float]) -> int | None:
-        """From `{"min", "max", "max_rank"}` of one record: the slow rank, once every 10 records."""
+        """Takes `{"min", "max", "max_rank"}` of one record; returns the slow rank, once every 10 records."""
         rank = int(own["max_rank"])
         if own["max"] <= SLOW_RANK_RATIO * own["min"]:
             rank = -1

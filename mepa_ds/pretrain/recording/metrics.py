@@ -1,4 +1,4 @@
-"""What a record in metrics.jsonl holds: means since the last one, and of the step at its end routing and timing."""
+"""The records in metrics.jsonl: means since the last record, and routing and timing of the step at its end."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from mepa_ds.pretrain.recording.window import Window
 from mepa_ds.runtime.recorder import Recorder, peak_memory_bytes
 from mepa_ds.scales import ScaleSchedule
 
-# Seconds of a step, by part, and the most memory used: what ranks are compared by.
-# "data" is the time until all ranks have a batch, "loader" this rank's own part of it; "all_to_all" is the wait for
-# tokens that travel, within forward and backward; "own" is loader, inputs and forward less all waiting for other ranks,
-# so that a slow rank shows up there and not in its peers' times.
+# Ranks are compared by these parts of a step's seconds, and by the most memory used.
+# "data" is the time until all ranks have a batch, and "loader" is this rank's own part of it. "all_to_all" is the wait
+# for travelling tokens, within forward and backward. "own" is loader, inputs and forward without the waits for other
+# ranks, so that a slow rank shows in its own time and not in its peers' times.
 _PARTS = ("step", "data", "loader", "inputs", "forward", "backward", "optimizer", "all_to_all", "own")
 _DAMAGE_SHOWN = 100
 
 
 class StepMetrics:
-    """Made on every rank, since numbers are reduced over ranks; the main rank's recorder writes them.
+    """Gathers the metrics of steps. Every rank makes one, since numbers are reduced over ranks; the main rank writes.
 
-    `window`: the sums that a checkpoint cut in two (`cut`). `step_flops`: FLOPs of a step that trains so many scales.
-    `peak_flops`: of one device a second, None where it is not known.
+    `window` has the sums that a checkpoint stored between two records (`cut`). `step_flops` gives the FLOPs of a step
+    by the number of scales it trains. `peak_flops` is FLOPs per second of one device, None if unknown.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class StepMetrics:
         self._collapsed = CollapseDetector()
         self._slow_rank = SlowRankDetector()
         self._noted: list[int] = []
-        """Applied steps whose losses no one has looked at yet."""
+        """Applied steps whose losses have not been checked for spikes yet."""
 
     def note(self, report: StepReport) -> None:
-        """After every step. Its losses stay on the device until a record is due, so that no spike goes unseen."""
+        """Notes every step. Its losses stay on the device until a record is due, so that no spike is missed."""
         tokens = self._global_batch * self._schedule.bounds[report.num_scales - 1][1]
         flops_done = self._step_flops(report.num_scales)
         self._speed.add(self._global_batch, tokens, flops_done, report.clock.total)
@@ -69,23 +69,23 @@ class StepMetrics:
             self._noted.append(report.step)
 
     def restart(self, window: dict[str, Any]) -> None:
-        """After a rollback: the steps since the last record are taken again."""
+        """Starts again from `window` after a rollback, because the steps since the last record are trained again."""
         self._window.restart(window)
         self._speed = _Speed()
         self._noted.clear()
 
     def cut(self) -> dict[str, Any]:
-        """The sums since the last record, for a checkpoint: a resumed run's record goes on from them. Collective."""
+        """Returns the sums since the last record for a checkpoint; a resumed run continues from them. Collective."""
         kept, losses = self._window.reduce()
         self._look_for_spikes(losses)
         return kept
 
     def write(self, report: StepReport, place: dict[str, float], damaged: list[str], loader_seconds: float) -> None:
-        """Reduces the numbers over the ranks, and records them. Collective.
+        """Reduces the numbers over the ranks and records them. Collective.
 
         Args:
-            place: how far the run is: its epoch, images, skipped steps, replaced samples.
-            damaged: what was wrong with samples that others took the place of, on all ranks.
+            place: how far the run is, as epoch, images, skipped steps and replaced samples.
+            damaged: what was wrong with the samples that were replaced, on all ranks.
             loader_seconds: this rank's own part of the wait for data in this step.
         """
         seconds = _seconds_by_part(report.clock, loader_seconds)
@@ -129,7 +129,7 @@ class StepMetrics:
             self._recorder.warn("collapsed_experts", step, line, experts=collapsed)
 
     def _look_for_spikes(self, losses: list[float]) -> None:
-        """`losses` are those of the steps noted since the last call."""
+        """Warns of loss spikes. `losses` has one loss for each step noted since the last call."""
         steps, self._noted = self._noted, []
         for step, loss in zip(steps, losses, strict=True):
             if self._is_spike(loss):
@@ -147,7 +147,7 @@ class StepMetrics:
 
 
 def _seconds_by_part(clock: StepClock, loader: float) -> dict[str, float]:
-    """In the order of `_PARTS`."""
+    """Returns this rank's seconds in the order of `_PARTS`."""
     seconds, waits = clock.seconds, clock.waits
     parts = {
         **seconds,
@@ -161,9 +161,9 @@ def _seconds_by_part(clock: StepClock, loader: float) -> dict[str, float]:
 
 @dataclass
 class _Speed:
-    """Since the last record, or this start: what steps did, and the wall clock of these steps alone.
+    """The work and the wall-clock time of the steps since the last record, or since this start.
 
-    Evaluations, checkpoints and pictures between them do not count.
+    The time of evaluations, checkpoints and pictures between steps does not count.
     """
 
     steps: int = 0
@@ -189,7 +189,7 @@ class _Speed:
 
 
 def _compare_ranks(mine: list[float]) -> dict[str, dict[str, float]]:
-    """Each number's smallest and largest value over the ranks, and the rank of the largest. Collective."""
+    """Returns each number's smallest and largest value over the ranks, and the rank of the largest. Collective."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     table = torch.zeros(distributed.world_size(), len(mine), device=device, dtype=torch.float32)
     table[distributed.rank()] = torch.tensor(mine, device=device)

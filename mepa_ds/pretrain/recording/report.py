@@ -1,4 +1,4 @@
-"""What one optimizer step leaves behind for its record: losses, norm, and where its time went."""
+"""The report of one optimizer step for its record: losses, gradient norm, and seconds by part."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from mepa_ds.objective.objective import Losses
 
 @dataclass
 class StepReport:
-    """One step of this rank. `losses` has one entry a micro-batch.
+    """One step of this rank. `losses` has one entry per micro-batch.
 
-    A step whose gradient is not finite on any rank is not `applied`: weights and moments stay as they were.
+    When the gradient is not finite on some rank, the step is not `applied`: weights and moments stay as they were.
     """
 
     step: int
-    """Its number, from 1."""
+    """The number of the step, from 1."""
     lr: float
     num_scales: int
-    """How many scales it trained (train.progressive)."""
+    """The number of scales that the step trained (train.progressive)."""
     losses: list[Losses]
     grad_norm: float
-    """Over all ranks, before clipping."""
+    """The norm over all ranks, before clipping."""
     applied: bool
     clock: StepClock
 
 
 class StepClock:
-    """Seconds by part of a step, and this rank's waits for others within each part.
+    """Measures seconds by part of a step, and this rank's waits for other ranks within each part.
 
-    On a GPU the seconds are those in which work was enqueued, unless the clock is `synchronous`: it then waits for the
-    GPU at the end of each part, which costs time itself.
+    On a GPU only the time to enqueue the work is measured, unless the clock is `synchronous`. A synchronous clock waits
+    for the GPU at the end of each part, which itself costs time.
     """
 
     def __init__(self, synchronous: bool, waited: Callable[[], float]):
@@ -47,7 +47,7 @@ class StepClock:
         self.total = self.tokens_waited = 0.0
 
     def lap(self, part: str) -> None:
-        """The time since the last lap belongs to `part`."""
+        """Adds the time since the last lap to `part`."""
         if self._synchronous:
             torch.cuda.synchronize()
         now, waited = time.perf_counter(), self._waited()
@@ -56,5 +56,5 @@ class StepClock:
         self._last, self._waited_before = now, waited
 
     def stop(self, tokens_waited: float) -> None:
-        """The step is over: `total` is its time, `tokens_waited` the part of it that waited for tokens to travel."""
+        """Ends the step: `total` is its time, and `tokens_waited` is the part spent waiting for travelling tokens."""
         self.total, self.tokens_waited = time.perf_counter() - self._began, tokens_waited

@@ -1,4 +1,4 @@
-"""Means over the steps since the last record, so that a line in the log is not one batch's.
+"""Means over the steps since the last record, so that a line in the log does not show a single batch.
 
 Shapes: S scales.
 """
@@ -21,26 +21,26 @@ _SCORES = [field.name for field in fields(ScaleScores)]
 
 
 class Window:
-    """Sums of loss terms, scores and gradient norms. Steps that were not applied are not among them.
+    """Sums of loss terms, scores and gradient norms, over applied steps only.
 
-    What a step leaves stays on the device until `reduce`. Steps are added one by one, in double precision, so that a
-    window which a checkpoint cuts in two (`kept`: what `reduce` gave then) has the very means of one that it does not.
+    The numbers of a step stay on the device until `reduce`. Steps are added one by one, in double precision. So the
+    means are exactly the same whether or not a checkpoint cuts the window in two (`kept` is what `reduce` returned).
     """
 
     def __init__(self, kept: dict[str, Any]):
         self.restart(kept)
 
     def restart(self, kept: dict[str, Any]) -> None:
-        """Forgets all steps but those in `kept`."""
+        """Forgets all steps except the ones summed in `kept`."""
         self._waiting: list[Tensor] = []
         self._names: list[str] = kept.get("names", [])
         self._sums: list[float] = kept.get("sums", [])
         self._grad_norm: float = kept.get("grad_norm", 0.0)
         self._steps: int = kept.get("steps", 0)
-        """Of those in the sums."""
+        """The number of steps in the sums."""
 
     def note(self, report: StepReport) -> None:
-        """A step, if it was applied."""
+        """Adds a step, if it was applied."""
         if not report.applied:
             return
         self._names = list(report.losses[0].terms)
@@ -51,7 +51,7 @@ class Window:
         self._grad_norm += report.grad_norm
 
     def reduce(self) -> tuple[dict[str, Any], list[float]]:
-        """Sums so far (as `kept`; empty without a step), and the losses of steps that are new in them. Collective."""
+        """Returns the sums so far (`kept`; empty without a step) and the losses of newly added steps. Collective."""
         losses = []
         if self._waiting:
             reduced = distributed.sums_over_ranks([torch.stack(self._waiting)])[0]
@@ -68,7 +68,10 @@ class Window:
         return kept, losses
 
     def means(self, names: list[str], num_scales: int) -> dict[str, Any]:
-        """Of what was reduced: `steps`, `loss`, its terms, scores, `grad_norm`, NaN without a step. Begins anew."""
+        """Returns the means of what was reduced, and starts a new window.
+
+        The keys are `steps`, `loss`, its terms, the scores and `grad_norm`. Means are NaN without a step.
+        """
         steps, count = self._steps, len(names)
         sums = self._sums or [math.nan] * count + [0.0] * len(_SCORES) * num_scales
         divisor = max(steps, 1)
