@@ -139,15 +139,21 @@ def same_codes(first: list[Tensor], second: list[Tensor]) -> float:
     return equal.float().mean().item()
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    torch.set_num_threads(options.threads)
-    model = NextScaleTransformer.from_preset(f"var-d{options.depth}").eval()
-    with torch.no_grad():  # gates and head of a trained model's size, so that codes depend on every block
+def lively_model(depth: int) -> NextScaleTransformer:
+    """Gates and head have the size of a trained model's, so that the codes depend on every block."""
+    model = NextScaleTransformer.from_preset(f"var-d{depth}").eval()
+    with torch.no_grad():
         block: Any
         for block in model.blocks:
             block.adaln.weight[: 2 * model.config.C] *= 300
         model.head.weight *= 50
+    return model
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.set_num_threads(options.threads)
+    model = lively_model(options.depth)
     half = NextScaleTransformer(model.config).to(torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
     config = TokenizerConfig()
