@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tiny_run import ROOT
 
 
@@ -17,6 +19,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_all_layers_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
     report = tmp_path / "moe.json"
     shapes = ["--shapes", "16x32x4", "16x32x8"]

@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (1, []),
         (2, ["parallel.ep_size=2"]),
-        (1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"]),
+        pytest.param(1, ["parallel.activation_checkpointing=blocks", "optim.ema=0.99"], marks=pytest.mark.slow),
         pytest.param(1, [f"parallel.deepspeed={ROOT}/ds_configs/zero1.json"], marks=pytest.mark.slow),
         pytest.param(1, ["train.accumulation=2"], marks=pytest.mark.slow),
     ],
@@ -279,12 +279,16 @@ def stored_hidden(plan: Plan) -> int:
     return alignment.projector_hidden
 
 
+@pytest.mark.slow
 def test_every_teacher_of_the_registry_has_a_plan() -> None:
     for name in TEACHERS:
         plan = plan_networks(online_config(name, "nowhere"), batch=1)
         assert plan.teacher_patches == 256
         assert plan.teacher_width is not None
         assert plan.teacher_width >= 64
+
+
+def test_a_teacher_that_cannot_be_planned_is_refused() -> None:
     with pytest.raises(UserError, match="teacher 'dinov9' is unknown"):
         plan_networks(online_config("dinov9", "hub"), batch=1)
     with pytest.raises(UserError, match="timm's beit_base_patch16_224 is not a plain ViT"):

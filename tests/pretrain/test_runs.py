@@ -98,7 +98,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder: Path, single: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "setting", ["parallel.precision=bf16", pytest.param("parallel.precision=fp16", marks=needs_fp16), "zero1"]
+    "setting",
+    [
+        pytest.param("parallel.precision=bf16", marks=pytest.mark.slow),
+        pytest.param("parallel.precision=fp16", marks=needs_fp16),
+        "zero1",
+    ],
 )
 def test_other_precisions_and_zero_1_resume_exactly_too(folder: Path, setting: str) -> None:
     """fp16 with a loss scale that has fallen and is to rise: its state is part of the checkpoint."""
