@@ -55,11 +55,11 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mepa_ds", "quickstart"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1100)
 def test_quickstart_runs_reports_and_resumes(directory: Path) -> None:
     first = quickstart(directory)
     assert first.returncode == 0, first.stdout + first.stderr
