@@ -37,6 +37,7 @@ def test_all_layers_are_compared_on_the_same_tokens(tmp_path: Path) -> None:
     assert "16x32, fp32, imbalance 4: E = 8 takes" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_table_without_ours_and_a_rank_that_dies(tmp_path: Path) -> None:
     result = benchmark("--shapes", "16x32x4", "--contenders", "dense", "--no-ep", "--dtypes", "fp32")
     assert result.returncode == 0, result.stderr

@@ -26,7 +26,7 @@ from tests.on_request import FULL
 from tests.ranks import Ranks, arguments, finish, last_step
 from tests.tiny_run import losses, make_run
 
-NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (4, 2)
+NUM_KILLS, NUM_SIGNALS = (30, 10) if FULL else (3, 2)
 STEPS = 20 + 6 * (NUM_KILLS + NUM_SIGNALS)
 
 

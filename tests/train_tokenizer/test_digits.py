@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from mepa_ds.config.base import load_config
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data_tools.build_shards import BuildOptions, Encoding, build
@@ -14,6 +16,7 @@ from tests.tiny_run import ROOT
 from tests.train_tokenizer.training_run import Never
 
 
+@pytest.mark.slow
 def test_quality_and_use_of_the_codes_reach_their_floors(tmp_path: Path) -> None:
     """Floors under what seeds 0 and 1 reach (16.5 and 16.8 dB), above codes that start in the wrong place (15.7)."""
     for split in ("train", "heldout"):
