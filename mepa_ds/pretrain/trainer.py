@@ -132,7 +132,7 @@ class PretrainRun:
         self.agreement.begin()  # asks all ranks whether to stop; the answer arrives while the step is computed
         step = state.step + 1
         logged = step % config.log.every == 0 or step == self.num_steps
-        clock, loader_seconds = StepClock(logged, engine.waited), self.loader.seconds
+        clock, loader_seconds_before = StepClock(logged, engine.waited), self.loader.seconds
 
         batches = list(itertools.islice(self.batches, config.train.accumulation))  # this rank's micro-batches
         clock.lap("data")
@@ -148,7 +148,7 @@ class PretrainRun:
             loss = engine.backward(loss)  # the losses without their graph
             clock.lap("backward")
             losses.append(loss)
-        update = engine.update()  # clips the gradients, updates the weights and their average
+        update = engine.update()  # clips gradients; updates weights, their average and the balance bias
         clock.lap("optimizer")
 
         state.step, state.position = step, batches[-1].next_position
@@ -161,7 +161,7 @@ class PretrainRun:
         if not self.bad_steps.rollback_due:
             self.recorder.advance(step)
             if logged:
-                self._record(report, self.loader.seconds - loader_seconds)
+                self._record(report, self.loader.seconds - loader_seconds_before)
         return stop
 
     def _record(self, report: StepReport, loader_seconds: float) -> None:

@@ -1,7 +1,8 @@
 """Ends a run between two steps, on all ranks at once, after a signal or before the time runs out.
 
-After SIGUSR1, SIGTERM, SIGINT (Ctrl-C) or SIGHUP on any rank, the step still ends; then all ranks save a checkpoint and
-exit with REQUEUE_EXIT_CODE. A second signal ends the process at once.
+After SIGUSR1, SIGTERM, SIGINT (Ctrl-C) or SIGHUP on any rank, the step still ends, and so does the next one if it was
+the step in which the signal came, since ranks are asked when a step begins. Then all ranks save a checkpoint and exit
+with REQUEUE_EXIT_CODE. A second signal ends the process at once.
 """
 
 from __future__ import annotations
