@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mepa_ds import moved
+
 if TYPE_CHECKING:
     from mepa_ds.errors import UserError as UserError
     from mepa_ds.generation.model_files import load_pretrained as load_pretrained
@@ -29,6 +31,7 @@ _PUBLIC = {
     "save_pretrained": "mepa_ds.generation.model_files",
 }
 __all__ = list(_PUBLIC)
+moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mepa_ds.data.options import DEFAULTS, LoaderOptions
+from mepa_ds.data.options import DEFAULTS, LoaderOptions, takes_old_keywords
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.remote.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.remote.shard_cache import ShardCache
@@ -192,6 +192,9 @@ def images_once(
     tasks = _single_pass_tasks(len(opened), batch_size, *ranks)
     tasks = fetched_in_order(tasks, opened.shard_sizes, _caches(opened))
     return _run(_ImageDataset(opened, None, image_side, 0, "stop"), tasks, num_workers)
+
+
+image_batches = takes_old_keywords(image_batches, single_pass=images_once)
 
 
 def _open_images(shards: Path) -> ShardSet:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast
 
 from mepa_ds.data.shards.damaged import OnDamaged
+from mepa_ds.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -23,3 +28,29 @@ class LoaderOptions:
 
 
 DEFAULTS = LoaderOptions()
+
+
+LoaderT = TypeVar("LoaderT", bound=Callable[..., Any])
+
+
+def takes_old_keywords(loader: LoaderT, single_pass: Callable[..., Any] | None = None) -> LoaderT:
+    """Until version 0.3 a loader also takes `rank`, `world_size` and each of LoaderOptions as keywords of its own.
+
+    `single_pass` is what `train=False` asked for.
+    """
+    names = {field.name for field in fields(LoaderOptions)}
+
+    @functools.wraps(loader)
+    def load(*arguments: Any, **settings: Any) -> Any:
+        old = settings.keys() & (names | {"rank", "world_size", "train"})
+        if not old:
+            return loader(*arguments, **settings)
+        warnings.warn(f"{', '.join(sorted(old))}: give ranks and options instead", DeprecationWarning, stacklevel=2)
+        settings["ranks"] = Ranks(settings.pop("rank", 0), settings.pop("world_size", 1))
+        options = {name: settings.pop(name) for name in names & settings.keys()}
+        if single_pass is not None and not settings.pop("train", True):
+            kept = {name: settings[name] for name in ("batch_size", "image_side", "ranks")}
+            return single_pass(*arguments, **kept, num_workers=options.get("num_workers", 0))
+        return loader(*arguments, **settings, options=LoaderOptions(**options))
+
+    return cast(LoaderT, load)

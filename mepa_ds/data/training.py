@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder
-from mepa_ds.data.options import DEFAULTS, LoaderOptions
+from mepa_ds.data.options import DEFAULTS, LoaderOptions, takes_old_keywords
 from mepa_ds.data.order import BatchTask, Indices, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.remote.fetched_ahead import fetched_ahead, fetched_in_order
@@ -202,6 +202,7 @@ def check_labels(labels_B: Tensor, num_classes: int | None, where: Callable[[int
         )
 
 
+@takes_old_keywords
 def training_batches(
     tokens: Path,
     features: Path | None,
@@ -234,6 +235,7 @@ def training_batches(
     return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), options.num_workers)
 
 
+@takes_old_keywords
 def evaluation_batches(
     tokens: Path,
     features: Path | None,
