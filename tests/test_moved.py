@@ -49,17 +49,19 @@ def test_loaders_take_the_old_keywords(tmp_path: Path) -> None:
     make_set(images, "images", [4, 3])
     ranks, options = Ranks(1, 2), LoaderOptions(num_workers=1, on_damaged="skip")
     old: dict[str, Any] = {"rank": 1, "world_size": 2, "num_workers": 1, "on_damaged": "skip"}
-    with pytest.warns(DeprecationWarning, match="num_workers, on_damaged, rank, world_size: give ranks and options"):
+    with pytest.warns(DeprecationWarning, match="keywords are ranks and options now"):
         theirs = training_batches(tokens, None, global_batch=4, seed=1, **old)  # type: ignore[call-arg]
     ours = training_batches(tokens, None, global_batch=4, seed=1, ranks=ranks, options=options)
     assert [b.keys for b in itertools.islice(theirs, 3)] == [b.keys for b in itertools.islice(ours, 3)]
-    with pytest.warns(DeprecationWarning, match="give ranks and options instead"):
+    with pytest.warns(DeprecationWarning, match="keywords are ranks and options now"):
         theirs = evaluation_batches(tokens, None, batch_size=2, rank=1, world_size=2)  # type: ignore[call-arg]
     assert [b.keys for b in theirs] == [b.keys for b in evaluation_batches(tokens, None, batch_size=2, ranks=ranks)]
     sizes: dict[str, Any] = {"batch_size": 2, "image_side": 8}
-    with pytest.warns(DeprecationWarning, match="give ranks and options instead"):
+    with pytest.warns(DeprecationWarning, match="keywords are ranks and options now"):
         shuffled = image_batches(images, **sizes, on_damaged="skip", world_size=2)  # type: ignore[call-arg]
     assert next(shuffled).keys == next(image_batches(images, **sizes, ranks=Ranks(0, 2))).keys
-    with pytest.warns(DeprecationWarning, match="give ranks and options instead"):
+    with pytest.warns(DeprecationWarning, match="keywords are ranks and options now"):
         once = image_batches(images, **sizes, train=False)  # type: ignore[call-arg]
     assert [b.keys for b in once] == [b.keys for b in images_once(images, **sizes)]
+    with pytest.raises(TypeError, match="rank: ranks has it already"):
+        training_batches(tokens, None, global_batch=4, seed=1, ranks=ranks, rank=1)  # type: ignore[call-arg]

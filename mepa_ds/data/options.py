@@ -28,9 +28,24 @@ class LoaderOptions:
 
 
 DEFAULTS = LoaderOptions()
-
-
 LoaderT = TypeVar("LoaderT", bound=Callable[..., Any])
+
+
+def grouped(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keywords with rank and world_size as `ranks`, and the fields of LoaderOptions as `options`.
+
+    Raises TypeError for a keyword beside the group that it belongs to.
+    """
+    rest = dict(settings)
+    for group, kind, names in (
+        ("ranks", Ranks, Ranks._fields),
+        ("options", LoaderOptions, tuple(field.name for field in fields(LoaderOptions))),
+    ):
+        if members := {name: rest.pop(name) for name in names if name in rest}:
+            if group in rest:
+                raise TypeError(f"{', '.join(members)}: {group} has it already; give it there")
+            rest[group] = kind(**members)
+    return rest
 
 
 def takes_old_keywords(loader: LoaderT, single_pass: Callable[..., Any] | None = None) -> LoaderT:
@@ -38,19 +53,16 @@ def takes_old_keywords(loader: LoaderT, single_pass: Callable[..., Any] | None =
 
     `single_pass` is what `train=False` asked for.
     """
-    names = {field.name for field in fields(LoaderOptions)}
 
     @functools.wraps(loader)
     def load(*arguments: Any, **settings: Any) -> Any:
-        old = settings.keys() & (names | {"rank", "world_size", "train"})
-        if not old:
-            return loader(*arguments, **settings)
-        warnings.warn(f"{', '.join(sorted(old))}: give ranks and options instead", DeprecationWarning, stacklevel=2)
-        settings["ranks"] = Ranks(settings.pop("rank", 0), settings.pop("world_size", 1))
-        options = {name: settings.pop(name) for name in names & settings.keys()}
-        if single_pass is not None and not settings.pop("train", True):
-            kept = {name: settings[name] for name in ("batch_size", "image_side", "ranks")}
-            return single_pass(*arguments, **kept, num_workers=options.get("num_workers", 0))
-        return loader(*arguments, **settings, options=LoaderOptions(**options))
+        once = single_pass is not None and not settings.pop("train", True)
+        new = grouped(settings)
+        if once or new.keys() != settings.keys():
+            warnings.warn("a loader's keywords are ranks and options now", DeprecationWarning, stacklevel=2)
+        if once and single_pass is not None:
+            kept = {name: new[name] for name in ("batch_size", "image_side", "ranks") if name in new}
+            return single_pass(*arguments, **kept, num_workers=new.get("options", DEFAULTS).num_workers)
+        return loader(*arguments, **new)
 
     return cast(LoaderT, load)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mepa_ds.data.images import ImageBatch, image_batches, images_once
+from mepa_ds.data.options import grouped
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
 from mepa_ds.distributed import Ranks
 from mepa_ds.errors import UserError
 from mepa_ds.images.resizing import crop_square, fit_image, resize_shorter
-from tests.data.loading import grouped
 from tests.data.shard_fixtures import CLASSES, encode, make_set, png
 
 

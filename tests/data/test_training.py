@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mepa_ds.data.options import LoaderOptions
+from mepa_ds.data.options import LoaderOptions, grouped
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
@@ -22,7 +22,6 @@ from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.data.views import Views, choose_views, sample_boxes
 from mepa_ds.distributed import Ranks
 from mepa_ds.errors import UserError
-from tests.data.loading import grouped
 from tests.data.shard_fixtures import CLASSES, features_of, make_set, tokens_of
 
 SIZES = (7, 4, 0, 12)
