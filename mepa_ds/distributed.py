@@ -154,8 +154,7 @@ def agree(error: UserError | None) -> None:
         if error is not None:
             raise error
         return
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error))
+    messages = of_all(None if error is None else str(error))
     for source, message in enumerate(messages):
         if message is not None:
             everywhere = all(other == message for other in messages)
@@ -169,3 +168,12 @@ def of_main(mine: FactT) -> FactT:
     shared = [mine]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def of_all(mine: FactT) -> list[FactT]:
+    """The value of every rank, by rank. Collective."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[FactT] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
@@ -233,8 +232,4 @@ class Loader:
     def take_damaged(self) -> list[str]:
         """Returns what was wrong with the samples that were replaced since the last call, on all ranks. Collective."""
         mine, self._damaged = self._damaged, []
-        if distributed.world_size() == 1:
-            return mine
-        everyone: list[list[str]] = [[] for _ in range(distributed.world_size())]
-        dist.all_gather_object(everyone, mine)
-        return [line for lines in everyone for line in lines]
+        return [line for lines in distributed.of_all(mine) for line in lines]

@@ -55,9 +55,8 @@ def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iter
 
 def _check_shared(directory: Path) -> None:
     """Checks that all ranks see the same directory, because every rank writes and reads its part of a checkpoint."""
-    name = [f".probe.{secrets.token_hex(4)}"]
-    dist.broadcast_object_list(name, src=0)
-    probe = directory / name[0]
+    name = distributed.of_main(f".probe.{secrets.token_hex(4)}")
+    probe = directory / name
     if distributed.is_main():
         probe.write_text("")
     dist.barrier()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from mepa_ds import distributed, log
@@ -242,9 +241,7 @@ def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _S
         error = found
     distributed.agree(error)
     assert start is not None
-    steps = [0] * distributed.world_size()
-    if dist.is_initialized():
-        dist.all_gather_object(steps, start.trainer.step_index)
+    steps = distributed.of_all(start.trainer.step_index)
     if len(set(steps)) > 1:  # a network file system shows another node's new file late
         raise UserError(
             f"output_dir: {config.output_dir}: ranks found checkpoints of steps {sorted(set(steps))}; start again",
