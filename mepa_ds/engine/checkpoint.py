@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,16 +43,9 @@ class Staging:
         return buffer.copy_(source, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """The state of an optimizer besides tensors."""
-
-    adam_step: int
-    loss_scaler: dict[str, float]
-
-
-def optimizer_facts(engine: PretrainEngine) -> OptimizerFacts:
-    return OptimizerFacts(adam_step(engine.zero), loss_scaler_state(engine.zero))
+def optimizer_facts(engine: PretrainEngine) -> dict[str, Any]:
+    """Returns the optimizer's fields of RunState: its state besides tensors."""
+    return {"adam_step": adam_step(engine.zero), "loss_scaler": loss_scaler_state(engine.zero)}
 
 
 def stage(engine: PretrainEngine, staging: Staging, kinds: tuple[str, ...]) -> list[Fragment]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
+import mepa_ds
 from mepa_ds import distributed
 from mepa_ds.checkpoint import files
 from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Written
@@ -23,7 +24,6 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import make_way, remove
 
 BEST = "best"
-_VERSIONS_OF = ("mepa_ds", "torch", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -71,24 +71,22 @@ class RunCheckpoints:
         If `best` is given, the weights are also exported to `best`. If that succeeds, the checkpoint stores their score
         as the best one. `ended` has a separate entry for this export.
         """
-        facts = optimizer_facts(self._engine)
-        versions = {name: importlib.metadata.version(name) for name in _VERSIONS_OF}
-        state = replace(state, adam_step=facts.adam_step, loss_scaler=facts.loss_scaler, versions=versions)
+        versions = {"mepa_ds": mepa_ds.__version__} | {name: metadata.version(name) for name in ("torch", "deepspeed")}
+        state = replace(state, **optimizer_facts(self._engine), versions=versions)
         target = self.directory / files.checkpoint_name(state.step)
         temporary = _beside(target)
-        exported = [False]
 
         def export_best() -> None:
+            nonlocal state
+            assert best is not None
             weights = _beside(self._output / BEST)
             make_way(weights)
             self._convert(temporary, weights, MASTER, state.step)
             files.publish(weights, self._output / BEST)
-            exported[0] = True
+            state = replace(state, best_heldout_ce=best.heldout_ce)
 
         def commit(digests: Digests) -> None:
-            assert best is not None or not exported[0]
-            written = replace(state, best_heldout_ce=best.heldout_ce) if best is not None and exported[0] else state
-            files.complete(temporary, written, digests)
+            files.complete(temporary, state, digests)
             files.publish(temporary, target)
             files.prune(self.directory, self._keep, self._keep_every)
 
