@@ -111,9 +111,9 @@ def run_block(
     started = time.perf_counter()
     written: list[Written] = []
     for step in range(steps):
-        engine.begin_step(lr=1e-4)
+        engine.begin_step()
         engine.backward(engine.forward(inputs))
-        engine.update()
+        engine.update(lr=1e-4)
         state.step += 1
         if step == 0 and kind != "none":
             checkpoints.save(state)

@@ -121,10 +121,8 @@ class PretrainEngine:
         scaler = self.zero.loss_scaler
         return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
-    def begin_step(self, lr: float, timed: bool = False) -> None:
-        """Starts a step: sets the learning rate of its update, and whether waits are measured (`timed`)."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+    def begin_step(self, timed: bool = False) -> None:
+        """Starts a step. `timed` says whether this rank's waits for others are measured in it."""
         self._counts_NE: Tensor | None = None
         self._waits.start(timed)
 
@@ -144,12 +142,14 @@ class PretrainEngine:
             self._engine.step()  # here DeepSpeed only counts micro-batches
         return losses.detached()
 
-    def update(self) -> Update:
-        """Clips the gradients to a global norm of optim.clip, which DeepSpeed's config holds, and updates the weights.
+    def update(self, lr: float) -> Update:
+        """Clips the gradients to a global norm of optim.clip, which DeepSpeed's config holds; updates the weights.
 
         When a gradient is not finite on any rank, weights and moments stay as they were. Collective.
         """
         assert self._engine.is_gradient_accumulation_boundary()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
         self._engine.step()
         applied = self._engine.was_step_applied()
         if applied:

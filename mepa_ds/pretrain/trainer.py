@@ -132,13 +132,13 @@ class PretrainRun:
         self.agreement.begin()  # asks all ranks whether to stop; the answer arrives while the step is computed
         step = state.step + 1
         logged = step % config.log.every == 0 or step == self.num_steps
+        engine.begin_step(timed=logged)
         clock, loader_seconds_before = StepClock(logged, engine.waited), self.loader.seconds
 
         batches = list(itertools.islice(self.batches, config.train.accumulation))  # this rank's micro-batches
         clock.lap("data")
         lr = learning_rate(config.optim, config.train.global_batch, state.step, self.num_steps)
         scales = scales_in_step(config.train.progressive, len(config.model.scales), state.step, self.num_steps)
-        engine.begin_step(lr, timed=logged)
         losses = []
         for batch in batches:
             inputs = self.inputs.training(batch, scales)  # codebook inputs, dropped labels, stochastic depth
@@ -148,7 +148,7 @@ class PretrainRun:
             loss = engine.backward(loss)  # the losses without their graph
             clock.lap("backward")
             losses.append(loss)
-        update = engine.update()  # clips gradients; updates weights, their average and the balance bias
+        update = engine.update(lr)  # clips gradients; updates weights, their average and the balance bias
         clock.lap("optimizer")
 
         state.step, state.position = step, batches[-1].next_position

@@ -28,9 +28,9 @@ class Taken(NamedTuple):
 
 def take_step(engine: PretrainEngine, micro_batches: Sequence[ModelInputs], lr: float) -> Taken:
     """As the trainer does it."""
-    engine.begin_step(lr)
+    engine.begin_step()
     losses = [engine.backward(engine.forward(inputs)) for inputs in micro_batches]
-    return Taken(losses, *engine.update())
+    return Taken(losses, *engine.update(lr))
 
 
 def _worker(rank: int, world_size: int, store: str, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
