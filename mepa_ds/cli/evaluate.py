@@ -26,7 +26,8 @@ class EvaluateOptions:
     batch_size: int = 64
     """Images at a time."""
     order: Literal["shuffled", "file"] = "shuffled"
-    """Order of the images in the splits of the inception score. file: as they come, as in ADM's suite."""
+    """Order of the images in the splits of the inception score. file: as they come, as in ADM's suite, to check this
+    program against that suite's published numbers."""
     json: Path | None = None
     """Also writes the scores to this file."""
 
