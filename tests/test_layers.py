@@ -24,6 +24,7 @@ LAYERS = (
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
+    ("scaling",),
     ("cli",),
     ("__main__",),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -42,8 +41,6 @@ class Parquet:
     label_column: str = "label"
 
     def open(self, scratch: Path | None) -> TarMembers:
-        if importlib.util.find_spec("pyarrow") is None:
-            raise UserError("parquet: needs pyarrow; pip install 'mepa_ds[parquet]'")
         files, left_out = self._files(), LeftOut()
         for path in sorted(self.root.glob(self.pattern)):
             if path not in files:

@@ -1,0 +1,1 @@
+"""Scaling studies: many runs of different sizes, planned together, and the laws that their losses follow."""
