@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mepa_ds.data_tools.readers.digits import Digits
+from mepa_ds.data_tools.readers.idx import Idx
 from mepa_ds.data_tools.readers.imagefolder import ImageFolder
 from mepa_ds.data_tools.readers.imagenet import ImageNet
 from mepa_ds.data_tools.readers.parquet import Parquet
@@ -10,6 +11,7 @@ from mepa_ds.data_tools.readers.webdataset import WebDataset
 
 READERS = {
     "digits": Digits,
+    "idx": Idx,
     "imagefolder": ImageFolder,
     "imagenet": ImageNet,
     "parquet": Parquet,

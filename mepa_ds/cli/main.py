@@ -18,6 +18,7 @@ COMMANDS = {
     "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
+    "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what a pretraining run did: report.json and a table",
 }

@@ -51,22 +51,31 @@ def mfu(step_flops: float, seconds: float, peak: float, world_size: int) -> floa
 
 def forward_flops(model: ModelConfig, num_scales: int | None = None) -> float:
     """One image's first scales (None: all) through the transformer."""
+    return sum(forward_flops_by_part(model, num_scales).values())
+
+
+def forward_flops_by_part(model: ModelConfig, num_scales: int | None = None) -> dict[str, float]:
+    """The same by part: projections of attention, attention itself, FFN, experts, router, AdaLN, words, head."""
     C, schedule = model.C, model.schedule
     bounds = schedule.bounds[:num_scales]
     L = bounds[-1][1]
     attended = sum((end - start) * end for start, end in bounds)
-    blocks = model.depth * (8 * L * C * C + 4 * C * attended)
-    blocks += 12 * C * C * (1 if model.shared_adaln else model.depth)
-    for index in range(model.depth):
-        if model.is_moe_block(index):
-            assert model.moe is not None
-            used = model.moe.top_k + int(model.moe.shared_expert)
-            blocks += 4 * L * C * model.expert_hidden * used
-            blocks += 2 * L * C * model.moe.num_experts if model.moe.router != "smoe" else 0
-        else:
-            blocks += 4 * L * C * round(model.ffn_ratio * C)
-    words = 2 * (L - schedule.lengths[0]) * model.code_width * C
-    return blocks + words + 2 * L * C * model.codebook_size + 4 * C * C
+    num_moe = sum(model.is_moe_block(index) for index in range(model.depth))
+    experts = router = 0.0
+    if model.moe is not None:
+        used = model.moe.top_k + int(model.moe.shared_expert)
+        experts = num_moe * 4 * L * C * model.expert_hidden * used
+        router = num_moe * 2 * L * C * model.moe.num_experts if model.moe.router != "smoe" else 0.0
+    return {
+        "projections": model.depth * 8 * L * C * C,
+        "attention": model.depth * 4 * C * attended,
+        "ffn": (model.depth - num_moe) * 4 * L * C * model.dense_hidden,
+        "experts": experts,
+        "router": router,
+        "adaln": 12 * C * C * (1 if model.shared_adaln else model.depth) + 4 * C * C,
+        "words": 2 * (L - schedule.lengths[0]) * model.code_width * C,
+        "head": 2 * L * C * model.codebook_size,
+    }
 
 
 def projector_flops(

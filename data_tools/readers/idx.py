@@ -1,0 +1,94 @@
+"""IDX files, the format of MNIST and of its successors (Fashion-MNIST, KMNIST, EMNIST): grey images, labels apart."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mepa_ds.errors import UserError
+from mepa_ds.files import why_unreadable
+
+_UNSIGNED_BYTES = 0x08
+
+
+@dataclass(frozen=True)
+class Idx:
+    """MNIST's format, as Fashion-MNIST has it. Images get a black border and become RGB."""
+
+    images: Path
+    """File of the images, such as train-images-idx3-ubyte.gz; uncompressed files are read too."""
+    labels: Path
+    """File of their labels, such as train-labels-idx1-ubyte.gz."""
+    side: int = 32
+    """Pixels of a stored image. What is missing is added as a black border on all sides."""
+
+    def open(self, scratch: Path | None) -> IdxSource:
+        pixels_NHW, labels_N = _read(self.images, 3), _read(self.labels, 1)
+        if len(pixels_NHW) != len(labels_N):
+            raise UserError(
+                f"{self.images} has {len(pixels_NHW)} images, but {self.labels} has {len(labels_N)} labels; "
+                "give the two files of one split"
+            )
+        if max(pixels_NHW.shape[1:]) > self.side:
+            raise UserError(
+                f"--side {self.side}: the images of {self.images} are {pixels_NHW.shape[2]} x {pixels_NHW.shape[1]} "
+                "pixels; give at least as many"
+            )
+        return IdxSource(pixels_NHW, labels_N, self)
+
+
+class IdxSource:
+    name = "idx"
+
+    def __init__(self, pixels_NHW: NDArray[np.uint8], labels_N: NDArray[np.uint8], options: Idx):
+        self._pixels, self._labels, self._side = pixels_NHW, labels_N, options.side
+        self.settings: dict[str, Any] = {"side": options.side}
+        self.classes = tuple(str(label) for label in range(int(labels_N.max()) + 1 if len(labels_N) else 0))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, number: int) -> int:
+        return int(self._labels[number])
+
+    def describe(self, number: int) -> str:
+        # The format has no names, so an image stands for itself.
+        return f"image {number}, CRC {zlib.crc32(self._pixels[number].tobytes()):08x}"
+
+    def load(self, number: int) -> tuple[str, bytes]:
+        height, width = self._pixels[number].shape
+        image = Image.new("RGB", (self._side, self._side))
+        image.paste(Image.fromarray(self._pixels[number]), ((self._side - width) // 2, (self._side - height) // 2))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return "png", buffer.getvalue()
+
+
+def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
+    """Returns the array of an IDX file: two zero bytes, type, number of dimensions, sizes (big-endian), values."""
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: is no whole gzip file ({error}); fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
+    kind, found = (content[2], content[3]) if len(content) > 3 and content[:2] == b"\0\0" else (None, None)
+    if kind != _UNSIGNED_BYTES or found != dimensions:
+        what = "images (idx3-ubyte)" if dimensions == 3 else "labels (idx1-ubyte)"
+        raise UserError(f"{path}: is no IDX file of {what}; give the files as MNIST names them")
+    sizes = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
+    if len(values) != math.prod(sizes):
+        raise UserError(f"{path}: has {len(values)} of the {math.prod(sizes)} values that it announces; fetch it again")
+    return values.reshape(sizes)

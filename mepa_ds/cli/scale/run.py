@@ -1,0 +1,96 @@
+"""`mepa scale run`: trains what is left of a study."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from mepa_ds import log
+from mepa_ds.errors import UserError
+from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.run import plan_if_needed, run_study
+from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.study.plan import read_plan, read_study
+
+
+@dataclass
+class RunOptions:
+    """Trains the runs of a study that are not finished. Finished ones are skipped, failed ones start again from their
+    last checkpoint, diverged ones stay as they are. Killed and started again, it goes on. Plans the study if it is not
+    planned yet.
+
+    exit status   0 all runs are finished; 1 some failed or diverged; 75 stopped, start again to go on"""
+
+    study: tyro.conf.Positional[Path]
+    """Study file, or the output_dir of a planned study."""
+    jobs: int = 1
+    """Runs at a time on this machine, each on its own share of the cores (with GPUs: on its own budget.ranks of them)."""
+    slurm: str | None = None
+    """Submit to this cluster instead (a profile in slurm/clusters/), as one array."""
+    nodes: int = 1
+    """With --slurm: nodes of each run."""
+    time: str | None = None
+    """With --slurm: limit of one start, such as 12:00:00."""
+    limit: int = 8
+    """With --slurm: runs at a time."""
+    dry_run: bool = False
+    """With --slurm: check everything, print the sbatch lines, submit nothing."""
+
+
+def main(argv: list[str]) -> None:
+    options = tyro.cli(RunOptions, prog="mepa scale run", args=argv)
+    study = read_study(options.study)
+    if options.slurm is not None:
+        _submit(study, options)
+        return
+    if options.dry_run:
+        raise UserError("--dry-run belongs to --slurm; mepa scale plan shows what would run here")
+    log.make_stdout_a_log()
+    members = run_study(study, options.jobs)
+    _tell_end(study, list(members.values()))
+
+
+def _tell_end(study: StudyConfig, members: Sequence[Member]) -> None:
+    bad = [member for member in members if member.state != "finished"]
+    if not bad:
+        print(f"all {len(members)} runs are finished; next: mepa scale report {study.output_dir}")
+        return
+    for member in bad:
+        print(f"{member.name}: {member.state}; log: {study.output_dir / 'logs' / member.name}.log")
+    print(
+        f"{len(members) - len(bad)} of {len(members)} runs are finished; mepa scale run {study.output_dir} tries again"
+    )
+    sys.exit(1)
+
+
+def _submit(study: StudyConfig, options: RunOptions) -> None:
+    from mepa_ds.scaling.running.learning_rates import replan_after_sweep
+    from mepa_ds.scaling.running.submission import manifest_of_ready
+    from mepa_ds.slurm.profile import read_profile, root
+    from mepa_ds.slurm.submit import Request, submit_recipe
+
+    profile = read_profile(options.slurm)
+    os.chdir(root())  # where the jobs start, and so what the recipes' paths are relative to
+    plan_if_needed(study)
+    replan_after_sweep(study)
+    manifest, waiting = manifest_of_ready(study, [member_of(row) for row in read_plan(study)])
+    if manifest is not None:
+        request = Request(
+            manifest,
+            job="scaling-study",
+            nodes=options.nodes,
+            time=options.time,
+            limit=options.limit,
+            dry_run=options.dry_run,
+        )
+        submit_recipe(request, profile)
+    if waiting:
+        print(
+            f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this command "
+            "again when those are done"
+        )

@@ -1,0 +1,170 @@
+"""`mepa scale collect`: what the runs of a study measured, as one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mepa_ds.checkpoint.files import list_checkpoints
+from mepa_ds.checkpoint.state import RunState, read_state
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
+from mepa_ds.errors import UserError
+from mepa_ds.files import atomic_path
+from mepa_ds.models.summary import count_parameters
+from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.schedule import phase_steps
+from mepa_ds.scaling.columns import COLUMNS, SCORES
+from mepa_ds.scaling.running.members import Member, member_of, recipe_hash
+from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.study.plan import read_plan, resolved
+
+TABLE_NAME = "table"
+SCORES_NAME = "scores.json"
+"""Beside a run's records, where `mepa evaluate ... --json` wrote its scores."""
+_STATUS = {"finished": "finished", "failed": "failed", "diverged": "diverged"}
+
+
+def collect(study: StudyConfig) -> pd.DataFrame:
+    """Writes table.csv and table.parquet to the study's output_dir and returns the table; columns: `COLUMNS`.
+
+    Every run of the plan has a row; what a run has not measured yet is missing in its row.
+
+    Raises:
+        UserError: the study is not planned, or a finished run lacks the score of its last weights.
+    """
+    rows = [_row(study, member_of(row)) for row in read_plan(study)]
+    names = [*COLUMNS, *sorted({key for row in rows for key in row} - COLUMNS.keys(), key=_order)]
+    table = pd.DataFrame(rows, columns=names)
+    for suffix in (".csv", ".parquet"):
+        with atomic_path(study.output_dir / f"{TABLE_NAME}{suffix}") as temporary:
+            # Floats are written in full: a fit of the CSV is the fit of the Parquet.
+            table.to_csv(temporary, index=False) if suffix == ".csv" else table.to_parquet(temporary, index=False)
+    return table
+
+
+def _order(name: str) -> tuple[str, int]:
+    head, _, number = name.rpartition("_")
+    return (head, int(number)) if number.isdigit() else (name, 0)
+
+
+def _row(study: StudyConfig, member: Member) -> dict[str, Any]:
+    row, directory = member.row, Path(member.row["output_dir"])
+    config: PretrainConfig = resolved(row) if Path(row["recipe"]).is_file() else None
+    values: dict[str, Any] = {
+        "study": study.name,
+        **{key: row[key] for key in ("run", "group", "role", "kind", "seed", "samples", "tokens", "unique_images")},
+        **{key: row[key] for key in ("epochs", "batch", "steps", "lr_peak")},
+        "flops_model": row["flops"],
+        "status": _STATUS.get(member.state, "running"),
+    }
+    if config is None:  # its learning rate waits for the sweep
+        return values
+    values |= _of_recipe(config, row)
+    values |= _of_data(config)
+    values |= _of_checkpoint(directory)
+    values |= _of_records(directory, config, row)
+    values |= _of_scores(directory)
+    if member.state == "finished" and "loss" not in values:
+        raise UserError(
+            f"{directory}: is finished, but metrics.jsonl has no held-out score of step {row['steps']}, its last; "
+            "remove the directory and run the study again"
+        )
+    return values
+
+
+def _of_recipe(config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]:
+    model, counts = config.model, count_parameters(config.model)
+    hidden = model.expert_hidden if model.moe else model.dense_hidden
+    return {
+        "recipe_hash": recipe_hash(json.loads(config.model_dump_json())),
+        "depth": model.depth,
+        "width": model.C,
+        "experts": model.moe.num_experts if model.moe else 0,
+        "top_k": model.moe.top_k if model.moe else 0,
+        "shared": model.moe.shared_expert if model.moe else False,
+        "expert_hidden": hidden,
+        "granularity": 4 * model.C / hidden if model.moe else 1.0,
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "params_matrix": counts.matrix,
+        "params_adaln": counts.adaln,
+        "params_embedding": counts.embedding,
+        "params_experts": counts.experts,
+        "warmup": phase_steps(config.optim, row["steps"])[0],
+        "schedule": config.optim.schedule,
+        "cooldown": config.optim.cooldown if config.optim.schedule == "wsd" else None,
+        "weight_decay": config.optim.weight_decay,
+        "scales": ",".join(map(str, model.scales)),
+    }
+
+
+def _of_data(config: PretrainConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, keys in (
+        (config.data.tokens, ("tokenizer_hash", None)),
+        (config.data.heldout_tokens, (None, "heldout_images")),
+    ):
+        if path is not None and (path / INDEX_NAME).is_file():
+            index = ShardIndex.read(path)
+            found |= {keys[0]: index.made_by.identity} if keys[0] else {str(keys[1]): index.num_samples}
+    return found
+
+
+def _of_checkpoint(directory: Path) -> dict[str, Any]:
+    state = RunState()
+    for path in list_checkpoints(directory / "checkpoints")[-1:]:
+        with suppress(UserError):
+            state = read_state(path)
+    identities = {key: value for key, value in state.data.items() if key != "seed"}
+    return {
+        "code_version": state.versions.get("mepa_ds"),
+        "heldout_hash": state.heldout or None,
+        "data_hash": "; ".join(f"{key}: {value}" for key, value in sorted(identities.items())) or None,
+    }
+
+
+def _of_records(directory: Path, config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]:
+    records = list(read_metrics(directory / "metrics.jsonl"))
+    values: dict[str, Any] = {}
+    if starts := [record for record in records if record["event"] == "start"]:
+        step_flops = row["flops"] / row["steps"]
+        projector = max(starts[-1]["step_flops"] - step_flops, 0.0) if config.objective.alignment else 0.0
+        values |= {"ranks": starts[-1]["world_size"], "device": starts[-1].get("device")}
+        values["flops_projector"] = projector * row["steps"]
+    if train := [record for record in records if record["event"] == "train"]:
+        steps_before = [row["first_step"], *(record["step"] for record in train)]
+        spans = zip(train, steps_before, strict=False)
+        values["seconds"] = sum(record["mean_step_seconds"] * (record["step"] - before) for record, before in spans)
+        values["train_loss"] = train[-1]["ce"]
+    heldout = heldout_of(row, records)
+    if heldout is not None:
+        values |= {"loss": heldout["ce"], "loss_last": heldout["ce_last"], "weights_step": heldout["step"]}
+        values |= {"accuracy": heldout["accuracy"], "accuracy_last": heldout["accuracy_last"]}
+        for scale, (ce, accuracy) in enumerate(
+            zip(heldout["ce_scale"], heldout["accuracy_scale"], strict=True), start=1
+        ):
+            values |= {f"loss_scale_{scale}": ce, f"accuracy_scale_{scale}": accuracy}
+    return values
+
+
+def heldout_of(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]] | None = None) -> Mapping[str, Any] | None:
+    """Returns the held-out scores of a run's last weights; None if it has not come to its last step."""
+    if records is None:
+        records = list(read_metrics(Path(row["output_dir"]) / "metrics.jsonl"))
+    found = [record for record in records if record["event"] == "heldout" and record["step"] == row["steps"]]
+    return found[-1] if found else None
+
+
+def _of_scores(directory: Path) -> dict[str, Any]:
+    """Returns the scores of generated images, if `mepa evaluate` has written any beside the run."""
+    scores: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        scores = json.loads((directory / SCORES_NAME).read_text())
+    named = {"is": scores.get("inception_score"), **scores}
+    return {key: named[key] for key in SCORES if isinstance(named.get(key), (int, float))}

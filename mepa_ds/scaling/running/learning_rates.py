@@ -1,0 +1,47 @@
+"""The law of the learning rate, from the runs of a study's sweep (rule tuned)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json
+from mepa_ds.scaling.laws import fit_lr
+from mepa_ds.scaling.running.collect import heldout_of
+from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.study.plan import LR_LAW_NAME, make_plan, read_plan, write_plan
+
+
+def is_sweep_done(members: Iterable[Member]) -> bool:
+    """Whether every run of the sweep has ended well or diverged."""
+    return all(member.state in ("finished", "diverged") for member in members if member.row["role"] == "lr")
+
+
+def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Fits peak rate = k N^exponent to the best rates of the sweep and writes it to lr_law.json.
+
+    Raises:
+        UserError: the best rate of a size is at the edge of the sweep; widen lr.sweep.factors.
+    """
+    found = [(row["params_matrix"], row["lr_peak"], heldout_of(row)) for row in rows if row["role"] == "lr"]
+    finished = [(n, lr, heldout["ce"]) for n, lr, heldout in found if heldout is not None]
+    n, lr, loss = (np.array(column, float) for column in zip(*finished, strict=True))
+    try:
+        law = fit_lr(n, lr, loss)
+    except UserError as error:
+        raise UserError(f"{study.name}: lr.sweep: {error}") from None
+    write_json(study.output_dir / LR_LAW_NAME, {"k": law.k, "exponent": law.exponent, **law.to_dict()})
+
+
+def replan_after_sweep(study: StudyConfig) -> bool:
+    """Writes the recipes of the runs that wait for the sweep, once it is done; returns whether it has."""
+    rows = read_plan(study)
+    if not any(row["waits_for_sweep"] for row in rows) or not is_sweep_done(map(member_of, rows)):
+        return False
+    fit_sweep(study, rows)
+    write_plan(make_plan(study, with_memory=False))
+    return True

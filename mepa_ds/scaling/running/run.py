@@ -1,0 +1,147 @@
+"""`mepa scale run`: trains what is left of a study on this machine, a few runs at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mepa_ds import log
+from mepa_ds.errors import UserError
+from mepa_ds.interrupts import Interrupted
+from mepa_ds.scaling.running.learning_rates import replan_after_sweep
+from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.workers import Worker, core_sets, last_lines, start
+from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.study.plan import make_plan, read_plan, write_plan
+
+_LOOK_SECONDS = 0.5
+_MOST_FAILURES_IN_A_ROW = 3
+_STARTUP_SHARE = 0.1  # what a start takes, as a share of the mean run, for the estimate of the time left
+
+
+class StudyRunner:
+    """Runs what is left of a study. A run that fails is not tried again by the same runner, only by the next one."""
+
+    def __init__(self, study: StudyConfig, jobs: int):
+        self._study, self._jobs = study, jobs
+        self._rows = read_plan(study)
+        self._slots = core_sets(jobs)
+        self._workers: dict[str, Worker] = {}
+        self._tried: set[str] = set()
+        self._failures_in_a_row = 0
+
+    def run(self) -> dict[str, Member]:
+        """Runs to the end and returns how each run is doing then.
+
+        Raises:
+            UserError: the first runs all failed, so something is wrong with all of them.
+            Interrupted: this process was asked to stop; the runs have saved by then.
+        """
+        bar = tqdm(total=100.0, desc=self._study.name, unit="%", disable=None, bar_format=_BAR)
+        try:
+            while True:
+                members = self._members()
+                self._collect_ended(members)
+                if replan_after_sweep(self._study):
+                    self._rows = read_plan(self._study)
+                    members = self._members()
+                self._fill_slots(members)
+                _show(bar, members.values(), self._study.name)
+                if not self._workers and not any(member.state == "running" for member in members.values()):
+                    return self._members()
+                time.sleep(_LOOK_SECONDS)
+        except (Interrupted, UserError):
+            self._stop_all()
+            raise
+        finally:
+            bar.close()
+
+    def _members(self) -> dict[str, Member]:
+        return {row["run"]: member_of(row) for row in self._rows}
+
+    def _collect_ended(self, members: dict[str, Member]) -> None:
+        for name, worker in list(self._workers.items()):
+            status = worker.ended()
+            if status is None:
+                continue
+            del self._workers[name]
+            self._slots.append(worker.cores)
+            members[name] = member = member_of(members[name].row)
+            counted = [other.state for other in members.values()].count("finished")
+            if member.state == "finished":
+                self._failures_in_a_row = 0
+                log.note(f"{name}: finished, {counted} of {len(members)} runs done")
+            elif member.state == "diverged":
+                log.note(f"{name}: diverged at step {member.step}, not run again")
+            else:
+                self._failures_in_a_row += 1
+                log.note(f"{name}: ended with status {status}; {worker.log} says\n  {last_lines(worker.log)}")
+                if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+                    raise UserError(
+                        f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
+                        "messages are above) and run again: what is finished is kept"
+                    )
+
+    def _fill_slots(self, members: dict[str, Member]) -> None:
+        left = [
+            m for m in members.values() if m.state in ("planned", "stopped", "failed") and m.name not in self._tried
+        ]
+        trunks = {row["branches_off"] for row in self._rows}
+        # The longest first, so that all slots end together; what others wait for before everything else.
+        left.sort(key=lambda m: (m.name in trunks or m.row["role"] == "lr", m.row["paid_flops"]), reverse=True)
+        for member in left[: len(self._slots)]:
+            self._tried.add(member.name)
+            logs = self._study.output_dir / "logs" / f"{member.name}.log"
+            ranks = self._study.budget.ranks
+            recipe = Path(member.row["recipe"])
+            self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), ranks, logs)
+
+    def _stop_all(self) -> None:
+        """Asks all runs to save, and waits until they have."""
+        for worker in self._workers.values():
+            worker.stop()
+        for worker in self._workers.values():
+            worker.process.wait()
+            worker.ended()
+
+
+_BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
+
+
+def _show(bar: Any, members: Iterable[Member], name: str) -> None:
+    """Moves the progress bar, whose unit is a hundredth of the study's FLOPs and starts."""
+    found = list(members)
+    mean = sum(m.row["paid_flops"] for m in found) / len(found)
+    weights = [m.row["paid_flops"] + _STARTUP_SHARE * mean for m in found]
+    ended = {"finished", "diverged"}
+    done = sum(w * (1.0 if m.state in ended else m.share) for w, m in zip(weights, found, strict=True))
+    share = 100 * done / sum(weights)
+    if bar.n == 0:
+        bar.initial = bar.n = share  # what earlier starts did is no measure of the speed
+    bar.update(share - bar.n)
+    counts = {state: sum(m.state == state for m in found) for state in ("finished", "running", "failed", "diverged")}
+    bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in counts.items() if count), refresh=False)
+
+
+def run_study(study: StudyConfig, jobs: int) -> dict[str, Member]:
+    """Plans the study if it is not planned yet, and trains what is left of it, `jobs` runs at a time."""
+    if jobs < 1:
+        raise UserError(f"--jobs {jobs}: expected at least 1")
+    plan_if_needed(study)
+    return StudyRunner(study, jobs).run()
+
+
+def plan_if_needed(study: StudyConfig, note: Callable[[str], None] = log.note) -> None:
+    """Writes the plan unless the study's output_dir has this very plan."""
+    with suppress(UserError):
+        read_plan(study)
+        return
+    plan = make_plan(study)
+    for line in plan.warnings:
+        note(f"warning: {line}")
+    write_plan(plan)

@@ -1,0 +1,248 @@
+"""From a point of a study to a run: its recipe, its length, what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mepa_ds import shipped
+from mepa_ds.config.base import read_yaml, validate
+from mepa_ds.config.model import preset_values
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
+from mepa_ds.models.summary import ParameterCounts, count_parameters
+from mepa_ds.objective.flops import forward_flops
+from mepa_ds.scaling.sizes import size_values
+from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.study.points import Point
+
+_LR_REFERENCE_BATCH = 256  # optim.base_lr is the rate at this batch
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study, with everything that its recipe says."""
+
+    name: str
+    point: Point
+    config: PretrainConfig
+    counts: ParameterCounts
+    steps: int
+    image_flops: float
+    """Of one image, forward and backward, without the projector of semantic guidance."""
+    trunk: str | None = None
+    """wsd with branches: the run from which this one branches off."""
+    first_step: int = 0
+    """The step at which it branches off."""
+
+    @property
+    def batch(self) -> int:
+        return self.config.train.global_batch
+
+    @property
+    def samples(self) -> int:
+        """Images seen; whole steps, so not always what the study file says."""
+        return self.steps * self.batch
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.config.model.schedule.num_tokens
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of training to the end, also of steps that are shared with a trunk."""
+        return self.samples * self.image_flops
+
+    @property
+    def paid_flops(self) -> float:
+        """Model FLOPs of the run's own steps."""
+        return (self.steps - self.first_step) * self.batch * self.image_flops
+
+    @property
+    def lr_peak(self) -> float:
+        return self.config.optim.base_lr * self.batch / _LR_REFERENCE_BATCH
+
+
+class RunMaker:
+    """Makes recipes. `lr_law` maps N (params_matrix) to the peak rate, for rule tuned; None: the sweep is not done."""
+
+    def __init__(self, study: StudyConfig, lr_law: Mapping[str, float] | None = None):
+        self._study, self._lr_law = study, lr_law
+        self._base = _without_preset(read_yaml(shipped.find(study.base)), study)
+        self._counts: dict[str, ParameterCounts] = {}
+
+    def is_ready(self, point: Point) -> bool:
+        """Whether the run's learning rate is known."""
+        return self._study.lr.rule != "tuned" or point.lr_factor is not None or self._lr_law is not None
+
+    def run(self, point: Point) -> StudyRun:
+        """Raises UserError for what is wrong with the recipe that would result; the message names the run."""
+        study, where = self._study, f"{self._study.name}: run {point.name}"
+        values = json.loads(json.dumps(self._base))
+        for key, value in self._changes(point, where).items():
+            _set(values, key, value, where)
+        config = validate(PretrainConfig, values, where)
+        counts = self._count(config)
+        image_flops = FORWARD_AND_BACKWARD * forward_flops(config.model)
+        samples = point.samples
+        if samples is None:
+            assert point.flops is not None
+            samples = round(point.flops / image_flops)
+        steps = max(round(samples / config.train.global_batch), 1)
+        peak = self._peak_lr(point, counts.matrix, where)
+        values["optim"] = (values.get("optim") or {}) | {
+            "base_lr": peak * _LR_REFERENCE_BATCH / config.train.global_batch
+        }
+        values["train"] = {k: v for k, v in values["train"].items() if k not in ("epochs", "samples")} | {
+            "steps": steps
+        }
+        values["output_dir"] = str(run_directory(study, point.name))
+        # Of the last weights, once: the same for all lengths, and the study's losses are of these weights.
+        values["log"] = (values.get("log") or {}) | {"evaluate_every": steps, "checkpoint_every": min(1000, steps)}
+        config = validate(PretrainConfig, values, where)
+        if config.data.heldout_tokens is None:
+            raise UserError(
+                f"{study.base}: data.heldout_tokens: a study's losses are of held-out images; name their set"
+            )
+        return StudyRun(point.name, point, config, counts, steps, image_flops)
+
+    def _changes(self, point: Point, where: str) -> dict[str, Any]:
+        study = self._study
+        try:
+            size = size_values(point.size, study.head_width)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from None
+        changes: dict[str, Any] = {f"model.{key}": value for key, value in size.items()}
+        if "w" not in point.size and "adaln_gamma_init" not in self._base["model"]:  # a size of VAR's ladder
+            changes["model.adaln_gamma_init"] = preset_values(f"var-d{size['depth']}")["adaln_gamma_init"]
+        changes |= study.set
+        changes["model.moe"] = None if point.moe is None else point.moe.model_dump(mode="json")
+        changes["seed"] = int(self._base.get("seed", 0)) + point.seed
+        if point.batch is not None:
+            changes["train.global_batch"] = point.batch
+        if point.unique_images is not None:
+            changes["data.unique_images"] = point.unique_images
+        schedule = study.schedule
+        for key, value in (
+            ("schedule", schedule.kind),
+            ("warmup_steps", schedule.warmup_steps),
+            ("cooldown", schedule.cooldown),
+        ):
+            if value is not None:
+                changes[f"optim.{key}"] = value
+        if study.lr.rule == "mup":
+            changes["optim.mup_base_width"] = study.lr.base_width
+        if study.diverged_above is not None:
+            changes["guards.diverged_above"] = study.diverged_above
+        return changes
+
+    def _peak_lr(self, point: Point, matrix: int, where: str) -> float:
+        lr = self._study.lr
+        if point.lr_factor is not None:
+            return lr.peak * point.lr_factor
+        if lr.rule == "power":
+            assert lr.reference is not None
+            assert lr.exponent is not None
+            reference = self.matrix_of(lr.reference, where)
+            return lr.peak * (matrix / reference) ** lr.exponent
+        if lr.rule == "tuned":
+            # Until the sweep is done this stands in, for a plan's FLOPs and lengths.
+            return lr.peak if self._lr_law is None else self._lr_law["k"] * matrix ** self._lr_law["exponent"]
+        return lr.peak
+
+    def matrix_of(self, size: str, where: str) -> int:
+        """Returns params_matrix of the dense model of a size."""
+        values = json.loads(json.dumps(self._base))
+        point = Point("", "fit", size, None, 1, None, None, None, 0)
+        for key, value in self._changes(point, where).items():
+            _set(values, key, value, where)
+        return self._count(validate(PretrainConfig, values, where)).matrix
+
+    def _count(self, config: PretrainConfig) -> ParameterCounts:
+        key = config.model.model_dump_json()
+        if key not in self._counts:
+            self._counts[key] = count_parameters(config.model)
+        return self._counts[key]
+
+
+def _without_preset(base: dict[str, Any], study: StudyConfig) -> dict[str, Any]:
+    """Returns the base recipe with the preset's scales and AdaLN written out, but not its size and its experts."""
+    model = base.get("model") or {}
+    if not isinstance(model, dict):
+        raise UserError(f"{study.base}: model: expected a section")
+    preset = model.get("preset")
+    try:
+        values = preset_values(str(preset)) if preset is not None else {}
+    except ValueError as error:
+        raise UserError(f"{study.base}: model.preset: {error}") from None
+    kept = {key: value for key, value in values.items() if key not in ("depth", "adaln_gamma_init", "moe")}
+    return base | {"model": kept | {key: value for key, value in model.items() if key != "preset"}}
+
+
+def run_directory(study: StudyConfig, name: str) -> Path:
+    return study.output_dir / "runs" / name
+
+
+def recipe_path(study: StudyConfig, name: str) -> Path:
+    return study.output_dir / "recipes" / f"{name}.yaml"
+
+
+def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets `a.b.c` in nested mappings."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{where}: {key}: {parent!r} is a value in the base recipe, not a section")
+        values = child
+    values[leaf] = value
+
+
+def with_branches(study: StudyConfig, runs: list[StudyRun]) -> list[StudyRun]:
+    """Makes runs that differ in their length alone branches of the longest of them (schedule wsd).
+
+    The trunk keeps a checkpoint at the step at which each shorter run's cooldown begins.
+
+    Raises:
+        UserError: a cooldown would begin within the warm-up.
+    """
+    if not study.schedule.branches:
+        return runs
+    families: dict[str, list[StudyRun]] = {}
+    for run in runs:
+        key = replace(run.point, samples=0, flops=0.0, group="", role="fit")
+        families.setdefault(repr(key) + repr(run.lr_peak), []).append(run)
+    changed: dict[str, StudyRun] = {}
+    for family in families.values():
+        *shorter, trunk = sorted(family, key=lambda run: run.steps)
+        stable = math.floor(trunk.steps * (1 - trunk.config.optim.cooldown))
+        points = []
+        for run in shorter:
+            first = run.steps - round(run.steps * run.config.optim.cooldown)
+            if first <= (run.config.optim.warmup_steps or 0):
+                raise UserError(
+                    f"{study.name}: run {run.name}: its cooldown would begin at step {first}, within the warm-up; take "
+                    "fewer schedule.warmup_steps or longer runs"
+                )
+            if first > stable:  # nearly as long as the trunk, whose cooldown has begun by then
+                continue
+            points.append(first)
+            source = run_directory(study, trunk.name) / "checkpoints" / f"step_{first:08d}"
+            changed[run.name] = _with(study, run, {"branch_from": str(source)}, trunk=trunk.name, first_step=first)
+        if points:
+            changed[trunk.name] = _with(study, trunk, {"log": {"keep_steps": sorted(set(points))}})
+    return [changed.get(run.name, run) for run in runs]
+
+
+def _with(study: StudyConfig, run: StudyRun, values: dict[str, Any], **facts: Any) -> StudyRun:
+    recipe = json.loads(run.config.model_dump_json())
+    for key, value in values.items():
+        recipe[key] = recipe[key] | value if isinstance(value, dict) else value
+    return replace(run, config=validate(PretrainConfig, recipe, f"{study.name}: run {run.name}"), **facts)
