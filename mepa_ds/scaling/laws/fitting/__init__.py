@@ -1,0 +1,1 @@
+"""How laws are fitted: the objective, its optimum, the bootstrap, and what a result says."""
