@@ -13,9 +13,7 @@ from mepa_ds.scaling.study.plan import read_study
 
 
 def _columns() -> str:
-    return "\n".join(
-        f"  {name:<18}{meaning}" for name, meaning in [*COLUMNS.items(), *BY_SCALE.items(), *SCORES.items()]
-    )
+    return "\n".join(f"  {name:<18}{meaning}" for name, meaning in (COLUMNS | BY_SCALE | SCORES).items())
 
 
 @dataclass
@@ -25,9 +23,7 @@ class CollectOptions:
 
 
 def main(argv: list[str]) -> None:
-    description = (
-        f"Writes table.csv and table.parquet to the study's output_dir: a row a run, with the columns\n\n{_columns()}"
-    )
+    description = f"Writes table.csv and table.parquet to the study's output_dir, a row a run:\n\n{_columns()}"
     options = tyro.cli(CollectOptions, prog="mepa scale collect", description=description, args=argv)
     study = read_study(options.study)
     table = collect(study)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from mepa_ds.cli.scale.moe_option import MoEText, moe_of
+from mepa_ds.cli.scale.moe_option import DENSE, MoEText, moe_of
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.scaling.family import VAR_DEPTHS, family_row, format_family, member
@@ -21,7 +21,7 @@ class FamilyOptions:
 
     sizes: tuple[str, ...] = tuple(f"d{depth}" for depth in VAR_DEPTHS)
     """d16 is VAR's (C = 1024); d16w768 has another width, d16w768h12 another number of heads too."""
-    moe: tuple[MoEText, ...] = ("dense",)
+    moe: tuple[MoEText, ...] = (DENSE,)
     """dense, or experts as num_experts=8,top_k=2,expert_ratio=4,shared_expert=true; several give a table each."""
     head_width: int = VAR_HEAD_WIDTH
     """Width of a head, for sizes that give a width and no heads."""
@@ -44,13 +44,10 @@ def main(argv: list[str]) -> None:
     settings = {"codebook_size": options.codebook_size, "num_classes": options.num_classes}
     if options.scales is not None:
         settings["scales"] = list(options.scales)
-    rows = [
-        family_row(
-            size + ("" if text == "dense" else f" {text}"),
-            member(size, moe_of(text), options.head_width, settings),
-            options.ranks,
-        )
-        for text in options.moe
-        for size in options.sizes
-    ]
+    rows = []
+    for text in options.moe:
+        moe, suffix = moe_of(text), "" if text == DENSE else f" {text}"
+        for size in options.sizes:
+            model = member(size, moe, options.head_width, settings)
+            rows.append(family_row(size + suffix, model, options.ranks))
     print(json.dumps(rows, indent=1) if options.json else format_family(rows))

@@ -41,38 +41,49 @@ def main(argv: list[str]) -> None:
 
 def format_plan(facts: dict[str, Any], output_dir: Path, dry_run: bool) -> str:
     """Returns the plan as a person reads it."""
-    rows = facts["runs"]
-    width = max(len(row["run"]) for row in rows)
+    table = [_HEAD, *(_cells(row) for row in facts["runs"])]
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEAD))]
     lines = [
-        f"{'run':<{width}}  {'role':<8} {'N matrix':>9} {'active':>8} {'steps':>8} {'images':>10} {'epochs':>7} {'lr':>8} "
-        f"{'FLOPs':>9} {'hours':>8} {'price':>8} {'memory':>9}"
+        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (zip(cells, widths, strict=True) for cells in table)
     ]
-    for row in rows:
-        lr = "sweep" if row["waits_for_sweep"] else f"{row['lr_peak']:.2e}"
-        lines.append(
-            f"{row['run']:<{width}}  {row['role']:<8} {_millions(row['params_matrix']):>9} "
-            f"{_millions(row['params_active']):>8} {row['steps']:>8} {row['samples']:>10} {_number(row['epochs'], '.2f'):>7} "
-            f"{lr:>8} {row['paid_flops']:>9.2e} {_number(row['device_hours'], '.3g'):>8} {_number(row['price'], '.4g'):>8} "
-            f"{_gigabytes(row['memory_bytes']):>9}"
-        )
-    total = f"{len(rows)} runs, {facts['total_flops']:.3g} model FLOPs"
+    total = f"{len(facts['runs'])} runs, {facts['total_flops']:.3g} model FLOPs"
     if facts["total_device_hours"] is not None:
         total += f", {facts['total_device_hours']:.4g} device-hours"
     if facts["total_price"] is not None:
         total += f", price {facts['total_price']:.6g}"
     lines.append(total)
     if expected := facts["expected"]:
-        ranges = ", ".join(
-            f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in expected.get("ranges", {}).items()
-        )
-        prior = ", ".join(f"{name} {value:.3g}" for name, value in expected.get("prior", {}).items())
-        lines.append(f"expected of {expected['tables']} simulated tables, 95 %: {ranges} (prior: {prior})")
+        ranges = [f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in expected.get("ranges", {}).items()]
+        prior = [f"{name} {value:.3g}" for name, value in expected.get("prior", {}).items()]
+        tables = f"{expected['tables']} simulated tables, 95 %"
+        lines.append(f"expected ({tables}): {', '.join(ranges)}; the prior has {', '.join(prior)}")
         lines += [f"warning: {flag}" for flag in expected["flags"]]
     lines += [f"warning: {warning}" for warning in facts["warnings"]]
-    lines.append(
-        "dry run: nothing was written" if dry_run else f"written to {output_dir}; next: mepa scale run {output_dir}"
-    )
+    lines.append("dry run: nothing was written" if dry_run else f"next: mepa scale run {output_dir}")
     return "\n".join(lines)
+
+
+_HEAD = (
+    "run", "role", "N matrix", "active", "steps", "images", "epochs", "peak lr", "FLOPs", "hours", "price", "memory"
+)  # fmt: skip
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        row["run"],
+        row["role"],
+        _millions(row["params_matrix"]),
+        _millions(row["params_active"]),
+        str(row["steps"]),
+        str(row["samples"]),
+        _number(row["epochs"], ".2f"),
+        "sweep" if row["waits_for_sweep"] else f"{row['lr_peak']:.2e}",
+        f"{row['paid_flops']:.2e}",
+        _number(row["device_hours"], ".3g"),
+        _number(row["price"], ".4g"),
+        _gigabytes(row["memory_bytes"]),
+    )
 
 
 def _millions(count: int) -> str:

@@ -29,7 +29,7 @@ class RunOptions:
     study: tyro.conf.Positional[Path]
     """Study file, or the output_dir of a planned study."""
     jobs: int = 1
-    """Runs at a time on this machine, each on its own share of the cores (with GPUs: on its own budget.ranks of them)."""
+    """Runs at a time on this machine, each on its own share of the cores, or its own budget.ranks GPUs."""
     slurm: str | None = None
     """Submit to this cluster instead (a profile in slurm/clusters/), as one array."""
     nodes: int = 1
@@ -91,6 +91,6 @@ def _submit(study: StudyConfig, options: RunOptions) -> None:
         submit_recipe(request, profile)
     if waiting:
         print(
-            f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this command "
-            "again when those are done"
+            f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this "
+            "command again when those are done"
         )

@@ -15,7 +15,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.interrupts import Interrupted
 from mepa_ds.scaling.running.learning_rates import replan_after_sweep
 from mepa_ds.scaling.running.members import Member, member_of
-from mepa_ds.scaling.running.workers import Worker, core_sets, last_lines, start
+from mepa_ds.scaling.running.workers import Worker, last_lines, slots, start
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import make_plan, read_plan, write_plan
 
@@ -30,7 +30,7 @@ class StudyRunner:
     def __init__(self, study: StudyConfig, jobs: int):
         self._study, self._jobs = study, jobs
         self._rows = read_plan(study)
-        self._slots = core_sets(jobs)
+        self._slots = slots(jobs, study.budget.ranks)
         self._workers: dict[str, Worker] = {}
         self._tried: set[str] = set()
         self._failures_in_a_row = 0
@@ -70,7 +70,7 @@ class StudyRunner:
             if status is None:
                 continue
             del self._workers[name]
-            self._slots.append(worker.cores)
+            self._slots.append(worker.slot)
             members[name] = member = member_of(members[name].row)
             counted = [other.state for other in members.values()].count("finished")
             if member.state == "finished":

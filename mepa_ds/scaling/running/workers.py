@@ -7,12 +7,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch
+
+from mepa_ds.errors import UserError
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one run may use: these cores, and these GPUs (none on a machine without)."""
+
+    cores: tuple[int, ...]
+    gpus: tuple[int, ...] = ()
 
 
 @dataclass
@@ -21,7 +32,7 @@ class Worker:
 
     name: str
     process: subprocess.Popen[bytes]
-    cores: tuple[int, ...]
+    slot: Slot
     log: Path
     output: IO[bytes]
 
@@ -38,17 +49,19 @@ class Worker:
             self.process.send_signal(signal.SIGTERM)
 
 
-def start(name: str, recipe: Path, cores: Sequence[int], ranks: int, log: Path) -> Worker:
+def start(name: str, recipe: Path, slot: Slot, ranks: int, log: Path) -> Worker:
     """Starts `mepa pretrain` on a recipe. Its output is added to `log`; it ends when this process is killed."""
     log.parent.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "mepa_ds", "pretrain", str(recipe)]
-    threads = str(max(len(cores) // ranks, 1))
+    threads = str(max(len(slot.cores) // ranks, 1))
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": threads}
+    if slot.gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
     def prepare() -> None:
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, slot.cores)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it was killed in between
             os._exit(1)
@@ -58,14 +71,26 @@ def start(name: str, recipe: Path, cores: Sequence[int], ranks: int, log: Path) 
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare
     )
-    return Worker(name, process, tuple(cores), log, output)
+    return Worker(name, process, slot, log, output)
 
 
-def core_sets(jobs: int) -> list[tuple[int, ...]]:
-    """Shares out the cores that this process may use: `jobs` sets of equal size."""
-    cores = sorted(os.sched_getaffinity(0))
+def slots(jobs: int, ranks: int) -> list[Slot]:
+    """Shares out the cores that this process may use, and its GPUs, `ranks` to a run.
+
+    Raises:
+        UserError: there are fewer GPUs than `jobs` runs need.
+    """
+    cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
+    if gpus and jobs * ranks > gpus:
+        raise UserError(f"--jobs {jobs}: runs of {ranks} ranks each need {jobs * ranks} GPUs, and there are {gpus}")
     each = max(len(cores) // jobs, 1)
-    return [tuple(cores[(slot * each + k) % len(cores)] for k in range(each)) for slot in range(jobs)]
+    return [
+        Slot(
+            tuple(cores[(number * each + k) % len(cores)] for k in range(each)),
+            tuple(range(number * ranks, (number + 1) * ranks)) if gpus else (),
+        )
+        for number in range(jobs)
+    ]
 
 
 def last_lines(log: Path, count: int = 3) -> str:
