@@ -19,9 +19,19 @@ if TYPE_CHECKING:
     from mepa_ds.scaling.laws import fit_power as fit_power
 
 _LAWS = "mepa_ds.scaling.laws"
-_PUBLIC = dict.fromkeys(
-    ("ChinchillaFit", "Fit", "FitOptions", "Optimum", "PowerFit", "collinearity", "fit_chinchilla", "fit_power"), _LAWS
-)
+_PUBLIC = {
+    name: _LAWS
+    for name in (
+        "ChinchillaFit",
+        "Fit",
+        "FitOptions",
+        "Optimum",
+        "PowerFit",
+        "collinearity",
+        "fit_chinchilla",
+        "fit_power",
+    )
+}
 __all__ = list(_PUBLIC)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
-from mepa_ds.scaling.laws import fit_lr
 from mepa_ds.scaling.running.collect import heldout_of
 from mepa_ds.scaling.running.members import Member, member_of
 from mepa_ds.scaling.study.config import StudyConfig
@@ -27,6 +26,8 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: the best rate of a size is at the edge of the sweep; widen lr.sweep.factors.
     """
+    from mepa_ds.scaling.laws import fit_lr
+
     found = [(row["params_matrix"], row["lr_peak"], heldout_of(row)) for row in rows if row["role"] == "lr"]
     finished = [(n, lr, heldout["ce"]) for n, lr, heldout in found if heldout is not None]
     n, lr, loss = (np.array(column, float) for column in zip(*finished, strict=True))
