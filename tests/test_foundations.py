@@ -10,24 +10,20 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mepa_ds.config.pretrain import OptimConfig, TrainConfig
+from mepa_ds.config.pretrain import TrainConfig
 from mepa_ds.distributed import read_launch
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_text
 from mepa_ds.random_streams import uniforms
 from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
-from mepa_ds.runtime.schedule import learning_rate
 from mepa_ds.scales import ScaleSchedule
 from tests.tiny_run import ROOT
-
-Schedule = Literal["lin0", "cosine", "constant"]
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20), st.integers(1, 8), st.integers(0, 5))
@@ -49,42 +45,6 @@ def test_uniforms_are_uniform_and_independent() -> None:
         np.corrcoef(drawn[:, 0], uniforms(0, "b", np.arange(200_000), 2)[:, 0])[0, 1],
     ]
     assert max(map(abs, correlations)) < 0.01
-
-
-def test_lin0_is_vars_schedule() -> None:
-    """`lr_wd_annealing('lin0', ...)` of VAR, written out."""
-    config, steps, batch = OptimConfig(), 1000, 768
-    warmup, peak = 20, 1e-4 * 768 / 256
-    for step in range(steps):
-        if step < warmup:
-            expected = 0.005 + 0.995 * step / warmup
-        else:
-            passed = (step - warmup) / (steps - 1 - warmup)
-            expected = 1.0 if passed < 0.05 else 0.1 + 0.9 * (1 - passed) / 0.95
-        assert learning_rate(config, batch, step, steps) == pytest.approx(peak * expected)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "after"),
-    [
-        ("constant", [1, 1, 1, 1]),
-        ("cosine", [1, 0.2 + 0.8 * 0.75, 0.2 + 0.8 * 0.25, 0.2]),
-        ("lin0", [1, 0.2 + 0.8 * (2 / 3) / 0.95, 0.2 + 0.8 * (1 / 3) / 0.95, 0.2]),
-    ],
-)
-def test_rates_by_hand(schedule: Schedule, after: list[float]) -> None:
-    """13 steps, 3 of them warm-up from a tenth; then at 0, 1/3, 2/3 and 1 of the rest, down to a fifth of the peak."""
-    config = OptimConfig(base_lr=0.5, schedule=schedule, warmup=0.25, warmup_start=0.1, final_lr=0.2)
-    found = [learning_rate(config, 512, step, 13) for step in (0, 1, 2, 3, 6, 9, 12)]
-    assert found == pytest.approx([0.1, 0.4, 0.7, *after])  # the peak is 0.5 x 512 / 256
-    assert learning_rate(config, 512, 1, 2) == pytest.approx(after[-1])
-
-
-@pytest.mark.parametrize("schedule", ["lin0", "cosine"])
-def test_schedules_end_at_their_final_rate(schedule: Schedule) -> None:
-    config = OptimConfig(schedule=schedule, final_lr=0.1)
-    assert learning_rate(config, 256, 99, 100) == pytest.approx(1e-5)
-    assert learning_rate(config, 256, 0, 1) > 0
 
 
 def test_run_length_in_epochs_rounds_up() -> None:

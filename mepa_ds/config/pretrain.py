@@ -11,11 +11,9 @@ from typing_extensions import Self
 from mepa_ds.config.base import Section
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.config.optim import PretrainOptimConfig
 from mepa_ds.config.values import Minutes, PathOrHub, PositiveInt, Seconds, UserPath
 from mepa_ds.errors import UserError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OnlineTeacher(Section):
@@ -54,36 +52,6 @@ class DataConfig(Section):
         if self.teacher is not None and self.images is None:
             raise ValueError("data.teacher: runs on data.images; with data.tokens set data.features")
         return self
-
-
-class OptimConfig(Section):
-    """AdamW with VAR's settings."""
-
-    base_lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate at a global batch of 256; it grows linearly with the batch."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """Adam's decay rates."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's epsilon."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    """Decay of matrices; biases, embeddings of position and scale, and temperatures have none (VAR)."""
-    schedule: Literal["lin0", "cosine", "constant"] = "lin0"
-    """After the warm-up. lin0: flat for 5 %, then linear to final_lr; cosine; constant."""
-    warmup: Fraction = 0.02
-    """Share of all steps with a linearly growing rate."""
-    warmup_start: Fraction = 0.005
-    """Rate of the first step as a share of the peak."""
-    final_lr: Fraction = 0.1
-    """Rate of the last step as a share of the peak (VAR's wpe)."""
-    clip: Annotated[float, Field(gt=0)] | None = 2.0
-    """Largest global gradient norm; null: no clipping."""
-
-
-class PretrainOptimConfig(OptimConfig):
-    """AdamW with VAR's settings."""
-
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of an average of the weights, exported to <output_dir>/last_ema; null: none (VAR, MEPA)."""
 
 
 class TrainConfig(Section):

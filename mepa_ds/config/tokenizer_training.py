@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from mepa_ds.config.base import Section
-from mepa_ds.config.pretrain import OptimConfig, TrainConfig
+from mepa_ds.config.optim import OptimConfig
+from mepa_ds.config.pretrain import TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.config.values import PositiveInt, UserPath
 from mepa_ds.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split_expert_groups
 from torch import nn
 
-from mepa_ds.config.pretrain import OptimConfig
+from mepa_ds.config.optim import OptimConfig
 
 # VAR's list in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
 NO_DECAY = ("start_embed", "position_embed", "scale_embed", "adaln_offset", "log_temperature", "scale_logits_SE")

@@ -21,6 +21,7 @@ from mepa_ds.models.summary import ParameterCounts, count_parameters
 from mepa_ds.objective import flops
 from mepa_ds.planning.frozen_networks import FrozenNetworks, plan_networks
 from mepa_ds.planning.memory_trace import Traced, trace_micro_batch
+from mepa_ds.runtime.schedule import check_phases
 
 _FP32 = 4
 # As a share of what is allocated at the peak. Measured with 15 million parameters under glibc: 0.4 to 0.85.
@@ -113,6 +114,9 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
     counts = count_parameters(config.model)
     all_elements = counts.total + held["projector"]
     known = config.train.steps is not None or config.train.samples is not None or num_samples is not None
+    num_steps = config.train.num_steps(num_samples or 0) if known else None
+    if num_steps is not None:
+        check_phases(config.optim, num_steps)
     return Plan(
         config=config,
         machine=machine,
@@ -126,7 +130,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         host=host,
         exchanged=engine.exchanged(traced, micro_batch),
         checkpoint=all_elements * _FP32 * (4 if config.optim.ema else 3),
-        num_steps=config.train.num_steps(num_samples or 0) if known else None,
+        num_steps=num_steps,
         num_samples=num_samples,
         assumed=networks.assumed,
     )

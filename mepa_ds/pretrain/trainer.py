@@ -34,7 +34,7 @@ from mepa_ds.pretrain.recording.report import StepClock, StepReport
 from mepa_ds.pretrain.resuming import check_checkpoint, without_missing_best
 from mepa_ds.pretrain.start import record_start
 from mepa_ds.runtime.recorder import Recorder, RunRecorder, peak_memory_bytes
-from mepa_ds.runtime.schedule import learning_rate, scales_in_step
+from mepa_ds.runtime.schedule import check_phases, learning_rate, scales_in_step
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped
 from mepa_ds.runtime.trackers import open_trackers
 from mepa_ds.runtime.watchdog import Watchdog
@@ -52,6 +52,7 @@ class PretrainRun:
     ):
         self.config, self.sets = config, sets
         self.num_steps = config.train.num_steps(sets.num_samples)
+        check_phases(config.optim, self.num_steps)
         self.memory_before = peak_memory_bytes()
         resumes = distributed.of_main(bool(list_checkpoints(config.output_dir / "checkpoints")))
         self.engine = PretrainEngine(config, sets.feature_width, device, resumes)

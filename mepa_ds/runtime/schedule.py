@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mepa_ds.config.pretrain import OptimConfig
+from mepa_ds.config.optim import OptimConfig
+from mepa_ds.errors import UserError
 
 FLAT = 0.05  # the share of the steps after the warm-up in which lin0 is flat
 
@@ -27,17 +28,45 @@ def scales_in_step(progressive: float | None, num_scales: int, step: int, num_st
     return first + math.floor((num_scales - first) * passed)
 
 
+def phase_steps(config: OptimConfig, num_steps: int) -> tuple[int, int]:
+    """Returns the number of steps of the warm-up, and the number of steps of wsd's cooldown at the end of the run."""
+    warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup * num_steps)
+    return warmup, round(config.cooldown * num_steps) if config.schedule == "wsd" else 0
+
+
+def check_phases(config: OptimConfig, num_steps: int) -> None:
+    """Raises UserError when wsd's warm-up and cooldown do not fit into the steps of the run."""
+    warmup, cooldown = phase_steps(config, num_steps)
+    if config.schedule == "wsd" and warmup + cooldown > num_steps:
+        raise UserError(
+            f"optim.schedule: wsd: {warmup} steps of warm-up and {cooldown} of cooldown do not fit into the "
+            f"{num_steps} steps of this run; train longer, or lower optim.warmup_steps (or optim.warmup) or "
+            "optim.cooldown",
+            agreed=True,
+        )
+
+
 def learning_rate(config: OptimConfig, global_batch: int, step: int, num_steps: int) -> float:
     """Returns the rate of the 0-based `step` of `num_steps`, by VAR's `lr_wd_annealing`.
 
     Over the warm-up the rate rises linearly from warmup_start x peak. After it, let p in [0, 1] be the share of the
     remaining steps that has passed: lin0 is flat up to p = 0.05 and then linear to final_lr x peak at p = 1; cosine is
     final + (1 - final) (1 + cos(pi p)) / 2.
+
+    wsd (arXiv 2405.18392) stays at the peak until only its c = round(cooldown x num_steps) last steps are left. The
+    i-th of these, i = 1..c, has the rate final + (1 - final) (1 - sqrt(i / c)), so the last step has final_lr x peak,
+    as with lin0 and cosine. The rates of steps before num_steps - c depend on num_steps only through the warm-up, and
+    not at all if its length is given as warmup_steps.
     """
     peak = peak_lr(config, global_batch)
-    warmup_steps = round(config.warmup * num_steps)
+    warmup_steps, cooldown_steps = phase_steps(config, num_steps)
     if step < warmup_steps:
         return peak * (config.warmup_start + (1 - config.warmup_start) * step / warmup_steps)
+    if config.schedule == "wsd":
+        cooled = step + 1 - (num_steps - cooldown_steps)
+        if cooled <= 0:
+            return peak
+        return peak * (config.final_lr + (1 - config.final_lr) * (1 - math.sqrt(cooled / cooldown_steps)))
     passed = (step - warmup_steps) / max(num_steps - 1 - warmup_steps, 1)
     if config.schedule == "constant":
         return peak

@@ -30,6 +30,7 @@ from mepa_ds.files import write_text
 from mepa_ds.runtime.metrics import MetricsWriter
 from mepa_ds.runtime.output import owned
 from mepa_ds.runtime.recorder import RunStatus, write_status
+from mepa_ds.runtime.schedule import check_phases
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped, undisturbed
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
@@ -267,7 +268,9 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
     checkpoint = read_checkpoint(config, images)
     if checkpoint is None and config.start_from is not None:
         _start_from(tokenizer, config.start_from)
-    trainer = TokenizerTrainer(config, tokenizer, config.train.num_steps(len(shards)), device)
+    num_steps = config.train.num_steps(len(shards))
+    check_phases(config.optim, num_steps)
+    trainer = TokenizerTrainer(config, tokenizer, num_steps, device)
     if checkpoint is None:
         return _Start(trainer, images, unevaluated=False, num_replaced=0, changes={})
     trainer.load_state_dict(checkpoint)
