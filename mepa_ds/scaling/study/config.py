@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from mepa_ds.config.base import Section
 from mepa_ds.config.model import MoEConfig
-from mepa_ds.config.pretrain import Fraction
+from mepa_ds.config.optim import Fraction
 from mepa_ds.config.values import PositiveInt, UserPath
 from mepa_ds.objective.flops import PEAK_FLOPS
 from mepa_ds.scaling.sizes import VAR_HEAD_WIDTH, SizeName
