@@ -155,6 +155,9 @@ class GuardConfig(Section):
     """The same, so many minutes before the SLURM allocation ends (SLURM_JOB_END_TIME); null: leave it to signals."""
     max_bad_steps: PositiveInt = 10
     """Steps with a gradient that is not finite are skipped; so many in a row: back to a checkpoint, on other images."""
+    diverged_above: Annotated[float, Field(gt=0)] | None = None
+    """A record whose mean cross-entropy is above it ends the run for good, as diverged (status.json); null: none does.
+    A model that has learnt nothing has ln(codebook_size)."""
     hang_timeout: Seconds | None = 480.0
     """Seconds without a step (or a tensor of a checkpoint) after which a rank dumps all stacks and exits with 124."""
 

@@ -23,7 +23,7 @@ from mepa_ds.files import write_text
 from mepa_ds.objective.flops import peak_flops_per_second, step_flops
 from mepa_ds.objective.objective import nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite
-from mepa_ds.pretrain.bad_steps import BadSteps
+from mepa_ds.pretrain.bad_steps import BadSteps, check_divergence
 from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Loaded, RunCheckpoints
 from mepa_ds.pretrain.data import Loader, data_identity, heldout_identity, stream_of
 from mepa_ds.pretrain.evaluation import Evaluations, StopError
@@ -174,7 +174,8 @@ class PretrainRun:
             "skipped_steps": self.bad_steps.total,
             "replaced_samples": state.replaced_samples,
         }
-        self.metrics.write(report, place, damaged, loader_seconds)
+        ce = self.metrics.write(report, place, damaged, loader_seconds)
+        check_divergence(ce, self.config.guards.diverged_above, report.step)
 
     def settle(self) -> None:
         """Waits for everything that is being written to disk, and records the results."""
@@ -206,7 +207,7 @@ class PretrainRun:
         self.settle()
         best_heldout_ce = self.state.best_heldout_ce
         loaded = self._load_newest()
-        self.bad_steps.rolled_back(None if loaded is None else loaded.state.step)
+        self.bad_steps.rolled_back(step, None if loaded is None else loaded.state.step)
         assert loaded is not None
         self._take_up(loaded.state)
         self.state.position, self.state.best_heldout_ce = position, best_heldout_ce
