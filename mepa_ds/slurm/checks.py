@@ -114,6 +114,19 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
             looked_at.add(facts)
 
 
+def check_branch(config: PretrainConfig) -> None:
+    """Makes the job's own check of `branch_from` (whether its steps are those of the recipe), if it trains on tokens.
+
+    Raises UserError.
+    """
+    from mepa_ds.pretrain.branching import open_branch
+    from mepa_ds.pretrain.data import data_identity, open_sets
+
+    if config.data.tokens is not None:
+        sets = open_sets(config)
+        open_branch(config, data_identity(config, sets), sets.num_samples)
+
+
 def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:
     """The text of `pretrain.py --dry-run` for ranks of the cluster. Raises UserError if they have too little memory."""
     from mepa_ds.planning.plan import Machine, format_plan, plan_run, this_machine
