@@ -38,6 +38,8 @@ class DataConfig(Section):
     """Gives features of data.images at every step; needed by semantic guidance"""
     heldout_tokens: UserPath | None = None
     """Token maps of held-out images; null: no evaluation."""
+    unique_images: PositiveInt | None = None
+    """Train on that many images of the set, drawn once by the seed, and count epochs over them; null: on all."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
     num_workers: Annotated[int, Field(ge=0)] = 2

@@ -108,6 +108,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
     samples = config.data.tokens or config.data.images
     if num_samples is None and samples is not None and (samples / INDEX_NAME).exists():
         num_samples = ShardIndex.read(samples).num_samples
+    num_samples = config.data.unique_images or num_samples  # an epoch of a subset has that many
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
     networks = plan_networks(config, micro_batch)
     width = networks.teacher_width
