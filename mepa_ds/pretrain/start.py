@@ -49,7 +49,7 @@ def record_start(
     config: PretrainConfig,
     engine: PretrainEngine,
     teacher_width: int | None,
-    facts: dict[str, int],
+    facts: dict[str, Any],
     changes: dict[str, list[Any]],
 ) -> None:
     """Records and prints how the run starts.
