@@ -9,6 +9,7 @@ import numpy as np
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
+from mepa_ds.scaling.laws import fit_lr
 from mepa_ds.scaling.running.collect import heldout_of
 from mepa_ds.scaling.running.members import Member, member_of
 from mepa_ds.scaling.study.config import StudyConfig
@@ -26,8 +27,6 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: the best rate of a size is at the edge of the sweep; widen lr.sweep.factors.
     """
-    from mepa_ds.scaling.laws import fit_lr
-
     found = [(row["params_matrix"], row["lr_peak"], heldout_of(row)) for row in rows if row["role"] == "lr"]
     finished = [(n, lr, heldout["ce"]) for n, lr, heldout in found if heldout is not None]
     n, lr, loss = (np.array(column, float) for column in zip(*finished, strict=True))
@@ -35,7 +34,7 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
         law = fit_lr(n, lr, loss)
     except UserError as error:
         raise UserError(f"{study.name}: lr.sweep: {error}") from None
-    write_json(study.output_dir / LR_LAW_NAME, {"k": law.k, "exponent": law.exponent, **law.to_dict()})
+    write_json(study.output_dir / LR_LAW_NAME, law.to_dict())
 
 
 def replan_after_sweep(study: StudyConfig) -> bool:

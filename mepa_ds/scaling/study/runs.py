@@ -153,7 +153,7 @@ class RunMaker:
             return lr.peak * (matrix / reference) ** lr.exponent
         if lr.rule == "tuned":
             # Until the sweep is done this stands in, for a plan's FLOPs and lengths.
-            return lr.peak if self._lr_law is None else self._lr_law["k"] * matrix ** self._lr_law["exponent"]
+            return lr.peak if self._lr_law is None else self._lr_law["k"] * matrix ** self._lr_law["a"]
         return lr.peak
 
     def matrix_of(self, size: str, where: str) -> int:
