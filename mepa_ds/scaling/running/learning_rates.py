@@ -11,9 +11,9 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.scaling.laws import fit_lr
 from mepa_ds.scaling.running.collect import heldout_of
-from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.members import Member
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import LR_LAW_NAME, make_plan, read_plan, write_plan
+from mepa_ds.scaling.study.plan import LR_LAW_NAME, make_plan, write_plan
 
 
 def is_sweep_done(members: Iterable[Member]) -> bool:
@@ -37,11 +37,15 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     write_json(study.output_dir / LR_LAW_NAME, law.to_dict())
 
 
-def replan_after_sweep(study: StudyConfig) -> bool:
-    """Writes the recipes of the runs that wait for the sweep, once it is done; returns whether it has."""
-    rows = read_plan(study)
-    if not any(row["waits_for_sweep"] for row in rows) or not is_sweep_done(map(member_of, rows)):
+def replan_after_sweep(study: StudyConfig, members: Iterable[Member]) -> bool:
+    """Writes the recipes of the runs that wait for the sweep, once it is done; returns whether it has.
+
+    Raises:
+        UserError: see `fit_sweep`.
+    """
+    found = list(members)
+    if not any(member.row["waits_for_sweep"] for member in found) or not is_sweep_done(found):
         return False
-    fit_sweep(study, rows)
+    fit_sweep(study, [member.row for member in found])
     write_plan(make_plan(study, with_memory=False))
     return True
