@@ -83,7 +83,8 @@ class StudyRunner:
             elif member.state == "diverged":
                 log.note(f"{name}: diverged at step {member.step}, not run again")
             else:
-                self._note_failure(f"{name}: ended with status {status}; {worker.log} says\n  {last_lines(worker.log)}")
+                told = last_lines(worker.log)
+                self._note_failure(f"{name}: ended with status {status}; {worker.log} says\n  {told}")
 
     def _note_failure(self, line: str) -> None:
         log.note(line)
