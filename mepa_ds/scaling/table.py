@@ -171,7 +171,7 @@ def _clusters(
     twice = rows.duplicated(subset=[*identity, "seed"], keep=False).to_numpy()
     if twice.any():
         raise UserError(
-            f"table: {_some(names[twice])} are the same run with the same seed (equal in {', '.join(identity[:4])}, ... "
+            f"table: {_some(names[twice])} are the same run with the same seed (equal: {', '.join(identity[:4])}, ... "
             "and seed); keep one row of it"
         )
     keys = rows[identity].astype(str).agg("|".join, axis=1)
