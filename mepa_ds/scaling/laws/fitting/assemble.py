@@ -31,13 +31,13 @@ class Parameter:
         column: the internal parameter that bounds it.
         value: internal parameters (S, P) to its values (S,).
         zero: what it is where the internal one is at its lower bound, as 0.0 for a coefficient; None: `value`.
-        kind: "coefficient", "exponent" or another word for messages.
+        floor: the lower end of an interval that the runs do not bound.
     """
 
     column: int
     value: Callable[[Array], Array]
     zero: float | None = None
-    kind: str = "exponent"
+    floor: float = -np.inf
 
     def of(self, theta_SP: Array, lower: float) -> Array:
         with np.errstate(all="ignore"):
@@ -53,8 +53,8 @@ def exponent(column: int, sign: float = 1.0) -> Parameter:
 def coefficient(column: int, shift: Callable[[Array], Array] | None = None) -> Parameter:
     """exp of an internal parameter; `shift` (S,) is added to it first: what centring has taken away."""
     if shift is None:
-        return Parameter(column, lambda theta: np.exp(theta[:, column]), 0.0, "coefficient")
-    return Parameter(column, lambda theta: np.exp(theta[:, column] + shift(theta)), 0.0, "coefficient")
+        return Parameter(column, lambda theta: np.exp(theta[:, column]), 0.0, 0.0)
+    return Parameter(column, lambda theta: np.exp(theta[:, column] + shift(theta)), 0.0, 0.0)
 
 
 def fit_form(
@@ -78,7 +78,7 @@ def fit_form(
             draws[name] = tuple(draws_B.tolist())
         if lower[column] == upper[column]:
             continue
-        flags += _edge_flags(name, parameter, solution.theta_P[column], lower[column], upper[column])
+        flags += _edge_flags(name, parameter, solution, (lower[column], upper[column]))
         if options.draws:
             intervals[name], told = _interval(name, parameter, solution, (lower[column], upper[column]), draws_B, tail)
             flags += told
@@ -106,10 +106,13 @@ def fit_form(
     }
 
 
-def _edge_flags(name: str, parameter: Parameter, at: float, lower: float, upper: float) -> list[str]:
-    if at <= lower and parameter.zero is not None:
+def _edge_flags(name: str, parameter: Parameter, solution: Solution, box: tuple[float, float]) -> list[str]:
+    at = solution.theta_P[parameter.column]
+    if at <= box[0] and parameter.zero is not None:
         return [f"{name} is at 0: the runs show no sign of this term."]
-    if at <= lower + _AT_EDGE or at >= upper - _AT_EDGE:
+    if solution.flat_P[parameter.column]:
+        return [f"{name} is not determined: no run's loss depends on it."]
+    if at <= box[0] + _AT_EDGE or at >= box[1] - _AT_EDGE:
         return [f"{name} is at a bound of its range: the runs do not determine it."]
     return []
 
@@ -117,28 +120,27 @@ def _edge_flags(name: str, parameter: Parameter, at: float, lower: float, upper:
 def _interval(
     name: str, parameter: Parameter, solution: Solution, box: tuple[float, float], draws_B: Array, tail: float
 ) -> tuple[tuple[float, float], list[str]]:
-    """Quantiles of the draws; an end at the edge of the range is infinite, or 0 for what is above 0."""
-    if np.isnan(draws_B).any():
-        return (-np.inf, np.inf), [f"The interval of {name} is unbounded: some draws of the bootstrap have no value."]
+    """Quantiles of the draws. An end that the draws do not bound is infinite, or the parameter's floor."""
+    inner, flat = solution.draws_BP[:, parameter.column], solution.flat_BP[:, parameter.column]
+    at_zero = inner <= box[0] if parameter.zero is not None else np.zeros(len(inner), bool)
     low, high = (float(end) for end in np.quantile(draws_B, [tail, 1 - tail], method="median_unbiased"))
-    inner = solution.draws_BP[:, parameter.column]
-    edges = [(inner <= box[0] + _AT_EDGE).mean() > tail, (inner >= box[1] - _AT_EDGE).mean() > tail]
-    # Where the parameter falls with the internal one, the edges change places.
-    rising = parameter.of(
-        np.array([np.full(solution.theta_P.shape, 0.1), np.full(solution.theta_P.shape, 0.2)]), -np.inf
-    )
-    if rising[1] < rising[0]:
-        edges.reverse()
-    flags = []
-    if edges[0] and parameter.zero is None:
-        low = -np.inf
-    if edges[1]:
+    # Draws in which the loss does not depend on the parameter say that it may be anything.
+    free = float((flat & ~at_zero).mean()) > tail or not np.isfinite(draws_B).all()
+    below = free or float((inner <= box[0] + _AT_EDGE).mean()) > tail
+    above = free or float((inner >= box[1] - _AT_EDGE).mean()) > tail
+    # Where the parameter falls as the internal one rises, the edges change places.
+    probe = np.repeat(solution.theta_P[None], 2, 0)
+    probe[:, parameter.column] += [0.0, 0.01]
+    first, second = parameter.value(probe)
+    if second < first:
+        below, above = above, below
+    if below:
+        low = parameter.floor
+    if above:
         high = np.inf
-    if edges[0] and parameter.zero is not None:
-        flags.append(f"The interval of {name} reaches 0.")
     if not np.isfinite([low, high]).all():
-        flags.append(f"The interval of {name} is unbounded: the runs do not determine it.")
-    return (low, high), flags
+        return (low, high), [f"The interval of {name} is unbounded: the runs do not determine it."]
+    return (low, high), [f"The interval of {name} reaches 0."] if below else []
 
 
 def _outliers(rows: Rows, residuals_N: Array) -> list[str]:

@@ -26,6 +26,8 @@ DEPTH = 40.0
 """Coefficients reach down to exp(-40) of the smallest loss: below the last digit of any prediction, so 0."""
 HEIGHT = 6.0
 _NEARLY_ZERO = 15.0
+_FLAT = 1e-9
+_MANY_PARAMETERS = 16
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,18 @@ class Form:
 
 @dataclass(frozen=True)
 class Solution:
-    """The optimum (P,), its objective, and the parameters (B, P) of the bootstrap draws. `at_zero`: coefficients."""
+    """The optimum (P,), its objective, and the parameters (B, P) of the bootstrap draws.
+
+    `flat_BP` (and `flat_P` at the optimum): where no loss in the draw depends on the parameter.
+    """
 
     theta_P: Array
     objective: float
     num_starts: int
     starts_at_optimum: int
     draws_BP: Array
-    at_zero: tuple[int, ...]
+    flat_P: NDArray[np.bool_]
+    flat_BP: NDArray[np.bool_]
 
 
 def coefficient_range(loss_N: Array) -> tuple[float, float]:
@@ -76,10 +82,22 @@ def solve(form: Form, rows: Rows, options: FitOptions) -> Solution:
     best, value = found.theta_SP[found.value_S.argmin()], float(found.value_S.min())
     best, value = _zeros(form, rows, plain, best, value, scale)
     reached = found.value_S[len(again.value_S) :] <= value * (1 + REACHED) + _ROUNDING * len(rows.loss_N)
-    at_zero = tuple(k for k in form.coefficients if k >= 0 and best[k] <= form.box.lower_P[k])
-    at_zero = tuple(k for k in at_zero if form.box.lower_P[k] < form.box.upper_P[k])
-    draws = _bootstrap(form, rows, best, options) if options.draws else np.empty((0, len(best)))
-    return Solution(best, value, len(reached), int(reached.sum()), draws, at_zero)
+    flat_P = _flat(form, rows, best[None], np.ones((1, len(rows.loss_N))))[0]
+    if not options.draws:
+        empty = np.empty((0, len(best)))
+        return Solution(best, value, len(reached), int(reached.sum()), empty, flat_P, empty.astype(bool))
+    weights = rows.draw_weights(options.draws, options.seed)
+    draws = _bootstrap(form, rows, best, weights, options)
+    flat_BP = _flat(form, rows, draws, weights)
+    return Solution(best, value, len(reached), int(reached.sum()), draws, flat_P, flat_BP)
+
+
+def _flat(form: Form, rows: Rows, theta_SP: Array, weights_SN: Array) -> NDArray[np.bool_]:
+    """(S, P): parameters whose change by 1 changes no drawn row's log loss by more than 1e-9."""
+    options = FitOptions(objective="log_ls")
+    found = form.model.derivatives(theta_SP, rows.log_loss_N, weights_SN, options)
+    result: NDArray[np.bool_] = np.diagonal(found.metric_SPP, axis1=1, axis2=2) < _FLAT**2
+    return result
 
 
 def _problem(
@@ -148,11 +166,10 @@ def _zeros(
     return best, value
 
 
-def _bootstrap(form: Form, rows: Rows, best: Array, options: FitOptions) -> Array:
-    """(B, P): each draw fitted from the optimum and from two points near it."""
-    times = 3
-    weights = rows.draw_weights(options.draws, options.seed)
-    near = np.concatenate([best[None], _perturbed(best, times - 1, 0.1)])
+def _bootstrap(form: Form, rows: Rows, best: Array, weights: Array, options: FitOptions) -> Array:
+    """(B, P): each draw fitted from the optimum and, where that is cheap, from two points near it."""
+    times = 3 if len(best) < _MANY_PARAMETERS else 1
+    near = np.concatenate([best[None], _perturbed(best, times - 1, 0.1)]) if times > 1 else best[None]
     problem = _problem(form, rows, weights, options, times)
     found = minimise(problem, np.tile(near, (options.draws, 1)), form.box, 1e-12 * options.delta**2)
     best_of = found.value_S.reshape(-1, times).argmin(1)
