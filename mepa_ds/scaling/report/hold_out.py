@@ -1,0 +1,60 @@
+"""What the laws said of runs that they had not seen, beside what these measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mepa_ds.scaling.laws import Fit
+
+MOST_DEVIATIONS = 3.0
+"""A held-out run is right when it lies inside the 95 % interval, or within so many deviations between seeds."""
+
+
+def compare(law: Fit, rows: pd.DataFrame, inputs: list[str], noise: float | None) -> list[dict[str, Any]]:
+    """Returns, for each row, the law's loss with its interval and the measured one.
+
+    Args:
+        rows: finished runs that the fit has not seen.
+        inputs: the column of each input of the law.
+        noise: standard deviation of log loss between seeds; None if no run was repeated.
+
+    Returns:
+        `predicted`, `low` and `high` (None without a bootstrap), `measured`, `error` = log(measured / predicted),
+        `deviations`: the error in deviations between seeds (None without seeds), `inside` the interval, and `right`:
+        inside, or within 3 deviations; None if neither is known.
+    """
+    found = []
+    for _, row in rows.iterrows():
+        values = [float(row[name]) for name in inputs]
+        predicted, measured = float(law.predict(*values)), float(row["loss"])
+        low, high = law.predict_interval(*values) if law.draws else (None, None)
+        error = float(np.log(measured / predicted))
+        deviations = None if not noise else abs(error) / noise
+        inside = None if low is None else bool(low <= measured <= high)
+        near = None if deviations is None else deviations <= MOST_DEVIATIONS
+        found.append({
+            "run": row["run"], "predicted": predicted, "low": low, "high": high, "measured": measured, "error": error,
+            "deviations": deviations, "inside": inside,
+            "right": None if inside is None and near is None else bool(inside or near),
+        })  # fmt: skip
+    return found
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Returns one plain sentence on one comparison."""
+    error = f"{100 * np.expm1(found['error']):+.2f} %"
+    text = f"{found['run']}: measured {found['measured']:.4f}, predicted {found['predicted']:.4f} ({error})"
+    if found["inside"] is not None:
+        side = "inside" if found["inside"] else "OUTSIDE"
+        text += f": {side} the predicted 95 % interval, {found['low']:.4f} to {found['high']:.4f}"
+    else:
+        text += "; the law has no interval"
+    if found["deviations"] is not None:
+        side = "within" if found["deviations"] <= MOST_DEVIATIONS else "NOT within"
+        text += f", and {side} 3 deviations between seeds ({found['deviations']:.1f})"
+    else:
+        text += "; no run was repeated, so nothing says how much of it is noise"
+    return text + "."

@@ -1,0 +1,226 @@
+"""The page of a report. Everything on it is printed from the document of the fits and from the table of runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from mepa_ds.scaling.report import html
+from mepa_ds.scaling.report.hold_out import verdict
+from mepa_ds.scaling.report.rows import finished, main_kind, unfinished
+
+FORMULAS = {
+    "chinchilla": ("Size and data", "L = E + A N^-alpha + B D^-beta", "2203.15556"),
+    "data": ("Repeated data", "L = E + A N'^-alpha + B D'^-beta, N' and D' effective", "2305.16264"),
+    "power": ("Compute, over the envelope", "L = E + A C^-alpha", ""),
+    "isoflop": ("IsoFLOP minima", "best N = k C^a, from the minima of each budget", "2203.15556"),
+    "routed": ("Experts", "log10 L = a log10 N + b log10 Ê + c log10 N log10 Ê + d", "2202.01169"),
+    "joint-moe": (
+        "Experts, size and data",
+        "L = a Ê^delta N^(alpha + gamma ln Ê) + b Ê^omega D^(beta + zeta ln Ê) + c",
+        "2502.05172",
+    ),
+    "var": ("Scales", "one law of size and data a scale", ""),
+    "lr": ("Learning rate", "best peak rate = k N^exponent, from the minima of the sweeps", ""),
+}
+COUNT_NAMES = {
+    "params_matrix": "matrix weights (the laws' N)",
+    "params_active": "active parameters",
+    "params_total": "all parameters",
+}
+_RUN_COLUMNS = (
+    "run", "role", "status", "seed", "kind", "params_matrix", "params_active", "tokens", "epochs", "batch", "lr_peak",
+    "flops_model", "loss", "loss_last", "accuracy", "train_loss", "seconds", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure on the page."""
+
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+def report_page(
+    facts: Mapping[str, str],
+    document: Mapping[str, Any],
+    table: pd.DataFrame,
+    figures: Sequence[Drawn],
+    commands: Sequence[str],
+) -> str:
+    """Returns the whole page.
+
+    Args:
+        facts: of the study, by what they are called.
+        document: of `analyse`, as it was read from its file.
+        table: of `collect`.
+        figures: in their order.
+        commands: which reproduce it.
+    """
+    name = facts["study"]
+    body = [
+        f"<h1>Scaling study {html.text(name)}</h1>",
+        html.section("First", html.box(warnings(document, table), "warn"), *_verdicts(document)),
+        html.section("Study", html.table(("", ""), [(html.text(k), html.text(v)) for k, v in facts.items()])),
+        html.section("Laws", *_laws(document)),
+        html.section("Exponents under every count", *_counts(document)),
+        html.section("The largest size, predicted from the smaller ones", *_rolling(document)),
+        html.section("Figures", *(_figure(figure) for figure in figures)),
+        html.section("Runs without a final loss", _unfinished(table)),
+        html.section("Runs", _runs(table)),
+        html.section("How to reproduce it", "<pre>" + html.text("\n".join(commands)) + "</pre>"),
+    ]
+    return html.page(f"Scaling study {name}", "\n".join(body))
+
+
+def warnings(document: Mapping[str, Any], table: pd.DataFrame) -> list[str]:
+    """Returns the sentences that a reader must see before the numbers."""
+    return list(_warnings(document, table))
+
+
+def _warnings(document: Mapping[str, Any], table: pd.DataFrame) -> Iterator[str]:
+    without = unfinished(table)
+    for status, rows in without.groupby("status", sort=True):
+        yield f"{len(rows)} of {len(table)} runs {_HAVE.get(str(status), 'are ' + str(status))}: {_some(rows['run'])}."
+    versions = sorted(finished(table)["code_version"].dropna().unique())
+    if len(versions) > 1:
+        yield f"The runs are of different versions of the code: {', '.join(versions)}."
+    for name, message in document["refused"].items():
+        yield f"No law {name}: {message}."
+    for name, law in document["laws"].items():
+        for flag in law["flags"]:
+            yield f"Law {name}: {named(flag, document['runs'].get(name, []))}"
+    if document["noise"]["deviation"] is None:
+        yield "No run was repeated with another seed, so nothing says how much of a difference is noise."
+    if not document["hold_out"]:
+        yield "No finished run is held out, so the laws' predictions are not checked beyond the runs they have seen."
+
+
+_HAVE = {"failed": "have failed", "diverged": "have diverged", "running": "are not finished"}
+
+
+def _some(names: Any, most: int = 12) -> str:
+    shown = [str(name) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def named(flag: str, runs: Sequence[str]) -> str:
+    """Returns a flag that counts rows with the names of the runs in their place."""
+    if "by row" not in flag:
+        return flag
+    return re.sub(
+        r"\b(\d+) \(", lambda m: f"{runs[int(m[1])]} (" if int(m[1]) < len(runs) else m[0], flag.replace(", by row", "")
+    )
+
+
+def _verdicts(document: Mapping[str, Any]) -> Iterator[str]:
+    for name, found in document["hold_out"].items():
+        for one in found:
+            kind = {True: "good", False: "bad", None: "warn"}[one["right"]]
+            yield html.box([f"Held out, law {name}: {verdict(one)}"], kind)
+
+
+def _laws(document: Mapping[str, Any]) -> Iterator[str]:
+    noise = document["noise"]
+    if noise["deviation"] is not None:
+        yield (
+            f"<p>Noise floor: seeds differ by {html.number(100 * noise['deviation'])} % of the loss (standard "
+            f"deviation of log loss, {noise['freedom']} degrees of freedom).</p>"
+        )
+    if left_out := document["left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        yield html.paragraph(f"Runs that the laws of size and data have not seen: {reasons}.", "faint")
+    for name in (*document["laws"], *document["refused"]):
+        title, formula, paper = FORMULAS.get(name) or (_scale_title(name), FORMULAS["chinchilla"][1], "")
+        link = f' (<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>)' if paper else ""
+        yield f'<h3 id="law-{html.text(name)}">{html.text(title)}: {html.text(name)}</h3>'
+        yield f"<p><code>{html.text(formula)}</code>{link}</p>"
+        if name in document["refused"]:
+            yield html.box([f"{document['refused'][name]}."], "bad")
+        else:
+            yield _law(document, name)
+
+
+def _scale_title(name: str) -> str:
+    return f"Scale {name.rpartition('_')[2]}" if name.startswith("loss_scale_") else "Law"
+
+
+def _law(document: Mapping[str, Any], name: str) -> str:
+    law = document["laws"][name]
+    known = set(law["intervals"]) | {"E", "A", "B", "alpha", "beta", "a", "b", "c", "d", "Es", "Em", "k", "exponent"}
+    keys = [key for key in law if key in known and isinstance(law[key], (int, float, str)) and key != "law"]
+    rows = [
+        (html.text(key), html.number(law[key]), html.interval(law["intervals"].get(key)) if law["intervals"] else "–")
+        for key in keys
+    ]
+    level = f"{100 * law['options']['level']:g} % interval"
+    inputs = ", ".join(document["inputs"].get(name, []))
+    about = (
+        f"{law['num_rows']} runs; inputs: {inputs}; objective {law['options']['objective']}, summed: "
+        f"{html.short(law['objective'], 6)}; {law['starts_at_optimum']} of {law['num_starts']} starts reached it"
+    )
+    flags = [named(flag, document["runs"].get(name, [])) for flag in law["flags"]]
+    return html.table(("parameter", "value", level), rows) + html.paragraph(about, "faint") + html.box(flags, "warn")
+
+
+def _counts(document: Mapping[str, Any]) -> Iterator[str]:
+    rows, messages = [], []
+    for count in document["exponents_by_count"]:
+        if "refused" in count:
+            messages.append(f"{count['N']}: {count['refused']}.")
+            continue
+        cells = [html.number(count[key]) for key in ("E", "alpha", "beta", "a_6ND", "a_counted")]
+        intervals = [html.interval(count["intervals"].get(key), 3) for key in ("alpha", "beta")]
+        rows.append((html.text(COUNT_NAMES[count["N"]]), *cells[:2], intervals[0], cells[2], intervals[1], *cells[3:]))
+    if rows:
+        head = ("N is", "E", "alpha", "interval", "beta", "interval", "a, C = 6 N D", "a, C counted")
+        yield html.table(head, rows)
+        yield html.paragraph("a: the best size grows as C^a. The law is the one of size and data.", "faint")
+    yield html.box(messages, "bad")
+
+
+def _rolling(document: Mapping[str, Any]) -> Iterator[str]:
+    rolling = document["rolling"]
+    if "refused" in rolling:
+        yield html.box([f"{rolling['refused']}."], "warn")
+        return
+    yield html.box([verdict(one) for one in rolling["runs"]], "" if all(o["right"] for o in rolling["runs"]) else "bad")
+
+
+def _figure(figure: Drawn) -> str:
+    return (
+        f'<figure id="figure-{html.text(figure.name)}"><h3>{html.text(figure.title)}</h3>{figure.svg}'
+        f"<figcaption>{html.text(figure.caption)}</figcaption></figure>"
+    )
+
+
+def _unfinished(table: pd.DataFrame) -> str:
+    rows = unfinished(table)
+    if rows.empty:
+        return html.paragraph("None: every run of the plan has finished.")
+    cells = [[html.text(row[name]) for name in ("run", "role", "group", "status")] for _, row in rows.iterrows()]
+    return html.table(("run", "role", "group", "status"), cells)
+
+
+def _runs(table: pd.DataFrame) -> str:
+    names = [name for name in _RUN_COLUMNS if name in table]
+    cells = [[_cell(row[name]) for name in names] for _, row in table.iterrows()]
+    return html.table(names, cells, wide=True)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:  # NaN: not measured
+        return html.short(None)
+    return html.text(value) if isinstance(value, (str, bool)) else html.number(value, 5)
+
+
+def kind_of(table: pd.DataFrame) -> str:
+    """Returns what the laws of size and data are fitted to, for captions."""
+    return {"dense": "dense runs", "moe": "runs with experts"}[main_kind(table)]
