@@ -160,9 +160,7 @@ def _exponents_by_count(table: pd.DataFrame, options: FitOptions) -> list[dict[s
     rows, found = fitted_rows(table), []
     for count in COUNTS:
         try:
-            law = fit_chinchilla(
-                rows[count], rows[D], rows["loss"], cluster=clusters(rows), options=options
-            )
+            law = fit_chinchilla(rows[count], rows[D], rows["loss"], cluster=clusters(rows), options=options)
         except UserError as error:
             found.append({"N": count, "refused": str(error)})
             continue

@@ -61,7 +61,9 @@ def envelope(rows: pd.DataFrame) -> pd.DataFrame:
 
     FLOPs that differ by less than 5 % are equal: runs have whole steps, so those of one budget differ a little.
     """
-    mean = pd.DataFrame([{**group.iloc[0], "loss": group["loss"].mean()} for group in points(rows)], columns=rows.columns)
+    mean = pd.DataFrame(
+        [{**group.iloc[0], "loss": group["loss"].mean()} for group in points(rows)], columns=rows.columns
+    )
     flops, loss = mean["flops_model"].to_numpy(float), mean["loss"].to_numpy(float)
     best = [loss[flops <= SAME_FLOPS * own].min() for own in flops]
     return mean[loss <= best].sort_values("flops_model", kind="stable")
