@@ -20,8 +20,7 @@ from mepa_ds.scaling.laws.fitting.logsum import Derivatives
 
 Array = NDArray[np.float64]
 TOLERANCE = 1e-13
-"""A fit has converged when a step promises less than a hundredth of this share of the objective."""
-_MAX_STEPS = 400
+"""A fit has converged when a step promises to lower the objective by less than a hundredth of this share of it."""
 _LONGEST = 2.0  # change of one parameter in a step: all are logarithms or exponents
 _GIVEN_UP = 1e12
 
@@ -46,7 +45,13 @@ class Minima:
 
 
 def minimise(
-    evaluate: Callable[[Array, NDArray[np.intp]], Derivatives], theta_SP: Array, box: Box, scale: float
+    evaluate: Callable[[Array, NDArray[np.intp]], Derivatives],
+    theta_SP: Array,
+    box: Box,
+    scale: float,
+    *,
+    tolerance: float = TOLERANCE,
+    max_steps: int = 1000,
 ) -> Minima:
     """Local minima of S problems.
 
@@ -63,7 +68,7 @@ def minimise(
         value, gradient, hessian, metric = at.value_S, at.gradient_SP, at.hessian_SPP, at.metric_SPP
         value = np.where(np.isfinite(value), value, np.inf)
         active = np.flatnonzero(np.isfinite(value) & np.isfinite(gradient).all(1) & np.isfinite(hessian).all((1, 2)))
-        for _ in range(_MAX_STEPS):
+        for _ in range(max_steps):
             if not len(active):
                 break
             step, promised = _steps(
@@ -78,7 +83,7 @@ def minimise(
             hessian[kept], metric[kept] = at.hessian_SPP[good], at.metric_SPP[good]
             factor = np.select([gain < 0, gain < 0.25, gain < 0.75], [6.0, 2.0, 0.5], 0.08)
             damping[active] = np.maximum(damping[active] * factor, 1e-14)
-            done = (promised <= TOLERANCE / 100 * value[active] + scale) | (damping[active] > _GIVEN_UP)
+            done = (promised <= tolerance / 100 * value[active] + scale) | (damping[active] > _GIVEN_UP)
             active = active[~done]
     return Minima(theta, value)
 

@@ -27,7 +27,12 @@ DEPTH = 40.0
 HEIGHT = 6.0
 _NEARLY_ZERO = 15.0
 _FLAT = 1e-9
-_MANY_PARAMETERS = 16
+_MANY_PARAMETERS = 9
+_COARSE = 1e-6
+_FIRST_STEPS = 300
+_STEPS, _WARPED = 3000, 1000  # narrow valleys, as of a term whose exponent is nearly 0, take up to 1600
+_NEAR = 1.1
+_FEW = 200
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def solve(form: Form, rows: Rows, options: FitOptions) -> Solution:
     plain = _problem(form, rows, np.ones((1, len(rows.loss_N))), options)
     starts = _starts(form, rows, options.num_starts)
     scale = _ROUNDING * 1e-8 * len(rows.loss_N)
-    found = minimise(plain, starts, form.box, scale)
+    found = _descend(plain, starts, form, scale)
     around = _perturbed(found.theta_SP[found.value_S.argmin()], 16, 0.3)
     again = minimise(plain, np.concatenate([found.theta_SP[[found.value_S.argmin()]], around]), form.box, scale)
     found = Minima(np.concatenate([again.theta_SP, found.theta_SP]), np.concatenate([again.value_S, found.value_S]))
@@ -90,6 +95,18 @@ def solve(form: Form, rows: Rows, options: FitOptions) -> Solution:
     draws = _bootstrap(form, rows, best, weights, options)
     flat_BP = _flat(form, rows, draws, weights)
     return Solution(best, value, len(reached), int(reached.sum()), draws, flat_P, flat_BP)
+
+
+def _descend(
+    problem: Callable[[Array, NDArray[np.intp]], Derivatives], starts: Array, form: Form, scale: float
+) -> Minima:
+    """All starts for some steps; then on with those that have come near the best one."""
+    found = minimise(problem, starts, form.box, scale, max_steps=_FIRST_STEPS)
+    near = np.flatnonzero(found.value_S <= _NEAR * found.value_S.min() + scale)
+    theta, value = found.theta_SP.copy(), found.value_S.copy()
+    ended = minimise(problem, theta[near], form.box, scale, max_steps=_STEPS if form.model.warp is None else _WARPED)
+    theta[near], value[near] = ended.theta_SP, ended.value_S
+    return Minima(theta, value)
 
 
 def _flat(form: Form, rows: Rows, theta_SP: Array, weights_SN: Array) -> NDArray[np.bool_]:
@@ -167,11 +184,14 @@ def _zeros(
 
 
 def _bootstrap(form: Form, rows: Rows, best: Array, weights: Array, options: FitOptions) -> Array:
-    """(B, P): each draw fitted from the optimum and, where that is cheap, from two points near it."""
-    times = 3 if len(best) < _MANY_PARAMETERS else 1
+    """(B, P): each draw fitted from the optimum and, where that is cheap, from a point near it.
+
+    Coarser than the fit: what is left is next to nothing of the spread of the draws.
+    """
+    times = 2 if len(best) < _MANY_PARAMETERS else 1
     near = np.concatenate([best[None], _perturbed(best, times - 1, 0.1)]) if times > 1 else best[None]
     problem = _problem(form, rows, weights, options, times)
-    found = minimise(problem, np.tile(near, (options.draws, 1)), form.box, 1e-12 * options.delta**2)
+    found = minimise(problem, np.tile(near, (options.draws, 1)), form.box, 1e-12 * options.delta**2, tolerance=_COARSE, max_steps=_FEW)
     best_of = found.value_S.reshape(-1, times).argmin(1)
     draws: Array = found.theta_SP.reshape(options.draws, times, -1)[np.arange(options.draws), best_of]
     creeping = draws < np.log(rows.loss_N.min()) - _NEARLY_ZERO
