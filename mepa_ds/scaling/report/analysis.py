@@ -15,6 +15,7 @@ from mepa_ds.files import sha256_of_file
 from mepa_ds.scaling.laws import Fit, FitOptions, fit_chinchilla, fit_power
 from mepa_ds.scaling.laws.data_constrained import fit_data_constrained
 from mepa_ds.scaling.laws.moe import ROUTED_EM, ROUTED_ES, fit_joint_moe, fit_routed
+from mepa_ds.scaling.report.document import law_of
 from mepa_ds.scaling.report.hold_out import compare
 from mepa_ds.scaling.report.rows import (
     POINT,
@@ -62,7 +63,7 @@ def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, pat
     Returns:
         As JSON: `laws` (by name, `Fit.to_dict`), `inputs` (the column of each input), `runs` (names, in the order of
         the residuals), `refused` (by name, why there is no such law), `hold_out`, `rolling`, `exponents_by_count`,
-        `noise` and `left_out`.
+        `noise`, `left_out` and `unique_images` (of the largest training set).
     """
     document: dict[str, Any] = {
         "table": str(path),
@@ -72,6 +73,7 @@ def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, pat
         "runs": {},
         "refused": {},
         "left_out": left_out(table),
+        "unique_images": _largest(table["unique_images"]),
     }
     deviation, freedom = noise_floor(table)
     document["noise"] = {"deviation": deviation, "freedom": freedom}
@@ -125,6 +127,10 @@ def left_out(table: pd.DataFrame) -> dict[str, int]:
     counts = {reason: len(rows) for reason, rows in reasons.items()}
     counts |= {f"{status}": int(count) for status, count in _without_loss(table).value_counts().items()}
     return {reason: count for reason, count in counts.items() if count}
+
+
+def _largest(values: pd.Series) -> float | None:
+    return float(values.max()) if values.notna().any() else None
 
 
 def _without_loss(table: pd.DataFrame) -> pd.Series:
@@ -189,12 +195,3 @@ def counted_exponent(law: Any, log_n: Any, log_per: Any) -> float | None:
         return None
     slope = float(np.polyfit(log_n, log_per, 1)[0])
     return float(law.beta / (law.alpha + (1 + slope) * law.beta))
-
-
-def law_of(document: Mapping[str, Any], name: str) -> Any:
-    """Returns a law of the document; None where it has none."""
-    if name not in document["laws"]:
-        return None
-    data = document["laws"][name]
-    kinds = {kind.law: kind for kind in Fit.__subclasses__()}
-    return kinds[data["law"]].from_dict(data)

@@ -16,7 +16,8 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
 from mepa_ds.scaling.laws import FitOptions
 from mepa_ds.scaling.report import style
-from mepa_ds.scaling.report.analysis import analyse, law_of
+from mepa_ds.scaling.report.analysis import analyse
+from mepa_ds.scaling.report.document import FITS_NAME, REPORT_NAME, law_of, read_document
 from mepa_ds.scaling.report.law_figures import compute_figure, laws_figure, residuals_figure
 from mepa_ds.scaling.report.page import Drawn, kind_of, report_page
 from mepa_ds.scaling.report.rows import finished, scale_columns
@@ -25,7 +26,7 @@ from mepa_ds.scaling.running.collect import TABLE_NAME
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import PLAN_NAME, STUDY_NAME, study_hash
 
-REPORT_NAME, PAGE_NAME, FITS_NAME = "report", "report.html", "fits.json"
+PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_report(study: StudyConfig, table: pd.DataFrame, options: FitOptions) -
     folder = study.output_dir / REPORT_NAME
     document = analyse(table, study.laws, options, study.output_dir / f"{TABLE_NAME}.parquet")
     write_json(folder / FITS_NAME, document)
-    document = json.loads((folder / FITS_NAME).read_text())  # the page shows what the file has
+    document = read_document(folder / FITS_NAME)  # the page shows what the file has
     drawn = []
     with style.drawing():
         for name, title, caption, figure in _figures(study, table, document):
