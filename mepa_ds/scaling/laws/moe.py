@@ -121,7 +121,7 @@ class JointMoEFit(Fit):
 
 @dataclass(frozen=True, kw_only=True)
 class FineGrainedMoEFit(Fit):
-    """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, G the granularity (Krajewski et al., arXiv 2402.07871, eq. 9)."""
+    """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, G the granularity (arXiv 2402.07871, equation 9)."""
 
     law: ClassVar[str] = "fine-grained-moe"
     parameter_names: ClassVar[tuple[str, ...]] = ("a", "alpha", "b", "beta", "g", "gamma", "c")
@@ -173,7 +173,7 @@ def _experts(law: str, E_N: Array, Es: float | None, Em: float | None, published
         "Em": Parameter(-1, lambda theta: np.exp(theta[:, -1]), floor=0.0),
     }
     return _Experts(
-        z - z.mean() if free else z - z.mean(),
+        z - z.mean(),
         float(z.mean()),
         (_KAPPA, _MOST) if free else tuple((end, end) for end in ends),
         _EXPERT_STARTS if free else tuple((end, end) for end in ends),

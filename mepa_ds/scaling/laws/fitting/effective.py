@@ -147,6 +147,4 @@ class EffectiveExperts:
             return total
 
         shape = (S, N, K)
-        return Bent(
-            np.broadcast_to((z - self.centre)[..., None], shape), np.broadcast_to(slope, (*shape, P)), bend
-        )
+        return Bent(np.broadcast_to((z - self.centre)[..., None], shape), np.broadcast_to(slope, (*shape, P)), bend)

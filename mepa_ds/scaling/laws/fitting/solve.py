@@ -191,7 +191,14 @@ def _bootstrap(form: Form, rows: Rows, best: Array, weights: Array, options: Fit
     times = 2 if len(best) < _MANY_PARAMETERS else 1
     near = np.concatenate([best[None], _perturbed(best, times - 1, 0.1)]) if times > 1 else best[None]
     problem = _problem(form, rows, weights, options, times)
-    found = minimise(problem, np.tile(near, (options.draws, 1)), form.box, 1e-12 * options.delta**2, tolerance=_COARSE, max_steps=_FEW)
+    found = minimise(
+        problem,
+        np.tile(near, (options.draws, 1)),
+        form.box,
+        1e-12 * options.delta**2,
+        tolerance=_COARSE,
+        max_steps=_FEW,
+    )
     best_of = found.value_S.reshape(-1, times).argmin(1)
     draws: Array = found.theta_SP.reshape(options.draws, times, -1)[np.arange(options.draws), best_of]
     creeping = draws < np.log(rows.loss_N.min()) - _NEARLY_ZERO
