@@ -18,7 +18,7 @@ from mepa_ds.scaling.family import VAR_DEPTHS
 from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla
 from mepa_ds.scaling.predict import FamilyModel, Prediction, family_models, predict, study_models, study_sizes
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import resolved
+from mepa_ds.scaling.study.plan import read_plan, resolved
 from tests.scaling.synthetic_study import TRUTH, law, plan_study
 
 SIZES = ("d2w48", "d3w64", "d4w96", "d4w128", "d6w192")
@@ -89,7 +89,7 @@ def test_the_best_size_grows_with_the_budget(models: list[FamilyModel], fit: Chi
 
 def test_flops_of_an_image_are_the_counted_sum(study: StudyConfig, models: list[FamilyModel]) -> None:
     """Of all parts, with the head; and those of the plan."""
-    rows = {row["size"]: row for row in json.loads((study.output_dir / "plan.json").read_text())["runs"]}
+    rows = {row["size"]: row for row in read_plan(study) if row["kind"] == "dense"}
     for model in models:
         row = rows[model.size]
         parts = forward_flops_by_part(resolved(row).model)
@@ -100,34 +100,24 @@ def test_flops_of_an_image_are_the_counted_sum(study: StudyConfig, models: list[
 
 def test_leaving_the_head_out_would_change_the_answer() -> None:
     """With a large codebook the head is much of a small model, so that without it small ones look too cheap."""
-    sizes = ("d2w128", "d4w128", "d4w192", "d6w256", "d8w384")
+    sizes = ("d2w128", "d3w128", "d4w192", "d6w256", "d8w384")
     models = family_models(sizes, None, {"codebook_size": 65536})
     share = {}
     for model in models:
-        config = ModelConfig.model_validate_json(json.dumps({**_config(model.size), "codebook_size": 65536}))
+        depth, width = (int(part) for part in model.size[1:].split("w"))
+        config = ModelConfig(depth=depth, width=width, num_heads=width // 64, codebook_size=65536)
         parts = forward_flops_by_part(config)
+        assert model.image_flops == 3 * sum(parts.values())
         share[model.size] = parts["head"] / sum(parts.values())
     assert max(share.values()) > 0.5
-    p = TRUTH | {"A": 300.0}
-
-    def counted(model: FamilyModel, flops: float) -> float:
-        return flops / model.image_flops
-
-    def without_head(model: FamilyModel, flops: float) -> float:
-        return flops / (model.image_flops * (1 - share[model.size]))
-
-    different = 0
-    fit = _exact(p)
-    for flops in np.geomspace(1e15, 1e19, 25):
-        best = naive_best(models, flops, p, counted)
-        different += best != naive_best(models, flops, p, without_head)
+    truth = TRUTH | {"B": 3e4}
+    fit, different = _exact(truth), 0
+    for flops in np.geomspace(1e15, 1e20, 40):
+        best = naive_best(models, flops, truth, lambda model, C: C / model.image_flops)
+        mutated = naive_best(models, flops, truth, lambda model, C: C / (model.image_flops * (1 - share[model.size])))
         assert predict(fit, INPUTS, models, flops).best.model.size == best
-    assert different > 0
-
-
-def _config(size: str) -> dict[str, Any]:
-    depth, width = (int(part) for part in size[1:].split("w"))
-    return {"depth": depth, "width": width, "num_heads": width // 64}
+        different += best != mutated
+    assert different > 3
 
 
 def _exact(p: dict[str, float]) -> ChinchillaFit:

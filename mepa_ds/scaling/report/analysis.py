@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,33 @@ import pandas as pd
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.scaling.laws import Fit, FitOptions, fit_chinchilla, fit_power
-from mepa_ds.scaling.laws.data_constrained import fit_data_constrained
-from mepa_ds.scaling.laws.moe import ROUTED_EM, ROUTED_ES, fit_joint_moe, fit_routed
+from mepa_ds.scaling.laws import (
+    Fit,
+    FitOptions,
+    HeldOut,
+    fit_chinchilla,
+    fit_data_constrained,
+    fit_isoflop,
+    fit_joint_moe,
+    fit_lr,
+    fit_power,
+    fit_routed,
+    fit_scales,
+    noise_floor,
+    rolling,
+)
+from mepa_ds.scaling.laws.moe import ROUTED_EM, ROUTED_ES
 from mepa_ds.scaling.report.document import law_of
-from mepa_ds.scaling.report.hold_out import compare
+from mepa_ds.scaling.report.hold_out import compare, comparison
 from mepa_ds.scaling.report.rows import (
-    POINT,
+    clusters,
     envelope,
     finished,
     fitted_rows,
     main_kind,
-    noise_floor,
     scale_columns,
+    sweep_groups,
+    tokens_of_scales,
 )
 
 N, D, C = "params_matrix", "tokens", "flops_model"
@@ -33,22 +48,16 @@ COUNTS = ("params_matrix", "params_active", "params_total")
 
 @dataclass(frozen=True)
 class _Task:
-    """One law to fit: its rows, the column of each of its inputs, the column of the loss."""
+    """One law to fit: the rows, the column of each of its inputs, and the call."""
 
-    fit: Callable[..., Fit]
     rows: pd.DataFrame
     inputs: tuple[str, ...]
-    loss: str = "loss"
-    settings: Mapping[str, Any] | None = None
+    fit: Callable[..., Fit]
+    """Takes the columns of the inputs, `loss`, `cluster` and `options`."""
 
     def run(self, options: FitOptions) -> Fit:
-        columns = [self.rows[name].to_numpy(float) for name in (*self.inputs, self.loss)]
-        return self.fit(*columns, cluster=clusters(self.rows), options=options, **(self.settings or {}))
-
-
-def clusters(rows: pd.DataFrame) -> Any:
-    """Returns a number for each row; runs that differ in their seed alone have the same."""
-    return rows.groupby([*POINT, "lr_peak"], dropna=False, sort=False).ngroup().to_numpy()
+        columns = [self.rows[name].to_numpy(float) for name in self.inputs]
+        return self.fit(*columns, self.rows["loss"].to_numpy(float), cluster=clusters(self.rows), options=options)
 
 
 def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, path: Path) -> dict[str, Any]:
@@ -75,7 +84,8 @@ def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, pat
         "left_out": left_out(table),
         "unique_images": _largest(table["unique_images"]),
     }
-    deviation, freedom = noise_floor(table)
+    measured = finished(table)
+    deviation, freedom = noise_floor(measured["loss"], clusters(measured))
     document["noise"] = {"deviation": deviation, "freedom": freedom}
     for name, task in _tasks(table, laws).items():
         try:
@@ -85,30 +95,57 @@ def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, pat
         except UserError as error:
             document["refused"][name] = str(error)
     document["hold_out"] = _hold_out(table, document, deviation)
-    document["rolling"] = _rolling(table, options, deviation)
+    document["rolling"] = _rolling(table, options)
     document["exponents_by_count"] = _exponents_by_count(table, options)
     return document
 
 
 def _tasks(table: pd.DataFrame, laws: tuple[str, ...]) -> dict[str, _Task]:
-    rows, experts = fitted_rows(table), finished(table, "fit")
-    table_of = table.assign(unique_tokens=table["unique_images"] * table["tokens"] / table["samples"])
-    front = envelope(rows)
-    known: dict[str, _Task] = {
-        "chinchilla": _Task(fit_chinchilla, rows, (N, D)),
-        "data": _Task(fit_data_constrained, table_of.loc[rows.index], (N, D, "unique_tokens")),
-        "power": _Task(fit_power, front, (C,)),
+    rows, both = fitted_rows(table), finished(table, "fit")
+    repeated = rows.assign(unique_tokens=_unique_tokens(rows))
+    moe = both.assign(E=both["experts"].clip(lower=1))
+    has_experts, by_scale, sweeps = (both["kind"] == "moe").any(), scale_columns(table), _sweeps(table)
+    routed = _of_one_length(moe) if has_experts else moe
+    known = {
+        "chinchilla": _Task(rows, (N, D), fit_chinchilla),
+        "data": _Task(repeated, (N, D, "unique_tokens"), fit_data_constrained),
+        "isoflop": _Task(rows, (C, N), partial(_isoflop, rows)),
+        "power": _Task(envelope(rows), (C,), fit_power),
+        "var": _Task(rows, (N, D), partial(_var, rows, by_scale)),
+        "routed": _Task(routed, (N, "E"), partial(fit_routed, Es=ROUTED_ES, Em=ROUTED_EM)),
+        "joint-moe": _Task(moe, ("params_active", "E", D), fit_joint_moe),
+        "lr": _Task(sweeps, (N, "lr_peak"), partial(_lr, sweeps)),
     }
-    tasks = {name: known[name] for name in dict.fromkeys((*laws, "power")) if name in known}
-    for column in scale_columns(table):
-        tasks[column] = _Task(fit_chinchilla, rows, (N, D), column)
-    moe = experts.assign(E=experts["experts"].clip(lower=1))
-    if (experts["kind"] == "moe").any():
-        same = _of_one_length(moe)
-        given = {"Es": ROUTED_ES, "Em": ROUTED_EM}
-        tasks["routed"] = _Task(fit_routed, same, (N, "E"), settings=given)
-        tasks["joint-moe"] = _Task(fit_joint_moe, moe, ("params_active", "E", D))
-    return tasks
+    besides = {
+        "power": True, "var": bool(by_scale), "routed": has_experts, "joint-moe": has_experts, "lr": len(sweeps) > 0
+    }  # fmt: skip
+    asked = [*laws, *(name for name, is_there in besides.items() if is_there)]
+    return {name: known[name] for name in known if name in asked}
+
+
+def _unique_tokens(rows: pd.DataFrame) -> pd.Series:
+    return rows["unique_images"] * rows[D] / rows["samples"]
+
+
+def _isoflop(rows: pd.DataFrame, *columns: Any, **settings: Any) -> Fit:
+    per = float(np.median(rows[C] / (rows[N] * rows[D])))
+    return fit_isoflop(*columns, D=rows[D].to_numpy(float), flops_per=per, **settings)
+
+
+def _var(rows: pd.DataFrame, by_scale: list[str], n: Any, d: Any, _: Any, **settings: Any) -> Fit:
+    return fit_scales(n, d, rows[by_scale].to_numpy(float), tokens_of_scales(rows), **settings)
+
+
+def _lr(rows: pd.DataFrame, *columns: Any, cluster: Any, options: FitOptions) -> Fit:
+    del cluster  # a sweep's runs share their seed
+    several = rows[D].nunique() > 1
+    return fit_lr(*columns, D=rows[D].to_numpy(float) if several else None, options=options)
+
+
+def _sweeps(table: pd.DataFrame) -> pd.DataFrame:
+    """The runs of all sweeps of the main kind."""
+    groups = [group for group in sweep_groups(table) if group["kind"].iloc[0] == main_kind(table)]
+    return pd.concat(groups) if groups else table.iloc[:0]
 
 
 def _of_one_length(rows: pd.DataFrame) -> pd.DataFrame:
@@ -141,24 +178,31 @@ def _hold_out(table: pd.DataFrame, document: dict[str, Any], noise: float | None
     rows = finished(table, "hold_out", main_kind(table))
     if rows.empty:
         return {}
-    rows = rows.assign(unique_tokens=rows["unique_images"] * rows["tokens"] / rows["samples"])
+    rows = rows.assign(unique_tokens=_unique_tokens(rows))
     found = {}
     for name in ("chinchilla", "data", "power"):
         if name in document["laws"]:
-            inputs = document["inputs"][name]
-            found[name] = compare(law_of(document, name), rows, inputs, noise)
+            found[name] = compare(law_of(document, name), rows, document["inputs"][name], noise)
     return found
 
 
-def _rolling(table: pd.DataFrame, options: FitOptions, noise: float | None) -> dict[str, Any]:
-    """The runs of the largest size, predicted by a law that saw the smaller ones alone."""
+def _rolling(table: pd.DataFrame, options: FitOptions) -> dict[str, Any]:
+    """The runs of each size, predicted by a law of size and data that saw the smaller ones alone."""
     rows = fitted_rows(table)
-    smaller, largest = (rows[rows[N] < rows[N].max()], rows[rows[N] == rows[N].max()])
+    columns = {"N": rows[N], "D": rows[D], "loss": rows["loss"]}
     try:
-        law = _Task(fit_chinchilla, smaller, (N, D)).run(options)
+        found = rolling("chinchilla", columns, cluster=clusters(rows), options=options)
     except UserError as error:
         return {"refused": str(error)}
-    return {"law": law.to_dict(), "N": float(rows[N].max()), "runs": compare(law, largest, [N, D], noise)}
+    return {"sizes": [_compared(held, rows["run"].tolist()) for held in found]}
+
+
+def _compared(held: HeldOut, runs: list[str]) -> dict[str, Any]:
+    told = []
+    for k, row in enumerate(held.rows):
+        ends = (held.low[k], held.high[k]) if held.fit.draws else None
+        told.append(comparison(runs[row], held.measured[k], held.predicted[k], ends, held.noise_floor))
+    return {"N": held.inputs["N"][0], "parameters": held.fit.parameters, "runs": told}
 
 
 def _exponents_by_count(table: pd.DataFrame, options: FitOptions) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.scaling.laws import Fit
+from mepa_ds.scaling.laws import FITS
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import STUDY_NAME, read_study
 
@@ -62,13 +62,6 @@ def law_of(document: Mapping[str, Any], name: str) -> Any:
     if name not in document["laws"]:
         return None
     data = document["laws"][name]
-    kinds = {kind.law: kind for kind in _kinds(Fit)}
-    if data.get("law") not in kinds:
-        raise UserError(f"the law {data.get('law')!r} of fits.json is unknown here; there are {', '.join(kinds)}")
-    return kinds[data["law"]].from_dict(data)
-
-
-def _kinds(base: type[Fit]) -> Iterator[type[Fit]]:
-    for kind in base.__subclasses__():
-        yield kind
-        yield from _kinds(kind)
+    if data.get("law") not in FITS:
+        raise UserError(f"the law {data.get('law')!r} of {FITS_NAME} is unknown; there are {', '.join(FITS)}")
+    return FITS[data["law"]].from_dict(data)

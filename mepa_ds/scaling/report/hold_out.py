@@ -22,25 +22,35 @@ def compare(law: Fit, rows: pd.DataFrame, inputs: list[str], noise: float | None
         noise: standard deviation of log loss between seeds; None if no run was repeated.
 
     Returns:
-        `predicted`, `low` and `high` (None without a bootstrap), `measured`, `error` = log(measured / predicted),
-        `deviations`: the error in deviations between seeds (None without seeds), `inside` the interval, and `right`:
-        inside, or within 3 deviations; None if neither is known.
+        As `comparison`.
     """
     found = []
     for _, row in rows.iterrows():
         values = [float(row[name]) for name in inputs]
-        predicted, measured = float(law.predict(*values)), float(row["loss"])
-        low, high = law.predict_interval(*values) if law.draws else (None, None)
-        error = float(np.log(measured / predicted))
-        deviations = None if not noise else abs(error) / noise
-        inside = None if low is None else bool(low <= measured <= high)
-        near = None if deviations is None else deviations <= MOST_DEVIATIONS
-        found.append({
-            "run": row["run"], "predicted": predicted, "low": low, "high": high, "measured": measured, "error": error,
-            "deviations": deviations, "inside": inside,
-            "right": None if inside is None and near is None else bool(inside or near),
-        })  # fmt: skip
+        ends = law.predict_interval(*values) if law.draws else None
+        found.append(comparison(row["run"], float(row["loss"]), float(law.predict(*values)), ends, noise))
     return found
+
+
+def comparison(
+    run: str, measured: float, predicted: float, ends: tuple[float, float] | None, noise: float | None
+) -> dict[str, Any]:
+    """Returns one run as JSON.
+
+    `predicted`, `low` and `high` (None without a bootstrap), `measured`, `error` = log(measured / predicted),
+    `deviations`: the error in deviations between seeds (None without seeds), `inside` the interval, and `right`:
+    inside, or within 3 deviations; None if neither is known.
+    """
+    low, high = ends or (None, None)
+    error = float(np.log(measured / predicted))
+    deviations = abs(error) / noise if noise else None
+    inside = None if low is None or high is None else bool(low <= measured <= high)
+    near = None if deviations is None else deviations <= MOST_DEVIATIONS
+    return {
+        "run": run, "predicted": predicted, "low": low, "high": high, "measured": measured, "error": error,
+        "deviations": deviations, "inside": inside,
+        "right": None if inside is None and near is None else bool(inside or near),
+    }  # fmt: skip
 
 
 def verdict(found: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from mepa_ds.scaling.laws import FITS
 from mepa_ds.scaling.report import html
 from mepa_ds.scaling.report.hold_out import verdict
 from mepa_ds.scaling.report.rows import finished, main_kind, unfinished
@@ -25,7 +26,7 @@ FORMULAS = {
         "2502.05172",
     ),
     "var": ("Scales", "one law of size and data a scale", ""),
-    "lr": ("Learning rate", "best peak rate = k N^exponent, from the minima of the sweeps", ""),
+    "lr": ("Learning rate", "best peak rate = k N^a, or k N^a D^b, from the minima of the sweeps", ""),
 }
 COUNT_NAMES = {
     "params_matrix": "matrix weights (the laws' N)",
@@ -71,7 +72,7 @@ def report_page(
         html.section("Study", html.table(("", ""), [(html.text(k), html.text(v)) for k, v in facts.items()])),
         html.section("Laws", *_laws(document)),
         html.section("Exponents under every count", *_counts(document)),
-        html.section("The largest size, predicted from the smaller ones", *_rolling(document)),
+        html.section("Sizes predicted from the smaller ones", *_rolling(document)),
         html.section("Figures", *(_figure(figure) for figure in figures)),
         html.section("Runs without a final loss", _unfinished(table)),
         html.section("Runs", _runs(table)),
@@ -138,7 +139,7 @@ def _laws(document: Mapping[str, Any]) -> Iterator[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         yield html.paragraph(f"Runs that the laws of size and data have not seen: {reasons}.", "faint")
     for name in (*document["laws"], *document["refused"]):
-        title, formula, paper = FORMULAS.get(name) or (_scale_title(name), FORMULAS["chinchilla"][1], "")
+        title, formula, paper = FORMULAS[name]
         link = f' (<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>)' if paper else ""
         yield f'<h3 id="law-{html.text(name)}">{html.text(title)}: {html.text(name)}</h3>'
         yield f"<p><code>{html.text(formula)}</code>{link}</p>"
@@ -148,26 +149,59 @@ def _laws(document: Mapping[str, Any]) -> Iterator[str]:
             yield _law(document, name)
 
 
-def _scale_title(name: str) -> str:
-    return f"Scale {name.rpartition('_')[2]}" if name.startswith("loss_scale_") else "Law"
-
-
 def _law(document: Mapping[str, Any], name: str) -> str:
     law = document["laws"][name]
-    known = set(law["intervals"]) | {"E", "A", "B", "alpha", "beta", "a", "b", "c", "d", "Es", "Em", "k", "exponent"}
-    keys = [key for key in law if key in known and isinstance(law[key], (int, float, str)) and key != "law"]
-    rows = [
-        (html.text(key), html.number(law[key]), html.interval(law["intervals"].get(key)) if law["intervals"] else "–")
-        for key in keys
-    ]
-    level = f"{100 * law['options']['level']:g} % interval"
     inputs = ", ".join(document["inputs"].get(name, []))
     about = (
         f"{law['num_rows']} runs; inputs: {inputs}; objective {law['options']['objective']}, summed: "
         f"{html.short(law['objective'], 6)}; {law['starts_at_optimum']} of {law['num_starts']} starts reached it"
     )
     flags = [named(flag, document["runs"].get(name, [])) for flag in law["flags"]]
-    return html.table(("parameter", "value", level), rows) + html.paragraph(about, "faint") + html.box(flags, "warn")
+    parts = [_scales(law) if name == "var" else _parameters(law), html.paragraph(about, "faint"), *_details(law)]
+    return "\n".join([*parts, html.box(flags, "warn")])
+
+
+def _parameters(law: Mapping[str, Any]) -> str:
+    keys = FITS[law["law"]].parameter_names
+    rows = [(html.text(key), html.number(law[key]), html.interval(law["intervals"].get(key))) for key in keys]
+    return html.table(("parameter", "value", f"{100 * law['options']['level']:g} % interval"), rows)
+
+
+def _scales(law: Mapping[str, Any]) -> str:
+    keys = FITS["var"].parameter_names
+    rows = []
+    for scale in range(len(law["E"])):
+        cells = [html.text(f"scale {scale + 1}"), html.number(law["tokens_of_scale"][scale])]
+        for key in keys:
+            ends = law["intervals"].get(f"{key}_{scale + 1}") or law["intervals"].get(key)
+            cells.append(f"{html.number(law[key][scale])}<br><small>{html.interval(ends, 3)}</small>")
+        rows.append(cells)
+    share = html.number(100 * law["disagreement"])
+    told = f"<p>The scales' token-weighted sum and the law of the mean differ by {share} % at most.</p>"
+    return html.table(("", "tokens", *keys), rows) + told
+
+
+def _details(law: Mapping[str, Any]) -> Iterator[str]:
+    """What minima a law goes through, and IsoFLOP's other routes."""
+    if law["law"] == "isoflop":
+        rows = [("parabolas", html.number(law["a"]), html.interval(law["intervals"].get("a")))]
+        if law["akima"]:
+            ends = law["akima"]["intervals"].get("a")
+            rows.append(("Akima's splines", html.number(law["akima"]["a"]), html.interval(ends)))
+        rows.append(("the surface L(N, D)", html.number(law["surface_a"]), html.short(None)))
+        yield html.table(("a by", "value", "interval"), rows)
+    if law.get("minima"):
+        at = "C" if law["law"] == "isoflop" else "at"
+        cells = [
+            (
+                " ".join(html.number(value) for value in one["at"]),
+                html.number(one["place"]),
+                html.interval((one["low"], one["high"])),
+                html.text(one["why"] or "used"),
+            )
+            for one in law["minima"]
+        ]
+        yield html.table((at, "minimum", "sampled", ""), cells)
 
 
 def _counts(document: Mapping[str, Any]) -> Iterator[str]:
@@ -187,11 +221,14 @@ def _counts(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rolling(document: Mapping[str, Any]) -> Iterator[str]:
-    rolling = document["rolling"]
-    if "refused" in rolling:
-        yield html.box([f"{rolling['refused']}."], "warn")
+    rolled = document["rolling"]
+    if "refused" in rolled:
+        yield html.box([f"{rolled['refused']}."], "warn")
         return
-    yield html.box([verdict(one) for one in rolling["runs"]], "" if all(o["right"] for o in rolling["runs"]) else "bad")
+    for size in rolled["sizes"]:
+        yield f"<h3>N = {html.number(size['N'])}</h3>"
+        good = all(one["right"] for one in size["runs"])
+        yield html.box([verdict(one) for one in size["runs"]], "good" if good else "bad")
 
 
 def _figure(figure: Drawn) -> str:

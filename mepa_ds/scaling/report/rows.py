@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 POINT = ["kind", "depth", "width", "experts", "top_k", "shared", "expert_hidden", "samples", "unique_images", "batch"]
 """Columns that say what a run is, apart from its seed and its learning rate."""
@@ -37,23 +36,9 @@ def unfinished(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(finished(table).index)
 
 
-def points(rows: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Yields the rows of each point: runs that differ in their seed alone."""
-    yield from (group for _, group in rows.groupby([*POINT, "lr_peak"], dropna=False, sort=False))
-
-
-def noise_floor(table: pd.DataFrame) -> tuple[float | None, int]:
-    """Returns the standard deviation of log loss between seeds, and its degrees of freedom.
-
-    Pooled over all points with two finished seeds or more; None without any.
-    """
-    squares, freedom = 0.0, 0
-    for group in points(finished(table)):
-        if group["seed"].nunique() > 1:
-            logs = np.log(group["loss"].to_numpy(float))
-            squares += float(((logs - logs.mean()) ** 2).sum())
-            freedom += len(logs) - 1
-    return (float(np.sqrt(squares / freedom)), freedom) if freedom else (None, 0)
+def clusters(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """Returns a number for each row; runs that differ in their seed alone have the same."""
+    return rows.groupby([*POINT, "lr_peak"], dropna=False, sort=False).ngroup().to_numpy(np.int64)
 
 
 def envelope(rows: pd.DataFrame) -> pd.DataFrame:
@@ -61,9 +46,8 @@ def envelope(rows: pd.DataFrame) -> pd.DataFrame:
 
     FLOPs that differ by less than 5 % are equal: runs have whole steps, so those of one budget differ a little.
     """
-    mean = pd.DataFrame(
-        [{**group.iloc[0], "loss": group["loss"].mean()} for group in points(rows)], columns=rows.columns
-    )
+    groups = clusters(rows)
+    mean = rows.assign(loss=rows["loss"].groupby(groups).transform("mean"))[~pd.Series(groups, rows.index).duplicated()]
     flops, loss = mean["flops_model"].to_numpy(float), mean["loss"].to_numpy(float)
     best = [loss[flops <= SAME_FLOPS * own].min() for own in flops]
     return mean[loss <= best].sort_values("flops_model", kind="stable")
@@ -92,3 +76,8 @@ def scale_columns(table: pd.DataFrame) -> list[str]:
     """Returns loss_scale_1 to loss_scale_K."""
     names = [name for name in table.columns if name.startswith("loss_scale_") and table[name].notna().any()]
     return sorted(names, key=lambda name: int(name.rpartition("_")[2]))
+
+
+def tokens_of_scales(table: pd.DataFrame) -> list[int]:
+    """Returns the tokens of each scale: 1, 4, 9 for the scales "1,2,3"."""
+    return [int(side) ** 2 for side in str(table["scales"].dropna().iloc[0]).split(",")]

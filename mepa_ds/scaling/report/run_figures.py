@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mepa_ds.scaling.laws import ChinchillaFit
+from mepa_ds.scaling.laws import ChinchillaFit, ScalesFit
+from mepa_ds.scaling.laws.minima import parabola
 from mepa_ds.scaling.report import style
 from mepa_ds.scaling.report.law_figures import COMPUTE, DATA, LOSS, SIZE
 from mepa_ds.scaling.report.rows import finished, fitted_rows, scale_columns, size_name, sweep_groups
@@ -37,7 +38,7 @@ def isoflop_figure(
             continue
         mean = group.groupby("params_matrix")["loss"].mean()
         axes.scatter(group["params_matrix"], group["loss"], color=color, s=30, zorder=4)
-        curve, minimum = parabola(mean.index.to_numpy(float), mean.to_numpy(float))
+        curve, minimum = fitted_parabola(group["params_matrix"].to_numpy(float), group["loss"].to_numpy(float))
         end = (float(mean.index[-1]), float(mean.iloc[-1]))
         if curve is not None:
             axes.plot(*curve, color=color)
@@ -67,20 +68,15 @@ def _per_weight(group: pd.DataFrame) -> tuple[Any, Any]:
     return np.log(mean.index.to_numpy(float)), mean.to_numpy(float)
 
 
-def parabola(x: Any, loss: Any) -> tuple[tuple[Any, Any] | None, tuple[float, float] | None]:
-    """Returns the parabola of log loss in log x through three points or more, and its minimum within their range."""
-    if len(x) < 3:
+def fitted_parabola(x: Any, loss: Any) -> tuple[tuple[Any, Any] | None, tuple[float, float] | None]:
+    """Returns the parabola of loss in log x through three points or more, and its minimum, as the laws take it."""
+    if len(np.unique(x)) < 3:
         return None, None
     centre = float(np.log(x).mean())
-    a, b, c = np.polyfit(np.log(x) - centre, np.log(loss), 2)
     grid = np.geomspace(x.min(), x.max(), _GRID)
-    z = np.log(grid) - centre
-    curve = (grid, np.exp(a * z**2 + b * z + c))
-    if a <= 0:
-        return curve, None
-    lowest = -b / (2 * a)
-    minimum = (float(np.exp(lowest + centre)), float(np.exp(c - b**2 / (4 * a))))
-    return curve, minimum if x.min() < minimum[0] < x.max() else None
+    curve = np.polyval(np.polyfit(np.log(x) - centre, loss, 2), np.log(grid) - centre)
+    place, least, why = parabola(np.asarray(x, float), np.asarray(loss, float))
+    return (grid, curve), None if why else (place, least)
 
 
 def sweeps_figure(table: pd.DataFrame) -> Figure | None:
@@ -91,15 +87,11 @@ def sweeps_figure(table: pd.DataFrame) -> Figure | None:
     figure, (axes,) = style.new_figure()
     for (color, marker), group in zip(style.kinds(range(len(groups))).values(), groups, strict=True):
         first = group.iloc[0]
-        mean = group.groupby("lr_peak")["loss"].mean()
-        rates, losses = mean.index.to_numpy(float), mean.to_numpy(float)
-        curve, _ = parabola(rates, losses)
-        at = int(losses.argmin())
-        near = slice(max(at - 1, 0), at + 2)
-        _, minimum = parabola(rates[near], losses[near]) if 0 < at < len(rates) - 1 else (None, None)
+        rates, losses = group["lr_peak"].to_numpy(float), group["loss"].to_numpy(float)
+        curve, minimum = fitted_parabola(rates, losses)
         experts = f", E = {int(first['experts'])}" if first["kind"] == "moe" else ""
         label = f"{size_name(first)}{experts}, {style.count(first['samples'])} images"
-        label += f": best {minimum[0]:.2e}" if minimum else ": the best rate is at the edge"
+        label += f": best {minimum[0]:.2e}" if minimum else ": no minimum inside the sweep"
         axes.plot(rates, losses, marker=marker, linestyle="none", color=color, label=label)
         if curve is not None:
             axes.plot(*curve, color=color, linewidth=1.2)
@@ -149,10 +141,10 @@ def experts_figure(table: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def scales_figure(table: pd.DataFrame, laws: dict[str, ChinchillaFit]) -> Figure | None:
-    """Loss of each scale against N, D and C: at the longest runs, at the largest size, and on the envelope.
+def scales_figure(table: pd.DataFrame, law: ScalesFit | None) -> Figure | None:
+    """Loss of each scale against N at the longest runs, against D at the largest size, and against C.
 
-    `laws`: by column, such as loss_scale_1. None without losses by scale.
+    None without losses by scale.
     """
     rows, columns = fitted_rows(table), scale_columns(table)
     if rows.empty or not columns:
@@ -165,18 +157,20 @@ def scales_figure(table: pd.DataFrame, laws: dict[str, ChinchillaFit]) -> Figure
         ("flops_model", rows, COMPUTE + "  (all runs)"),
     )
     for axes, (x, cut, label) in zip(panels, cuts, strict=True):
+        grid = np.geomspace(cut[x].min(), cut[x].max(), _GRID)
+        curves = None
+        if law is not None and x != "flops_model":
+            inputs = (grid, np.full(_GRID, longest)) if x == "params_matrix" else (np.full(_GRID, largest), grid)
+            curves = law.predict_scales(*inputs)
         ends = []
         for scale, (column, color) in enumerate(zip(columns, style.shades(len(columns)), strict=True), start=1):
             mean = cut.groupby(x)[column].mean()
-            law = laws.get(column)
-            dots_only = x == "flops_model" or law is not None
-            axes.plot(mean.index, mean.to_numpy(), "o" if dots_only else "o-", color=color, markersize=5)
-            if law is not None and x != "flops_model":
-                grid = np.geomspace(mean.index.min(), mean.index.max(), _GRID)
-                inputs = (grid, np.full(_GRID, longest)) if x == "params_matrix" else (np.full(_GRID, largest), grid)
-                axes.plot(grid, law.predict(*inputs), color=color)
+            joined = curves is None and x != "flops_model"
+            axes.plot(mean.index, mean.to_numpy(), "o-" if joined else "o", color=color, markersize=5)
+            if curves is not None:
+                axes.plot(grid, curves[:, scale - 1], color=color)
             ends.append((float(mean.index[-1]), float(mean.iloc[-1]), f"scale {scale}", color))
         style.log_axes(axes, label, LOSS)
         style.end_labels(axes, ends)
-    figure.set_size_inches(15, 4.4)
+    figure.set_size_inches(15, 4.6)
     return figure

@@ -20,7 +20,7 @@ from mepa_ds.scaling.report.analysis import analyse
 from mepa_ds.scaling.report.document import FITS_NAME, REPORT_NAME, law_of, read_document
 from mepa_ds.scaling.report.law_figures import compute_figure, laws_figure, residuals_figure
 from mepa_ds.scaling.report.page import Drawn, kind_of, report_page
-from mepa_ds.scaling.report.rows import finished, scale_columns
+from mepa_ds.scaling.report.rows import finished
 from mepa_ds.scaling.report.run_figures import experts_figure, isoflop_figure, scales_figure, sweeps_figure
 from mepa_ds.scaling.running.collect import TABLE_NAME
 from mepa_ds.scaling.study.config import StudyConfig
@@ -78,7 +78,6 @@ def _figures(
     law, power = (law_of(document, name) for name in ("chinchilla", "power"))
     kind = kind_of(table)
     budgets = {group: grid.flops for group, grid in study.grids.items() if grid.flops}
-    scales = {name: law_of(document, name) for name in scale_columns(table) if name in document["laws"]}
     bands = "Bands are 95 % intervals of the law itself, without the noise of a run."
     found = (
         ("laws", "Loss against size and data", f"All {kind}, and the law of N and D. {bands}", laws_figure(table, law)),
@@ -107,13 +106,12 @@ def _figures(
             "scales",
             "Loss by scale",
             "Points are runs, curves the law of N and D of each scale.",
-            scales_figure(table, scales),
+            scales_figure(table, law_of(document, "var")),
         ),
         (
             "learning_rates",
             "Sweeps of the learning rate",
-            "Curves: parabolas in the logarithm of the rate through all points. Dotted: the minimum of the parabola "
-            "through the best rate and its neighbours.",
+            "Curves: parabolas in the logarithm of the rate. Dotted: their minima, through which the law 'lr' goes.",
             sweeps_figure(table),
         ),
     )
