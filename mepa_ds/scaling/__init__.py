@@ -9,6 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mepa_ds.scaling.fit_files import exponents_by_count as exponents_by_count
+    from mepa_ds.scaling.fit_files import fit_file as fit_file
+    from mepa_ds.scaling.fit_files import read_fits as read_fits
+    from mepa_ds.scaling.fit_files import write_fits as write_fits
+    from mepa_ds.scaling.fits import TableFit as TableFit
+    from mepa_ds.scaling.fits import fit_table as fit_table
+    from mepa_ds.scaling.fits import hold_out_table as hold_out_table
+    from mepa_ds.scaling.fits import read_fit as read_fit
+    from mepa_ds.scaling.fits import rolling_table as rolling_table
     from mepa_ds.scaling.laws import FITS as FITS
     from mepa_ds.scaling.laws import MAX_CORRELATION as MAX_CORRELATION
     from mepa_ds.scaling.laws import ChinchillaFit as ChinchillaFit
@@ -41,6 +50,8 @@ if TYPE_CHECKING:
     from mepa_ds.scaling.laws import hold_out as hold_out
     from mepa_ds.scaling.laws import noise_floor as noise_floor
     from mepa_ds.scaling.laws import rolling as rolling
+    from mepa_ds.scaling.table import choose_rows as choose_rows
+    from mepa_ds.scaling.table import read_table as read_table
 
 _LAWS = (
     "FITS",
@@ -76,7 +87,19 @@ _LAWS = (
     "noise_floor",
     "rolling",
 )
-_PUBLIC = dict.fromkeys(_LAWS, "mepa_ds.scaling.laws")
+_PUBLIC = dict.fromkeys(_LAWS, "mepa_ds.scaling.laws") | {
+    "TableFit": "mepa_ds.scaling.fits",
+    "choose_rows": "mepa_ds.scaling.table",
+    "exponents_by_count": "mepa_ds.scaling.fit_files",
+    "fit_file": "mepa_ds.scaling.fit_files",
+    "fit_table": "mepa_ds.scaling.fits",
+    "hold_out_table": "mepa_ds.scaling.fits",
+    "read_fit": "mepa_ds.scaling.fits",
+    "read_fits": "mepa_ds.scaling.fit_files",
+    "read_table": "mepa_ds.scaling.table",
+    "rolling_table": "mepa_ds.scaling.fits",
+    "write_fits": "mepa_ds.scaling.fit_files",
+}
 __all__ = list(_PUBLIC)
 
 

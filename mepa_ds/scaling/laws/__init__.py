@@ -9,15 +9,8 @@ from mepa_ds.scaling.laws.hold_out import HeldOut, hold_out, noise_floor, rollin
 from mepa_ds.scaling.laws.isoflop import IsoflopFit, fit_isoflop
 from mepa_ds.scaling.laws.learning_rate import LrDataFit, LrFit, fit_lr
 from mepa_ds.scaling.laws.link import LinkFit, fit_link
-from mepa_ds.scaling.laws.moe import (
-    FineGrainedMoEFit,
-    JointMoEFit,
-    RoutedFit,
-    effective_experts,
-    fit_fine_grained_moe,
-    fit_joint_moe,
-    fit_routed,
-)
+from mepa_ds.scaling.laws.moe import fit_fine_grained_moe, fit_joint_moe, fit_routed
+from mepa_ds.scaling.laws.moe_laws import FineGrainedMoEFit, JointMoEFit, RoutedFit, effective_experts
 from mepa_ds.scaling.laws.power import PowerFit, fit_power
 from mepa_ds.scaling.laws.scales import ScalesFit, fit_scales
 
