@@ -15,10 +15,13 @@ from mepa_ds.config.model import ModelConfig
 from mepa_ds.errors import UserError
 from mepa_ds.objective.flops import forward_flops_by_part
 from mepa_ds.scaling.family import VAR_DEPTHS
+from mepa_ds.scaling.fit_files import VERSION
+from mepa_ds.scaling.fits import TableFit
 from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla
 from mepa_ds.scaling.predict import FamilyModel, Prediction, family_models, predict, study_models, study_sizes
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import read_plan, resolved
+from mepa_ds.scaling.table import COLUMNS
 from tests.scaling.synthetic_study import TRUTH, law, plan_study
 
 SIZES = ("d2w48", "d3w64", "d4w96", "d4w128", "d6w192")
@@ -173,9 +176,10 @@ def test_vars_ladder_is_whole(tmp_path: Path) -> None:
 
 
 def test_the_command(study: StudyConfig, fit: ChinchillaFit, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = TableFit("chinchilla", fit, COLUMNS, (), {}, None, ())
     document = {
-        "table": str(study.output_dir / "table.parquet"), "table_sha256": "", "laws": {"chinchilla": fit.to_dict()},
-        "inputs": {"chinchilla": list(INPUTS)}, "refused": {"data": "data: no repeats"}, "unique_images": 12800,
+        "version": VERSION, "table": {"path": "table.parquet", "sha256": ""}, "laws": {"chinchilla": entry.to_dict()},
+        "refused": {"data": "data: no repeats"}, "unique_images": 12800,
     }  # fmt: skip
     with pytest.raises(UserError, match="run mepa scale report"):
         main([str(study.output_dir), "--flops", "1e13"])

@@ -15,6 +15,8 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
 from mepa_ds.errors import UserError
 from mepa_ds.scaling.family import VAR_DEPTHS
+from mepa_ds.scaling.fit_files import read_fits
+from mepa_ds.scaling.fits import TableFit
 from mepa_ds.scaling.predict import (
     Candidate,
     FamilyModel,
@@ -25,7 +27,7 @@ from mepa_ds.scaling.predict import (
     study_moe,
     study_sizes,
 )
-from mepa_ds.scaling.report.document import find_document, law_of, read_document, stale
+from mepa_ds.scaling.report.document import find_document, input_columns, stale
 from mepa_ds.scaling.study.config import Budget, StudyConfig
 from mepa_ds.scaling.study.plan import LR_LAW_NAME
 
@@ -64,13 +66,14 @@ class PredictOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(PredictOptions, prog="mepa scale predict", args=argv)
     path, study = find_document(options.source)
-    document = read_document(path)
+    document = {"refused": {}, "unique_images": None, **read_fits(path)}
     flops = _flops(options, study)
     moe = study_moe(study) if options.moe is None and study else moe_of(options.moe or "dense")
     name = _law_name(options.law, document, moe, path)
     unique = options.unique_images or _unique_images(document)
     models = _models(options.sizes, study, moe)
-    found = predict(law_of(document, name), document["inputs"][name], models, flops, unique)
+    entry: TableFit = document["laws"][name]
+    found = predict(entry.fit, input_columns(entry.fit, entry.columns), models, flops, unique)
     warnings = [*stale(document), *found.warnings]
     if options.json:
         print(json.dumps({**found.to_dict(), "warnings": warnings, "fits": str(path)}, indent=1))
@@ -105,7 +108,7 @@ def _law_name(asked: str | None, document: Mapping[str, Any], moe: MoEConfig | N
     for name in wanted:
         if name in laws:
             return name
-    reason = next((f" ({document['refused'][name]})" for name in wanted if name in document.get("refused", {})), "")
+    reason = next((f" ({document['refused'][name]})" for name in wanted if name in document["refused"]), "")
     raise UserError(
         f"{path}: no law {' or '.join(wanted)} there{reason}; it has {', '.join(laws) or 'none'}: choose one with "
         "--law, or fit it"
@@ -114,7 +117,7 @@ def _law_name(asked: str | None, document: Mapping[str, Any], moe: MoEConfig | N
 
 def _unique_images(document: Mapping[str, Any]) -> int | None:
     """The largest training set of the table's runs."""
-    value = document.get("unique_images")
+    value = document["unique_images"]
     return None if value is None else int(value)
 
 

@@ -1,241 +1,205 @@
-"""From the table of a study to its laws: what the report says, as one JSON document."""
+"""From a table of runs to its laws and what they say of runs that they have not seen, as one JSON document."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.scaling.laws import (
-    Fit,
-    FitOptions,
-    HeldOut,
-    fit_chinchilla,
-    fit_data_constrained,
-    fit_isoflop,
-    fit_joint_moe,
-    fit_lr,
-    fit_power,
-    fit_routed,
-    fit_scales,
-    noise_floor,
-    rolling,
-)
+from mepa_ds.scaling.fit_files import VERSION, exponents_by_count
+from mepa_ds.scaling.fits import TableFit, fit_table, rolling_table
+from mepa_ds.scaling.laws import FitOptions, HeldOut, noise_floor
+from mepa_ds.scaling.laws.hold_out import LAWS as PREDICTABLE
 from mepa_ds.scaling.laws.moe import ROUTED_EM, ROUTED_ES
-from mepa_ds.scaling.report.document import law_of
 from mepa_ds.scaling.report.hold_out import compare, comparison
-from mepa_ds.scaling.report.rows import (
-    clusters,
-    envelope,
-    finished,
-    fitted_rows,
-    main_kind,
-    scale_columns,
-    sweep_groups,
-    tokens_of_scales,
-)
+from mepa_ds.scaling.report.rows import clusters, envelope, finished, main_kind, scale_columns
+from mepa_ds.scaling.table import choose_rows, inputs_of
 
-N, D, C = "params_matrix", "tokens", "flops_model"
-COUNTS = ("params_matrix", "params_active", "params_total")
+MOE_LAWS = ("routed", "joint-moe", "fine-grained-moe")
+ROUTED_SETTINGS = {"Es": ROUTED_ES, "Em": ROUTED_EM}
 
 
 @dataclass(frozen=True)
-class _Task:
-    """One law to fit: the rows, the column of each of its inputs, and the call."""
-
-    rows: pd.DataFrame
-    inputs: tuple[str, ...]
-    fit: Callable[..., Fit]
-    """Takes the columns of the inputs, `loss`, `cluster` and `options`."""
-
-    def run(self, options: FitOptions) -> Fit:
-        columns = [self.rows[name].to_numpy(float) for name in self.inputs]
-        return self.fit(*columns, self.rows["loss"].to_numpy(float), cluster=clusters(self.rows), options=options)
-
-
-def analyse(table: pd.DataFrame, laws: tuple[str, ...], options: FitOptions, path: Path) -> dict[str, Any]:
-    """Fits the laws of a study to its table and compares them with the runs that no fit has seen.
+class Asked:
+    """What is fitted to a table, and how.
 
     Args:
-        table: of `collect`.
-        laws: of the study file; `power` over the envelope, the laws of scales and experts come besides.
+        laws: by name; `power` is of compute over the envelope, unless `columns` says what its x is.
         options: of all fits.
-        path: where the table is, for the document.
+        columns: the table's own names of columns, as `fit_table` takes them.
+        settings: arguments of the fits, by law.
+        rolling: whether to predict each size from the smaller ones.
+        counts: whether to fit the law of size and data with N counted in every way.
+        keep_going: a law that cannot be fitted is named in the document instead of raised.
+    """
+
+    laws: tuple[str, ...]
+    options: FitOptions
+    columns: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rolling: bool = True
+    counts: bool = True
+    keep_going: bool = False
+
+
+def analyse(table: pd.DataFrame, path: Path, asked: Asked) -> dict[str, Any]:
+    """Fits laws to a table and compares them with the runs that no fit has seen.
+
+    Args:
+        table: as `read_table` gives it.
+        path: where it is, for the document.
 
     Returns:
-        As JSON: `laws` (by name, `Fit.to_dict`), `inputs` (the column of each input), `runs` (names, in the order of
-        the residuals), `refused` (by name, why there is no such law), `hold_out`, `rolling`, `exponents_by_count`,
-        `noise`, `left_out` and `unique_images` (of the largest training set).
+        As JSON: version, table (path, sha256), laws (name -> `TableFit.to_dict`), refused (name -> why there is none),
+        hold_out (law -> `comparison` of each run), rolling, exponents_by_count, noise (deviation of log loss between
+        seeds, freedom), unique_images (of the largest training set), left_out (of the first law) and notes.
+
+    Raises:
+        UserError: as `fit_table`, unless `keep_going`.
     """
-    document: dict[str, Any] = {
-        "table": str(path),
-        "table_sha256": sha256_of_file(path),
-        "laws": {},
-        "inputs": {},
-        "runs": {},
-        "refused": {},
-        "left_out": left_out(table),
-        "unique_images": _largest(table["unique_images"]),
-    }
-    measured = finished(table)
-    deviation, freedom = noise_floor(measured["loss"], clusters(measured))
-    document["noise"] = {"deviation": deviation, "freedom": freedom}
-    for name, task in _tasks(table, laws).items():
+    fits: dict[str, TableFit] = {}
+    refused: dict[str, str] = {}
+    for name in asked.laws:
         try:
-            document["laws"][name] = task.run(options).to_dict()
-            document["inputs"][name] = list(task.inputs)
-            document["runs"][name] = task.rows["run"].tolist()
+            fits[name] = _fit(table, name, asked)
         except UserError as error:
-            document["refused"][name] = str(error)
-    document["hold_out"] = _hold_out(table, document, deviation)
-    document["rolling"] = _rolling(table, options)
-    document["exponents_by_count"] = _exponents_by_count(table, options)
+            if not asked.keep_going:
+                raise
+            refused[name] = str(error)
+    noise = noise_of(table)
+    document: dict[str, Any] = {
+        "version": VERSION,
+        "table": {"path": str(path), "sha256": sha256_of_file(path)},
+        "laws": {name: fit.to_dict() for name, fit in fits.items()},
+        "refused": refused,
+        "noise": noise,
+        "hold_out": {name: _hold_out(table, fit, noise["deviation"]) for name, fit in fits.items()},
+        "unique_images": _largest(table),
+        "left_out": _left_out(table, fits),
+        "notes": sorted({note for fit in fits.values() for note in fit.notes}),
+    }
+    document["hold_out"] = {name: found for name, found in document["hold_out"].items() if found}
+    has_law = "chinchilla" in asked.laws
+    document["rolling"] = _rolling(table, asked) if asked.rolling and has_law else {}
+    document["exponents_by_count"] = _counts(table, asked) if asked.counts and has_law and not asked.columns else []
     return document
 
 
-def _tasks(table: pd.DataFrame, laws: tuple[str, ...]) -> dict[str, _Task]:
-    rows, both = fitted_rows(table), finished(table, "fit")
-    repeated = rows.assign(unique_tokens=_unique_tokens(rows))
-    moe = both.assign(E=both["experts"].clip(lower=1))
-    has_experts, by_scale, sweeps = (both["kind"] == "moe").any(), scale_columns(table), _sweeps(table)
-    routed = _of_one_length(moe) if has_experts else moe
-    known = {
-        "chinchilla": _Task(rows, (N, D), fit_chinchilla),
-        "data": _Task(repeated, (N, D, "unique_tokens"), fit_data_constrained),
-        "isoflop": _Task(rows, (C, N), partial(_isoflop, rows)),
-        "power": _Task(envelope(rows), (C,), fit_power),
-        "var": _Task(rows, (N, D), partial(_var, rows, by_scale)),
-        "routed": _Task(routed, (N, "E"), partial(fit_routed, Es=ROUTED_ES, Em=ROUTED_EM)),
-        "joint-moe": _Task(moe, ("params_active", "E", D), fit_joint_moe),
-        "lr": _Task(sweeps, (N, "lr_peak"), partial(_lr, sweeps)),
-    }
+def study_laws(table: pd.DataFrame, laws: Sequence[str]) -> tuple[str, ...]:
+    """Returns the laws of a report: the study's, power over the envelope, and those that the table has runs for."""
+    rows = finished(table)
+    fitted = rows[rows["role"] == "fit"]
+    has_experts = (fitted["kind"] == "moe").any()
     besides = {
-        "power": True, "var": bool(by_scale), "routed": has_experts, "joint-moe": has_experts, "lr": len(sweeps) > 0
-    }  # fmt: skip
-    asked = [*laws, *(name for name, is_there in besides.items() if is_there)]
-    return {name: known[name] for name in known if name in asked}
-
-
-def _unique_tokens(rows: pd.DataFrame) -> pd.Series:
-    return rows["unique_images"] * rows[D] / rows["samples"]
-
-
-def _isoflop(rows: pd.DataFrame, *columns: Any, **settings: Any) -> Fit:
-    per = float(np.median(rows[C] / (rows[N] * rows[D])))
-    return fit_isoflop(*columns, D=rows[D].to_numpy(float), flops_per=per, **settings)
-
-
-def _var(rows: pd.DataFrame, by_scale: list[str], n: Any, d: Any, _: Any, **settings: Any) -> Fit:
-    return fit_scales(n, d, rows[by_scale].to_numpy(float), tokens_of_scales(rows), **settings)
-
-
-def _lr(rows: pd.DataFrame, *columns: Any, cluster: Any, options: FitOptions) -> Fit:
-    del cluster  # a sweep's runs share their seed
-    several = rows[D].nunique() > 1
-    return fit_lr(*columns, D=rows[D].to_numpy(float) if several else None, options=options)
-
-
-def _sweeps(table: pd.DataFrame) -> pd.DataFrame:
-    """The runs of all sweeps of the main kind."""
-    groups = [group for group in sweep_groups(table) if group["kind"].iloc[0] == main_kind(table)]
-    return pd.concat(groups) if groups else table.iloc[:0]
-
-
-def _of_one_length(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the length at which most runs have experts."""
-    return rows[rows[D] == rows[rows["kind"] == "moe"][D].mode().iloc[0]]
-
-
-def left_out(table: pd.DataFrame) -> dict[str, int]:
-    """Returns how many rows no law of size and data sees, by reason."""
-    kind = main_kind(table)
-    reasons = {
-        "held out": finished(table, "hold_out"),
-        "runs of a sweep of the learning rate": finished(table, "lr"),
-        "runs with experts": finished(table, "fit", "moe") if kind == "dense" else table.iloc[:0],
+        "power": True,
+        "var": bool(scale_columns(table)),
+        "routed": has_experts,
+        "joint-moe": has_experts,
+        "lr": (rows["role"] == "lr").any(),
     }
-    counts = {reason: len(rows) for reason, rows in reasons.items()}
-    counts |= {f"{status}": int(count) for status, count in _without_loss(table).value_counts().items()}
-    return {reason: count for reason, count in counts.items() if count}
+    return tuple(dict.fromkeys([*laws, *(name for name, is_there in besides.items() if is_there)]))
 
 
-def _largest(values: pd.Series) -> float | None:
-    return float(values.max()) if values.notna().any() else None
+def rows_for(table: pd.DataFrame, law: str) -> pd.DataFrame:
+    """Returns the rows that may take part in a law of a study's table.
+
+    Laws without experts see dense runs alone (where there are any); `routed`, which has no data, sees runs of the
+    length at which most have experts.
+    """
+    if "kind" not in table:
+        return table
+    if law not in MOE_LAWS:
+        return table[table["kind"] == main_kind(table)]
+    moe = finished(table, "fit", "moe") if {"status", "role"} <= set(table) else table[table["kind"] == "moe"]
+    if law == "routed" and len(moe):
+        return table[table["tokens"] == moe["tokens"].mode().iloc[0]]
+    return table
 
 
-def _without_loss(table: pd.DataFrame) -> pd.Series:
-    return table.drop(finished(table).index)["status"]
+def _fit(table: pd.DataFrame, name: str, asked: Asked) -> TableFit:
+    rows, columns = rows_for(table, name), dict(asked.columns)
+    settings = dict(asked.settings.get(name, ROUTED_SETTINGS if name == "routed" else {}))
+    if is_over_envelope(table, name, asked.columns):
+        choose_rows(rows)  # refuses rows that do not compare, before one is chosen for its loss
+        rows, columns = envelope(finished(rows, "fit")), {"x": "c"}
+    return fit_table(rows, name, columns=columns, options=asked.options, **settings)
 
 
-def _hold_out(table: pd.DataFrame, document: dict[str, Any], noise: float | None) -> dict[str, list[dict[str, Any]]]:
-    rows = finished(table, "hold_out", main_kind(table))
+def is_over_envelope(table: pd.DataFrame, name: str, columns: Mapping[str, str]) -> bool:
+    """Whether a law is the one of compute over the envelope: `power` of a study's table, if no x is named."""
+    return name == "power" and not columns and {"flops_model", "role", "status", "kind"} <= set(table)
+
+
+def noise_of(table: pd.DataFrame) -> dict[str, Any]:
+    """Returns the standard deviation of log loss between seeds over all finished runs, and its degrees of freedom."""
+    if not {"seed", "status", "loss", "lr_peak"} <= set(table):
+        return {"deviation": None, "freedom": 0}
+    rows = finished(table)
     if rows.empty:
-        return {}
-    rows = rows.assign(unique_tokens=_unique_tokens(rows))
-    found = {}
-    for name in ("chinchilla", "data", "power"):
-        if name in document["laws"]:
-            found[name] = compare(law_of(document, name), rows, document["inputs"][name], noise)
-    return found
+        return {"deviation": None, "freedom": 0}
+    deviation, freedom = noise_floor(rows["loss"], clusters(rows))
+    return {"deviation": deviation, "freedom": freedom}
 
 
-def _rolling(table: pd.DataFrame, options: FitOptions) -> dict[str, Any]:
-    """The runs of each size, predicted by a law of size and data that saw the smaller ones alone."""
-    rows = fitted_rows(table)
-    columns = {"N": rows[N], "D": rows[D], "loss": rows["loss"]}
+def _hold_out(table: pd.DataFrame, found: TableFit, noise: float | None) -> list[dict[str, Any]]:
+    """Of a law that predicts losses: each finished run of role hold_out. `hold_out` rows are in no fit."""
+    rows = rows_for(table, found.law)
+    if found.law not in PREDICTABLE or "role" not in rows or not (rows["role"] == "hold_out").any():
+        return []
+    columns = {key: column for key, column in found.columns.items() if column in rows or key == "x"}
     try:
-        found = rolling("chinchilla", columns, cluster=clusters(rows), options=options)
+        held = choose_rows(rows, columns, ("hold_out",))
+    except UserError:  # none of them is finished; the page names them
+        return []
+    inputs = inputs_of(found.law, held.rows, columns)
+    measured = inputs.pop("loss")
+    return compare(found.fit, list(inputs.values()), measured, held.names, noise)
+
+
+def _rolling(table: pd.DataFrame, asked: Asked) -> dict[str, Any]:
+    """The runs of each size, predicted by a law of size and data that saw the smaller ones alone."""
+    rows = rows_for(table, "chinchilla")
+    settings = asked.settings.get("chinchilla", {})
+    try:
+        found = rolling_table(rows, "chinchilla", columns=asked.columns, options=asked.options, **settings)
+        names = choose_rows(rows, asked.columns).names
     except UserError as error:
         return {"refused": str(error)}
-    return {"sizes": [_compared(held, rows["run"].tolist()) for held in found]}
+    return {"sizes": [_compared(held, names) for held in found]}
 
 
-def _compared(held: HeldOut, runs: list[str]) -> dict[str, Any]:
+def _compared(held: HeldOut, names: Sequence[str]) -> dict[str, Any]:
     told = []
     for k, row in enumerate(held.rows):
         ends = (held.low[k], held.high[k]) if held.fit.draws else None
-        told.append(comparison(runs[row], held.measured[k], held.predicted[k], ends, held.noise_floor))
+        told.append(comparison(names[row], held.measured[k], held.predicted[k], ends, held.noise_floor))
     return {"N": held.inputs["N"][0], "parameters": held.fit.parameters, "runs": told}
 
 
-def _exponents_by_count(table: pd.DataFrame, options: FitOptions) -> list[dict[str, Any]]:
-    """Exponents of the law of size and data, with N counted in each way, and of the best size in C."""
-    rows, found = fitted_rows(table), []
-    for count in COUNTS:
-        try:
-            law = fit_chinchilla(rows[count], rows[D], rows["loss"], cluster=clusters(rows), options=options)
-        except UserError as error:
-            found.append({"N": count, "refused": str(error)})
-            continue
-        per = _per_weight(rows, count)
-        found.append({
-            "N": count, "E": law.E, "alpha": law.alpha, "beta": law.beta,
-            "intervals": {name: list(law.intervals[name]) for name in ("alpha", "beta") if name in law.intervals},
-            "a_6ND": law.a, "a_counted": counted_exponent(law, *per),
-        })  # fmt: skip
-    return found
+def _counts(table: pd.DataFrame, asked: Asked) -> list[dict[str, Any]]:
+    try:
+        return exponents_by_count(rows_for(table, "chinchilla"), options=asked.options)
+    except UserError as error:
+        return [{"n": "params_matrix", "c": "6ND", "refused": str(error)}]
 
 
-def _per_weight(rows: pd.DataFrame, count: str) -> tuple[Any, Any]:
-    """log N, and log of counted FLOPs a weight and token, of each size."""
-    per = np.log(rows[C] / (rows[count] * rows[D])).groupby(rows[count]).mean()
-    return np.log(per.index.to_numpy(float)), per.to_numpy(float)
+def _largest(table: pd.DataFrame) -> float | None:
+    values = table["unique_images"] if "unique_images" in table else pd.Series(dtype=float)
+    return float(values.max()) if values.notna().any() else None
 
 
-def counted_exponent(law: Any, log_n: Any, log_per: Any) -> float | None:
-    """Returns the exponent of the best N in counted FLOPs, C = k(N) N D with k a power of N over the study's sizes.
-
-    Along one budget log D = log C - (1 + s) log N + constant, s the slope of log k: at the best N the terms of size and
-    data have the ratio beta (1 + s) : alpha, and so N grows as C^(beta / (alpha + (1 + s) beta)). None without a slope.
-    """
-    if len(log_n) < 2 or law.alpha + law.beta <= 0:
-        return None
-    slope = float(np.polyfit(log_n, log_per, 1)[0])
-    return float(law.beta / (law.alpha + (1 + slope) * law.beta))
+def _left_out(table: pd.DataFrame, fits: Mapping[str, TableFit]) -> dict[str, list[str]]:
+    """Runs that the first law has not seen, by reason; that of experts comes from here."""
+    if not fits:
+        return {}
+    name, first = next(iter(fits.items()))
+    other = table.drop(rows_for(table, name).index)
+    reasons = {reason: list(runs) for reason, runs in first.left_out.items()}
+    if len(other):
+        reasons["of another kind (dense, with experts) or length"] = other["run"].astype(str).tolist()
+    return reasons

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
-from mepa_ds.scaling.laws import FITS
+from mepa_ds.scaling.fits import read_fit
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import STUDY_NAME, read_study
 
 REPORT_NAME, FITS_NAME = "report", "fits.json"
+_KEYS = {
+    "N": "n", "N_active": "n", "D": "d", "C": "c", "E": "experts", "G": "granularity", "unique": "unique", "lr": "lr"
+}  # fmt: skip
+"""Which of a fit's columns an input of its law is."""
 
 
 def find_document(path: Path) -> tuple[Path, StudyConfig | None]:
@@ -38,30 +41,30 @@ def find_document(path: Path) -> tuple[Path, StudyConfig | None]:
     return max(found, key=lambda p: p.stat().st_mtime_ns), study
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """Reads a fits.json. Raises UserError for another file."""
-    try:
-        document = json.loads(path.read_text())
-        laws = document["laws"]
-    except (OSError, ValueError, KeyError, TypeError):
-        laws = None
-    if not isinstance(laws, dict):
-        raise UserError(f"{path}: no fits are there; give the fits.json that mepa scale fit or report has written")
-    return document
-
-
 def stale(document: Mapping[str, Any]) -> Iterator[str]:
     """Yields a sentence if the table has changed since it was fitted."""
-    path = Path(document["table"])
-    if path.is_file() and sha256_of_file(path) != document["table_sha256"]:
+    path = Path(document["table"]["path"])
+    if path.is_file() and sha256_of_file(path) != document["table"]["sha256"]:
         yield f"{path} has changed since these laws were fitted to it: fit them again."
 
 
 def law_of(document: Mapping[str, Any], name: str) -> Any:
-    """Returns a law of the document; None where it has none."""
-    if name not in document["laws"]:
-        return None
-    data = document["laws"][name]
-    if data.get("law") not in FITS:
-        raise UserError(f"the law {data.get('law')!r} of {FITS_NAME} is unknown; there are {', '.join(FITS)}")
-    return FITS[data["law"]].from_dict(data)
+    """Returns the fit of a law of the document; None where it has none.
+
+    Raises:
+        UserError: the entry is damaged.
+    """
+    return read_fit(document["laws"][name]["fit"]) if name in document["laws"] else None
+
+
+def input_columns(law: Any, columns: Mapping[str, str]) -> list[str]:
+    """Returns the column of each input of a law, in its order. `columns`: those of the law's `TableFit`.
+
+    A training set counted in images becomes tokens before the fit: `unique_tokens`.
+    """
+    found = []
+    for name in law.input_names:
+        key = columns.get("x", "n") if name == "x" else _KEYS[name]
+        column = columns.get(key, key)
+        found.append("unique_tokens" if column == "unique_images" else column)
+    return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from mepa_ds.scaling.laws import Fit
 
@@ -13,22 +13,24 @@ MOST_DEVIATIONS = 3.0
 """A held-out run is right when it lies inside the 95 % interval, or within so many deviations between seeds."""
 
 
-def compare(law: Fit, rows: pd.DataFrame, inputs: list[str], noise: float | None) -> list[dict[str, Any]]:
-    """Returns, for each row, the law's loss with its interval and the measured one.
+def compare(
+    law: Fit, inputs: Sequence[Any], measured: Any, names: Sequence[str], noise: float | None
+) -> list[dict[str, Any]]:
+    """Returns, for each run, the law's loss with its interval and the measured one, as `comparison` has them.
 
     Args:
-        rows: finished runs that the fit has not seen.
-        inputs: the column of each input of the law.
+        law: a law that has not seen the runs.
+        inputs: (H,) of each input of the law.
+        measured: (H,) losses.
+        names: of the runs.
         noise: standard deviation of log loss between seeds; None if no run was repeated.
-
-    Returns:
-        As `comparison`.
     """
+    predicted = np.atleast_1d(law.predict(*inputs))
+    low, high = (np.atleast_1d(end) for end in law.predict_interval(*inputs)) if law.draws else (None, None)
     found = []
-    for _, row in rows.iterrows():
-        values = [float(row[name]) for name in inputs]
-        ends = law.predict_interval(*values) if law.draws else None
-        found.append(comparison(row["run"], float(row["loss"]), float(law.predict(*values)), ends, noise))
+    for k, name in enumerate(names):
+        ends = None if low is None or high is None else (float(low[k]), float(high[k]))
+        found.append(comparison(name, float(measured[k]), float(predicted[k]), ends, noise))
     return found
 
 

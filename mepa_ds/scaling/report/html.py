@@ -71,7 +71,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], wide: bool = False
 
 def short(value: Any, digits: int = 4) -> str:
     """Returns a number with so many digits; a dash for none."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or math.isnan(float(value)):
         return "–"
     number = float(value)
     if math.isinf(number):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mepa_ds.scaling.laws import FITS
 from mepa_ds.scaling.report import html
+from mepa_ds.scaling.report.document import input_columns
 from mepa_ds.scaling.report.hold_out import verdict
 from mepa_ds.scaling.report.rows import finished, main_kind, unfinished
 
@@ -60,7 +61,7 @@ def report_page(
 
     Args:
         facts: of the study, by what they are called.
-        document: of `analyse`, as it was read from its file.
+        document: of `analyse`, as its file has it.
         table: of `collect`.
         figures: in their order.
         commands: which reproduce it.
@@ -96,8 +97,9 @@ def _warnings(document: Mapping[str, Any], table: pd.DataFrame) -> Iterator[str]
     for name, message in document["refused"].items():
         yield f"No law {name}: {message}."
     for name, law in document["laws"].items():
-        for flag in law["flags"]:
-            yield f"Law {name}: {named(flag, document['runs'].get(name, []))}"
+        for flag in law["fit"]["flags"]:
+            yield f"Law {name}: {named(flag, law['runs'])}"
+    yield from document["notes"]
     if document["noise"]["deviation"] is None:
         yield "No run was repeated with another seed, so nothing says how much of a difference is noise."
     if not document["hold_out"]:
@@ -136,8 +138,8 @@ def _laws(document: Mapping[str, Any]) -> Iterator[str]:
             f"deviation of log loss, {noise['freedom']} degrees of freedom).</p>"
         )
     if left_out := document["left_out"]:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        yield html.paragraph(f"Runs that the laws of size and data have not seen: {reasons}.", "faint")
+        reasons = ", ".join(f"{len(runs)} {reason}" for reason, runs in left_out.items())
+        yield html.paragraph(f"Runs that the first law has not seen: {reasons}.", "faint")
     for name in (*document["laws"], *document["refused"]):
         title, formula, paper = FORMULAS[name]
         link = f' (<a href="https://arxiv.org/abs/{paper}">arXiv {paper}</a>)' if paper else ""
@@ -150,13 +152,14 @@ def _laws(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _law(document: Mapping[str, Any], name: str) -> str:
-    law = document["laws"][name]
-    inputs = ", ".join(document["inputs"].get(name, []))
+    entry = document["laws"][name]
+    law = entry["fit"]
+    inputs = ", ".join(input_columns(FITS[law["law"]], entry["columns"]))
     about = (
         f"{law['num_rows']} runs; inputs: {inputs}; objective {law['options']['objective']}, summed: "
         f"{html.short(law['objective'], 6)}; {law['starts_at_optimum']} of {law['num_starts']} starts reached it"
     )
-    flags = [named(flag, document["runs"].get(name, [])) for flag in law["flags"]]
+    flags = [named(flag, entry["runs"]) for flag in law["flags"]]
     parts = [_scales(law) if name == "var" else _parameters(law), html.paragraph(about, "faint"), *_details(law)]
     return "\n".join([*parts, html.box(flags, "warn")])
 
@@ -208,20 +211,21 @@ def _counts(document: Mapping[str, Any]) -> Iterator[str]:
     rows, messages = [], []
     for count in document["exponents_by_count"]:
         if "refused" in count:
-            messages.append(f"{count['N']}: {count['refused']}.")
+            messages.append(f"{count['n']}: {count['refused']}.")
             continue
-        cells = [html.number(count[key]) for key in ("E", "alpha", "beta", "a_6ND", "a_counted")]
-        intervals = [html.interval(count["intervals"].get(key), 3) for key in ("alpha", "beta")]
-        rows.append((html.text(COUNT_NAMES[count["N"]]), *cells[:2], intervals[0], cells[2], intervals[1], *cells[3:]))
+        cells = [html.number(count[key]) for key in ("E", "alpha", "beta", "a")]
+        ends = html.interval((count["a_low"], count["a_high"]), 3) if "a_low" in count else html.short(None)
+        rows.append((html.text(COUNT_NAMES[count["n"]]), html.text(count["c"]), *cells, ends))
     if rows:
-        head = ("N is", "E", "alpha", "interval", "beta", "interval", "a, C = 6 N D", "a, C counted")
-        yield html.table(head, rows)
+        yield html.table(("N is", "C is", "E", "alpha", "beta", "a", "95 % interval of a"), rows)
         yield html.paragraph("a: the best size grows as C^a. The law is the one of size and data.", "faint")
     yield html.box(messages, "bad")
 
 
 def _rolling(document: Mapping[str, Any]) -> Iterator[str]:
     rolled = document["rolling"]
+    if not rolled:
+        return
     if "refused" in rolled:
         yield html.box([f"{rolled['refused']}."], "warn")
         return

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 
 import mepa_ds
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json, write_text
+from mepa_ds.files import write_text
+from mepa_ds.scaling.fit_files import write_fits
 from mepa_ds.scaling.laws import FitOptions
 from mepa_ds.scaling.report import style
-from mepa_ds.scaling.report.analysis import analyse
-from mepa_ds.scaling.report.document import FITS_NAME, REPORT_NAME, law_of, read_document
+from mepa_ds.scaling.report.analysis import Asked, analyse, study_laws
+from mepa_ds.scaling.report.document import FITS_NAME, REPORT_NAME, input_columns, law_of
 from mepa_ds.scaling.report.law_figures import compute_figure, laws_figure, residuals_figure
 from mepa_ds.scaling.report.page import Drawn, kind_of, report_page
 from mepa_ds.scaling.report.rows import finished
@@ -59,9 +60,9 @@ def write_report(study: StudyConfig, table: pd.DataFrame, options: FitOptions) -
             "says how they are doing"
         )
     folder = study.output_dir / REPORT_NAME
-    document = analyse(table, study.laws, options, study.output_dir / f"{TABLE_NAME}.parquet")
-    write_json(folder / FITS_NAME, document)
-    document = read_document(folder / FITS_NAME)  # the page shows what the file has
+    asked = Asked(study_laws(table, study.laws), options, keep_going=True)
+    write_fits(folder / FITS_NAME, analyse(table, study.output_dir / f"{TABLE_NAME}.parquet", asked))
+    document = json.loads((folder / FITS_NAME).read_text())  # the page shows what the file has
     drawn = []
     with style.drawing():
         for name, title, caption, figure in _figures(study, table, document):
@@ -126,8 +127,9 @@ _RESIDUALS = "A trend in them means that the law misses something; noise alone w
 def _residuals(table: pd.DataFrame, document: Mapping[str, Any], law: Any) -> Figure | None:
     if law is None:
         return None
-    rows = table[table["run"].isin(document["runs"]["chinchilla"])]
-    return residuals_figure(rows, law, document["inputs"]["chinchilla"], document["noise"]["deviation"])
+    entry = document["laws"]["chinchilla"]
+    rows = table[table["run"].isin(entry["runs"])]
+    return residuals_figure(rows, law, input_columns(law, entry["columns"]), document["noise"]["deviation"])
 
 
 def _facts(study: StudyConfig, table: pd.DataFrame) -> dict[str, str]:
