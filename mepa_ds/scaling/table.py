@@ -124,7 +124,7 @@ def _names(table: pd.DataFrame) -> NDArray[np.str_]:
 def _check_comparable(rows: pd.DataFrame) -> None:
     for column in COMPARABLE:
         if column in rows.columns:
-            values = sorted(rows[column].astype(str).unique())
+            values = sorted(rows[column].map(str).unique())
             if len(values) > 1:
                 raise UserError(
                     f"table: {column}: {len(values)} different values ({', '.join(values[:4])}): losses of these rows "
@@ -174,7 +174,7 @@ def _clusters(
             f"table: {_some(names[twice])} are the same run with the same seed (equal: {', '.join(identity[:4])}, ... "
             "and seed); keep one row of it"
         )
-    keys = rows[identity].astype(str).agg("|".join, axis=1)
+    keys = rows[identity].map(str).agg("|".join, axis=1)
     seen: dict[str, int] = {}
     return tuple(seen.setdefault(key, len(seen)) for key in keys), ()
 

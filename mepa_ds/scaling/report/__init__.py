@@ -1,0 +1,1 @@
+"""The report of a study: its laws, figures and one HTML page."""
