@@ -91,8 +91,8 @@ class StudyRunner:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
             raise UserError(
-                f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last messages "
-                "are above) and run again: what is finished is kept"
+                f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
+                "messages are above) and run again: what is finished is kept"
             )
 
     def _fill_slots(self) -> None:
