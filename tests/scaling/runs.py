@@ -19,8 +19,8 @@ def row(n: float, d: float, **changes: Any) -> dict[str, Any]:
         "kind": "dense", "depth": 4, "width": 64, "experts": 0, "granularity": np.nan, "params_matrix": n,
         "params_active": 1.5 * n, "params_total": 2 * n**1.02, "samples": samples, "tokens": d,
         "unique_images": samples, "batch": 10, "steps": samples / 10, "weights_step": samples / 10, "lr_peak": 1e-3,
-        "flops_model": 7 * n**1.05 * d, "loss": loss, "loss_last": loss, "tokenizer_hash": "tok", "heldout_hash": "held",
-        "scales": "1,2,3",
+        "flops_model": 7 * n**1.05 * d, "loss": loss, "loss_last": loss, "tokenizer_hash": "tok",
+        "heldout_hash": "held", "scales": "1,2,3",
     }  # fmt: skip
     values |= {f"loss_scale_{k}": loss * (0.9 + 0.05 * k) for k in (1, 2, 3)}
     return values | changes

@@ -45,16 +45,20 @@ def test_seeds_are_clusters_and_give_the_noise_floor() -> None:
     assert fit_table(renamed, "chinchilla", options=SOME).fit == found.fit
 
 
-@pytest.mark.parametrize("law", ["power", "data", "isoflop", "routed", "joint-moe", "fine-grained-moe", "link"])
+@pytest.mark.parametrize("law", ["data", "isoflop", "routed", "joint-moe", "fine-grained-moe", "lr"])
 def test_tables_that_do_not_serve_a_law_are_refused(law: str) -> None:
-    """Dense runs of one epoch say nothing of experts or repeats; runs of one length are no power law's trouble."""
-    settings = {"E": 1.0} if law == "link" else {}
-    table = study().assign(fid=3.0)
-    if law == "power":
-        assert fit_table(table, law, options=QUICK).fit.law == "power"
-        return
+    """Dense runs of one epoch and one learning rate say nothing of experts, repeats, budgets or rates."""
     with pytest.raises(UserError, match=law):
-        fit_table(table, law, options=QUICK, **settings)
+        fit_table(study(), law, options=QUICK)
+
+
+def test_a_power_law_of_runs_of_several_lengths_is_told_of() -> None:
+    assert "several lengths" in fit_table(study(), "power", options=QUICK).notes[0]
+    table = study()
+    table = table[table["tokens"] > 1e9]
+    found = fit_table(table, "power", options=QUICK)
+    assert found.notes == ()
+    assert found.fit.parameters["alpha"] == pytest.approx(0.3)
 
 
 def test_settings_reach_the_fit_and_unknown_ones_are_refused() -> None:

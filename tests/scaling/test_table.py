@@ -110,7 +110,7 @@ def test_inputs_that_are_not_there() -> None:
         ("chinchilla", rows, {"width": "width"}, "columns: width: unknown; give n, d, c, loss"),
         ("nothing", rows, {}, "no such law; choose one of power, chinchilla"),
         ("link", rows, {}, "columns fid are missing"),
-        ("var", rows.drop(columns="loss_scale_2"), {}, "scales lists 3 sides, but there are 2 columns"),
+        ("var", rows.drop(columns="loss_scale_3"), {}, "scales lists 3 sides, but there are 2 columns"),
     ):
         with pytest.raises(UserError, match=message):
             inputs_of(law, table, columns)
