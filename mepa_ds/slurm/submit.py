@@ -147,7 +147,7 @@ def check_recipe(
     check_data(config, made_before | elsewhere, set() if looked_at is None else looked_at)
     if isinstance(config, PretrainConfig):
         read_here = {name for name, _ in paths} - made_before
-        if "branch_from" in read_here and elsewhere.isdisjoint(SET_KEYS) and made_before.isdisjoint(SET_KEYS):
+        if "branch_from" in read_here and (made_before | elsewhere).isdisjoint(("tokenizer", *SET_KEYS)):
             check_branch(config)
         print(check_plan(profile, request.recipe.resolve(), config, world_size))
 

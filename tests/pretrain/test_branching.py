@@ -192,6 +192,15 @@ def test_other_data_and_another_seed_are_refused(folder: Path) -> None:
     assert "data.tokens" in opened(folder, data=data | {"data.tokens": "other"})
 
 
+def test_a_trunk_with_progressive_training_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "progressive"
+    shutil.copytree(trunk(folder), copy)
+    values = json.loads((copy / RUN_NAME).read_text())
+    values["recipe"]["train"]["progressive"] = 0.5
+    (copy / RUN_NAME).write_text(json.dumps(values))
+    assert "(train.progressive: 0.5 there, None now)" in opened(folder, f"branch_from={copy}")
+
+
 def test_a_checkpoint_within_the_cooldown_is_refused(folder: Path) -> None:
     said = opened(folder, f"branch_from={trunk(folder, 20)}", "train.steps=40")
     assert "step 20 lies within the cooldown of its own run, which begins after step 16; name a checkpoint of" in said
