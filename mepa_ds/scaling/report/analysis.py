@@ -111,11 +111,11 @@ def rows_for(table: pd.DataFrame, law: str) -> pd.DataFrame:
     Laws without experts see dense runs alone (where there are any); `routed`, which has no data, sees runs of the
     length at which most have experts.
     """
-    if "kind" not in table:
-        return table
+    if not {"kind", "status", "role", "loss", "tokens"} <= set(table):
+        return table  # from elsewhere
     if law not in MOE_LAWS:
         return table[table["kind"] == main_kind(table)]
-    moe = finished(table, "fit", "moe") if {"status", "role"} <= set(table) else table[table["kind"] == "moe"]
+    moe = finished(table, "fit", "moe")
     if law == "routed" and len(moe):
         return table[table["tokens"] == moe["tokens"].mode().iloc[0]]
     return table

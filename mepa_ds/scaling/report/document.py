@@ -14,7 +14,8 @@ from mepa_ds.scaling.study.plan import STUDY_NAME, read_study
 
 REPORT_NAME, FITS_NAME = "report", "fits.json"
 _KEYS = {
-    "N": "n", "N_active": "n", "D": "d", "C": "c", "E": "experts", "G": "granularity", "unique": "unique", "lr": "lr"
+    "N": "n", "N_active": "n", "D": "d", "C": "c", "E": "experts", "G": "granularity", "unique": "unique",
+    "loss": "loss",
 }  # fmt: skip
 """Which of a fit's columns an input of its law is."""
 

@@ -64,6 +64,7 @@ def save(figure: Figure, path: Path) -> str:
     """Writes path.png and path.svg; returns the SVG as it can stand in a page, its ids made the figure's own."""
     with atomic_path(path.with_suffix(".png")) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    figure.set_layout_engine("none")  # it has found its places
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     with atomic_path(path.with_suffix(".svg")) as temporary:
