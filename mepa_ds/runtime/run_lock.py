@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import struct
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from mepa_ds import log
 from mepa_ds.errors import UserError
 
 LOCK_NAME = ".lock"
+_FLOCK = "@hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
 # A file server keeps a lost node's lock for some time (NFSv4: a lease of 90 s).
 _LOST_NODE_SECONDS = 180.0
 
@@ -64,13 +66,21 @@ class RunLock:
 
 
 def is_held(directory: Path) -> bool:
-    """Returns whether another process holds the lock. A process that holds it must not ask: it would lose its lock."""
+    """Returns whether another process holds the lock. A process that holds it must not ask: it would lose its lock.
+
+    It only asks the system. Taking the lock to see whether that is possible would now and then refuse a start that
+    tries to take it at the same moment.
+    """
     try:
         file = open(directory / LOCK_NAME, "r+b", buffering=0)  # noqa: SIM115
     except OSError:
         return False
     with file:
-        return not _try(file)
+        try:
+            found = fcntl.fcntl(file, fcntl.F_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except OSError:  # a file system without locks
+            return False
+        return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 def _open(path: Path) -> IO[bytes] | None:

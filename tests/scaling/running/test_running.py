@@ -81,6 +81,8 @@ def test_a_study_goes_on_where_it_was_stopped(data: Path, tmp_path: Path, number
     process.send_signal(number)
     finish(process, 143 if number == signal.SIGTERM else -9)
     wait_for(lambda: not is_held(long))
+    told = (tmp_path / f"study/logs/{long.name}.log").read_text()
+    assert "SIGTERM: the step ends, the run is saved and stops" in told
     assert json.loads((long / "status.json").read_text())["state"] == "requeue"
     output = finish(start(study), 0)
     assert "all 4 runs are finished" in output
