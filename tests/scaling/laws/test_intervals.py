@@ -63,7 +63,7 @@ def joint_hits(seeds: range, options: FitOptions) -> tuple[s.Array, s.Array]:
 
 
 def test_joint_law_predicts_within_its_intervals() -> None:
-    of_law, of_run = joint_hits(range(2), FitOptions(draws=100))
+    of_law, of_run = joint_hits(range(2), FitOptions(draws=400))
     assert min(*of_law, *of_run) >= 1, (of_law, of_run)
 
 
