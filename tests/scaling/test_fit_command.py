@@ -41,7 +41,7 @@ def test_a_foreign_table(foreign: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "chinchilla: 16 runs; inputs Model Size, Training Tokens" in printed
     assert f"{fit.alpha:.6g}" in printed
-    assert f"huber, summed: {fit.objective:.9g}; {fit.starts_at_optimum} of 64 starts reached it" in printed
+    assert f"objective huber, summed: {fit.objective:.9g}; {fit.starts_at_optimum} of 64 starts reached it" in printed
 
 
 def test_pinned_and_held_out(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -138,7 +138,7 @@ def _laws(document: Mapping[str, Any]) -> Iterator[str]:
             f"deviation of log loss, {noise['freedom']} degrees of freedom).</p>"
         )
     if left_out := document["left_out"]:
-        reasons = ", ".join(f"{len(runs)} {reason}" for reason, runs in left_out.items())
+        reasons = ", ".join(f"{reason} ({len(runs)})" for reason, runs in left_out.items())
         yield html.paragraph(f"Runs that the first law has not seen: {reasons}.", "faint")
     for name in (*document["laws"], *document["refused"]):
         title, formula, paper = FORMULAS[name]
@@ -155,13 +155,20 @@ def _law(document: Mapping[str, Any], name: str) -> str:
     entry = document["laws"][name]
     law = entry["fit"]
     inputs = ", ".join(input_columns(FITS[law["law"]], entry["columns"]))
-    about = (
-        f"{law['num_rows']} runs; inputs: {inputs}; objective {law['options']['objective']}, summed: "
-        f"{html.short(law['objective'], 6)}; {law['starts_at_optimum']} of {law['num_starts']} starts reached it"
-    )
+    about = f"{law['num_rows']} runs; inputs: {inputs}; {objective(law)}"
     flags = [named(flag, entry["runs"]) for flag in law["flags"]]
     parts = [_scales(law) if name == "var" else _parameters(law), html.paragraph(about, "faint"), *_details(law)]
     return "\n".join([*parts, html.box(flags, "warn")])
+
+
+def objective(law: Mapping[str, Any]) -> str:
+    """Returns the objective of a fit, its minimum, and how many starts came to it, in words."""
+    if law["law"] in ("isoflop", "lr", "lr-data"):
+        return f"a line through the logarithms of the minima, squares of the rest: {2 * law['objective']:.6g}"
+    return (
+        f"objective {law['options']['objective']}, summed: {law['objective']:.9g}; {law['starts_at_optimum']} of "
+        f"{law['num_starts']} starts reached it"
+    )
 
 
 def _parameters(law: Mapping[str, Any]) -> str:

@@ -99,8 +99,9 @@ def _figures(
         (
             "experts",
             "Experts ladder",
-            "Loss against the number of routed experts at the same size, length and active experts.",
-            experts_figure(table),
+            "Loss against the number of routed experts at the same size, length and active experts. Bars are two "
+            "deviations between seeds.",
+            experts_figure(table, document["noise"]["deviation"]),
         ),
         ("residuals", "Residuals of the law of N and D", _RESIDUALS, _residuals(table, document, law)),
         (
