@@ -30,7 +30,8 @@ from mepa_ds.scaling.laws import (
     noise_floor,
     rolling,
 )
-from mepa_ds.scaling.table import COLUMNS, Chosen, choose_rows, column_numbers, inputs_of
+from mepa_ds.scaling.laws.fitting.checks import num_sizes
+from mepa_ds.scaling.table import COLUMNS, Chosen, choose_rows, column_numbers, inputs_of, texts
 
 LAWS: Mapping[str, Callable[..., Fit]] = {
     "power": fit_power,
@@ -139,7 +140,8 @@ def fit_table(
     floor = None
     if chosen.cluster is not None and loss in chosen.rows.columns:
         floor, _ = noise_floor(column_numbers(chosen.rows, loss), chosen.cluster)
-    return TableFit(law, fit, {**COLUMNS, **columns}, chosen.names, chosen.left_out, floor, chosen.notes)
+    notes = (*chosen.notes, *(_lengths(chosen, columns) if law == "power" else ()))
+    return TableFit(law, fit, {**COLUMNS, **columns}, chosen.names, chosen.left_out, floor, notes)
 
 
 def _check_settings(law: str, settings: Mapping[str, Any]) -> None:
@@ -151,6 +153,16 @@ def _check_settings(law: str, settings: Mapping[str, Any]) -> None:
     unknown = sorted(set(settings) - allowed)
     if unknown:
         raise UserError(f"{law}: {', '.join(unknown)}: this law has no such argument; leave it out")
+
+
+def _lengths(chosen: Chosen, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """A power law in size alone takes runs of one length."""
+    length = columns.get("d", COLUMNS["d"])
+    if columns.get("x", "n") != "n" or length not in chosen.rows.columns:
+        return ()
+    if num_sizes(column_numbers(chosen.rows, length)) == 1:
+        return ()
+    return ("The runs are of several lengths: a power law in size alone mixes them; chinchilla has a term of each.",)
 
 
 def _check_columns(table: pd.DataFrame, law: str, columns: Mapping[str, str]) -> None:
@@ -165,7 +177,7 @@ def _check_columns(table: pd.DataFrame, law: str, columns: Mapping[str, str]) ->
 def _sweeps(chosen: Chosen, inputs: dict[str, Any]) -> dict[str, Any]:
     """Rows at sizes and lengths with a sweep. D stays where one size was swept at several lengths."""
     if "role" in chosen.rows.columns:
-        swept = (chosen.rows["role"].astype(str) == "lr").to_numpy()
+        swept = texts(chosen.rows["role"]) == "lr"
         places = set(zip(inputs["N"][swept], inputs["D"][swept], strict=True))
         use = np.array([place in places for place in zip(inputs["N"], inputs["D"], strict=True)], bool)
         inputs = {name: values[use] for name, values in inputs.items()}

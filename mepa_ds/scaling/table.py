@@ -99,7 +99,7 @@ def choose_rows(
     for column, allowed in (("status", ("finished",)), ("role", tuple(roles))):
         if column not in table.columns:
             continue
-        values = table[column].astype(str).to_numpy()
+        values = texts(table[column])
         for value in sorted({str(value) for value in values[use]} - set(allowed)):
             out = use & (values == value)
             left_out[f"{column} {value}"] = tuple(names[out].tolist())
@@ -115,16 +115,21 @@ def choose_rows(
     return Chosen(rows, tuple(chosen.tolist()), cluster, left_out, notes)
 
 
+def texts(column: pd.Series) -> NDArray[np.str_]:
+    """A column's cells as text, empty ones as "nan"."""
+    return np.array([str(cell) for cell in column])
+
+
 def _names(table: pd.DataFrame) -> NDArray[np.str_]:
     if "run" in table.columns:
-        return table["run"].astype(str).to_numpy(str)
+        return texts(table["run"])
     return np.array([str(number) for number in range(len(table))])
 
 
 def _check_comparable(rows: pd.DataFrame) -> None:
     for column in COMPARABLE:
         if column in rows.columns:
-            values = sorted(rows[column].map(str).unique())
+            values = sorted(set(texts(rows[column]).tolist()))
             if len(values) > 1:
                 raise UserError(
                     f"table: {column}: {len(values)} different values ({', '.join(values[:4])}): losses of these rows "
@@ -174,7 +179,7 @@ def _clusters(
             f"table: {_some(names[twice])} are the same run with the same seed (equal: {', '.join(identity[:4])}, ... "
             "and seed); keep one row of it"
         )
-    keys = rows[identity].map(str).agg("|".join, axis=1)
+    keys = map("|".join, zip(*(texts(rows[column]) for column in identity), strict=True))
     seen: dict[str, int] = {}
     return tuple(seen.setdefault(key, len(seen)) for key in keys), ()
 
@@ -246,7 +251,7 @@ def _of_dense(rows: pd.DataFrame, values: Array) -> Array:
     """A dense model has one expert, of granularity 1, whatever its cell says."""
     if "kind" not in rows.columns:
         return values
-    dense = (rows["kind"].astype(str) == "dense").to_numpy()
+    dense = texts(rows["kind"]) == "dense"
     return np.where(dense, 1.0, values)
 
 

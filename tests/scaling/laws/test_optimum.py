@@ -138,10 +138,10 @@ def test_no_other_optimiser_finds_less(objective: str) -> None:
     assert other <= found.objective * 1.02, "the reference is near it, so the two are of one objective"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n_unit=st.sampled_from([1.0, 1e-6, 1024.0]),
+    n_unit=st.sampled_from([1.0, 1e-6, 64.0]),
     d_unit=st.sampled_from([1.0, 1e-9, 680.0]),
 )
 def test_rows_order_and_units_do_not_matter(seed: int, n_unit: float, d_unit: float) -> None:

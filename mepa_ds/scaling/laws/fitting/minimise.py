@@ -83,7 +83,9 @@ def minimise(
             hessian[kept], metric[kept] = at.hessian_SPP[good], at.metric_SPP[good]
             factor = np.select([gain < 0, gain < 0.25, gain < 0.75], [6.0, 2.0, 0.5], 0.08)
             damping[active] = np.maximum(damping[active] * factor, 1e-14)
-            done = (promised <= tolerance / 100 * value[active] + scale) | (damping[active] > _GIVEN_UP)
+            # A step that damping has shortened promises little anywhere.
+            least = np.where(damping[active] <= 1, tolerance, min(tolerance, TOLERANCE)) / 100 * value[active] + scale
+            done = (promised <= least) | (damping[active] > _GIVEN_UP)
             active = active[~done]
     return Minima(theta, value)
 

@@ -30,7 +30,7 @@ _FLAT = 1e-9
 _MANY_PARAMETERS = 9
 _COARSE = 1e-6
 _FIRST_STEPS = 300
-_STEPS, _WARPED = 3000, 1000  # narrow valleys, as of a term whose exponent is nearly 0, take up to 1600
+_STEPS, _WARPED = 3000, 500  # narrow valleys, as of a term whose exponent is nearly 0, take up to 1600
 _NEAR = 1.1
 _FEW = 200
 
@@ -82,7 +82,13 @@ def solve(form: Form, rows: Rows, options: FitOptions) -> Solution:
     scale = _ROUNDING * 1e-8 * len(rows.loss_N)
     found = _descend(plain, starts, form, scale)
     around = _perturbed(found.theta_SP[found.value_S.argmin()], 16, 0.3)
-    again = minimise(plain, np.concatenate([found.theta_SP[[found.value_S.argmin()]], around]), form.box, scale)
+    again = minimise(
+        plain,
+        np.concatenate([found.theta_SP[[found.value_S.argmin()]], around]),
+        form.box,
+        scale,
+        max_steps=_FIRST_STEPS,
+    )
     found = Minima(np.concatenate([again.theta_SP, found.theta_SP]), np.concatenate([again.value_S, found.value_S]))
     best, value = found.theta_SP[found.value_S.argmin()], float(found.value_S.min())
     best, value = _zeros(form, rows, plain, best, value, scale)
