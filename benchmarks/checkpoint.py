@@ -30,7 +30,7 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.objective.objective import ModelInputs
-from mepa_ds.pretrain.checkpointing import RunCheckpoints
+from mepa_ds.pretrain.checkpointing import Kept, RunCheckpoints
 
 KINDS = ("none", "background", "waited for")
 
@@ -66,7 +66,7 @@ def main(options: Options) -> None:
 def measure(options: Options, device: torch.device, directory: Path) -> dict[str, object]:
     config = make_config(options, device)
     engine = PretrainEngine(config, None, device)
-    checkpoints = RunCheckpoints(engine, directory, keep=1)
+    checkpoints = RunCheckpoints(engine, directory, Kept(1))
     inputs = make_inputs(config, options.batch, device)
     state = RunState(recipe=json.loads(config.model_dump_json()))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}

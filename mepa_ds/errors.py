@@ -13,5 +13,13 @@ class UserError(ValueError):
         self.agreed = agreed
 
 
+class DivergedError(UserError):
+    """A run's loss has grown out of hand at `step`, so that to go on would be a waste. Raised on every rank."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message, agreed=True)
+        self.step = step
+
+
 class DamagedError(UserError):
     """A sample, shard or image that cannot be read as what it should be; the message names the file and the key."""

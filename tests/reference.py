@@ -28,6 +28,13 @@ DECAYING = (
 )  # fmt: skip
 
 
+# Of muP: weights that have a fan-in which grows with the width. Their rate is divided by m, and their decay times it.
+READS_WIDTH = (
+    "adaln.weight", "qkv.weight", "proj.weight", "gate.weight", "head.weight", "fc1.weight", "fc2.weight",
+    "fc1_weight", "fc2_weight", "projector.0.weight",
+)  # fmt: skip
+
+
 @dataclass
 class Forward:
     """What one forward pass gives; `layers` has (counts_E, mean probability P_E, mean z) of every MoE layer."""
@@ -138,7 +145,7 @@ def alignment(
 
 @dataclass
 class AdamW:
-    """Adam with decoupled weight decay, a clipped global norm, and an average of the weights."""
+    """Adam with decoupled weight decay, a clipped global norm, and an average of the weights; `m` is muP's C / C0."""
 
     weights: Weights
     betas: tuple[float, float]
@@ -148,6 +155,7 @@ class AdamW:
     ema: float
     decays: Callable[[str, Tensor], bool] = lambda name, _: name.endswith(DECAYING)
     steps: int = 0
+    m: float = 1.0
 
     def __post_init__(self) -> None:
         self.first = {name: torch.zeros_like(value) for name, value in self.weights.items()}
@@ -172,9 +180,10 @@ class AdamW:
             self.first[name] = beta1 * self.first[name] + (1 - beta1) * clipped
             self.second[name] = beta2 * self.second[name] + (1 - beta2) * clipped**2
             m, v = self.first[name] / (1 - beta1**t), self.second[name] / (1 - beta2**t)
+            rate, decay = (lr / self.m, self.decay * self.m) if name.endswith(READS_WIDTH) else (lr, self.decay)
             if self.decays(name, value):
-                value = value - lr * self.decay * value
-            value = value - lr * m / (v.sqrt() + self.eps)
+                value = value - rate * decay * value
+            value = value - rate * m / (v.sqrt() + self.eps)
             self.weights[name] = value.requires_grad_()
             self.average[name] = self.ema * self.average[name] + (1 - self.ema) * value.detach()
         return norm

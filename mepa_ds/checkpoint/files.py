@@ -12,6 +12,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,13 @@ def publish(temporary: Path, target: Path) -> None:
     remove(aside)
 
 
-def prune(directory: Path, keep: int, keep_every: int | None) -> None:
-    """Deletes all checkpoints except the newest `keep` and the checkpoints of every `keep_every`-th step.
+def prune(directory: Path, keep: int, keep_every: int | None, keep_steps: Collection[int] = ()) -> None:
+    """Deletes all checkpoints except the newest `keep`, those of every `keep_every`-th step, and `keep_steps`.
 
     A checkpoint that cannot be deleted stays, with one warning.
     """
     for old in list_checkpoints(directory)[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
+        if step_of(old) not in keep_steps and (keep_every is None or step_of(old) % keep_every):
             aside = old.with_name(f".{old.name}.pruned")
             try:
                 make_way(aside)

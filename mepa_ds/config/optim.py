@@ -55,3 +55,6 @@ class PretrainOptimConfig(OptimConfig):
 
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an average of the weights, exported to <output_dir>/last_ema; null: none (VAR, MEPA)."""
+    mup_base_width: Annotated[int, Field(gt=0)] | None = None
+    """muP: base_lr was tuned at this model.width, and rates, decay and initial weights of matrices scale from there to
+    the model's own; keep model.width / num_heads fixed. null: the standard parametrisation."""

@@ -38,6 +38,8 @@ class DataConfig(Section):
     """Gives features of data.images at every step; needed by semantic guidance"""
     heldout_tokens: UserPath | None = None
     """Token maps of held-out images; null: no evaluation."""
+    unique_images: PositiveInt | None = None
+    """Train on that many images of the set, drawn once by the seed, and count epochs over them; null: on all."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
     num_workers: Annotated[int, Field(ge=0)] = 2
@@ -129,6 +131,8 @@ class LogConfig(Section):
     """A checkpoint that any number of ranks can resume from."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints stay on disk."""
+    keep_steps: tuple[PositiveInt, ...] = ()
+    """Checkpoints of exactly these steps are written too, and stay for good: to branch from (branch_from)."""
     keep_every: PositiveInt | None = None
     """Checkpoints of every such step stay for good; a multiple of checkpoint_every. null: none."""
     wandb_project: str | None = None
@@ -155,6 +159,9 @@ class GuardConfig(Section):
     """The same, so many minutes before the SLURM allocation ends (SLURM_JOB_END_TIME); null: leave it to signals."""
     max_bad_steps: PositiveInt = 10
     """Steps with a gradient that is not finite are skipped; so many in a row: back to a checkpoint, on other images."""
+    diverged_above: Annotated[float, Field(gt=0)] | None = None
+    """A record whose mean cross-entropy is above it ends the run for good, as diverged (status.json); null: none does.
+    A model that has learnt nothing has ln(codebook_size)."""
     hang_timeout: Seconds | None = 480.0
     """Seconds without a step (or a tensor of a checkpoint) after which a rank dumps all stacks and exits with 124."""
 
@@ -168,6 +175,9 @@ class PretrainConfig(Section):
     """Seed of initial weights, order of samples and dropout."""
     init_weights: UserPath | None = None
     """Start from these weights: a directory of `mepa export` or `mepa upcycle`, or VAR's var_d16.pth; null: drawn."""
+    branch_from: UserPath | None = None
+    """Start from this checkpoint of another run, RUN/checkpoints/step_<number>, with all of its state, and go on with
+    this recipe's length and schedule, which must have had the same rates so far; null: start at step 0."""
     tokenizer: UserPath
     """What made data.tokens: a saved tokenizer's directory, or VAR's vae_ch160v4096z32.pth."""
     data: DataConfig
@@ -194,6 +204,13 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"parallel.ep_size ({self.parallel.ep_size}) must divide model.moe.num_experts ({num_experts}): "
                 "every rank of an expert-parallel group holds the same number of experts"
+            )
+        if self.branch_from is not None and self.init_weights is not None:
+            raise ValueError("branch_from and init_weights both say where the weights come from; give one of them")
+        if self.branch_from is not None and self.train.progressive is not None:
+            raise ValueError(
+                "branch_from does not go with train.progressive: when a scale joins depends on the length of the run; "
+                "set train.progressive=null, in the run that it branches from too"
             )
         alignment = self.objective.alignment
         if alignment is not None:

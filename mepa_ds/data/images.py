@@ -171,7 +171,7 @@ def image_batches(
         UserError: no such set, it has no images, or a damaged sample under "stop".
     """
     opened = _open_images(shards)
-    order = SampleOrder(opened.shard_sizes, seed, opened.window)
+    order = SampleOrder(opened.shard_sizes, seed, opened.window, options.unique_images)
     tasks = rank_batches(position, batch_size * ranks.world_size, *ranks)
     dataset = _ImageDataset(opened, OrderedStream(order), image_side, seed, options.on_damaged)
     return _run(dataset, fetched_ahead(tasks, order, _caches(opened)), options.num_workers)

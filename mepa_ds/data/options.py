@@ -14,7 +14,7 @@ from mepa_ds.distributed import Ranks
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """How a loader reads. None of it changes which samples there are, nor their order."""
+    """How a loader reads. Only `unique_images` changes which samples there are, and their order."""
 
     num_workers: int = 0
     """Threads that read ahead (of images: processes that decode); 0 reads when asked, in this process."""
@@ -25,6 +25,8 @@ class LoaderOptions:
     the batch's `damaged`."""
     num_classes: int | None = None
     """Of the model: labels are checked against it. None: they are not (image batches never are)."""
+    unique_images: int | None = None
+    """Of an endless stream: it repeats that many samples of the set (see mepa_ds.data.order). None: all."""
 
 
 DEFAULTS = LoaderOptions()

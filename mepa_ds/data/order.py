@@ -1,4 +1,4 @@
-"""The order of samples as a pure function of (seed, epoch, shard sizes, window of shards).
+"""The order of samples as a pure function of (seed, epoch, shard sizes, window of shards, size of the subset).
 
 The training stream is endless: position p = 0, 1, 2, ... lies in epoch p // N at offset p % N, and the sample at
 position p is `permutation(seed, p // N)[p % N]`.
@@ -21,6 +21,10 @@ Sets that are fetched have a window of shards: the shards are permuted and cut i
 are permuted within each window. That too is a bijection of the epoch's N samples, so all of the above holds. Only the
 shuffle is less uniform; `shuffle_quality` measures by how much.
 
+A run on a subset of n samples draws it once: the first n of a permutation of the whole set (`subset_of`), so a smaller
+subset lies within a larger one of the same seed. N is n then, and the rest holds as above: the epoch's order is a
+permutation of the subset. A subset of the whole set is the whole set, in the same order.
+
 Permutations are made from the raw output of the Philox generator, keyed through SeedSequence, by a stable sort of
 one 64-bit number a sample. NumPy promises the streams of bit generators and of SeedSequence to be stable between
 versions (NEP 19), which it does not promise of `Generator.permutation`.
@@ -28,6 +32,7 @@ versions (NEP 19), which it does not promise of `Generator.permutation`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
@@ -40,12 +45,21 @@ from numpy.typing import NDArray
 from mepa_ds.errors import UserError
 
 Indices = NDArray[np.int64]
+_SUBSET = 2**31  # the stream that the subset is drawn from: windows, which have streams 2, 3, ..., are never that many
 
 
 def permutation(seed: int, epoch: int, size: int, stream: int = 0) -> Indices:
     """A uniform permutation of range(size), a pure function of its arguments."""
     bits = np.random.Philox(np.random.SeedSequence([seed, epoch, stream])).random_raw(size)
     return np.argsort(bits, kind="stable").astype(np.int64, copy=False)
+
+
+@functools.lru_cache(maxsize=4)
+def subset_of(seed: int, total: int, size: int) -> Indices:
+    """(size,) ascending sample numbers: a uniform subset of range(total), within every larger one of the same seed."""
+    chosen = np.sort(permutation(seed, 0, total, stream=_SUBSET)[:size])
+    chosen.setflags(write=False)  # shared by all callers
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -58,29 +72,39 @@ class SampleOrder:
         window: None for a permutation of the whole set (local files). A number of shards for sets that are fetched:
             shards are permuted, cut into windows of that many, and samples are permuted within each window, so that
             only the shards of one window need to be at hand at a time.
+        subset: the number of samples that are used at all, drawn once; None: all. Not with a window.
     """
 
     shard_sizes: tuple[int, ...]
     seed: int
     window: int | None = None
+    subset: int | None = None
 
     def __post_init__(self) -> None:
-        if self.num_samples == 0:
+        total = sum(self.shard_sizes)
+        if total == 0:
             raise UserError("the shard set is empty; make it again")
         if self.seed < 0:
             raise UserError(f"seed: expected a number of at least 0, got {self.seed}")
         if self.window is not None and self.window < 1:
             raise UserError(f"window: expected at least 1 shard, got {self.window}")
+        if self.subset is not None and not 1 <= self.subset <= total:
+            raise UserError(f"subset: expected 1 to {total}, the samples of the set, got {self.subset}")
+        if self.subset is not None and self.window is not None:
+            raise UserError("subset: a set that is fetched, window by window, is read whole; copy it, or use all of it")
 
     @property
     def num_samples(self) -> int:
         """N."""
-        return sum(self.shard_sizes)
+        return sum(self.shard_sizes) if self.subset is None else self.subset
 
     def epoch(self, epoch: int) -> Indices:
         """(N,) the set's sample numbers in the order of an epoch."""
         if self.window is None:
-            return permutation(self.seed, epoch, self.num_samples)
+            places = permutation(self.seed, epoch, self.num_samples)
+            if self.subset is None:
+                return places
+            return subset_of(self.seed, sum(self.shard_sizes), self.subset)[places]
         starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
         parts = []
         for number, shards in enumerate(self.windows(epoch)):

@@ -225,11 +225,11 @@ def training_batches(
             one on any number of ranks.
 
     Raises:
-        UserError: see `open_training_sets`; a global batch that does not divide; a damaged sample under "stop"; a
-            label that the model has no class for.
+        UserError: see `open_training_sets`; a global batch that does not divide; more unique images than the set has,
+            or any of a set that is fetched; a damaged sample under "stop"; a label that the model has no class for.
     """
     sets = open_training_sets(tokens, features)
-    order = SampleOrder(sets.tokens.shard_sizes, seed, sets.window)
+    order = SampleOrder(sets.tokens.shard_sizes, seed, sets.window, options.unique_images)
     reader = _Reader(sets, OrderedStream(order), seed, options)
     tasks = rank_batches(position, global_batch, *ranks)
     return ordered_map(reader, fetched_ahead(tasks, order, sets.caches), options.num_workers)

@@ -27,10 +27,13 @@ class TrainingSets:
     tokens: ShardSet
     features: ShardSet | None
     decoder: FeatureDecoder | None
+    unique_images: int | None = None
+    """How many samples of the set a run trains on; None: all."""
 
     @property
     def num_samples(self) -> int:
-        return len(self.tokens)
+        """The samples of an epoch."""
+        return len(self.tokens) if self.unique_images is None else self.unique_images
 
     @property
     def window(self) -> int | None:

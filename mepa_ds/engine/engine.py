@@ -79,14 +79,14 @@ class PretrainEngine:
             shard_experts(objective, config.parallel.ep_size, self._waits)
         objective.to_empty(device=device)
         mark_expert_parameters(objective)
-        objective.init_weights(config.seed)
+        objective.init_weights(config.seed, config.optim.mup_base_width)
         if config.init_weights is not None and not resumes:
             load_initial_weights(objective.transformer, config.init_weights)
         if config.parallel.compile:
             _compile_blocks(objective.transformer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
-            optimizer=build_optimizer(objective, config.optim),
+            optimizer=build_optimizer(objective, config.optim, config.model.C),
             config=deepspeed_config.build(config, dist.get_world_size()),
             dist_init_required=False,
         )
@@ -145,11 +145,13 @@ class PretrainEngine:
     def update(self, lr: float) -> Update:
         """Clips the gradients to a global norm of optim.clip, which DeepSpeed's config holds; updates the weights.
 
+        `lr` is the schedule's rate. Under muP some groups of weights have a fraction of it.
+
         When a gradient is not finite on any rank, weights and moments stay as they were. Collective.
         """
         assert self._engine.is_gradient_accumulation_boundary()
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._engine.step()
         applied = self._engine.was_step_applied()
         if applied:

@@ -8,7 +8,8 @@ import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split_expert_groups
 from torch import nn
 
-from mepa_ds.config.optim import OptimConfig
+from mepa_ds.config.optim import PretrainOptimConfig
+from mepa_ds.models.parametrisation import lr_factor, width_multiplier
 
 # VAR's list in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
 NO_DECAY = ("start_embed", "position_embed", "scale_embed", "adaln_offset", "log_temperature", "scale_logits_SE")
@@ -19,13 +20,23 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     return not (parameter.ndim < 2 or name.endswith("bias") or any(part in NO_DECAY for part in name.split(".")))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Builds AdamW with groups for decay and no decay. Experts that are sharded over ranks get separate groups."""
-    decay = [p for n, p in model.named_parameters() if has_decay(n, p)]
-    no_decay = [p for n, p in model.named_parameters() if not has_decay(n, p)]
+def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -> torch.optim.AdamW:
+    """Builds AdamW with groups of weights that share decay and rate. Experts that are sharded get separate groups.
+
+    The rate of a group is `lr_scale` times the schedule's; it is 1 unless muP scales rates with the model's `width`.
+    """
+    m = width_multiplier(width, config.mup_base_width)
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        members.setdefault((has_decay(name, parameter), lr_factor(name, m)), []).append(parameter)
     named: list[dict[str, Any]] = [
-        {"params": decay, "name": "decay", "weight_decay": config.weight_decay},
-        {"params": no_decay, "name": "no_decay", "weight_decay": 0.0},
+        {
+            "params": members[decays, scale],
+            "name": f"{'decay' if decays else 'no_decay'} x {scale:g}",
+            "weight_decay": config.weight_decay / scale if decays else 0.0,
+            "lr_scale": scale,
+        }
+        for decays, scale in sorted(members, reverse=True)
     ]
     groups = [group for group in split_expert_groups(named) if group["params"]]
     return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps)

@@ -16,6 +16,7 @@ from mepa_ds.models.feed_forward import FeedForward
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import Router
+from mepa_ds.models.parametrisation import init_factor, width_multiplier
 from mepa_ds.random_streams import generator
 
 if TYPE_CHECKING:
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def init_weights(model: NextScaleTransformer, seed: int) -> None:
-    """Draws all weights by VAR's scheme.
+def init_weights(model: NextScaleTransformer, seed: int, base_width: int | None = None) -> None:
+    """Draws all weights by VAR's scheme; with a base width, by muP's (mepa_ds.models.parametrisation) on top of it.
 
     Weights and embeddings are truncated normal with std sqrt(1 / 3C), biases are zero. Projections that write to the
     residual stream, also those of experts, are divided by sqrt(2 depth). The head and AdaLN have factors of their own.
     """
     config = model.config
-    std = math.sqrt(1 / (3 * config.C))
+    m = width_multiplier(config.C, base_width)
+    standard = math.sqrt(1 / (3 * config.C))
     experts_first = {
         f"{name}.experts": module.first_expert
         for name, module in model.named_modules()
@@ -39,13 +41,15 @@ def init_weights(model: NextScaleTransformer, seed: int) -> None:
     }
     for name, parameter in model.named_parameters():
         parent, _, leaf = name.rpartition(".")
+        factor = init_factor(name, m)
+        std = standard * factor
         if leaf.endswith("bias"):
             parameter.zero_()
         elif leaf == "log_temperature":
             parameter.fill_(math.log(4.0))
         elif leaf == "scale_logits_SE":
-            # This is the product of an embedding and a gate; both would be drawn with `std`.
-            _draw(parameter, math.sqrt(config.C) * std * std, generator(seed, "init", name))
+            # This is the product of an embedding and a gate; both would be drawn with the standard deviation.
+            _draw(parameter, math.sqrt(config.C) * standard * standard * factor, generator(seed, "init", name))
         elif parent in experts_first:
             for local, weight in enumerate(parameter):
                 _draw(weight, std, generator(seed, "init", name, experts_first[parent] + local))

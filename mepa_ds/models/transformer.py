@@ -130,9 +130,9 @@ class NextScaleTransformer(nn.Module):
         """Writes safetensors and config.json in the layout of Hugging Face."""
         save_pretrained(Path(directory), self.config, self.state_dict(), KIND)
 
-    def init_weights(self, seed: int) -> None:
-        """Draws every parameter as VAR does (see mepa_ds.models.initialisation)."""
-        init_weights(self, seed)
+    def init_weights(self, seed: int, base_width: int | None = None) -> None:
+        """Draws every parameter as VAR does (see mepa_ds.models.initialisation); with a base width, for muP."""
+        init_weights(self, seed, base_width)
 
     def forward(
         self,

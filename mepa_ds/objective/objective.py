@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mepa_ds.config.objective import ObjectiveConfig
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
+from mepa_ds.models.parametrisation import init_factor, width_multiplier
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
 from mepa_ds.objective.balance import balance_loss, global_counts, router_z_loss
@@ -116,12 +117,15 @@ class PretrainingObjective(nn.Module):
             self.projector = Projector(transformer.config.C, config.alignment.projector_hidden, teacher_width)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draws all initial weights; a function of seed and parameter names only."""
-        self.transformer.init_weights(seed)
+    def init_weights(self, seed: int, base_width: int | None = None) -> None:
+        """Draws all initial weights; a function of seed and parameter names only. `base_width`: for muP."""
+        self.transformer.init_weights(seed, base_width)
         if self.projector is not None:
+            m = width_multiplier(self.transformer.config.C, base_width)
             for name, parameter in self.projector.named_parameters():
                 bound = 1 / math.sqrt(parameter.shape[-1])  # nn.Linear's own
+                if name == "0.weight":  # the one whose fan-in is C: an output weight
+                    bound *= init_factor(f"projector.{name}", m)
                 drawn = torch.empty(parameter.shape).uniform_(
                     -bound, bound, generator=generator(seed, "init", "projector", name)
                 )

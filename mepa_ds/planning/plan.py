@@ -16,11 +16,13 @@ import torch
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.errors import UserError
 from mepa_ds.machine import resident_bytes
 from mepa_ds.models.summary import ParameterCounts, count_parameters
 from mepa_ds.objective import flops
 from mepa_ds.planning.frozen_networks import FrozenNetworks, plan_networks
 from mepa_ds.planning.memory_trace import Traced, trace_micro_batch
+from mepa_ds.pretrain.branching import trunk_state
 from mepa_ds.runtime.schedule import check_phases
 
 _FP32 = 4
@@ -66,6 +68,8 @@ class Plan:
     checkpoint: float
     num_steps: int | None
     num_samples: int | None
+    branch_step: int | None
+    """Steps of the checkpoint that the run branches from."""
     assumed: list[str] = field(default_factory=list)
 
     @property
@@ -104,6 +108,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
     samples = config.data.tokens or config.data.images
     if num_samples is None and samples is not None and (samples / INDEX_NAME).exists():
         num_samples = ShardIndex.read(samples).num_samples
+    num_samples = config.data.unique_images or num_samples  # an epoch of a subset has that many
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
     networks = plan_networks(config, micro_batch)
     width = networks.teacher_width
@@ -132,8 +137,18 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         checkpoint=all_elements * _FP32 * (4 if config.optim.ema else 3),
         num_steps=num_steps,
         num_samples=num_samples,
+        branch_step=_branch_step(config),
         assumed=networks.assumed,
     )
+
+
+def _branch_step(config: PretrainConfig) -> int | None:
+    if config.branch_from is None or not config.branch_from.exists():
+        return None
+    try:
+        return trunk_state(config.branch_from).step
+    except UserError as error:
+        raise UserError(f"branch_from: {error}") from error
 
 
 class _EngineMemory:
@@ -266,7 +281,12 @@ def _length(plan: Plan) -> str:
         return f"{plan.config.train.epochs} epochs of an unknown number of images; give --num-samples"
     images = plan.num_steps * plan.config.train.global_batch
     epochs = f", {images / plan.num_samples:.2f} epochs of {plan.num_samples}" if plan.num_samples else ""
-    return f"{plan.num_steps} steps of {plan.config.train.global_batch} images, {images} in all{epochs}"
+    left = ""
+    if plan.branch_step is not None:
+        left = f"; {plan.num_steps - plan.branch_step} steps to do, after the {plan.branch_step} of branch_from"
+    elif plan.config.branch_from is not None:
+        left = "; less the steps of branch_from, which is not there yet"
+    return f"{plan.num_steps} steps of {plan.config.train.global_batch} images, {images} in all{epochs}{left}"
 
 
 def _table(title: str, parts: dict[str, float]) -> list[str]:

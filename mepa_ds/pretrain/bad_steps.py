@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mepa_ds import distributed, log
 from mepa_ds.data.training import TrainingBatch
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DivergedError
 from mepa_ds.files import write_json
 
 _MAX_ROLLBACKS = 3
@@ -59,18 +59,31 @@ class BadSteps:
         except OSError as error:  # a full disk does not end a run
             log.note(f"rank {distributed.rank()}: warning: {path} cannot be written: {error}")
 
-    def rolled_back(self, to_step: int | None) -> None:
-        """Notes that the run went back to the checkpoint of `to_step` (None: there is none).
+    def rolled_back(self, step: int, to_step: int | None) -> None:
+        """Notes that the run went back from `step` to the checkpoint of `to_step` (None: there is none).
 
-        Raises UserError when going back has not helped, or when there is no checkpoint.
+        Raises DivergedError when going back has not helped, or when there is no checkpoint.
         """
         count = 0 if to_step is None else self._rollbacks.get(to_step, 0) + 1
         if to_step is None or count > _MAX_ROLLBACKS:
             why = "and there is no checkpoint yet" if to_step is None else f"also after {_MAX_ROLLBACKS} rollbacks"
-            raise UserError(
+            raise DivergedError(
                 f"guards.max_bad_steps: {self.in_a_row} steps in a row were skipped ({self._cause}: not finite), "
                 f"{why}; the keys of their images are in {self.directory}. Look at these, or lower optim.base_lr",
-                agreed=True,
+                step,
             )
         self._rollbacks[to_step] = count
         self.in_a_row = 0
+
+
+def check_divergence(ce: float, limit: float | None, step: int) -> None:
+    """Raises DivergedError, on every rank, when the mean cross-entropy of a record is above guards.diverged_above.
+
+    `ce` is the same on every rank. NaN, of records whose steps were all skipped, is left to `BadSteps`.
+    """
+    if limit is not None and ce > limit:
+        raise DivergedError(
+            f"the run has diverged: the cross-entropy is {ce:.4g} at step {step}, above guards.diverged_above "
+            f"({limit:.4g}); lower optim.base_lr, and choose another output_dir or remove this one",
+            step,
+        )

@@ -43,6 +43,17 @@ class BestWeights:
     heldout_ce: float
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Which checkpoints stay on disk."""
+
+    newest: int
+    every: int | None = None
+    """Those of every such step, for good."""
+    steps: tuple[int, ...] = ()
+    """Those of these steps, for good."""
+
+
 class RunCheckpoints:
     """Checkpoints and exported weights of the run in `output_dir`. Collective, except for `newest_step`.
 
@@ -54,13 +65,12 @@ class RunCheckpoints:
         self,
         engine: PretrainEngine,
         output_dir: Path,
-        keep: int,
-        keep_every: int | None = None,
+        kept: Kept,
         beat: Callable[[], object] = lambda: None,
     ):
         self.directory = output_dir / "checkpoints"
         self._output, self._engine, self._beat = output_dir, engine, beat
-        self._keep, self._keep_every = keep, keep_every
+        self._kept = kept
         self._staging = Staging()
         self._writer = BackgroundWriter(engine.device, beat)
         self._last = {"last": MASTER} | ({"last_ema": EMA} if EMA in engine.kinds else {})
@@ -88,7 +98,7 @@ class RunCheckpoints:
         def commit(digests: Digests) -> None:
             files.complete(temporary, state, digests)
             files.publish(temporary, target)
-            files.prune(self.directory, self._keep, self._keep_every)
+            files.prune(self.directory, self._kept.newest, self._kept.every, self._kept.steps)
 
         before = None if best is None else (BEST, export_best)
         self._writer.submit(target.name, self._stage(self._engine.kinds), temporary, commit, before)
@@ -154,15 +164,13 @@ class RunCheckpoints:
         """
         damaged: dict[Path, str] = {}
         for path in reversed(distributed.of_main(files.list_checkpoints(self.directory))):
-            look = partial(files.find_damage, path, distributed.rank(), distributed.world_size())
-            damage = next((found for found in self._writer.gather(look) if found is not None), None)
+            damage = self._find_damage(path)
             if damage is not None:
                 damaged[path] = f"{path} is damaged ({damage})"
                 continue
             state = read_state(path)
             check(path, state)
-            with progress_noted_by(self._beat):
-                restore(self._engine, path, state)
+            self._restore(path, state)
             if distributed.is_main():
                 for unusable in damaged:
                     files.set_aside(unusable)
@@ -175,6 +183,29 @@ class RunCheckpoints:
                 agreed=True,
             )
         return None
+
+    def load_foreign(self, path: Path, state: RunState) -> Loaded:
+        """Restores a checkpoint of another run, to go on from its `state`. The checkpoint is left as it is.
+
+        Raises UserError, on every rank, when it is damaged.
+        """
+        damage = self._find_damage(path)
+        if damage is not None:
+            raise UserError(
+                f"branch_from: {path} is damaged ({damage}); name another checkpoint of that run, or restore this one",
+                agreed=True,
+            )
+        self._restore(path, state)
+        return Loaded(state, path, [])
+
+    def _find_damage(self, path: Path) -> str | None:
+        """Returns what is wrong with the files of a checkpoint, or None: the same on every rank."""
+        look = partial(files.find_damage, path, distributed.rank(), distributed.world_size())
+        return next((found for found in self._writer.gather(look) if found is not None), None)
+
+    def _restore(self, path: Path, state: RunState) -> None:
+        with progress_noted_by(self._beat):
+            restore(self._engine, path, state)
 
     def forget_last_weights_after(self, step: int) -> None:
         """Removes the note of the step from last weights of later steps, because those steps are trained again.

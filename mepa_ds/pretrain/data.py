@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,12 +44,16 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
     Raises UserError for sets that are missing, or that do not fit the recipe or each other.
     """
     sets: TrainingSets | OnlineSets
+    unique = config.data.unique_images
     if config.data.tokens is None:
         sets = OnlineSets.open(config)
+        check_subset(unique, sets.images, sets.window)
     else:
         sets = open_training_sets(config.data.tokens, config.data.features)
         _check_fit(config.model, sets, "data.tokens")
         _check_maker(config.tokenizer, config.model.scales, sets, "data.tokens")
+        check_subset(unique, sets.tokens, sets.window)
+    sets = replace(sets, unique_images=unique)
     if config.data.heldout_tokens is not None:
         training = sets.images if isinstance(sets, OnlineSets) else sets.tokens
         heldout = _open_heldout(config.data.heldout_tokens, config.model, training)
@@ -65,16 +70,36 @@ def check_made_sets(config: PretrainConfig) -> None:
     tokenizer_is_made = _is_tokenizer_made(config.tokenizer)
     if data.images is not None:
         training = open_images(data.images, config.model.num_classes) if _is_made(data.images) else None
+        if training is not None:
+            check_subset(data.unique_images, training, training.window)
     elif data.tokens is not None and _is_made(data.tokens):
         sets = open_training_sets(data.tokens, data.features if _is_made(data.features) else None)
         _check_fit(config.model, sets, "data.tokens")
         training = sets.tokens
+        check_subset(data.unique_images, training, sets.window)
         if tokenizer_is_made:
             _check_maker(config.tokenizer, config.model.scales, sets, "data.tokens")
     if data.heldout_tokens is not None and _is_made(data.heldout_tokens):
         heldout = _open_heldout(data.heldout_tokens, config.model, training)
         if tokenizer_is_made:
             _check_maker(config.tokenizer, config.model.scales, heldout, "data.heldout_tokens")
+
+
+def check_subset(unique_images: int | None, shards: ShardSet, window: int | None) -> None:
+    """Raises UserError unless the set has that many samples, and is not shuffled in windows."""
+    if unique_images is None:
+        return
+    if unique_images > len(shards):
+        raise UserError(
+            f"data.unique_images: {unique_images}, but {shards.what} {shards.directory} has {len(shards)} samples; "
+            "give at most that many, or null for all"
+        )
+    if window is not None:
+        raise UserError(
+            f"data.unique_images: {unique_images}: a set that is fetched (remote.json; {shards.directory} or its "
+            "features) is read whole, window by window; copy its shards to a local directory and give that, or set "
+            "data.unique_images=null"
+        )
 
 
 def _is_tokenizer_made(path: Path) -> bool:
@@ -145,6 +170,8 @@ def data_identity(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> di
     The location of the sets does not matter, with one exception: fetched sets are shuffled within windows.
     """
     identity = {"seed": str(config.seed)}
+    if sets.unique_images is not None:
+        identity["data.unique_images"] = str(sets.unique_images)
     if sets.window is not None:
         identity["data.window"] = f"{sets.window} shards (remote.json)"
     if isinstance(sets, OnlineSets):
@@ -176,7 +203,13 @@ def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream
     """Returns the recipe's stream. Which images share a micro-batch does not depend on the number of ranks."""
     data, seed = config.data, config.seed
     micro_batch = config.train.global_batch // config.train.accumulation
-    options = LoaderOptions(data.num_workers, torch.cuda.is_available(), data.on_damaged, config.model.num_classes)
+    options = LoaderOptions(
+        num_workers=data.num_workers,
+        pin_memory=torch.cuda.is_available(),
+        on_damaged=data.on_damaged,
+        num_classes=config.model.num_classes,
+        unique_images=data.unique_images,
+    )
     if isinstance(sets, OnlineSets):
         return lambda position: sets.batches(options, micro_batch, seed, position)
     assert data.tokens is not None

@@ -53,6 +53,8 @@ class OnlineSets:
     teacher: Teacher | None
     """None without semantic guidance."""
     device: torch.device
+    unique_images: int | None = None
+    """How many images of the set a run trains on; None: all."""
 
     @classmethod
     def open(cls, config: PretrainConfig) -> OnlineSets:
@@ -74,7 +76,8 @@ class OnlineSets:
 
     @property
     def num_samples(self) -> int:
-        return len(self.images)
+        """The images of an epoch."""
+        return len(self.images) if self.unique_images is None else self.unique_images
 
     @property
     def window(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mepa_ds import distributed, log
 from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import validate
-from mepa_ds.config.changes import changed
+from mepa_ds.config.changes import changed, recipe_changes
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import AlignmentConfig
 from mepa_ds.config.pretrain import PretrainConfig, TrainConfig
@@ -26,7 +27,7 @@ def check_checkpoint(path: Path, state: RunState, config: PretrainConfig, data: 
     """
     _check_model(path, state, config.model, config.objective.alignment)
     _check_length(path, state, config.train)
-    if lines := _differences(state.data, data):
+    if lines := differences(state.data, data):
         raise UserError(
             f"{path}: the checkpoint was trained on other data ({'; '.join(lines)}), so the run "
             "cannot go on from its place in them; restore the data, or choose another output_dir",
@@ -46,10 +47,7 @@ def _check_length(path: Path, state: RunState, train: TrainConfig) -> None:
 
 
 def _check_model(path: Path, state: RunState, ours: ModelConfig, alignment: AlignmentConfig | None) -> None:
-    # A key that is newer than the checkpoint gets its default.
-    theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
-    expected, found = (json.loads(model.model_dump_json()) for model in (ours, theirs))
-    lines = [f"model.{line}" for line in _differences(found, expected)]
+    lines = model_differences(path, state, ours)
     if alignment is not None:  # the projector is not in the model's config; without guidance it may be dropped
         hidden = ((state.recipe.get("objective") or {}).get("alignment") or {}).get("projector_hidden")
         if hidden != alignment.projector_hidden:
@@ -63,8 +61,27 @@ def _check_model(path: Path, state: RunState, ours: ModelConfig, alignment: Alig
         )
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in changed(theirs, ours).items()]
+def model_differences(path: Path, state: RunState, ours: ModelConfig) -> list[str]:
+    """Returns a line for each key of the model that differs from the checkpoint's; newer keys had their defaults."""
+    theirs = validate(ModelConfig, dict(state.recipe["model"]), str(path))
+    expected, found = (json.loads(model.model_dump_json()) for model in (ours, theirs))
+    return differences(found, expected, "model.")
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns a line for each value that differs between two nested mappings, with its dotted key after `prefix`."""
+    pairs = changed(theirs, ours).items()
+    return [f"{prefix}{key}: {there!r} there, {now!r} now" for key, (there, now) in pairs]
+
+
+def changes_since(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns [old, new] by key of what a start changes in a checkpoint's recipe.
+
+    A key that is newer than the checkpoint had its default, so that alone is no change.
+    """
+    with suppress(UserError):  # of a recipe of an older version, which today's keys do not describe
+        theirs = json.loads(validate(PretrainConfig, theirs, "").model_dump_json())
+    return recipe_changes(theirs, ours)
 
 
 def without_missing_best(checkpoints: RunCheckpoints, state: RunState, has_heldout: bool) -> RunState:

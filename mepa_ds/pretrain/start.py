@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import clean
 from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.machine import cpu_name
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.flops import step_flops
 from mepa_ds.runtime.output import owned
@@ -46,7 +49,7 @@ def record_start(
     config: PretrainConfig,
     engine: PretrainEngine,
     teacher_width: int | None,
-    facts: dict[str, int],
+    facts: dict[str, Any],
     changes: dict[str, list[Any]],
 ) -> None:
     """Records and prints how the run starts.
@@ -61,6 +64,7 @@ def record_start(
     zero_stage, precision = deepspeed_config.zero_stage(config.parallel.deepspeed), config.parallel.precision
     values = {
         "world_size": world_size,
+        "device": torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else cpu_name(),
         "ep_size": ep_size,
         "zero_stage": zero_stage,
         "precision": precision,

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -14,7 +15,6 @@ from mepa_ds.checkpoint.background_writer import Written
 from mepa_ds.checkpoint.files import list_checkpoints
 from mepa_ds.checkpoint.state import RunState
 from mepa_ds.config.base import dump_yaml
-from mepa_ds.config.changes import recipe_changes
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import lockstep
 from mepa_ds.data.training import TrainingBatch, TrainingSets
@@ -23,15 +23,16 @@ from mepa_ds.files import write_text
 from mepa_ds.objective.flops import peak_flops_per_second, step_flops
 from mepa_ds.objective.objective import nonfinite_routers
 from mepa_ds.objective.reports import any_nonfinite
-from mepa_ds.pretrain.bad_steps import BadSteps
-from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Loaded, RunCheckpoints
+from mepa_ds.pretrain.bad_steps import BadSteps, check_divergence
+from mepa_ds.pretrain.branching import open_branch
+from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Kept, Loaded, RunCheckpoints
 from mepa_ds.pretrain.data import Loader, data_identity, heldout_identity, stream_of
 from mepa_ds.pretrain.evaluation import Evaluations, StopError
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.pretrain.online import OnlineSets
 from mepa_ds.pretrain.recording.metrics import StepMetrics
 from mepa_ds.pretrain.recording.report import StepClock, StepReport
-from mepa_ds.pretrain.resuming import check_checkpoint, without_missing_best
+from mepa_ds.pretrain.resuming import changes_since, check_checkpoint, without_missing_best
 from mepa_ds.pretrain.start import record_start
 from mepa_ds.runtime.recorder import Recorder, RunRecorder, peak_memory_bytes
 from mepa_ds.runtime.schedule import check_phases, learning_rate, scales_in_step
@@ -54,17 +55,17 @@ class PretrainRun:
         self.num_steps = config.train.num_steps(sets.num_samples)
         check_phases(config.optim, self.num_steps)
         self.memory_before = peak_memory_bytes()
+        data = data_identity(config, sets)
         resumes = distributed.of_main(bool(list_checkpoints(config.output_dir / "checkpoints")))
+        self.branch = None if resumes or config.branch_from is None else open_branch(config, data, sets.num_samples)
         self.engine = PretrainEngine(config, sets.feature_width, device, resumes)
         quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
         self.inputs = InputMaker(config.model, quantizer, config.seed, device)
         self.watchdog = Watchdog(config.guards.hang_timeout, config.output_dir)
-        keep, keep_every = config.log.keep_checkpoints, config.log.keep_every
-        self.checkpoints = RunCheckpoints(self.engine, config.output_dir, keep, keep_every, self.watchdog.beat)
+        kept = Kept(config.log.keep_checkpoints, config.log.keep_every, config.log.keep_steps)
+        self.checkpoints = RunCheckpoints(self.engine, config.output_dir, kept, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
-        self.state = RunState(
-            data=data_identity(config, sets), heldout=heldout_identity(config.data.heldout_tokens), recipe=recipe
-        )
+        self.state = RunState(data=data, heldout=heldout_identity(config.data.heldout_tokens), recipe=recipe)
         self.evaluations = Evaluations(config, self.engine, self.inputs, self._beat_or_stop)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
@@ -72,7 +73,7 @@ class PretrainRun:
         """The best weights by an evaluation, as long as they are not yet in `<output_dir>/best`."""
 
     def resume(self) -> None:
-        """Continues from the newest whole checkpoint in output_dir, if there is one, and opens the records."""
+        """Continues from the newest whole checkpoint in output_dir, or else from `branch_from`; opens the records."""
         config, ours = self.config, self.state
         loaded = self._load_newest()
         heldout_changed = loaded is not None and loaded.state.heldout not in ("", ours.heldout)
@@ -91,16 +92,20 @@ class PretrainRun:
         peak = peak_flops_per_second(config.parallel.precision)
         batch = config.train.global_batch
         self.metrics = StepMetrics(self.recorder, state.window, config.model.schedule, batch, flops_of_step, peak)
-        facts = {"num_steps": self.num_steps, "num_samples": self.sets.num_samples}
+        facts: dict[str, Any] = {"num_steps": self.num_steps, "num_samples": self.sets.num_samples}
         facts["memory_before_bytes"] = self.memory_before
-        changes = {} if loaded is None else recipe_changes(loaded.state.recipe, ours.recipe)
+        facts |= {} if self.branch is None else {"branch_from": str(self.branch.path)}
+        changes = {} if loaded is None else changes_since(loaded.state.recipe, ours.recipe)
         record_start(self.recorder, state.step, config, self.engine, self.sets.feature_width, facts, changes)
         if loaded is not None:
             self._warn_of_damage(loaded)
             if heldout_changed:
                 line = "data.heldout_tokens has changed, so the best score on the old held-out set no longer counts"
                 self.recorder.warn("heldout_changed", state.step, line)
-            self.recorder.say(f"resumed from {loaded.path} at step {state.step} of {self.num_steps}")
+            verb = "resumed" if self.branch is None else "branched"
+            self.recorder.say(f"{verb} from {loaded.path} at step {state.step} of {self.num_steps}")
+        if self.branch is not None:  # a rollback to this place keeps what was recorded until here
+            self.branch.state.metrics_records = self.recorder.num_records
 
     def train(self) -> bool:
         """Trains to the end of the recipe, or until the run is stopped. Returns whether the run is finished."""
@@ -174,7 +179,8 @@ class PretrainRun:
             "skipped_steps": self.bad_steps.total,
             "replaced_samples": state.replaced_samples,
         }
-        self.metrics.write(report, place, damaged, loader_seconds)
+        ce = self.metrics.write(report, place, damaged, loader_seconds)
+        check_divergence(ce, self.config.guards.diverged_above, report.step)
 
     def settle(self) -> None:
         """Waits for everything that is being written to disk, and records the results."""
@@ -206,7 +212,7 @@ class PretrainRun:
         self.settle()
         best_heldout_ce = self.state.best_heldout_ce
         loaded = self._load_newest()
-        self.bad_steps.rolled_back(None if loaded is None else loaded.state.step)
+        self.bad_steps.rolled_back(step, None if loaded is None else loaded.state.step)
         assert loaded is not None
         self._take_up(loaded.state)
         self.state.position, self.state.best_heldout_ce = position, best_heldout_ce
@@ -262,8 +268,9 @@ class PretrainRun:
 
     def _save_is_due(self) -> bool:
         """Returns whether to save. No checkpoint is saved amid bad steps, because going back to it would not help."""
-        step = self.state.step
-        return step == self.num_steps or (step % self.config.log.checkpoint_every == 0 and not self.bad_steps.in_a_row)
+        step, log = self.state.step, self.config.log
+        due = step % log.checkpoint_every == 0 or step in log.keep_steps
+        return step == self.num_steps or (due and not self.bad_steps.in_a_row)
 
     def _save(self) -> None:
         """Saves a checkpoint of this step, and exports its weights to <output_dir>/best if they are the best so far."""
@@ -301,6 +308,8 @@ class PretrainRun:
     def _load_newest(self) -> Loaded | None:
         check = partial(check_checkpoint, config=self.config, data=self.state.data)
         loaded = self.checkpoints.load_newest(check)
+        if loaded is None and self.branch is not None:
+            loaded = self.checkpoints.load_foreign(self.branch.path, self.branch.state)
         if loaded is not None:
             has_heldout = self.config.data.heldout_tokens is not None
             loaded = replace(loaded, state=without_missing_best(self.checkpoints, loaded.state, has_heldout))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mepa_ds import distributed, log
-from mepa_ds.errors import UserError
+from mepa_ds.errors import DivergedError, UserError
 from mepa_ds.files import write_json
 from mepa_ds.runtime.lost_peers import is_lost_peer
 from mepa_ds.runtime.recorder import write_status
@@ -55,7 +55,10 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
         tells = (launch.is_main and output_dir.is_dir()) or isinstance(error, distributed.SetupError)
         if tells and not is_held(output_dir):
             with suppress(OSError):
-                write_status(output_dir, "failed", error=str(error))
+                if isinstance(error, DivergedError):
+                    write_status(output_dir, "diverged", step=error.step, error=str(error))
+                else:
+                    write_status(output_dir, "failed", error=str(error))
         raise
     except Exception as error:
         _tell(error, output_dir, started, launch)

@@ -19,7 +19,7 @@ from mepa_ds.runtime.trackers import TensorBoard, Wandb
 
 METRICS_NAME = "metrics.jsonl"
 _STATUS_SECONDS = 1.0
-RunStatus = Literal["running", "requeue", "finished", "failed"]
+RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 
 
 def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:

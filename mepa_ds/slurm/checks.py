@@ -97,7 +97,7 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
     """
     from mepa_ds.data.shard_set import ShardSet
-    from mepa_ds.pretrain.data import open_sets
+    from mepa_ds.pretrain.data import check_subset, open_sets
     from mepa_ds.pretrain.online import open_images
 
     if isinstance(config, TokenizerTrainingConfig):
@@ -106,12 +106,26 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
                 ShardSet(path, key)
     elif isinstance(config, PretrainConfig):
         if config.data.images is not None and "data.images" not in unseen:
-            open_images(config.data.images, config.model.num_classes)
+            images = open_images(config.data.images, config.model.num_classes)
+            check_subset(config.data.unique_images, images, images.window)
         seen = unseen.isdisjoint(("tokenizer", "data.tokens", "data.features", "data.heldout_tokens"))
         facts = config.model_dump_json(include={"tokenizer": True, "data": True, "model": _DECIDES_TOKENS})
         if config.data.tokens is not None and seen and facts not in looked_at:
             open_sets(config)
             looked_at.add(facts)
+
+
+def check_branch(config: PretrainConfig) -> None:
+    """Makes the job's own check of `branch_from` (whether its steps are those of the recipe), if it trains on tokens.
+
+    Raises UserError.
+    """
+    from mepa_ds.pretrain.branching import open_branch
+    from mepa_ds.pretrain.data import data_identity, open_sets
+
+    if config.data.tokens is not None:
+        sets = open_sets(config)
+        open_branch(config, data_identity(config, sets), sets.num_samples)
 
 
 def check_plan(profile: Profile, recipe: Path, config: PretrainConfig, world_size: int) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import shipped
-from mepa_ds.config.base import Section, load_config, read_yaml
+from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.slurm.checks import (
+    check_branch,
     check_data,
     check_exists,
     check_nodes,
@@ -92,8 +93,13 @@ def is_finished(request: Request) -> bool:
     run = output_dir(request)
     if read_result(run / "slurm") != DONE or not (run / "resolved.yaml").is_file():
         return False
-    wanted = load_config(JOBS[request.job], request.recipe, request.overrides).model_dump(mode="json")
-    return _but_places(wanted) == _but_places(read_yaml(run / "resolved.yaml"))
+    kind = JOBS[request.job]
+    wanted = load_config(kind, request.recipe, request.overrides).model_dump(mode="json")
+    try:  # a key that is newer than the run had its default
+        done = load_config(kind, run / "resolved.yaml").model_dump(mode="json")
+    except UserError:
+        return False
+    return _but_places(wanted) == _but_places(done)
 
 
 def _but_places(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +146,9 @@ def check_recipe(
     elsewhere = {name for name, path in paths if is_cached_elsewhere(path)}
     check_data(config, made_before | elsewhere, set() if looked_at is None else looked_at)
     if isinstance(config, PretrainConfig):
+        read_here = {name for name, _ in paths} - made_before
+        if "branch_from" in read_here and (made_before | elsewhere).isdisjoint(("tokenizer", *SET_KEYS)):
+            check_branch(config)
         print(check_plan(profile, request.recipe.resolve(), config, world_size))
 
 

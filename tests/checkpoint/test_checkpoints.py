@@ -479,8 +479,8 @@ def test_old_checkpoints_go_and_milestones_stay(tmp_path: Path) -> None:
     for step in range(2, 13, 2):
         (tmp_path / checkpoint_name(step)).mkdir()
     (tmp_path / f"{checkpoint_name(14)}.damaged").mkdir()
-    prune(tmp_path, keep=2, keep_every=4)
-    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (4, 8, 10, 12)]
+    prune(tmp_path, keep=2, keep_every=4, keep_steps=(2,))
+    assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(step) for step in (2, 4, 8, 10, 12)]
     (tmp_path / f".{checkpoint_name(4)}.pruned/rest").mkdir(parents=True)
     prune(tmp_path, keep=1, keep_every=None)
     assert [path.name for path in list_checkpoints(tmp_path)] == [checkpoint_name(12)]

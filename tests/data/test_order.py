@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mepa_ds.data.order import OrderedStream, SampleOrder, WindowWatch, permutation, rank_batches, shuffle_quality
+from mepa_ds.data.order import (
+    OrderedStream,
+    SampleOrder,
+    WindowWatch,
+    permutation,
+    rank_batches,
+    shuffle_quality,
+    subset_of,
+)
 from mepa_ds.data.remote.fetched_ahead import fetched_ahead
 from mepa_ds.errors import UserError
 
@@ -163,6 +171,39 @@ def test_shuffle_quality_knows_good_from_bad() -> None:
     assert unshuffled["shards_in_batch"] < 0.06
 
 
+@given(
+    sizes=shard_sizes,
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
+    share=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(deadline=None)
+def test_an_epoch_of_a_subset_has_each_of_its_samples_once(
+    sizes: tuple[int, ...], seed: int, epoch: int, share: tuple[float, float]
+) -> None:
+    """In another order in each epoch, and a smaller subset lies within a larger one."""
+    total = sum(sizes)
+    small, large = sorted(max(1, round(part * total)) for part in share)
+    orders = [SampleOrder(sizes, seed, subset=size) for size in (small, large)]
+    chosen = [sorted(order.epoch(0).tolist()) for order in orders]
+    assert [len(set(samples)) for samples in chosen] == [order.num_samples for order in orders] == [small, large]
+    assert set(chosen[0]) <= set(chosen[1]) <= set(range(total))
+    later = orders[0].epoch(epoch)
+    assert sorted(later.tolist()) == chosen[0]
+    # The order is that of a set which has only these samples.
+    assert later.tolist() == [chosen[0][place] for place in SampleOrder((small,), seed).epoch(epoch).tolist()]
+    assert (
+        SampleOrder(sizes, seed, subset=total).epoch(epoch).tolist() == SampleOrder(sizes, seed).epoch(epoch).tolist()
+    )
+
+
+def test_subsets_are_uniform_and_pinned() -> None:
+    counts = np.bincount(np.concatenate([subset_of(seed, 6, 2) for seed in range(3000)]), minlength=6)
+    assert (abs(counts - 1000) < 5 * np.sqrt(1000 * 2 / 3)).all()
+    assert subset_of(0, 10, 4).tolist() == [3, 5, 6, 8]
+    assert sorted(permutation(0, 0, 10)[:4].tolist()) != subset_of(0, 10, 4).tolist()  # a stream of its own
+
+
 def test_imagenet_takes_under_a_second() -> None:
     order = SampleOrder((1000,) * 1281, 0)
     stream = OrderedStream(order)
@@ -177,6 +218,8 @@ def test_imagenet_takes_under_a_second() -> None:
         (lambda: SampleOrder((), 0), "empty"),
         (lambda: SampleOrder((3,), -1), "seed"),
         (lambda: SampleOrder((3,), 0, 0), "window"),
+        (lambda: SampleOrder((3, 4), 0, subset=8), "subset: expected 1 to 7, the samples of the set, got 8"),
+        (lambda: SampleOrder((3, 4), 0, window=1, subset=2), "subset: a set that is fetched"),
         (lambda: next(rank_batches(0, 10, 0, 4)), "global batch 10 does not divide among 4 ranks"),
         (lambda: next(rank_batches(-1, 8, 0, 4)), "position"),
     ],
@@ -186,9 +229,10 @@ def test_bad_input(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_a_stream_that_was_sent_to_another_process_goes_on_alike() -> None:
+@pytest.mark.parametrize("subset", [None, 4])
+def test_a_stream_that_was_sent_to_another_process_goes_on_alike(subset: int | None) -> None:
     """Workers of the loader get theirs by pickle."""
-    stream = OrderedStream(SampleOrder((3, 5, 2), seed=4))
+    stream = OrderedStream(SampleOrder((3, 5, 2), seed=4, subset=subset))
     expected = [stream.samples_at(np.arange(start, start + 4)).tolist() for start in (0, 8, 21)]
     copy = pickle.loads(pickle.dumps(stream))
     assert [copy.samples_at(np.arange(start, start + 4)).tolist() for start in (0, 8, 21)] == expected

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mepa_ds.data.options import LoaderOptions, grouped
+from mepa_ds.data.order import subset_of
 from mepa_ds.data.prefetch import BufferPool, ordered_map
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
@@ -89,6 +90,20 @@ def test_any_world_sizes_workers_and_interruptions_read_the_same_stream(
     assert seen == list(itertools.islice(straight, len(seen)))
     for start in range(0, len(seen) - TOTAL + 1, TOTAL):
         assert len(set(seen[start : start + TOTAL])) == TOTAL
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2), (3, 0)])
+def test_a_subset_is_read_again_and_again_by_any_ranks(sets: tuple[Path, Path], ranks: int, workers: int) -> None:
+    """Ten images of 23, six a step: each of them once in every ten positions, and no other one."""
+    options = {"unique_images": 10, "num_workers": workers}
+    by_rank = [take(10, sets, rank=rank, world_size=ranks, **options) for rank in range(ranks)]
+    seen = [key for batches in zip(*by_rank, strict=True) for batch in batches for key in batch.keys]
+    epochs = [seen[start : start + 10] for start in range(0, 60, 10)]
+    subset = [f"{number:09d}" for number in subset_of(2, TOTAL, 10)]
+    assert all(sorted(epoch) == subset for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+    for batch in by_rank[0]:
+        assert_batch_is_its_samples(batch)
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (4, 3), (1, 5), (50, 2), (2, 1), (11, 2)])

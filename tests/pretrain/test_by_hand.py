@@ -44,6 +44,9 @@ SETTINGS = [
 PEAK = 0.32 * BATCH / 256
 # Two steps of warm-up from a tenth; then flat for 5 % of what remains, and linearly down to a tenth at the last step.
 RATES = [0.1, 0.55, 1.0, *(0.1 + 0.9 * (1 - p) / 0.95 for p in (0.2, 0.4, 0.6, 0.8)), 0.1]
+# The same with muP, from half of the width, and with the schedule wsd: half of the steps are its cooldown.
+MUP, MULTIPLIER = ["optim.mup_base_width=16", "optim.schedule=wsd", "optim.warmup_steps=2", "optim.cooldown=0.5"], 2.0
+COOLDOWN = [0.1, 0.55, 1.0, 1.0, *(0.1 + 0.9 * (1 - (passed / 4) ** 0.5) for passed in (1, 2, 3, 4))]
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +67,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_by_hand(folder: Path) -> tuple[list[dict[str, Any]], AdamW, torch.Tensor]:
+def train_by_hand(folder: Path, mup: bool) -> tuple[list[dict[str, Any]], AdamW, torch.Tensor]:
     """Records of all steps, the optimizer at the end, and how far the experts' bias has moved."""
     values = apply_overrides(recipe_values(folder), SETTINGS)
+    rates = COOLDOWN if mup else RATES
     config = validate(PretrainConfig, values, "test")
     objective = PretrainingObjective(NextScaleTransformer(config.model), config.objective, FEATURE_WIDTH)
-    objective.init_weights(SEED)
+    objective.init_weights(SEED, 16 if mup else None)
     weights = {name: p.detach().double().requires_grad_() for name, p in objective.named_parameters()}
-    optimizer = AdamW(weights, betas=(0.8, 0.9), eps=1e-3, decay=0.5, clip=0.5, ema=0.75)
+    optimizer = AdamW(weights, betas=(0.8, 0.9), eps=1e-3, decay=0.5, clip=0.5, ema=0.75, m=MULTIPLIER if mup else 1.0)
     tokens, features = read_samples(folder / "train.tokens"), read_samples(folder / "poisoned.features")
     quantizer = Tokenizer.load(folder / "tokenizer").quantizer
     stream = [number for epoch in range(2) for number in epoch_order(SEED, epoch, COUNT)]
@@ -98,7 +102,7 @@ def train_by_hand(folder: Path) -> tuple[list[dict[str, Any]], AdamW, torch.Tens
             "router_z": z,
         }
         loss = 1.5 * terms["ce"] + 0.7 * terms["alignment"] + 0.3 * terms["balance"] + 0.1 * terms["router_z"]
-        norm, lr = optimizer.step(loss, PEAK * RATES[step]), PEAK * RATES[step]
+        norm, lr = optimizer.step(loss, PEAK * rates[step]), PEAK * rates[step]
         applied = bool(np.isfinite(norm))
         if applied:
             steps_E = steps_E + torch.sign(counts_E.float().mean() - counts_E.float())
@@ -108,15 +112,17 @@ def train_by_hand(folder: Path) -> tuple[list[dict[str, Any]], AdamW, torch.Tens
     return records, optimizer, steps_E
 
 
-@pytest.mark.parametrize(("ranks", "ep_size"), [(2, 1), (2, 2)])
-def test_a_run_is_what_the_formulas_say(folder: Path, ranks: int, ep_size: int) -> None:
+@pytest.mark.parametrize(("ranks", "ep_size", "mup"), [(2, 1, False), (2, 2, False), (2, 2, True)])
+def test_a_run_is_what_the_formulas_say(folder: Path, ranks: int, ep_size: int, mup: bool) -> None:
     """Order of images, losses and their weights, global norm, clipping, AdamW, decay, rates, bias, average, a skip."""
-    name = f"run{ranks}{ep_size}"
+    name = f"run{ranks}{ep_size}{mup}"
     features = f"data.features={folder}/poisoned.features"
     log = finish(
-        arguments(folder, name, *SETTINGS, features, f"parallel.ep_size={ep_size}"), ranks, folder / f"{name}.log"
+        arguments(folder, name, *SETTINGS, *(MUP if mup else []), features, f"parallel.ep_size={ep_size}"),
+        ranks,
+        folder / f"{name}.log",
     )
-    expected, optimizer, steps_E = train_by_hand(folder)
+    expected, optimizer, steps_E = train_by_hand(folder, mup)
     output = folder / name
     found = [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == "train"]
     assert [record["applied"] for record in expected].count(False) >= 1, "no step had the image that is not finite"

@@ -223,9 +223,20 @@ def test_a_run_that_cannot_be_mended_ends(folder: Path, features: str, settings:
         assert ranks.wait() == [2, 2], ranks.log.read_text()
     assert ranks.log.read_text().count(message) == 1
     assert "Look at these, or lower optim.base_lr" in ranks.log.read_text()
-    assert json.loads((folder / name / "status.json").read_text())["state"] == "failed"
+    assert json.loads((folder / name / "status.json").read_text())["state"] == "diverged"
     rollbacks = events(folder / name, "rollback")
     assert [record["step"] for record in rollbacks] == ([4, 4, 4] if features == "one" else [])
+
+
+def test_a_run_whose_loss_is_out_of_hand_ends_as_diverged(folder: Path) -> None:
+    """On two ranks, at the first record above the limit, with one message and the status of a mistake."""
+    settings = ["guards.diverged_above=2.0", "log.every=2", "train.steps=15"]  # ln(16) is 2.77 at the start
+    with Ranks(arguments(folder, "diverged", *settings), 2, folder / "diverged.log") as ranks:
+        assert ranks.wait() == [2, 2], ranks.log.read_text()
+    assert ranks.log.read_text().count("the run has diverged: the cross-entropy is 2.") == 1
+    status = json.loads((folder / "diverged/status.json").read_text())
+    assert (status["state"], status["step"]) == ("diverged", 2)
+    assert len(events(folder / "diverged", "train")) == 1
 
 
 def test_a_checkpoint_is_gone_back_to_three_times(tmp_path: Path) -> None:
@@ -241,13 +252,13 @@ def test_a_checkpoint_is_gone_back_to_three_times(tmp_path: Path) -> None:
                 bad.note(step, [], [], "it")
                 due.append(bad.rollback_due)
             assert due == [False, True]
-            bad.rolled_back(to_step)
+            bad.rolled_back(50, to_step)
         assert bad.total == 6 * rollback
     with pytest.raises(UserError, match="also after 3 rollbacks"):
-        bad.rolled_back(20)
-    bad.rolled_back(30)
+        bad.rolled_back(50, 20)
+    bad.rolled_back(50, 30)
     with pytest.raises(UserError, match="there is no checkpoint yet"):
-        bad.rolled_back(None)
+        bad.rolled_back(50, None)
 
 
 def make_it_the_data_of(run_json: Path, features: Path) -> None:

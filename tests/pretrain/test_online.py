@@ -68,6 +68,20 @@ def batches(config: PretrainConfig, count: int, position: int = 0) -> list[Train
     return list(itertools.islice(Loader(stream_of(config, open_checked(config)), position), count))
 
 
+def test_a_subset_has_the_same_images_online(folder: Path) -> None:
+    """Twelve images of all, sixteen in two batches."""
+    kinds = [batches(config_of(folder, kind, "data.unique_images=12"), 2) for kind in (PRECOMPUTED, ONLINE)]
+    for ours, theirs in zip(*kinds, strict=True):
+        assert_same(ours, theirs)
+    keys = [key for batch in kinds[1] for key in batch.keys]
+    assert len(set(keys[:12])) == 12 == len(set(keys))
+    config = config_of(folder, ONLINE, "data.unique_images=12")
+    assert open_checked(config).num_samples == 12
+    assert data_identity(config, open_checked(config))["data.unique_images"] == "12"
+    with pytest.raises(UserError, match=r"data\.unique_images: 99999, but data\.images .* samples; give at most"):
+        open_checked(config_of(folder, ONLINE, "data.unique_images=99999"))
+
+
 def assert_same(ours: TrainingBatch, theirs: TrainingBatch) -> None:
     for name in ("tokens_BL", "labels_B", "weight_B", "positions_B"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name

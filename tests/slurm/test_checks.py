@@ -151,6 +151,16 @@ def test_runs_of_a_study_are_known_by_where_they_write(cluster: Path) -> None:
     assert (cluster / "study.slurm/manifest.txt").read_text() == (cluster / "study.txt").read_text()
 
 
+def test_a_run_that_was_done_before_a_key_was_new_is_done(cluster: Path) -> None:
+    study(cluster, "a", "new")
+    finished(cluster, "a")
+    values = yaml.safe_load((cluster / "a/resolved.yaml").read_text())
+    del values["branch_from"], values["optim"]["cooldown"], values["log"]["keep_steps"]
+    (cluster / "a/resolved.yaml").write_text(yaml.safe_dump(values))
+    mepa(cluster, "submit", cluster / "study.txt", "--job", "scaling-study")
+    assert "--array=1%8" in (cluster / "submitted").read_text()
+
+
 def test_a_run_of_a_study_that_is_to_be_longer_is_not_done(cluster: Path) -> None:
     study(cluster, "a", "b")
     for run in "ab":
@@ -291,6 +301,8 @@ def test_the_commands_of_the_shipped_pipeline() -> None:
     ("override", "message"),
     [
         ("init_weights=/nope", "init_weights: /nope: no such file or directory"),
+        ("branch_from=/nope", "branch_from: /nope: no such file or directory"),
+        ("branch_from={}/train.tokens", "branch_from: {}/train.tokens: no checkpoint; name a checkpoint of a run"),
         ("data.tokens={}/run", "data.tokens: {}/run: no index.json"),
         ("data.tokens={}/train.features", "data.tokens: {}/train.features: holds features"),
         ("data.features={}/train.tokens", "data.features: {}/train.tokens: holds tokens"),
@@ -308,6 +320,7 @@ def test_what_a_run_began_with_may_be_gone(cluster: Path) -> None:
     """pretrain.py does without it once there is a checkpoint."""
     (cluster / "run/checkpoints/step_00000004").mkdir(parents=True)
     mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "--", "init_weights=/gone")
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "--", "branch_from=/gone")
     tokenizer_run.make_data(cluster)
     recipe = tokenizer_run.write_recipe(cluster)
     (cluster / "run/checkpoint.pt").touch()
@@ -318,6 +331,8 @@ def test_what_another_job_makes_need_not_be_there(cluster: Path, capsys: pytest.
     (cluster / "written.tokens").mkdir()
     (cluster / "written.tokens/index.plan.json").touch()
     words: list[str | Path] = ["submit", cluster / "recipe.yaml", "--dry-run", "--after", "4711", "--"]
+    mepa(cluster, *words, "branch_from=/later/checkpoints/step_00000008")
+    assert "not there yet, left to job 4711: branch_from\n" in capsys.readouterr().out
     mepa(cluster, *words, "init_weights=/later/last", f"data.tokens={cluster}/written.tokens")
     assert "not there yet, left to job 4711: data.tokens, init_weights" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"data\.tokens: .* holds features"):

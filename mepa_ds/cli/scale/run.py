@@ -24,7 +24,7 @@ class RunOptions:
     last checkpoint, diverged ones stay as they are. Killed and started again, it goes on. Plans the study if it is not
     planned yet.
 
-    exit status   0 all runs are finished; 1 some failed or diverged; 75 stopped, start again to go on"""
+    exit status   0 all runs are finished; 1 some failed or diverged; 130, 143 stopped, start again to go on"""
 
     study: tyro.conf.Positional[Path]
     """Study file, or the output_dir of a planned study."""
@@ -77,8 +77,10 @@ def _submit(study: StudyConfig, options: RunOptions) -> None:
     profile = read_profile(options.slurm)
     os.chdir(root())  # where the jobs start, and so what the recipes' paths are relative to
     plan_if_needed(study)
-    replan_after_sweep(study)
-    manifest, waiting = manifest_of_ready(study, [member_of(row) for row in read_plan(study)])
+    members = [member_of(row) for row in read_plan(study)]
+    if replan_after_sweep(study, members):
+        members = [member_of(row) for row in read_plan(study)]
+    manifest, waiting = manifest_of_ready(study, members)
     if manifest is not None:
         request = Request(
             manifest,

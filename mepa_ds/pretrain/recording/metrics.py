@@ -80,8 +80,8 @@ class StepMetrics:
         self._look_for_spikes(losses)
         return kept
 
-    def write(self, report: StepReport, place: dict[str, float], damaged: list[str], loader_seconds: float) -> None:
-        """Reduces the numbers over the ranks and records them. Collective.
+    def write(self, report: StepReport, place: dict[str, float], damaged: list[str], loader_seconds: float) -> float:
+        """Reduces the numbers over the ranks and records them; returns the mean cross-entropy. Collective.
 
         Args:
             place: how far the run is, as epoch, images, skipped steps and replaced samples.
@@ -116,6 +116,7 @@ class StepMetrics:
         self._look_for_a_slow_rank(report.step, ranks["own_seconds"])
         if routing:
             self._record_routing(report.step, routing)
+        return float(values["ce"])
 
     def _record_routing(self, step: int, routing: dict[int, RoutingStatistics]) -> None:
         layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}

@@ -9,10 +9,11 @@ import numpy as np
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
+from mepa_ds.scaling.laws import fit_lr
 from mepa_ds.scaling.running.collect import heldout_of
-from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.members import Member
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import LR_LAW_NAME, make_plan, read_plan, write_plan
+from mepa_ds.scaling.study.plan import LR_LAW_NAME, make_plan, write_plan
 
 
 def is_sweep_done(members: Iterable[Member]) -> bool:
@@ -26,8 +27,6 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         UserError: the best rate of a size is at the edge of the sweep; widen lr.sweep.factors.
     """
-    from mepa_ds.scaling.laws import fit_lr
-
     found = [(row["params_matrix"], row["lr_peak"], heldout_of(row)) for row in rows if row["role"] == "lr"]
     finished = [(n, lr, heldout["ce"]) for n, lr, heldout in found if heldout is not None]
     n, lr, loss = (np.array(column, float) for column in zip(*finished, strict=True))
@@ -35,14 +34,18 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
         law = fit_lr(n, lr, loss)
     except UserError as error:
         raise UserError(f"{study.name}: lr.sweep: {error}") from None
-    write_json(study.output_dir / LR_LAW_NAME, {"k": law.k, "exponent": law.exponent, **law.to_dict()})
+    write_json(study.output_dir / LR_LAW_NAME, law.to_dict())
 
 
-def replan_after_sweep(study: StudyConfig) -> bool:
-    """Writes the recipes of the runs that wait for the sweep, once it is done; returns whether it has."""
-    rows = read_plan(study)
-    if not any(row["waits_for_sweep"] for row in rows) or not is_sweep_done(map(member_of, rows)):
+def replan_after_sweep(study: StudyConfig, members: Iterable[Member]) -> bool:
+    """Writes the recipes of the runs that wait for the sweep, once it is done; returns whether it has.
+
+    Raises:
+        UserError: see `fit_sweep`.
+    """
+    found = list(members)
+    if not any(member.row["waits_for_sweep"] for member in found) or not is_sweep_done(found):
         return False
-    fit_sweep(study, rows)
+    fit_sweep(study, [member.row for member in found])
     write_plan(make_plan(study, with_memory=False))
     return True

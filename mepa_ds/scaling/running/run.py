@@ -28,8 +28,9 @@ class StudyRunner:
     """Runs what is left of a study. A run that fails is not tried again by the same runner, only by the next one."""
 
     def __init__(self, study: StudyConfig, jobs: int):
-        self._study, self._jobs = study, jobs
+        self._study = study
         self._rows = read_plan(study)
+        self._members = {row["run"]: member_of(row) for row in self._rows}
         self._slots = slots(jobs, study.budget.ranks)
         self._workers: dict[str, Worker] = {}
         self._tried: set[str] = set()
@@ -45,15 +46,15 @@ class StudyRunner:
         bar = tqdm(total=100.0, desc=self._study.name, unit="%", disable=None, bar_format=_BAR)
         try:
             while True:
-                members = self._members()
-                self._collect_ended(members)
-                if replan_after_sweep(self._study):
+                self._look()
+                self._collect_ended()
+                if replan_after_sweep(self._study, self._members.values()):
                     self._rows = read_plan(self._study)
-                    members = self._members()
-                self._fill_slots(members)
-                _show(bar, members.values(), self._study.name)
-                if not self._workers and not any(member.state == "running" for member in members.values()):
-                    return self._members()
+                    self._members = {row["run"]: member_of(row) for row in self._rows}
+                self._fill_slots()
+                _show(bar, self._members.values())
+                if not self._workers and not any(m.state == "running" for m in self._members.values()):
+                    return self._members
                 time.sleep(_LOOK_SECONDS)
         except (Interrupted, UserError):
             self._stop_all()
@@ -61,45 +62,50 @@ class StudyRunner:
         finally:
             bar.close()
 
-    def _members(self) -> dict[str, Member]:
-        return {row["run"]: member_of(row) for row in self._rows}
+    def _look(self) -> None:
+        """Looks again at the runs that can have changed: those at work, here or elsewhere, and those that wait."""
+        for name, member in self._members.items():
+            if name in self._workers or member.state in ("running", "waiting"):
+                self._members[name] = member_of(member.row)
 
-    def _collect_ended(self, members: dict[str, Member]) -> None:
+    def _collect_ended(self) -> None:
         for name, worker in list(self._workers.items()):
             status = worker.ended()
             if status is None:
                 continue
             del self._workers[name]
             self._slots.append(worker.slot)
-            members[name] = member = member_of(members[name].row)
-            counted = [other.state for other in members.values()].count("finished")
+            self._members[name] = member = member_of(self._members[name].row)
             if member.state == "finished":
                 self._failures_in_a_row = 0
-                log.note(f"{name}: finished, {counted} of {len(members)} runs done")
+                done = sum(other.state == "finished" for other in self._members.values())
+                log.note(f"{name}: finished, {done} of {len(self._members)} runs done")
             elif member.state == "diverged":
                 log.note(f"{name}: diverged at step {member.step}, not run again")
             else:
-                self._failures_in_a_row += 1
-                log.note(f"{name}: ended with status {status}; {worker.log} says\n  {last_lines(worker.log)}")
-                if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
-                    raise UserError(
-                        f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
-                        "messages are above) and run again: what is finished is kept"
-                    )
+                told = last_lines(worker.log)
+                self._note_failure(f"{name}: ended with status {status}; {worker.log} says\n  {told}")
 
-    def _fill_slots(self, members: dict[str, Member]) -> None:
-        left = [
-            m for m in members.values() if m.state in ("planned", "stopped", "failed") and m.name not in self._tried
-        ]
+    def _note_failure(self, line: str) -> None:
+        log.note(line)
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
+            raise UserError(
+                f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
+                "messages are above) and run again: what is finished is kept"
+            )
+
+    def _fill_slots(self) -> None:
+        startable = ("planned", "stopped", "failed")
+        left = [m for m in self._members.values() if m.state in startable and m.name not in self._tried]
         trunks = {row["branches_off"] for row in self._rows}
         # The longest first, so that all slots end together; what others wait for before everything else.
         left.sort(key=lambda m: (m.name in trunks or m.row["role"] == "lr", m.row["paid_flops"]), reverse=True)
         for member in left[: len(self._slots)]:
             self._tried.add(member.name)
-            logs = self._study.output_dir / "logs" / f"{member.name}.log"
-            ranks = self._study.budget.ranks
-            recipe = Path(member.row["recipe"])
-            self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), ranks, logs)
+            output = self._study.output_dir / "logs" / f"{member.name}.log"
+            ranks, recipe = self._study.budget.ranks, Path(member.row["recipe"])
+            self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), ranks, output)
 
     def _stop_all(self) -> None:
         """Asks all runs to save, and waits until they have."""
@@ -113,7 +119,7 @@ class StudyRunner:
 _BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
-def _show(bar: Any, members: Iterable[Member], name: str) -> None:
+def _show(bar: Any, members: Iterable[Member]) -> None:
     """Moves the progress bar, whose unit is a hundredth of the study's FLOPs and starts."""
     found = list(members)
     mean = sum(m.row["paid_flops"] for m in found) / len(found)

@@ -167,7 +167,7 @@ class Prior(Section):
     alpha: Positive = 0.20
     B: Positive = 410.7
     beta: Positive = 0.28
-    noise: Positive = 0.005
+    noise: Positive = 0.002
     """Standard deviation of log loss between seeds."""
 
 

@@ -22,6 +22,7 @@ from mepa_ds.scaling.study.points import Point
 
 _LR_REFERENCE_BATCH = 256  # optim.base_lr is the rate at this batch
 FORWARD_AND_BACKWARD = 3
+_DIVERGED = 1.5  # times the cross-entropy of a model that has learnt nothing
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class RunMaker:
         values["output_dir"] = str(run_directory(study, point.name))
         # Of the last weights, once: the same for all lengths, and the study's losses are of these weights.
         values["log"] = (values.get("log") or {}) | {"evaluate_every": steps, "checkpoint_every": min(1000, steps)}
+        limit = study.diverged_above or _DIVERGED * math.log(config.model.codebook_size)
+        values["guards"] = (values.get("guards") or {}) | {"diverged_above": limit}
         config = validate(PretrainConfig, values, where)
         if config.data.heldout_tokens is None:
             raise UserError(
@@ -137,8 +140,6 @@ class RunMaker:
                 changes[f"optim.{key}"] = value
         if study.lr.rule == "mup":
             changes["optim.mup_base_width"] = study.lr.base_width
-        if study.diverged_above is not None:
-            changes["guards.diverged_above"] = study.diverged_above
         return changes
 
     def _peak_lr(self, point: Point, matrix: int, where: str) -> float:
@@ -152,7 +153,7 @@ class RunMaker:
             return lr.peak * (matrix / reference) ** lr.exponent
         if lr.rule == "tuned":
             # Until the sweep is done this stands in, for a plan's FLOPs and lengths.
-            return lr.peak if self._lr_law is None else self._lr_law["k"] * matrix ** self._lr_law["exponent"]
+            return lr.peak if self._lr_law is None else self._lr_law["k"] * matrix ** self._lr_law["a"]
         return lr.peak
 
     def matrix_of(self, size: str, where: str) -> int:

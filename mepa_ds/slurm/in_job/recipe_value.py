@@ -23,6 +23,7 @@ PATH_KEYS = (
     *SET_KEYS,
     "data.teacher.weights",
     "init_weights",
+    "branch_from",
     "start_from",
     "loss.perceptual.backbone_weights",
     "parallel.deepspeed",
@@ -32,11 +33,11 @@ OUTPUT_KEY = "output_dir"
 
 
 def recipe_paths(recipe: Path, overrides: Sequence[str] = ()) -> Iterator[tuple[str, Path]]:
-    """(key, path) of all files that a run reads, without weights that timm downloads or a resumed run began with."""
+    """(key, path) of all files that a run reads, without what timm downloads and what a resumed run began with."""
     run = Path(str(recipe_value(OUTPUT_KEY, recipe, overrides)))
     resumes = (run / "checkpoint.pt").exists() or any((run / "checkpoints").glob("step_*"))
     for key in PATH_KEYS:
-        if resumes and key in ("init_weights", "start_from"):
+        if resumes and key in ("init_weights", "branch_from", "start_from"):
             continue
         value = recipe_value(key, recipe, overrides)
         if isinstance(value, str) and (key, value) != ("data.teacher.weights", HUB):
