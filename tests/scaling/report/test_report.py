@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from mepa_ds.cli.scale.predict import main as predict_main
 from mepa_ds.cli.scale.report import main
 from mepa_ds.errors import UserError
 from mepa_ds.scaling.columns import COLUMNS
@@ -185,6 +186,39 @@ def _at(made: Made, table: pd.DataFrame) -> tuple[pd.DataFrame, FitOptions]:
     folder.mkdir()
     table.to_parquet(folder / "table.parquet")
     return table, FitOptions(draws=0)
+
+
+def test_mixed_tokenizers_leave_no_law(made: Made, tmp_path: Path) -> None:
+    """Their losses do not compare; the runs are listed all the same."""
+    mixed = made.table.copy()
+    mixed.loc[mixed["width"] == 64, "tokenizer_hash"] = "another"
+    mixed.to_parquet(tmp_path / "table.parquet")
+    report = write_report(made.study.model_copy(update={"output_dir": tmp_path}), mixed, FitOptions(draws=0))
+    assert not report.document["laws"]
+    assert set(report.document["refused"]) == {"chinchilla", "power", "var", "routed", "joint-moe", "lr"}
+    page = "".join(Tags(report.page.read_text()).words)
+    for message in report.document["refused"].values():
+        assert "tokenizer_hash: 2 different values" in message
+        assert message in page
+
+
+def test_the_prediction_reads_the_reports_fits(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    predict_main([str(made.study.output_dir), "--flops", "5e12", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] == str(made.folder / "fits.json")
+    assert {candidate["size"] for candidate in found["candidates"]} == {"d2w48", "d3w64", "d4w96", "d4w128", "d6w192"}
+    law = made.document["laws"]["chinchilla"]["fit"]
+    for one in found["candidates"]:
+        tokens = one["images"] * 30
+        loss = law["E"] + law["A"] * one["params_matrix"] ** -law["alpha"] + law["B"] * tokens ** -law["beta"]
+        assert one["loss"] == pytest.approx(loss, rel=1e-12)
+        assert one["epochs"] == one["images"] / 12800
+    predict_main(
+        [str(made.study.output_dir), "--flops", "5e12", "--json", "--moe", "num_experts=8,top_k=3,expert_ratio=1"]
+    )
+    experts = json.loads(capsys.readouterr().out)
+    assert experts["law"] == "joint-moe"
+    assert {candidate["experts"] for candidate in experts["candidates"]} == {8}
 
 
 def test_nothing_finished_is_refused(made: Made) -> None:
