@@ -154,8 +154,7 @@ def fit_chinchilla(
             sizes or lengths (2 with E given), log N and log D collinear, units that cannot be, bad values.
     """
     options = options or FitOptions()
-    rows = rows_of_sizes("chinchilla", {"N": N, "D": D, "loss": loss}, cluster)
-    check_points("chinchilla", len(rows.loss_N), 6 - tied - (E is not None), "one more than its parameters")
+    rows = rows_of_sizes("chinchilla", {"N": N, "D": D, "loss": loss}, cluster, 6 - tied - (E is not None))
     check_sizes("chinchilla", rows.columns, 3 if E is None else 2)
     check_not_collinear("chinchilla", rows.columns["N"], rows.columns["D"])
     check_pinned("chinchilla", E, rows.loss_N)
@@ -165,11 +164,11 @@ def fit_chinchilla(
     return ChinchillaFit(**exactly(values, E=E), tied=tied)
 
 
-def rows_of_sizes(law: str, columns: Mapping[str, ArrayLike], cluster: Any) -> Rows:
-    """Rows of N, D, perhaps more, and loss, checked for what no law allows."""
+def rows_of_sizes(law: str, columns: Mapping[str, ArrayLike], cluster: Any, needed: int) -> Rows:
+    """Rows of N, D, perhaps more, and loss, checked for what no law allows; `needed` runs at least."""
     given = numbers(law, columns)
     loss = given.pop("loss")
-    check_points(law, len(loss), 2, "any law does")
+    check_points(law, len(loss), needed, "one more than its parameters")
     check_units(law, given["N"], given["D"])
     return Rows.of(given, loss, labels(law, cluster, len(loss)))
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from mepa_ds.errors import UserError
 from mepa_ds.scaling.laws.chinchilla import ChinchillaFit, centred, fit_chinchilla, rows_of_sizes
 from mepa_ds.scaling.laws.fitting.assemble import Parameter, coefficient, exponent, fit_form
-from mepa_ds.scaling.laws.fitting.checks import check_not_collinear, check_points, check_sizes, numbers
+from mepa_ds.scaling.laws.fitting.checks import check_not_collinear, check_sizes, numbers
 from mepa_ds.scaling.laws.fitting.effective import EffectiveInputs
 from mepa_ds.scaling.laws.fitting.logsum import LogSum
 from mepa_ds.scaling.laws.fitting.minimise import Box
@@ -112,8 +112,7 @@ def fit_data_constrained(
     columns = {"N": N, "D": D, "unique": unique, "loss": loss}
     if isinstance(base, str):
         return _after_single_epochs(columns, tied, cluster, base, options)
-    rows = rows_of_sizes("data", columns, cluster)
-    check_points("data", len(rows.loss_N), 3 if base is not None else 8 - tied, "one more than its parameters")
+    rows = rows_of_sizes("data", columns, cluster, 3 if base is not None else 8 - tied)
     if not (rows.columns["D"] > rows.columns["unique"] * (1 + 1e-9)).any():
         raise UserError("data: no run has seen its data twice (D is nowhere above unique): fit the law chinchilla")
     if base is None:

@@ -177,10 +177,9 @@ def fit_joint_moe(
     options, cluster = _settings("joint-moe", settings)
     if Es is None:
         options = replace(options, draws=min(options.draws, _FREE_DRAWS))
-    rows = rows_of_sizes("joint-moe", {"N": N_active, "D": D, "E": E, "loss": loss}, cluster)
+    rows = rows_of_sizes("joint-moe", {"N": N_active, "D": D, "E": E, "loss": loss}, cluster, 12 if Es is None else 10)
     N_, D_, E_ = (rows.columns[name] for name in ("N", "D", "E"))
     experts = _experts("joint-moe", E_, Es, Em, (JOINT_ES, JOINT_EM))
-    check_points("joint-moe", len(N_), 12 if experts.free else 10, "one more than its parameters")
     check_sizes("joint-moe", {"N_active": N_, "D": D_}, 3)
     check_sizes("joint-moe", {"E": E_}, 4 if experts.free else 2)
     check_not_collinear("joint-moe", N_, D_)
@@ -241,8 +240,7 @@ def fit_fine_grained_moe(
             be, bad values.
     """
     options, cluster = _settings("fine-grained-moe", settings)
-    rows = rows_of_sizes("fine-grained-moe", {"N": N, "D": D, "G": G, "loss": loss}, cluster)
-    check_points("fine-grained-moe", len(rows.loss_N), 8, "one more than its parameters")
+    rows = rows_of_sizes("fine-grained-moe", {"N": N, "D": D, "G": G, "loss": loss}, cluster, 8)
     check_sizes("fine-grained-moe", rows.columns, 3)
     check_not_collinear("fine-grained-moe", rows.columns["N"], rows.columns["D"])
     (x, x0), (y, y0), (w, w0) = (centred(rows.columns[name]) for name in ("N", "D", "G"))

@@ -117,6 +117,7 @@ def changed(values: s.Array, place: int, value: float) -> s.Array:
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "few": (lambda: laws.fit_chinchilla(*(v[:5] for v in arrays())), r"5 runs, but the law needs at least 6"),
     "none": (lambda: laws.fit_power([], []), r"power: 0 runs, but the law needs at least 4"),
+    "none at all": (lambda: laws.fit_chinchilla([], [], []), r"chinchilla: 0 runs, but the law needs at least 6"),
     "few for moe": (
         lambda: laws.fit_joint_moe(s.SIZES[:9], s.EXPERTS[:9], s.TOKENS[:9], LOSS[:9]),
         "joint-moe: 9 runs, but the law needs at least 10",
@@ -138,7 +139,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "one size": (lambda: laws.fit_chinchilla(*arrays(N=np.full(36, 1e7))), "N: one size only"),
     "two sizes": (lambda: laws.fit_power(np.repeat([1.0, 2.0], 18), LOSS), "only 2 different values"),
     "words": (lambda: laws.fit_chinchilla(*arrays(N=["d16"] * 36)), "N: not numbers"),
-    "truth values": (lambda: laws.fit_power(s.SIZES > 1e8, LOSS), "x: an array of shape|x: not numbers"),
+    "truth values": (lambda: laws.fit_power(s.SIZES > 1e8, LOSS), "x: not numbers"),
     "shape": (lambda: laws.fit_power(s.SIZES.reshape(6, 6), LOSS), r"array of shape \(6, 6\)"),
     "E": (lambda: laws.fit_chinchilla(*arrays(), E=9.0), "E: 9.0 is not allowed; it must be at least 0 and below"),
     "cluster": (lambda: laws.fit_chinchilla(*arrays(), cluster=[1, 2]), "cluster: 2 labels for 36 runs"),

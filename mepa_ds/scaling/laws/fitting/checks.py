@@ -27,7 +27,9 @@ def numbers(law: str, columns: Mapping[str, ArrayLike]) -> dict[str, Array]:
     for name, values in columns.items():
         try:
             column = np.asarray(values)
-            column = column.astype(np.float64) if column.dtype != bool else np.full(1, np.nan)[None]
+            if column.dtype == bool:
+                raise TypeError
+            column = column.astype(np.float64)
         except (TypeError, ValueError):
             raise UserError(f"{law}: {name}: not numbers; give a one-dimensional array of numbers") from None
         if column.ndim != 1:
