@@ -66,9 +66,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     mepa("train-tokenizer", path)
     for name in ("train", "heldout"):
-        words = ["tokens", str(folder / name), "--tokenizer", str(tokenizer)]
+        to_encode = ["tokens", str(folder / name), "--tokenizer", str(tokenizer)]
         subprocess.run(
-            [sys.executable, "-m", "mepa_ds.data_tools.precompute", *words],
+            [sys.executable, "-m", "mepa_ds.data_tools.precompute", *to_encode],
             check=True, capture_output=True, timeout=120, cwd=ROOT,
         )  # fmt: skip
     base = recipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(FamilyOptions, prog="mepa scale family", args=argv)
     if options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: expected at least 1")
-    settings = {"codebook_size": options.codebook_size, "num_classes": options.num_classes}
+    settings: dict[str, Any] = {"codebook_size": options.codebook_size, "num_classes": options.num_classes}
     if options.scales is not None:
         settings["scales"] = list(options.scales)
     rows = []

@@ -55,7 +55,7 @@ def _order(name: str) -> tuple[str, int]:
 
 def _row(study: StudyConfig, member: Member) -> dict[str, Any]:
     row, directory = member.row, Path(member.row["output_dir"])
-    config: PretrainConfig = resolved(row) if Path(row["recipe"]).is_file() else None
+    config: PretrainConfig | None = resolved(row) if Path(row["recipe"]).is_file() else None
     values: dict[str, Any] = {
         "study": study.name,
         **{key: row[key] for key in ("run", "group", "role", "kind", "seed", "samples", "tokens", "unique_images")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import mepa_ds
 from mepa_ds import shipped
 from mepa_ds.config.base import dump_yaml, load_config, read_yaml, validate
+from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
@@ -204,8 +205,6 @@ def read_plan(study: StudyConfig) -> list[dict[str, Any]]:
     return rows
 
 
-def resolved(row: dict[str, Any]) -> Any:
+def resolved(row: Mapping[str, Any]) -> PretrainConfig:
     """Returns the recipe of a planned run."""
-    from mepa_ds.config.pretrain import PretrainConfig
-
     return validate(PretrainConfig, read_yaml(Path(row["recipe"])), row["recipe"])
