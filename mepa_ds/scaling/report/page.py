@@ -74,7 +74,7 @@ def _warnings(document: Mapping[str, Any], table: pd.DataFrame) -> Iterator[str]
     if len(versions) > 1:
         yield f"The runs are of different versions of the code: {', '.join(versions)}."
     for name, message in document["refused"].items():
-        yield f"No law {name}: {message}."
+        yield f"No law {name}: {message.removeprefix(f'{name}: ')}."
     for name, law in document["laws"].items():
         for flag in law["fit"]["flags"]:
             yield f"Law {name}: {named(flag, law['runs'])}"
