@@ -76,7 +76,12 @@ def test_refusals(foreign: Path, arguments: list[str], message: str) -> None:
 
 def test_a_studys_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is collected first; the law of size and data sees dense runs alone, power the envelope."""
-    study = plan_study(tmp_path)
+    moe = [{"num_experts": 8, "top_k": 3, "expert_ratio": 1.0}]
+    grids = {
+        "dense": {"sizes": ["d2w48", "d3w64", "d4w96"], "samples": [6400, 12800, 25600]},
+        "moe": {"sizes": ["d2w48"], "moe": moe, "samples": [25600]},
+    }
+    study = plan_study(tmp_path, grids=grids, lr={"rule": "fixed", "peak": 2e-3}, seeds=None)
     write_runs(study)
     main([str(study.output_dir), "--law", "chinchilla", "power", "--draws", "0"])
     table = pd.read_parquet(study.output_dir / "table.parquet")
