@@ -41,7 +41,7 @@ def test_a_foreign_table(foreign: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "chinchilla: 16 runs; inputs Model Size, Training Tokens" in printed
     assert f"{fit.alpha:.6g}" in printed
-    assert f"huber, summed: {fit.objective:.9g}; {fit.starts_at_optimum} of 64 starts reached it" in printed
+    assert f"objective huber, summed: {fit.objective:.9g}; {fit.starts_at_optimum} of 64 starts reached it" in printed
 
 
 def test_pinned_and_held_out(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,12 @@ def test_refusals(foreign: Path, arguments: list[str], message: str) -> None:
 
 def test_a_studys_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is collected first; the law of size and data sees dense runs alone, power the envelope."""
-    study = plan_study(tmp_path)
+    moe = [{"num_experts": 8, "top_k": 3, "expert_ratio": 1.0}]
+    grids = {
+        "dense": {"sizes": ["d2w48", "d3w64", "d4w96"], "samples": [6400, 12800, 25600]},
+        "moe": {"sizes": ["d2w48"], "moe": moe, "samples": [25600]},
+    }
+    study = plan_study(tmp_path, grids=grids, lr={"rule": "fixed", "peak": 2e-3}, seeds=None)
     write_runs(study)
     main([str(study.output_dir), "--law", "chinchilla", "power", "--draws", "0"])
     table = pd.read_parquet(study.output_dir / "table.parquet")

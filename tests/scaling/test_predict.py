@@ -14,11 +14,12 @@ from mepa_ds.cli.scale.predict import main
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.errors import UserError
 from mepa_ds.objective.flops import forward_flops_by_part
+from mepa_ds.scaling.candidates import FamilyModel, family_models, study_models, study_sizes
 from mepa_ds.scaling.family import VAR_DEPTHS
 from mepa_ds.scaling.fit_files import VERSION
 from mepa_ds.scaling.fits import TableFit
-from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla
-from mepa_ds.scaling.predict import FamilyModel, Prediction, family_models, predict, study_models, study_sizes
+from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla, fit_power
+from mepa_ds.scaling.predict import Prediction, predict
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import read_plan, resolved
 from mepa_ds.scaling.table import COLUMNS
@@ -167,6 +168,14 @@ def test_says_what_it_leaves_out_and_refuses_no_step_at_all(models: list[FamilyM
 def test_refuses_a_law_of_columns_that_no_model_has(models: list[FamilyModel], fit: ChinchillaFit) -> None:
     with pytest.raises(UserError, match="column 'Training Tokens'"):
         predict(fit, ("params_matrix", "Training Tokens"), models, 1e13)
+
+
+def test_refuses_a_law_of_compute_alone(models: list[FamilyModel]) -> None:
+    """It gives all sizes the same loss."""
+    compute = np.geomspace(1e12, 1e15, 8)
+    law_of_compute = fit_power(compute, 2 + 100 * compute**-0.1, options=FitOptions(draws=0))
+    with pytest.raises(UserError, match="choose one of chinchilla, data, joint-moe"):
+        predict(law_of_compute, ["flops_model"], models, 1e13)
 
 
 def test_vars_ladder_is_whole(tmp_path: Path) -> None:

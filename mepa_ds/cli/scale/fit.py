@@ -19,7 +19,7 @@ from mepa_ds.scaling.report.analysis import Asked, analyse, is_over_envelope
 from mepa_ds.scaling.report.document import FITS_NAME, input_columns
 from mepa_ds.scaling.report.hold_out import verdict
 from mepa_ds.scaling.report.html import short
-from mepa_ds.scaling.report.page import named
+from mepa_ds.scaling.report.law_sections import named, objective
 from mepa_ds.scaling.running.collect import TABLE_NAME, collect
 from mepa_ds.scaling.study.plan import read_study
 from mepa_ds.scaling.table import read_table
@@ -155,7 +155,11 @@ def _settings(options: FitCommand) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: an option of none of the laws, or of some of them alone.
     """
-    values = {"e": {"E": options.e}, "tied": {"tied": True}, "free_experts": {"Es": None, "Em": None}}
+    values: dict[str, dict[str, Any]] = {
+        "e": {"E": options.e},
+        "tied": {"tied": True},
+        "free_experts": {"Es": None, "Em": None},
+    }
     settings: dict[str, dict[str, Any]] = {}
     for option, laws in _SETTINGS.items():
         if getattr(options, option) in (None, False):
@@ -209,10 +213,7 @@ def _law_lines(name: str, entry: Mapping[str, Any], over: str) -> Iterator[str]:
             ends = law["intervals"].get(label) or law["intervals"].get(key)
             told = f"   {short(ends[0])} to {short(ends[1])}" if ends else ""
             yield f"  {label:<8}{short(value, 6):>12}{told}"
-    yield (
-        f"  {law['options']['objective']}, summed: {law['objective']:.9g}; {law['starts_at_optimum']} of "
-        f"{law['num_starts']} starts reached it"
-    )
+    yield f"  {objective(law)}"
     yield from (f"  flag: {named(flag, entry['runs'])}" for flag in law["flags"])
 
 

@@ -14,19 +14,11 @@ from mepa_ds.cli.scale.moe_option import MoEText, moe_of
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
 from mepa_ds.errors import UserError
+from mepa_ds.scaling.candidates import FamilyModel, family_models, study_models, study_moe, study_sizes
 from mepa_ds.scaling.family import VAR_DEPTHS
 from mepa_ds.scaling.fit_files import read_fits
 from mepa_ds.scaling.fits import TableFit
-from mepa_ds.scaling.predict import (
-    Candidate,
-    FamilyModel,
-    Prediction,
-    family_models,
-    predict,
-    study_models,
-    study_moe,
-    study_sizes,
-)
+from mepa_ds.scaling.predict import Candidate, Prediction, predict
 from mepa_ds.scaling.report.document import find_document, input_columns, stale
 from mepa_ds.scaling.study.config import Budget, StudyConfig
 from mepa_ds.scaling.study.plan import LR_LAW_NAME

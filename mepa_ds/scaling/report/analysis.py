@@ -33,6 +33,7 @@ class Asked:
         options: of all fits.
         columns: the table's own names of columns, as `fit_table` takes them.
         settings: arguments of the fits, by law.
+        budgets: groups of runs that have FLOP budgets, which isoflop takes; empty: all runs.
         rolling: whether to predict each size from the smaller ones.
         counts: whether to fit the law of size and data with N counted in every way.
         keep_going: a law that cannot be fitted is named in the document instead of raised.
@@ -42,6 +43,7 @@ class Asked:
     options: FitOptions
     columns: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    budgets: tuple[str, ...] = ()
     rolling: bool = True
     counts: bool = True
     keep_going: bool = False
@@ -124,6 +126,8 @@ def rows_for(table: pd.DataFrame, law: str) -> pd.DataFrame:
 def _fit(table: pd.DataFrame, name: str, asked: Asked) -> TableFit:
     rows, columns = rows_for(table, name), dict(asked.columns)
     settings = dict(asked.settings.get(name, ROUTED_SETTINGS if name == "routed" else {}))
+    if name == "isoflop" and asked.budgets:
+        rows = rows[rows["group"].isin(asked.budgets)]
     if is_over_envelope(table, name, asked.columns):
         choose_rows(rows)  # refuses rows that do not compare, before one is chosen for its loss
         rows, columns = envelope(finished(rows, "fit")), {"x": "c"}

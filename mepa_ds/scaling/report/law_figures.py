@@ -26,41 +26,55 @@ def laws_figure(table: pd.DataFrame, law: ChinchillaFit | None) -> Figure | None
     figure, panels = style.new_figure(2)
     held = finished(table, "hold_out", rows["kind"].iloc[0])
     for axes, x, other in ((panels[0], "params_matrix", "tokens"), (panels[1], "tokens", "params_matrix")):
-        ends = _panel(axes, rows, x, other, law)
+        ends = _panel(axes, rows, x, other, law, float(max([rows[x].max(), *held[x]])))
         if len(held):
             axes.scatter(held[x], held["loss"], marker="*", s=130, color=style.HELD_OUT, zorder=5, label="held out")
         style.log_axes(axes, SIZE if x == "params_matrix" else DATA, LOSS)
         style.end_labels(axes, ends)
-    if len(held):
+    if law is not None:
+        panels[0].plot([], [], "--", color=style.FAINT, linewidth=1.2, label="extrapolation")
+    if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(loc="upper right")
     return figure
 
 
-def _panel(axes: Axes, rows: pd.DataFrame, x: str, other: str, law: ChinchillaFit | None) -> list[Any]:
-    """Draws one panel and returns the labels of its curves."""
+def _panel(
+    axes: Axes, rows: pd.DataFrame, x: str, other: str, law: ChinchillaFit | None, last: float
+) -> list[tuple[float, float, str, str]]:
+    """Draws one panel, with the law up to the input `last`, and returns the labels of its curves."""
     labels = []
     levels = _levels(rows[other].to_numpy(float))
     nearest = np.abs(np.log(rows[other].to_numpy(float)[:, None] / levels)).argmin(1)
-    grid = np.geomspace(rows[x].min() / 1.25, rows[x].max() * 1.25, _GRID)
     name = "D" if other == "tokens" else "N"
     for index, (level, color) in enumerate(zip(levels, style.shades(len(levels)), strict=True)):
         group = rows[nearest == index]
         axes.scatter(group[x], group["loss"], color=color, s=28, zorder=4)
         if law is None:
-            ends = group.groupby(x)["loss"].mean()
-            axes.plot(ends.index, ends.to_numpy(), color=color, linewidth=1)
-            end = (float(ends.index[-1]), float(ends.iloc[-1]))
+            if group.empty:
+                continue
+            mean = group.groupby(x)["loss"].mean()
+            axes.plot(mean.index, mean.to_numpy(), color=color, linewidth=1)
+            end = (float(mean.index[-1]), float(mean.iloc[-1]))
         else:
-            inputs = (grid, np.full(_GRID, level)) if x == "params_matrix" else (np.full(_GRID, level), grid)
-            curve = np.asarray(law.predict(*inputs))
-            axes.plot(grid, curve, color=color)
-            if law.draws:
-                axes.fill_between(
-                    grid, *law.predict_interval(*inputs, noise=False), color=color, alpha=style.BAND, lw=0
-                )
-            end = (float(grid[-1]), float(curve[-1]))
+            sampled = np.geomspace(rows[x].min(), rows[x].max(), _GRID)
+            end = _curve(axes, law, x, (sampled, level), color, "-")
+            if last > rows[x].max():
+                end = _curve(axes, law, x, (np.geomspace(rows[x].max(), last, _GRID), level), color, "--")
         labels.append((*end, f"{name} = {style.count(level)}", color))
     return labels
+
+
+def _curve(
+    axes: Axes, law: ChinchillaFit, x: str, place: tuple[Any, float], color: str, line: str
+) -> tuple[float, float]:
+    """Draws the law along a grid of x at one level of the other input, with its interval; returns its end."""
+    grid, level = place
+    inputs = (grid, np.full(len(grid), level)) if x == "params_matrix" else (np.full(len(grid), level), grid)
+    curve = np.asarray(law.predict(*inputs))
+    axes.plot(grid, curve, line, color=color, linewidth=1.8 if line == "-" else 1.2)
+    if law.draws:
+        axes.fill_between(grid, *law.predict_interval(*inputs, noise=False), color=color, alpha=style.BAND, lw=0)
+    return float(grid[-1]), float(curve[-1])
 
 
 def _levels(values: Any) -> Any:

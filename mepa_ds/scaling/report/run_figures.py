@@ -103,8 +103,11 @@ def sweeps_figure(table: pd.DataFrame) -> Figure | None:
     return figure
 
 
-def experts_figure(table: pd.DataFrame) -> Figure | None:
-    """Loss against the number of experts, a line for each size and length; dense runs stand at E = 1."""
+def experts_figure(table: pd.DataFrame, noise: float | None) -> Figure | None:
+    """Loss against the number of experts, a line for each size and length; dense runs stand at E = 1.
+
+    `noise`: standard deviation of log loss between seeds, for bars of two of them.
+    """
     rows = finished(table, "fit")
     if not (rows["kind"] == "moe").any():
         return None
@@ -125,7 +128,10 @@ def experts_figure(table: pd.DataFrame) -> Figure | None:
             f"d{int(key[0])}w{int(key[1])}, {style.count(key[2])} images, top {int(settings[0])}"
             f"{' + shared' if settings[1] else ''} of hidden width {int(settings[2])}"
         )
-        axes.plot(ladder.index, ladder.to_numpy(), marker=marker, color=color, label=label)
+        bars = None if noise is None else 2 * noise * ladder.to_numpy()
+        axes.errorbar(
+            ladder.index, ladder.to_numpy(), yerr=bars, marker=marker, color=color, label=label, capsize=3, elinewidth=1
+        )
         if len(dense) and len(ladder) > 1:
             gain = 100 * (1 - ladder.iloc[-1] / ladder.iloc[0])
             ends.append((float(ladder.index[-1]), float(ladder.iloc[-1]), f"{-gain:+.1f} %", color))

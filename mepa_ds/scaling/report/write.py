@@ -60,7 +60,7 @@ def write_report(study: StudyConfig, table: pd.DataFrame, options: FitOptions) -
             "says how they are doing"
         )
     folder = study.output_dir / REPORT_NAME
-    asked = Asked(study_laws(table, study.laws), options, keep_going=True)
+    asked = Asked(study_laws(table, study.laws), options, budgets=tuple(_budgets(study)), keep_going=True)
     write_fits(folder / FITS_NAME, analyse(table, study.output_dir / f"{TABLE_NAME}.parquet", asked))
     document = json.loads((folder / FITS_NAME).read_text())  # the page shows what the file has
     drawn = []
@@ -72,13 +72,18 @@ def write_report(study: StudyConfig, table: pd.DataFrame, options: FitOptions) -
     return Report(folder, document, tuple(figure.name for figure in drawn))
 
 
+def _budgets(study: StudyConfig) -> dict[str, tuple[float, ...]]:
+    """The FLOP budgets of each group of runs that has any."""
+    return {group: grid.flops for group, grid in study.grids.items() if grid.flops}
+
+
 def _figures(
     study: StudyConfig, table: pd.DataFrame, document: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str, Figure]]:
     """Yields name, title, caption and figure of those that the study has runs for."""
     law, power = (law_of(document, name) for name in ("chinchilla", "power"))
     kind = kind_of(table)
-    budgets = {group: grid.flops for group, grid in study.grids.items() if grid.flops}
+    budgets = _budgets(study)
     bands = "Bands are 95 % intervals of the law itself, without the noise of a run."
     found = (
         ("laws", "Loss against size and data", f"All {kind}, and the law of N and D. {bands}", laws_figure(table, law)),
@@ -99,8 +104,9 @@ def _figures(
         (
             "experts",
             "Experts ladder",
-            "Loss against the number of routed experts at the same size, length and active experts.",
-            experts_figure(table),
+            "Loss against the number of routed experts at the same size, length and active experts. Bars are two "
+            "deviations between seeds.",
+            experts_figure(table, document["noise"]["deviation"]),
         ),
         ("residuals", "Residuals of the law of N and D", _RESIDUALS, _residuals(table, document, law)),
         (

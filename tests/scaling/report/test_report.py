@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from mepa_ds.cli.scale.predict import main as predict_main
 from mepa_ds.cli.scale.report import main
 from mepa_ds.errors import UserError
 from mepa_ds.scaling.columns import COLUMNS
@@ -92,7 +93,8 @@ def test_numbers_on_the_page_are_those_of_the_json(made: Made) -> None:
         for key, ends in law["intervals"].items():
             for end in ends:
                 assert f'title="{float(end)!r}"' in part, (name, key)
-        assert f"{law['starts_at_optimum']} of {law['num_starts']} starts" in part
+        if name != "lr":
+            assert f"{law['objective']:.9g}; {law['starts_at_optimum']} of {law['num_starts']} starts" in part
     for count in made.document["exponents_by_count"]:
         for key in ("alpha", "beta", "a", "a_low", "a_high"):
             assert f'title="{count[key]!r}"' in page
@@ -186,6 +188,39 @@ def _at(made: Made, table: pd.DataFrame) -> tuple[pd.DataFrame, FitOptions]:
     return table, FitOptions(draws=0)
 
 
+def test_mixed_tokenizers_leave_no_law(made: Made, tmp_path: Path) -> None:
+    """Their losses do not compare; the runs are listed all the same."""
+    mixed = made.table.drop(columns=[name for name in made.table if name.startswith("loss_scale_")])
+    mixed.loc[mixed["width"] == 64, "tokenizer_hash"] = "another"
+    mixed.to_parquet(tmp_path / "table.parquet")
+    report = write_report(made.study.model_copy(update={"output_dir": tmp_path}), mixed, FitOptions(draws=0))
+    assert not report.document["laws"]
+    assert set(report.document["refused"]) == {"chinchilla", "power", "routed", "joint-moe", "lr"}
+    page = "".join(Tags(report.page.read_text()).words)
+    for message in report.document["refused"].values():
+        assert "tokenizer_hash: 2 different values" in message
+        assert message in page
+
+
+def test_the_prediction_reads_the_reports_fits(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    predict_main([str(made.study.output_dir), "--flops", "5e12", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] == str(made.folder / "fits.json")
+    assert {candidate["size"] for candidate in found["candidates"]} == {"d2w48", "d3w64", "d4w96", "d4w128", "d6w192"}
+    law = made.document["laws"]["chinchilla"]["fit"]
+    for one in found["candidates"]:
+        tokens = one["images"] * 30
+        loss = law["E"] + law["A"] * one["params_matrix"] ** -law["alpha"] + law["B"] * tokens ** -law["beta"]
+        assert one["loss"] == pytest.approx(loss, rel=1e-12)
+        assert one["epochs"] == one["images"] / 12800
+    predict_main(
+        [str(made.study.output_dir), "--flops", "5e12", "--json", "--moe", "num_experts=8,top_k=3,expert_ratio=1"]
+    )
+    experts = json.loads(capsys.readouterr().out)
+    assert experts["law"] == "joint-moe"
+    assert {candidate["experts"] for candidate in experts["candidates"]} == {8}
+
+
 def test_nothing_finished_is_refused(made: Made) -> None:
     with pytest.raises(UserError, match="no run has finished"):
         write_report(made.study, made.table.assign(status="running"), FitOptions(draws=0))
@@ -195,8 +230,10 @@ def test_isoflop_profiles(tmp_path: Path) -> None:
     """A study of FLOP budgets: the figure, and the minima of the law on the page."""
     budgets = [1e13, 3e13, 1e14]
     grid = {"sizes": ["d2w48", "d3w64", "d4w96", "d4w128", "d6w192"], "flops": budgets}
-    study = plan_study(tmp_path, grids={"iso": grid}, seeds=None, hold_out=None, laws=["isoflop", "chinchilla"],
-                       lr={"rule": "fixed", "peak": 2e-3})  # fmt: skip
+    ladder = {"sizes": ["d2w48", "d3w64"], "samples": [6400]}
+    changes = {"grids": {"iso": grid, "ladder": ladder}, "laws": ["isoflop", "chinchilla"]}
+    rates = {"rule": "fixed", "peak": 2e-3}
+    study = plan_study(tmp_path, seeds=None, hold_out=None, lr=rates, **changes)
     write_runs(study)
     table = collect(study)
     table = table.drop(columns=[name for name in table if name.startswith("loss_scale_")])
@@ -204,6 +241,8 @@ def test_isoflop_profiles(tmp_path: Path) -> None:
     law = report.document["laws"]["isoflop"]["fit"]
     page = report.page.read_text()
     assert "isoflop" in report.figures
+    assert law["num_rows"] == 15
+    assert len(law["minima"]) == 3
     for minimum in law["minima"]:
         if not minimum["why"]:
             assert f'title="{minimum["place"]!r}"' in page

@@ -8,7 +8,7 @@ import pytest
 
 from mepa_ds.scaling.laws import noise_floor
 from mepa_ds.scaling.report.hold_out import comparison, verdict
-from mepa_ds.scaling.report.page import named
+from mepa_ds.scaling.report.law_sections import named
 from mepa_ds.scaling.report.rows import POINT, SAME_FLOPS, clusters, envelope, sweep_groups
 from mepa_ds.scaling.report.style import count, power
 
@@ -34,7 +34,9 @@ def test_envelope_is_what_a_double_loop_finds() -> None:
 
 
 def test_a_lucky_seed_is_not_on_the_envelope_alone() -> None:
-    seeds = [{"depth": 1, "flops_model": 1.0, "seed": k, "loss": loss} for k, loss in enumerate((2.0, 3.0, 4.0))]
+    seeds: list[dict[str, object]] = [
+        {"depth": 1, "flops_model": 1.0, "seed": k, "loss": loss} for k, loss in enumerate((2.0, 3.0, 4.0))
+    ]
     found = envelope(table([*seeds, {"depth": 2, "flops_model": 0.5, "loss": 2.5}]))
     assert found["loss"].tolist() == [2.5]
 
