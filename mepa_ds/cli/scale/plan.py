@@ -14,7 +14,7 @@ from mepa_ds.scaling.study.plan import check_directory, make_plan, plan_facts, r
 
 @dataclass
 class PlanOptions:
-    """Multiplies a study file out: writes a recipe for each run, manifest.txt and plan.json to the study's output_dir,
+    """Multiplies a study file out: writes a recipe for each run, a manifest and plan.json to the study's output_dir,
     and prints the table of runs. Refuses runs that do not fit in memory, runs that are the same, and designs that
     cannot determine the study's laws."""
 

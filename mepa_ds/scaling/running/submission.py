@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mepa_ds.files import write_text
 from mepa_ds.scaling.running.members import Member
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import MANIFEST_NAME
+from mepa_ds.scaling.study.plan import write_manifest
 
 
 def manifest_of_ready(study: StudyConfig, members: Sequence[Member]) -> tuple[Path | None, list[Member]]:
-    """Writes the manifest of all runs that can start, or are done; returns its path and the runs that wait for others.
+    """Writes the manifest of the runs that can start now; returns its path and the runs that wait for others.
 
-    A diverged run is left out, since it would diverge again. The path is None when nothing is left to run.
+    Finished runs are left out, and so are diverged ones, which would diverge again. The path is None when nothing can
+    start.
     """
     waiting = [member for member in members if member.state == "waiting"]
-    listed = [member for member in members if member.state not in ("waiting", "diverged")]
-    path = study.output_dir / MANIFEST_NAME
-    write_text(path, "".join(f"{member.row['recipe']}\n" for member in listed))
-    left = [member for member in listed if member.state != "finished"]
+    left = [member for member in members if member.state not in ("waiting", "finished", "diverged")]
+    path = write_manifest(study, [member.name for member in left])
     return (path if left else None), waiting

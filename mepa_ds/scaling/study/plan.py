@@ -23,7 +23,7 @@ from mepa_ds.scaling.study.expected import expected_intervals
 from mepa_ds.scaling.study.points import points_of
 from mepa_ds.scaling.study.runs import RunMaker, StudyRun, recipe_path, run_directory, with_branches
 
-STUDY_NAME, PLAN_NAME, MANIFEST_NAME, LR_LAW_NAME = "study.yaml", "plan.json", "manifest.txt", "lr_law.json"
+STUDY_NAME, PLAN_NAME, LR_LAW_NAME = "study.yaml", "plan.json", "lr_law.json"
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def check_directory(study: StudyConfig) -> None:
 
 
 def write_plan(plan: StudyPlan) -> None:
-    """Writes study.yaml, a recipe for each run that is ready, manifest.txt and plan.json to the study's output_dir."""
+    """Writes study.yaml, a recipe for each run that is ready, the manifest and plan.json to the study's output_dir."""
     study = plan.study
     check_directory(study)
     for run in plan.ready():
@@ -108,13 +108,18 @@ def write_plan(plan: StudyPlan) -> None:
         if path.name not in names:
             path.unlink()
     write_text(study.output_dir / STUDY_NAME, dump_yaml(study))
-    write_manifest(study, plan.ready(), study.output_dir / MANIFEST_NAME)
+    write_manifest(study, [run.name for run in plan.ready()])
     write_json(study.output_dir / PLAN_NAME, plan_facts(plan))
 
 
-def write_manifest(study: StudyConfig, runs: Sequence[StudyRun], path: Path) -> None:
-    """Writes a line for each run, as `mepa slurm submit --job scaling-study` reads them."""
-    write_text(path, "".join(f"{recipe_path(study, run.name)}\n" for run in runs))
+def write_manifest(study: StudyConfig, names: Sequence[str]) -> Path:
+    """Writes a line for each run, as `mepa slurm submit --job scaling-study` reads them; returns the path.
+
+    The file has the study's name, and so have the jobs.
+    """
+    path = study.output_dir / f"{study.name}.txt"
+    write_text(path, "".join(f"{recipe_path(study, name)}\n" for name in names))
+    return path
 
 
 def plan_facts(plan: StudyPlan) -> dict[str, Any]:

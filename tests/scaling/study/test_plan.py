@@ -124,7 +124,7 @@ def test_recipes_say_what_the_study_says(tmp_path: Path) -> None:
         assert abs(row["samples"] - (run.point.samples or 0)) <= config.train.global_batch / 2
         assert config.log.evaluate_every == config.train.steps
         assert config.guards.diverged_above == pytest.approx(1.5 * math.log(16))
-    lines = (study.output_dir / "manifest.txt").read_text().split()
+    lines = (study.output_dir / "small.txt").read_text().split()
     assert lines == [row["recipe"] for row in facts["runs"]]
     assert read_plan(study) == json.loads(json.dumps(facts["runs"]))
 
