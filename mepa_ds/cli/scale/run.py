@@ -12,7 +12,7 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
-from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.members import Member, member_of, set_stale_aside
 from mepa_ds.scaling.running.run import plan_if_needed, run_study
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import read_plan, read_study
@@ -81,6 +81,8 @@ def _submit(study: StudyConfig, options: RunOptions) -> None:
     if replan_after_sweep(study, members):
         members = [member_of(row) for row in read_plan(study)]
     manifest, waiting = manifest_of_ready(study, members)
+    for member in members if not options.dry_run else ():
+        set_stale_aside(member.row)
     if manifest is not None:
         request = Request(
             manifest,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mepa_ds.config.base import read_yaml
+from mepa_ds import log
+from mepa_ds.config.base import read_yaml, validate
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.errors import UserError
 from mepa_ds.runtime.run_lock import is_held
 
 State = Literal["waiting", "planned", "running", "stopped", "finished", "failed", "diverged"]
@@ -51,19 +56,34 @@ def member_of(row: Mapping[str, Any]) -> Member:
 
 def _state(row: Mapping[str, Any], directory: Path, facts: Mapping[str, Any]) -> State:
     told = facts.get("state")
-    if told == "finished" and facts.get("step") == row["steps"] and is_current(row):
-        return "finished"
-    if told == "diverged" and is_current(row):
-        return "diverged"
     if told is not None and is_held(directory):
         return "running"
-    if told == "failed":
+    if told is not None and is_current(row):
+        if told == "finished" and facts.get("step") == row["steps"]:
+            return "finished"
+        if told in ("diverged", "failed"):
+            return "diverged" if told == "diverged" else "failed"
+        return "stopped"  # asked to, or killed
+    if told == "failed":  # before it had a recipe of its own
         return "failed"
-    if told in ("running", "requeue", "finished"):  # killed, stopped, or finished by an older recipe
-        return "stopped"
     if row["waits_for_sweep"] or (row["branches_off"] and not branch_point(row).is_dir()):
         return "waiting"
     return "planned"
+
+
+def set_stale_aside(row: Mapping[str, Any]) -> Path | None:
+    """Renames the directory of a run that another recipe has trained, since to resume from it would mix the two.
+
+    Returns the new name; None if there is nothing to rename.
+    """
+    directory = Path(row["output_dir"])
+    if not (directory / "resolved.yaml").is_file() or is_current(row) or is_held(directory):
+        return None
+    names = (directory.with_name(f"{directory.name}.before{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(directory, aside)
+    log.note(f"{directory}: was trained by another recipe, which the study file has changed since; it is {aside} now")
+    return aside
 
 
 def branch_point(row: Mapping[str, Any]) -> Path:
@@ -73,10 +93,17 @@ def branch_point(row: Mapping[str, Any]) -> Path:
 
 def is_current(row: Mapping[str, Any]) -> bool:
     """Whether a run was done by today's recipe. Where the data lie, and what is logged, does not count."""
-    with suppress(Exception):
-        ran = read_yaml(Path(row["output_dir"]) / "resolved.yaml")
-        return _what_counts(ran) == _what_counts(read_yaml(Path(row["recipe"])))
-    return False
+    resolved = Path(row["output_dir"]) / "resolved.yaml"
+    try:
+        return _what_counts(_recipe(resolved)) == _what_counts(_recipe(Path(row["recipe"])))
+    except UserError:  # one of them is not there, or cannot be a recipe any more
+        return False
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """Returns a recipe with keys that are newer than the file at their defaults."""
+    recipe: dict[str, Any] = json.loads(validate(PretrainConfig, read_yaml(path), str(path)).model_dump_json())
+    return recipe
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:

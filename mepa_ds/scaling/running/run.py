@@ -14,7 +14,7 @@ from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.interrupts import Interrupted
 from mepa_ds.scaling.running.learning_rates import replan_after_sweep
-from mepa_ds.scaling.running.members import Member, member_of
+from mepa_ds.scaling.running.members import Member, member_of, set_stale_aside
 from mepa_ds.scaling.running.workers import Worker, last_lines, slots, start
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import make_plan, read_plan, write_plan
@@ -103,6 +103,7 @@ class StudyRunner:
         left.sort(key=lambda m: (m.name in trunks or m.row["role"] == "lr", m.row["paid_flops"]), reverse=True)
         for member in left[: len(self._slots)]:
             self._tried.add(member.name)
+            set_stale_aside(member.row)
             output = self._study.output_dir / "logs" / f"{member.name}.log"
             ranks, recipe = self._study.budget.ranks, Path(member.row["recipe"])
             self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), ranks, output)
