@@ -32,7 +32,7 @@ def exponents_by_count(table: pd.DataFrame, *, options: FitOptions | None = None
         whose fit is refused has `refused` with the message instead.
     """
     options = options or FitOptions()
-    chosen = choose_rows(table)
+    chosen = choose_rows(table, law="chinchilla")
     rows: list[dict[str, Any]] = []
     for count in (name for name in COUNTS if name in chosen.rows.columns):
         given = inputs_of("chinchilla", chosen.rows, {"n": count})

@@ -126,7 +126,7 @@ def fit_table(
     if law not in LAWS:
         raise UserError(f"law {law!r}: no such law; choose one of {', '.join(LAWS)}")
     _check_columns(table, law, columns)
-    chosen = choose_rows(table, columns, ("lr", "fit") if law == "lr" else ("fit",))
+    chosen = choose_rows(table, columns, ("lr", "fit") if law == "lr" else ("fit",), law)
     inputs = inputs_of(law, chosen.rows, columns)
     if law == "lr":
         inputs = _sweeps(chosen, inputs)
@@ -200,7 +200,7 @@ def hold_out_table(
     Raises:
         UserError: as `fit_table`; no rows of role `hold_out`; a law that predicts no loss.
     """
-    chosen = choose_rows(table, columns, ("fit", "hold_out"))
+    chosen = choose_rows(table, columns, ("fit", "hold_out"), law)
     if "role" not in chosen.rows.columns or not (chosen.rows["role"] == "hold_out").any():
         raise UserError("hold-out: no finished run has the role hold_out; name such runs in the study")
     given = inputs_of(law, chosen.rows, columns or {})
@@ -217,6 +217,6 @@ def rolling_table(
     **settings: Any,
 ) -> tuple[HeldOut, ...]:
     """Predicts each size from all smaller ones, the largest last (`rolling`). Raises UserError as `fit_table`."""
-    chosen = choose_rows(table, columns, ("fit",))
+    chosen = choose_rows(table, columns, ("fit",), law)
     given = inputs_of(law, chosen.rows, columns or {})
     return rolling(law, given, cluster=chosen.cluster, options=options, **settings)

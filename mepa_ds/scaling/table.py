@@ -30,6 +30,7 @@ COLUMNS: Mapping[str, str] = {
     "score": "fid",
 }
 """Which column each input of a law is read from, where the user names no other."""
+LAWS_WITH_EXPERTS = ("routed", "joint-moe", "fine-grained-moe")
 COMPARABLE = ("tokenizer_hash", "heldout_hash", "scales")
 """Losses of rows that differ in one of these do not compare."""
 IDENTITY = (
@@ -81,13 +82,18 @@ def read_table(path: str | Path) -> pd.DataFrame:
 
 
 def choose_rows(
-    table: pd.DataFrame, columns: Mapping[str, str] | None = None, roles: Sequence[str] = ("fit",)
+    table: pd.DataFrame,
+    columns: Mapping[str, str] | None = None,
+    roles: Sequence[str] = ("fit",),
+    law: str | None = None,
 ) -> Chosen:
-    """The rows that one fit may use: finished, of one of the roles, comparable, complete.
+    """The rows that one fit may use: finished, of one of the roles, of one kind of model, comparable, complete.
 
     Args:
         columns: where to find the inputs, as in `COLUMNS`.
         roles: what rows are for; a table without a column `role` is used whole.
+        law: what is to be fitted. A law without a term of experts takes dense runs alone, where the table has both
+            kinds: at the same N, experts lower the loss. None: all kinds.
 
     Raises:
         UserError: rows of several tokenizers, held-out sets or scale schedules; losses of other weights than the last;
@@ -96,10 +102,12 @@ def choose_rows(
     names = _names(table)
     left_out: dict[str, tuple[str, ...]] = {}
     use = np.ones(len(table), bool)
-    for column, allowed in (("status", ("finished",)), ("role", tuple(roles))):
+    for column, allowed in (("status", ("finished",)), ("role", tuple(roles)), ("kind", ("dense",))):
         if column not in table.columns:
             continue
         values = texts(table[column])
+        if column == "kind" and (law is None or law in LAWS_WITH_EXPERTS or "dense" not in values[use]):
+            continue
         for value in sorted({str(value) for value in values[use]} - set(allowed)):
             out = use & (values == value)
             left_out[f"{column} {value}"] = tuple(names[out].tolist())

@@ -49,6 +49,17 @@ def test_rows_that_are_not_for_the_fit_are_named() -> None:
     assert chosen.cluster == tuple(np.repeat(np.arange(16), 2).tolist())
 
 
+def test_a_law_without_experts_takes_dense_runs_alone() -> None:
+    """Where there are both kinds; the others are named. A law with experts takes all, as does a table of one kind."""
+    moe = row(1e6, 5e7, kind="moe", experts=8, top_k=2)
+    both = pd.concat([study(), pd.DataFrame([moe])], ignore_index=True)
+    dense = choose_rows(both, law="chinchilla")
+    assert set(dense.rows["kind"]) == {"dense"}
+    assert dense.left_out["kind moe"] == (moe["run"],)
+    assert set(choose_rows(both, law="joint-moe").rows["kind"]) == {"dense", "moe"}
+    assert len(choose_rows(pd.DataFrame([moe]), law="chinchilla").rows) == 1
+
+
 def changed(column: str, value: Any, place: int = 3) -> Callable[[], pd.DataFrame]:
     def make() -> pd.DataFrame:
         table = study()

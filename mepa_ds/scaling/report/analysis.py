@@ -18,9 +18,8 @@ from mepa_ds.scaling.laws.hold_out import LAWS as PREDICTABLE
 from mepa_ds.scaling.laws.moe import ROUTED_EM, ROUTED_ES
 from mepa_ds.scaling.report.hold_out import compare, comparison
 from mepa_ds.scaling.report.rows import clusters, envelope, finished, main_kind, scale_columns
-from mepa_ds.scaling.table import choose_rows, inputs_of
+from mepa_ds.scaling.table import LAWS_WITH_EXPERTS, choose_rows, inputs_of
 
-MOE_LAWS = ("routed", "joint-moe", "fine-grained-moe")
 ROUTED_SETTINGS = {"Es": ROUTED_ES, "Em": ROUTED_EM}
 
 
@@ -115,7 +114,7 @@ def rows_for(table: pd.DataFrame, law: str) -> pd.DataFrame:
     """
     if not {"kind", "status", "role", "loss", "tokens"} <= set(table):
         return table  # from elsewhere
-    if law not in MOE_LAWS:
+    if law not in LAWS_WITH_EXPERTS:
         return table[table["kind"] == main_kind(table)]
     moe = finished(table, "fit", "moe")
     if law == "routed" and len(moe):
