@@ -12,6 +12,7 @@ from pydantic import AfterValidator
 
 _SIZE = re.compile(r"d(?P<depth>[1-9]\d*)(?:w(?P<width>[1-9]\d*))?(?:h(?P<heads>[1-9]\d*))?")
 VAR_HEAD_WIDTH = 64
+_DEEPEST = 1000
 
 
 def _checked(name: str) -> str:
@@ -35,7 +36,11 @@ def size_values(name: str, head_width: int = VAR_HEAD_WIDTH) -> dict[str, Any]:
     """
     match = _SIZE.fullmatch(_checked(name))
     assert match is not None
+    if head_width < 1:
+        raise ValueError(f"head width {head_width}: expected at least 1")
     depth = int(match["depth"])
+    if depth > _DEEPEST:
+        raise ValueError(f"{name}: expected a depth of at most {_DEEPEST}")
     width = int(match["width"] or VAR_HEAD_WIDTH * depth)
     if match["heads"]:
         heads = int(match["heads"])

@@ -76,6 +76,12 @@ def read_table(path: str | Path) -> pd.DataFrame:
     except Exception as error:  # pandas and pyarrow raise many kinds, all of a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as {path.suffix[1:]} ({first}); write the table anew") from None
+    renamed = [name for name in table.columns if re.fullmatch(r".+\.\d+", str(name)) and path.suffix == ".csv"]
+    twice = [name for name in renamed if str(name).rpartition(".")[0] in table.columns]
+    if twice:
+        raise UserError(
+            f"{path}: the column {str(twice[0]).rpartition('.')[0]!r} is there twice; leave one of them out"
+        )
     if table.empty:
         raise UserError(f"{path}: the table has no rows; collect a study with finished runs")
     return table
@@ -175,12 +181,19 @@ def _clusters(
     if twice.any():
         raise UserError(f"table: run: {_some(names[twice])} stand in the table more than once; keep one row of each")
     identity = [column for column in IDENTITY if column in rows.columns]
-    given = [columns.get(name, COLUMNS[name]) for name in ("n", "d", "unique", "lr")]
+    given = [
+        columns.get(name, COLUMNS.get(name, ""))
+        for name in ("n", "d", "c", "unique", "lr", "experts", "granularity", "x")
+    ]
     identity += [column for column in given if column in rows.columns and column not in identity]
     if "seed" not in rows.columns or not identity:
         same = rows.duplicated(keep=False).to_numpy()
-        notes = (f"Rows {', '.join(names[same][:6])} equal other rows in all columns.",) if same.any() else ()
-        return None, notes
+        if same.any():
+            raise UserError(
+                f"table: rows {', '.join(names[same][:6])} equal other rows in all columns; keep one of each (repeats "
+                "of a run need a column seed)"
+            )
+        return None, ()
     twice = rows.duplicated(subset=[*identity, "seed"], keep=False).to_numpy()
     if twice.any():
         raise UserError(
@@ -238,6 +251,8 @@ def inputs_of(law: str, rows: pd.DataFrame, columns: Mapping[str, str]) -> dict[
     if law not in wanted:
         raise UserError(f"law {law!r}: no such law; choose one of {', '.join(wanted)}")
     names = wanted[law] | ({} if law == "var" else {"loss": source["loss"]})
+    if law == "isoflop" and "d" not in columns and source["d"] not in rows.columns:
+        del names["D"]  # it is C / 6 N then
     missing = [column for column in names.values() if column not in rows.columns]
     if missing:
         raise UserError(
@@ -247,8 +262,13 @@ def inputs_of(law: str, rows: pd.DataFrame, columns: Mapping[str, str]) -> dict[
     result: dict[str, Any] = {name: column_numbers(rows, column) for name, column in names.items()}
     for name in {"E", "G"} & set(result):
         result[name] = _of_dense(rows, result[name])
-    if law == "data" and "unique" not in columns and {"tokens", "samples"} <= set(rows.columns):
+    if law == "data" and "unique" not in columns:
         # Images become tokens, as D is.
+        if "samples" not in rows.columns:
+            raise UserError(
+                "data: the column unique_images counts images and D counts tokens; add a column samples, or name a "
+                "column of unique tokens (--unique)"
+            )
         result["unique"] = result["unique"] * (result["D"] / column_numbers(rows, "samples"))
     if law == "var":
         result |= _by_scale(rows)

@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(FamilyOptions, prog="mepa scale family", args=argv)
     if options.ranks < 1:
         raise UserError(f"--ranks {options.ranks}: expected at least 1")
+    if not options.sizes or not options.moe:
+        raise UserError("--sizes and --moe need at least one value each")
     settings: dict[str, Any] = {"codebook_size": options.codebook_size, "num_classes": options.num_classes}
     if options.scales is not None:
         settings["scales"] = list(options.scales)

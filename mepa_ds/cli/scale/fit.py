@@ -213,8 +213,22 @@ def _law_lines(name: str, entry: Mapping[str, Any], over: str) -> Iterator[str]:
             ends = law["intervals"].get(label) or law["intervals"].get(key)
             told = f"   {short(ends[0])} to {short(ends[1])}" if ends else ""
             yield f"  {label:<8}{short(value, 6):>12}{told}"
+    if law["law"] == "isoflop":
+        yield from _other_minima(law)
+    if "disagreement" in law:
+        yield f"  the scales' laws and the mean's differ by at most {law['disagreement']:.3%}"
     yield f"  {objective(law)}"
     yield from (f"  flag: {named(flag, entry['runs'])}" for flag in law["flags"])
+
+
+def _other_minima(law: Mapping[str, Any]) -> Iterator[str]:
+    """The parabola is biased even without noise, so the other ways to the same exponent stand beside it."""
+    akima = law["akima"]
+    yield f"  by Akima's splines: k {short(akima['k'], 6)}, a {short(akima['a'], 6)}" if akima else "  no Akima minima"
+    if law["surface"]:
+        yield f"  by the surface:     k {short(law['surface_k'], 6)}, a {short(law['surface_a'], 6)}"
+    else:
+        yield "  no surface"
 
 
 assert set(Law.__args__) == set(LAWS)  # type: ignore[attr-defined]

@@ -23,5 +23,7 @@ def moe_of(text: MoEText) -> MoEConfig | None:
         key, separator, value = pair.partition("=")
         if not separator:
             raise UserError(f"--moe {text}: write dense, or key=value pairs such as num_experts=8,top_k=2")
+        if key.strip() in values:
+            raise UserError(f"--moe {text}: {key.strip()} is given twice")
         values[key.strip()] = parse_yaml(value, f"--moe {text}")
     return validate(MoEConfig, values, f"--moe {text}")

@@ -62,7 +62,9 @@ def main(argv: list[str]) -> None:
     flops = _flops(options, study)
     moe = study_moe(study) if options.moe is None and study else moe_of(options.moe or "dense")
     name = _law_name(options.law, document, moe, path)
-    unique = options.unique_images or _unique_images(document)
+    if options.unique_images is not None and options.unique_images < 1:
+        raise UserError(f"--unique-images {options.unique_images}: expected at least 1")
+    unique = _unique_images(document) if options.unique_images is None else options.unique_images
     models = _models(options.sizes, study, moe)
     entry: TableFit = document["laws"][name]
     found = predict(entry.fit, input_columns(entry.fit, entry.columns), models, flops, unique)

@@ -48,8 +48,10 @@ def main(argv: list[str]) -> None:
     if options.slurm is not None:
         _submit(study, options)
         return
-    if options.dry_run:
-        raise UserError("--dry-run belongs to --slurm; mepa scale plan shows what would run here")
+    defaults = RunOptions(options.study)
+    for name in ("nodes", "time", "limit", "dry_run"):
+        if getattr(options, name) != getattr(defaults, name):
+            raise UserError(f"--{name.replace('_', '-')} belongs to --slurm; mepa scale plan shows what would run here")
     log.make_stdout_a_log()
     members = run_study(study, options.jobs)
     _tell_end(study, list(members.values()))

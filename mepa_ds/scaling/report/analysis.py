@@ -129,13 +129,14 @@ def _fit(table: pd.DataFrame, name: str, asked: Asked) -> TableFit:
         rows = rows[rows["group"].isin(asked.budgets)]
     if is_over_envelope(table, name, asked.columns):
         choose_rows(rows)  # refuses rows that do not compare, before one is chosen for its loss
-        rows, columns = envelope(finished(rows, "fit")), {"x": "c"}
+        named = {own: rows[columns[key]] for key, own in (("loss", "loss"), ("c", "flops_model")) if key in columns}
+        rows, columns = envelope(finished(rows.assign(**named), "fit")), {"x": "c"}
     return fit_table(rows, name, columns=columns, options=asked.options, **settings)
 
 
 def is_over_envelope(table: pd.DataFrame, name: str, columns: Mapping[str, str]) -> bool:
     """Whether a law is the one of compute over the envelope: `power` of a study's table, if no x is named."""
-    return name == "power" and not columns and {"flops_model", "role", "status", "kind"} <= set(table)
+    return name == "power" and "x" not in columns and {"flops_model", "role", "status", "kind"} <= set(table)
 
 
 def noise_of(table: pd.DataFrame) -> dict[str, Any]:
@@ -152,6 +153,8 @@ def noise_of(table: pd.DataFrame) -> dict[str, Any]:
 def _hold_out(table: pd.DataFrame, found: TableFit, noise: float | None) -> list[dict[str, Any]]:
     """Of a law that predicts losses: each finished run of role hold_out. `hold_out` rows are in no fit."""
     rows = rows_for(table, found.law)
+    if found.law == "power" and found.columns.get("x") == "c":
+        return []  # the envelope bounds the losses of runs from below, and does not predict them
     if found.law not in PREDICTABLE or "role" not in rows or not (rows["role"] == "hold_out").any():
         return []
     columns = {key: column for key, column in found.columns.items() if column in rows or key == "x"}

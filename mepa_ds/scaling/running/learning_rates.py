@@ -29,6 +29,8 @@ def fit_sweep(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     found = [(row["params_matrix"], row["lr_peak"], heldout_of(row)) for row in rows if row["role"] == "lr"]
     finished = [(n, lr, heldout["ce"]) for n, lr, heldout in found if heldout is not None]
+    if not finished:
+        raise UserError(f"{study.name}: lr.sweep: every run has diverged; lower lr.peak")
     n, lr, loss = (np.array(column, float) for column in zip(*finished, strict=True))
     try:
         law = fit_lr(n, lr, loss)

@@ -91,8 +91,11 @@ class LearningRates(Section):
                     raise ValueError(f"rule {rule} needs lr.{key}")
                 if self.rule != rule and key != "sweep" and getattr(self, key) is not None:
                     raise ValueError(f"lr.{key} belongs to rule {rule}, and the rule is {self.rule}")
-        if self.rule == "tuned" and self.sweep is not None and len(set(self.sweep.sizes)) < 2:
-            raise ValueError("rule tuned fits a power law of N to the sweep: sweep at two sizes or more")
+        if self.rule == "tuned" and self.sweep is not None:
+            if len(set(self.sweep.sizes)) < 2:
+                raise ValueError("rule tuned fits a power law of N to the sweep: sweep at two sizes or more")
+            if len(set(self.sweep.samples)) > 1 or len(self.sweep.moe) > 1:
+                raise ValueError("rule tuned fits one power law of N: sweep at one length and with one moe")
         return self
 
 

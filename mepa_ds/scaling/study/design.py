@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mepa_ds.errors import UserError
+from mepa_ds.scaling.laws import MAX_CORRELATION
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.runs import StudyRun
 
-MOST_CORRELATED = 0.99
-"""Above this |correlation| of log N and log D the two exponents cannot be told apart."""
 _PARAMETERS = {"chinchilla": 5, "data": 7, "power": 3, "joint-moe": 8, "isoflop": 5, "var": 5}
 
 
@@ -38,13 +37,27 @@ def check_design(study: StudyConfig, runs: Sequence[StudyRun]) -> None:
         raise UserError(f"{study.name}: laws: isoflop needs a grid of FLOP budgets; give grids.*.flops")
 
 
+def check_different(study: StudyConfig, runs: Sequence[StudyRun]) -> None:
+    """Raises UserError when two runs with different names would train the same model in the same way."""
+    first: dict[str, str] = {}
+    for run in runs:
+        same = {"output_dir", "branch_from", "log"}
+        if run.point.lr_factor is None and study.lr.rule == "tuned":
+            key = run.config.model_dump_json(exclude=same) + "tuned"  # its rate is not that of the sweep's runs
+        else:
+            key = run.config.model_dump_json(exclude=same)
+        if key in first:
+            raise UserError(f"{study.name}: the runs {first[key]} and {run.name} are the same: leave one of them out")
+        first[key] = run.name
+
+
 def _check_spread(study: StudyConfig, law: str, rows: Sequence[StudyRun]) -> None:
     n, d = (np.log([getter(run) for run in rows]) for getter in (lambda r: r.counts.matrix, lambda r: r.tokens))
     for values, what, key in ((n, "one size", "sizes"), (d, "one length", "samples")):
         if np.ptp(values) == 0:
             raise UserError(f"{study.name}: laws: {law} cannot be fitted to {what}; give more grids.*.{key}")
     correlation = float(np.corrcoef(n, d)[0, 1])
-    if abs(correlation) > MOST_CORRELATED:
+    if abs(correlation) > MAX_CORRELATION:
         raise UserError(
             f"{study.name}: laws: {law}: log N and log D are collinear (correlation {correlation:.3f}), so the "
             "exponents of size and data cannot be told apart; give each size several lengths that are not in "
@@ -89,6 +102,12 @@ def _warnings(study: StudyConfig, runs: Sequence[StudyRun]) -> Iterator[str]:
     fitted = [run for run in runs if run.point.role == "fit"]
     if study.seeds is None:
         yield "no run is repeated with another seed, so nothing says how much of a difference is noise; give seeds"
+    if study.lr.sweep is not None and study.lr.rule != "tuned" and 1.0 not in study.lr.sweep.factors:
+        yield "lr.sweep.factors leaves 1.0 out, so the sweep does not contain the rate of the other runs"
+    if study.schedule.branches and runs[0].config.optim.cooldown == 0:
+        yield "schedule.cooldown is 0, so branches are the trunk's own checkpoints and never cool down"
+    if study.budget.price is not None and study.budget.speed is None:
+        yield "budget.price without budget.device or budget.flops_per_second: no cost can be said"
     if study.hold_out is None and len({run.counts.matrix for run in fitted}) > 2:
         yield "no run is held out; the report then predicts the largest size from the smaller ones instead"
 

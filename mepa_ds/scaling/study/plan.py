@@ -18,7 +18,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.costs import check_budget, hours_of, memory_of
-from mepa_ds.scaling.study.design import check_design, warnings_of
+from mepa_ds.scaling.study.design import check_design, check_different, warnings_of
 from mepa_ds.scaling.study.expected import expected_intervals
 from mepa_ds.scaling.study.points import points_of
 from mepa_ds.scaling.study.runs import RunMaker, StudyRun, recipe_path, run_directory, with_branches
@@ -68,6 +68,7 @@ def make_plan(study: StudyConfig, with_memory: bool = True) -> StudyPlan:
     maker = RunMaker(study, law)
     points = points_of(study)
     runs = with_branches(study, [maker.run(point) for point in points])
+    check_different(study, runs)
     check_design(study, runs)
     check_budget(study, runs)
     return StudyPlan(

@@ -22,6 +22,17 @@ from mepa_ds.scaling.study.points import Point
 
 _LR_REFERENCE_BATCH = 256  # optim.base_lr is the rate at this batch
 FORWARD_AND_BACKWARD = 3
+_MOST_ROUNDED = 0.05  # of a length that the study file gives
+_OWNED = {
+    "model.depth": "grids.*.sizes", "model.width": "grids.*.sizes", "model.num_heads": "grids.*.sizes",
+    "model.preset": "grids.*.sizes", "model.moe": "grids.*.moe", "seed": "seeds, or the base recipe",
+    "train.steps": "grids.*.samples", "train.epochs": "grids.*.samples", "train.samples": "grids.*.samples",
+    "optim.base_lr": "lr", "optim.mup_base_width": "lr.rule: mup", "output_dir": "output_dir",
+    "data.unique_images": "grids.*.unique_images", "log.evaluate_every": "nothing: it follows from the length",
+    "log.keep_steps": "schedule.branches", "branch_from": "schedule.branches",
+    "guards.diverged_above": "diverged_above",
+}  # fmt: skip
+"""Keys of a recipe that the planner sets, and the study's keys for them."""
 _DIVERGED = 1.5  # times the cross-entropy of a model that has learnt nothing
 
 
@@ -74,6 +85,10 @@ class RunMaker:
 
     def __init__(self, study: StudyConfig, lr_law: Mapping[str, float] | None = None):
         self._study, self._lr_law = study, lr_law
+        for key in study.set:
+            owner = next((own for own in _OWNED if key == own or key.startswith(f"{own}.")), None)
+            if owner is not None:
+                raise UserError(f"{study.name}: set: {key}: the planner sets it for each run; use {_OWNED[owner]}")
         self._base = _without_preset(read_yaml(shipped.find(study.base)), study)
         self._counts: dict[str, ParameterCounts] = {}
 
@@ -93,8 +108,14 @@ class RunMaker:
         samples = point.samples
         if samples is None:
             assert point.flops is not None
-            samples = round(point.flops / image_flops)
-        steps = max(round(samples / config.train.global_batch), 1)
+            samples = max(round(point.flops / image_flops), 1)
+        steps = round(samples / config.train.global_batch)
+        if abs(steps * config.train.global_batch / samples - 1) > _MOST_ROUNDED:
+            raise UserError(
+                f"{where}: {samples} images are {samples / config.train.global_batch:.3g} steps of "
+                f"{config.train.global_batch}: rounded to whole ones it would be another length; take more, or a "
+                "smaller batch"
+            )
         peak = self._peak_lr(point, counts.matrix, where)
         values["optim"] = (values.get("optim") or {}) | {
             "base_lr": peak * _LR_REFERENCE_BATCH / config.train.global_batch
