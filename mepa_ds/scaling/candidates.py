@@ -14,6 +14,8 @@ from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.points import Point
 from mepa_ds.scaling.study.runs import RunMaker
 
+_ANY_LENGTH = 10**9  # images; the recipe is made for its rate, batch and size alone
+
 
 @dataclass(frozen=True)
 class FamilyModel:
@@ -59,7 +61,7 @@ def study_models(
     maker = RunMaker(study, lr_law)
     models = []
     for size in sizes:
-        point = Point("predict", "fit", size, moe, 1, None, None, None, 0)
+        point = Point("predict", "fit", size, moe, _ANY_LENGTH, None, None, None, 0)
         run = maker.run(point)
         models.append(
             FamilyModel(

@@ -128,8 +128,10 @@ def test_inputs_that_are_not_there() -> None:
 
 
 def test_foreign_tables_need_their_inputs_alone() -> None:
-    table = pd.DataFrame({"size": [1e6, 1e7, 1e8, 1e8], "nats": [4.0, 3.5, 3.2, 3.2]})
+    table = pd.DataFrame({"size": [1e6, 1e7, 1e8, 2e8], "nats": [4.0, 3.5, 3.2, 3.2]})
     chosen = choose_rows(table, {"n": "size", "loss": "nats"})
     assert chosen.names == ("0", "1", "2", "3")
     assert chosen.cluster is None
-    assert chosen.notes == ("Rows 2, 3 equal other rows in all columns.",)
+    table.loc[3, "size"] = 1e8
+    with pytest.raises(UserError, match="rows 2, 3 equal other rows in all columns; keep one of each"):
+        choose_rows(table, {"n": "size", "loss": "nats"})

@@ -70,7 +70,7 @@ def steps_of(folder: Path, run: str) -> list[int]:
     return [record["step"] for record in records if record["event"] == "train"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_study_goes_on_where_it_was_stopped(data: Path, tmp_path: Path, number: int) -> None:
     """Asked to end, it lets its runs save first; killed, its runs notice and save by themselves. No step is lost."""
     grids = {"dense": {"sizes": ["d1w16", "d1w32"], "samples": [80, 4000]}}
@@ -118,6 +118,7 @@ def test_a_run_that_diverges_ends_early_and_is_marked(data: Path, tmp_path: Path
     assert "4 runs: 4 diverged" in told
 
 
+@pytest.mark.slow
 def test_a_mistake_in_all_runs_is_told_after_three(data: Path, tmp_path: Path) -> None:
     study = write_study(data, tmp_path, set={"data.features": None, "tokenizer": str(tmp_path / "nowhere")})
     output = finish(start(study, jobs=1), 2)
