@@ -91,17 +91,24 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         key, separator, value = override.partition("=")
         if not separator or not key or key.startswith("-"):
             raise UserError(f"{override!r}: an override has the form section.key=value, such as optim.base_lr=1e-4")
-        *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            child = node.get(parent)
-            if child is None:
-                child = node[parent] = {}
-            if not isinstance(child, dict):
-                raise UserError(f"{override!r}: {parent!r} is a value, not a section")
-            node = child
-        node[leaf] = _value_of(value, override)
+        set_key(result, key, _value_of(value, override), repr(override))
     return result
+
+
+def set_key(data: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Sets `a.b.c` in nested mappings, and makes sections that are not there.
+
+    Raises UserError for a key below a value; the message begins with `where`.
+    """
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        child = data.get(parent)
+        if child is None:
+            child = data[parent] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"{where}: {parent!r} is a value, not a section")
+        data = child
+    data[leaf] = value
 
 
 def _value_of(text: str, override: str) -> Any:

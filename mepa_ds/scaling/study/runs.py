@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import shipped
-from mepa_ds.config.base import read_yaml, validate
+from mepa_ds.config.base import read_yaml, set_key, validate
 from mepa_ds.config.model import preset_values
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
@@ -101,7 +101,7 @@ class RunMaker:
         study, where = self._study, f"{self._study.name}: run {point.name}"
         values = json.loads(json.dumps(self._base))
         for key, value in self._changes(point, where).items():
-            _set(values, key, value, where)
+            set_key(values, key, value, f"{where}: {key}")
         config = validate(PretrainConfig, values, where)
         counts = self._count(config)
         image_flops = FORWARD_AND_BACKWARD * forward_flops(config.model)
@@ -182,7 +182,7 @@ class RunMaker:
         values = json.loads(json.dumps(self._base))
         point = Point("", "fit", size, None, 1, None, None, None, 0)
         for key, value in self._changes(point, where).items():
-            _set(values, key, value, where)
+            set_key(values, key, value, f"{where}: {key}")
         return self._count(validate(PretrainConfig, values, where)).matrix
 
     def _count(self, config: PretrainConfig) -> ParameterCounts:
@@ -212,19 +212,6 @@ def run_directory(study: StudyConfig, name: str) -> Path:
 
 def recipe_path(study: StudyConfig, name: str) -> Path:
     return study.output_dir / "recipes" / f"{name}.yaml"
-
-
-def _set(values: dict[str, Any], key: str, value: Any, where: str) -> None:
-    """Sets `a.b.c` in nested mappings."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        child = values.get(parent)
-        if child is None:
-            child = values[parent] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"{where}: {key}: {parent!r} is a value in the base recipe, not a section")
-        values = child
-    values[leaf] = value
 
 
 def with_branches(study: StudyConfig, runs: list[StudyRun]) -> list[StudyRun]:

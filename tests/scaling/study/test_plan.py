@@ -62,7 +62,7 @@ def test_a_sweep_shares_the_run_at_the_grids_rate(tmp_path: Path) -> None:
          "chinchilla cannot be fitted to one length; give more grids.*.samples"),
         ({"grids": {"dense": {"sizes": ["d1w16", "d1w32"], "samples": [80]}}}, "5 parameters, and the grids have 2"),
         ({"set": {"model.deepth": 3}}, "model.deepth: unknown key; did you mean 'depth'?"),
-        ({"set": {"train.global_batch.x": 3}}, "train.global_batch.x: 'global_batch' is a value in the base recipe"),
+        ({"set": {"train.global_batch.x": 3}}, "train.global_batch.x: 'global_batch' is a value, not a section"),
         ({"set": {"optim.base_lr": 3.0}}, "set: optim.base_lr: the planner sets it for each run; use lr"),
         ({"set": {"model.moe.top_k": 3}}, r"set: model.moe.top_k: the planner sets it for each run; use grids.*.moe"),
         ({"grids": {"a": {"sizes": ["d1w16", "d2w48"], "samples": [80, 160, 320]},
