@@ -97,7 +97,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_from_a_study_file_to_the_table(study: Path) -> None:
-    planned = json.loads(mepa("scale", "plan", study, "--json"))
+    planned = json.loads(mepa("scale", "plan", study, "--no-memory", "--json"))
     assert len(planned["runs"]) == 12
     mepa("scale", "run", study, "--jobs", "2")
     mepa("scale", "collect", study)
