@@ -36,6 +36,9 @@ PEAK_FLOPS = {
 }
 
 
+FORWARD_AND_BACKWARD = 3  # in forward passes: a backward pass has twice the products
+
+
 def peak_flops_per_second(precision: str) -> float | None:
     """One GPU's peak; None for a CPU, for fp32 and for a GPU that is not in the list."""
     if not torch.cuda.is_available() or precision == "fp32":
@@ -78,6 +81,11 @@ def forward_flops_by_part(model: ModelConfig, num_scales: int | None = None) -> 
     }
 
 
+def image_flops(model: ModelConfig) -> dict[str, float]:
+    """One image forward and backward, by part, as `forward_flops_by_part` has them."""
+    return {part: FORWARD_AND_BACKWARD * flops for part, flops in forward_flops_by_part(model).items()}
+
+
 def projector_flops(
     model: ModelConfig, alignment: AlignmentConfig, teacher_width: int, num_scales: int | None = None
 ) -> float:
@@ -93,4 +101,4 @@ def step_flops(config: PretrainConfig, teacher_width: int | None, num_scales: in
     forward = forward_flops(config.model, num_scales)
     if config.objective.alignment is not None and teacher_width is not None:
         forward += projector_flops(config.model, config.objective.alignment, teacher_width, num_scales)
-    return 3 * forward * config.train.global_batch
+    return FORWARD_AND_BACKWARD * forward * config.train.global_batch

@@ -7,12 +7,18 @@ import math
 from mepa_ds.config.optim import OptimConfig
 from mepa_ds.errors import UserError
 
+_REFERENCE_BATCH = 256  # of optim.base_lr
 FLAT = 0.05  # the share of the steps after the warm-up in which lin0 is flat
 
 
 def peak_lr(config: OptimConfig, global_batch: int) -> float:
     """Returns the rate by VAR's linear scaling: base_lr x global batch / 256."""
-    return config.base_lr * global_batch / 256
+    return config.base_lr * global_batch / _REFERENCE_BATCH
+
+
+def base_lr_of(peak: float, global_batch: int) -> float:
+    """Returns the optim.base_lr with which `peak_lr` is `peak`."""
+    return peak * _REFERENCE_BATCH / global_batch
 
 
 def scales_in_step(progressive: float | None, num_scales: int, step: int, num_steps: int) -> int:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mepa_ds.config.model import MoEConfig
-from mepa_ds.models.summary import count_parameters
 from mepa_ds.scaling.family import VAR_DEPTHS, family_row, member
-from mepa_ds.scaling.sizes import VAR_HEAD_WIDTH
+from mepa_ds.scaling.sizes import VAR_HEAD_WIDTH, is_of_ladder
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.points import Point
 from mepa_ds.scaling.study.runs import RunMaker
@@ -39,7 +38,7 @@ def study_sizes(study: StudyConfig) -> tuple[str, ...]:
     """Returns the sizes of a study; those of VAR's ladder all of it, if the study's are of it."""
     grids = [*study.grids.values(), *([study.hold_out] if study.hold_out else [])]
     sizes = list(dict.fromkeys(size for grid in grids for size in grid.sizes))
-    if all("w" not in size for size in sizes):
+    if all(map(is_of_ladder, sizes)):
         sizes = list(dict.fromkeys([*sizes, *(f"d{depth}" for depth in VAR_DEPTHS)]))
         sizes.sort(key=lambda size: int(size[1:].split("h")[0]))
     return tuple(sizes)
@@ -86,13 +85,13 @@ def family_models(
     models = []
     for size in sizes:
         model = member(size, moe, head_width, dict(settings))
-        row, counts = family_row(size, model), count_parameters(model)
+        row = family_row(size, model)
         models.append(
             FamilyModel(
                 size=size,
-                params_matrix=counts.matrix,
-                params_active=counts.active,
-                params_total=counts.total,
+                params_matrix=row["params_matrix"],
+                params_active=row["params_active"],
+                params_total=row["params_total"],
                 experts=moe.num_experts if moe else 1,
                 image_flops=row["flops_image"],
                 image_tokens=row["tokens"],

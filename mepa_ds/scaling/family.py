@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from mepa_ds.config.base import validate
-from mepa_ds.config.model import ModelConfig, MoEConfig, preset_values
+from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.summary import ParameterCounts, count_parameters
-from mepa_ds.objective.flops import forward_flops_by_part
-from mepa_ds.scaling.sizes import VAR_HEAD_WIDTH, size_values
+from mepa_ds.objective.flops import image_flops
+from mepa_ds.scaling.sizes import VAR_HEAD_WIDTH, ladder_values, size_values
 
 VAR_DEPTHS = (8, 12, 16, 20, 24, 30, 36)
 _BYTES = {"weights": 2, "gradients": 2, "masters and Adam moments": 12}
@@ -26,9 +27,7 @@ def member(
         UserError: the size is none, or the model cannot be.
     """
     try:
-        values = size_values(size, head_width)
-        if "w" not in size:
-            values["adaln_gamma_init"] = preset_values(f"var-d{values['depth']}")["adaln_gamma_init"]
+        values = size_values(size, head_width) | ladder_values(size)
     except ValueError as error:
         raise UserError(f"--sizes: {error}") from None
     values |= {"moe": None if moe is None else moe.model_dump(mode="json")} | (settings or {})
@@ -42,28 +41,30 @@ def family_row(size: str, model: ModelConfig, ranks: int = 1) -> dict[str, Any]:
     ZeRO-2, by part, without activations (`pretrain.py RECIPE --dry-run` has those).
     """
     counts = count_parameters(model)
-    flops = {part: 3 * value for part, value in forward_flops_by_part(model).items()}
+    flops = image_flops(model)
     total = sum(flops.values())
     return {
         "size": size,
-        "depth": model.depth,
-        "width": model.C,
         "heads": model.H,
-        "experts": model.moe.num_experts if model.moe else 0,
-        "top_k": model.moe.top_k if model.moe else 0,
-        "shared": model.moe.shared_expert if model.moe else False,
-        "expert_hidden": model.expert_hidden if model.moe else model.dense_hidden,
-        "params_total": counts.total,
-        "params_active": counts.active,
-        "params_matrix": counts.matrix,
-        "params_adaln": counts.adaln,
-        "params_embedding": counts.embedding,
-        "params_experts": counts.experts,
+        **model_facts(model, counts),
         "tokens": model.schedule.num_tokens,
         "flops": flops,
         "flops_image": total,
         "flops_per_weight_and_token": total / (counts.matrix * model.schedule.num_tokens),
         "state_bytes": state_bytes(counts, ranks),
+    }
+
+
+def model_facts(model: ModelConfig, counts: ParameterCounts) -> dict[str, Any]:
+    """Returns a model's shape and its parameters by kind, by the names of a table's columns."""
+    return {
+        "depth": model.depth,
+        "width": model.C,
+        "experts": model.moe.num_experts if model.moe else 0,
+        "top_k": model.moe.top_k if model.moe else 0,
+        "shared": model.moe.shared_expert if model.moe else False,
+        "expert_hidden": model.expert_hidden if model.moe else model.dense_hidden,
+        **{f"params_{field.name}": getattr(counts, field.name) for field in fields(counts)},
     }
 
 

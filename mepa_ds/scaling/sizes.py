@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from mepa_ds.config.model import preset_values
+
 _SIZE = re.compile(r"d(?P<depth>[1-9]\d*)(?:w(?P<width>[1-9]\d*))?(?:h(?P<heads>[1-9]\d*))?")
 VAR_HEAD_WIDTH = 64
 _DEEPEST = 1000
@@ -24,6 +26,18 @@ def _checked(name: str) -> str:
 
 
 SizeName = Annotated[str, AfterValidator(_checked)]
+
+
+def is_of_ladder(name: str) -> bool:
+    """Whether a size is one of VAR's, whose width follows from the depth."""
+    return "w" not in name
+
+
+def ladder_values(name: str) -> dict[str, Any]:
+    """Returns what else VAR's ladder sets for a size of it, as keys of a recipe's model; nothing for other sizes."""
+    if not is_of_ladder(name):
+        return {}
+    return {"adaln_gamma_init": preset_values(f"var-d{size_values(name)['depth']}")["adaln_gamma_init"]}
 
 
 def size_values(name: str, head_width: int = VAR_HEAD_WIDTH) -> dict[str, Any]:

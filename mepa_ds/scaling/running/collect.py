@@ -20,6 +20,7 @@ from mepa_ds.models.summary import count_parameters
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.schedule import phase_steps
 from mepa_ds.scaling.columns import COLUMNS, SCORES
+from mepa_ds.scaling.family import model_facts
 from mepa_ds.scaling.running.members import Member, member_of, recipe_hash
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import read_plan, resolved
@@ -27,7 +28,7 @@ from mepa_ds.scaling.study.plan import read_plan, resolved
 TABLE_NAME = "table"
 SCORES_NAME = "scores.json"
 """Beside a run's records, where `mepa evaluate ... --json` wrote its scores."""
-_STATUS = {"finished": "finished", "failed": "failed", "diverged": "diverged"}
+_ENDED = ("finished", "failed", "diverged")
 
 
 def collect(study: StudyConfig) -> pd.DataFrame:
@@ -61,7 +62,7 @@ def _row(study: StudyConfig, member: Member) -> dict[str, Any]:
         **{key: row[key] for key in ("run", "group", "role", "kind", "seed", "samples", "tokens", "unique_images")},
         **{key: row[key] for key in ("epochs", "batch", "steps", "lr_peak")},
         "flops_model": row["flops"],
-        "status": _STATUS.get(member.state, "running"),
+        "status": member.state if member.state in _ENDED else "running",
     }
     if config is None:  # its learning rate waits for the sweep
         return values
@@ -79,23 +80,12 @@ def _row(study: StudyConfig, member: Member) -> dict[str, Any]:
 
 
 def _of_recipe(config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]:
-    model, counts = config.model, count_parameters(config.model)
-    hidden = model.expert_hidden if model.moe else model.dense_hidden
+    model = config.model
+    facts = model_facts(model, count_parameters(model))
     return {
         "recipe_hash": recipe_hash(json.loads(config.model_dump_json())),
-        "depth": model.depth,
-        "width": model.C,
-        "experts": model.moe.num_experts if model.moe else 0,
-        "top_k": model.moe.top_k if model.moe else 0,
-        "shared": model.moe.shared_expert if model.moe else False,
-        "expert_hidden": hidden,
-        "granularity": 4 * model.C / hidden if model.moe else 1.0,
-        "params_total": counts.total,
-        "params_active": counts.active,
-        "params_matrix": counts.matrix,
-        "params_adaln": counts.adaln,
-        "params_embedding": counts.embedding,
-        "params_experts": counts.experts,
+        **facts,
+        "granularity": 4 * model.C / facts["expert_hidden"] if model.moe else 1.0,
         "warmup": phase_steps(config.optim, row["steps"])[0],
         "schedule": config.optim.schedule,
         "cooldown": config.optim.cooldown if config.optim.schedule == "wsd" else None,
@@ -106,13 +96,11 @@ def _of_recipe(config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]
 
 def _of_data(config: PretrainConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for path, keys in (
-        (config.data.tokens, ("tokenizer_hash", None)),
-        (config.data.heldout_tokens, (None, "heldout_images")),
-    ):
-        if path is not None and (path / INDEX_NAME).is_file():
-            index = ShardIndex.read(path)
-            found |= {keys[0]: index.made_by.identity} if keys[0] else {str(keys[1]): index.num_samples}
+    tokens, heldout = config.data.tokens, config.data.heldout_tokens
+    if tokens is not None and (tokens / INDEX_NAME).is_file():
+        found["tokenizer_hash"] = ShardIndex.read(tokens).made_by.identity
+    if heldout is not None and (heldout / INDEX_NAME).is_file():
+        found["heldout_images"] = ShardIndex.read(heldout).num_samples
     return found
 
 

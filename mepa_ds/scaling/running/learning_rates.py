@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,5 +50,6 @@ def replan_after_sweep(study: StudyConfig, members: Iterable[Member]) -> bool:
     if not any(member.row["waits_for_sweep"] for member in found) or not is_sweep_done(found):
         return False
     fit_sweep(study, [member.row for member in found])
-    write_plan(make_plan(study, with_memory=False))
+    memory = {member.name: member.row["memory_bytes"] for member in found}  # it does not depend on the rates
+    write_plan(replace(make_plan(study, with_memory=False), memory=memory))
     return True

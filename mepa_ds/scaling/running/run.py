@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mepa_ds.scaling.running.learning_rates import replan_after_sweep
 from mepa_ds.scaling.running.members import Member, member_of, set_stale_aside
 from mepa_ds.scaling.running.workers import Worker, last_lines, slots, start
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import make_plan, read_plan, write_plan
+from mepa_ds.scaling.study.plan import check_directory, make_plan, read_plan, write_plan
 
 _LOOK_SECONDS = 0.5
 _MOST_FAILURES_IN_A_ROW = 3
@@ -143,12 +143,13 @@ def run_study(study: StudyConfig, jobs: int) -> dict[str, Member]:
     return StudyRunner(study, jobs).run()
 
 
-def plan_if_needed(study: StudyConfig, note: Callable[[str], None] = log.note) -> None:
+def plan_if_needed(study: StudyConfig) -> None:
     """Writes the plan unless the study's output_dir has this very plan."""
+    check_directory(study)
     with suppress(UserError):
         read_plan(study)
         return
     plan = make_plan(study)
     for line in plan.warnings:
-        note(f"warning: {line}")
+        log.note(f"warning: {line}")
     write_plan(plan)

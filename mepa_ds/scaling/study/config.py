@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -207,9 +206,3 @@ class StudyConfig(Section):
     """Laws that the report fits; the plan refuses a design that cannot carry them."""
     diverged_above: Positive | None = None
     """A run whose mean cross-entropy of a record is above it has diverged and ends early; null: 1.5 ln(codebook)."""
-
-
-def study_path(study: Path | str) -> Path:
-    """Returns the study file of `study`, a file or the output_dir of a planned study."""
-    path = Path(study)
-    return path / "study.yaml" if path.is_dir() else path

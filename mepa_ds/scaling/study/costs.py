@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -38,16 +38,16 @@ def memory_of(study: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, float]:
     Raises:
         UserError: a run does not fit into the memory of a rank.
     """
-    plans: dict[str, Plan] = {}
+    plans: dict[tuple[str, int, int], Plan] = {}
     needed: dict[str, float] = {}
     memory = None if study.budget.memory_gb is None else study.budget.memory_gb * 1e9
     for run in tqdm(runs, desc="memory of the runs", unit="run", disable=None, leave=False):
         config = run.config
-        key = json.dumps([json.loads(config.model.model_dump_json()), run.batch, config.train.accumulation])
+        key = (config.model.model_dump_json(), run.batch, config.train.accumulation)
         if key not in plans:
             machine = this_machine(config, study.budget.ranks, memory)
             if memory is None and not torch.cuda.is_available() and study.budget.device is not None:
-                machine = type(machine)(machine.world_size, machine.is_gpu, None, machine.process)
+                machine = replace(machine, memory=None)
             plans[key] = plan_run(config, machine)
         if problems := plans[key].problems:
             raise UserError(f"{study.name}: run {run.name} does not fit: {'; '.join(problems)}")

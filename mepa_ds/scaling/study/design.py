@@ -7,11 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from mepa_ds.errors import UserError
-from mepa_ds.scaling.laws import MAX_CORRELATION
+from mepa_ds.scaling.laws import FITS, MAX_CORRELATION, ChinchillaFit, JointMoEFit
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.runs import StudyRun
 
-_PARAMETERS = {"chinchilla": 5, "data": 7, "power": 3, "joint-moe": 8, "isoflop": 5, "var": 5}
+_PARAMETERS = {law: len(fit.parameter_names) for law, fit in FITS.items()} | {
+    "isoflop": len(ChinchillaFit.parameter_names),  # of the surface beside its minima
+    "joint-moe": len(JointMoEFit.parameter_names) - len(("Es", "Em")),  # these are given
+}
 
 
 def check_design(study: StudyConfig, runs: Sequence[StudyRun]) -> None:
@@ -41,11 +44,9 @@ def check_different(study: StudyConfig, runs: Sequence[StudyRun]) -> None:
     """Raises UserError when two runs with different names would train the same model in the same way."""
     first: dict[str, str] = {}
     for run in runs:
-        same = {"output_dir", "branch_from", "log"}
+        key = run.config.model_dump_json(exclude={"output_dir", "branch_from", "log"})
         if run.point.lr_factor is None and study.lr.rule == "tuned":
-            key = run.config.model_dump_json(exclude=same) + "tuned"  # its rate is not that of the sweep's runs
-        else:
-            key = run.config.model_dump_json(exclude=same)
+            key += "tuned"  # its rate is not that of the sweep's runs
         if key in first:
             raise UserError(f"{study.name}: the runs {first[key]} and {run.name} are the same: leave one of them out")
         first[key] = run.name

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import shipped
+from mepa_ds.checkpoint.files import checkpoint_name
 from mepa_ds.config.base import read_yaml, set_key, validate
 from mepa_ds.config.model import preset_values
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.summary import ParameterCounts, count_parameters
-from mepa_ds.objective.flops import forward_flops
-from mepa_ds.scaling.sizes import size_values
+from mepa_ds.objective.flops import image_flops
+from mepa_ds.runtime.schedule import base_lr_of, peak_lr, phase_steps
+from mepa_ds.scaling.sizes import ladder_values, size_values
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.points import Point
 
-_LR_REFERENCE_BATCH = 256  # optim.base_lr is the rate at this batch
-FORWARD_AND_BACKWARD = 3
 _MOST_ROUNDED = 0.05  # of a length that the study file gives
 _OWNED = {
     "model.depth": "grids.*.sizes", "model.width": "grids.*.sizes", "model.num_heads": "grids.*.sizes",
@@ -77,7 +77,7 @@ class StudyRun:
 
     @property
     def lr_peak(self) -> float:
-        return self.config.optim.base_lr * self.batch / _LR_REFERENCE_BATCH
+        return peak_lr(self.config.optim, self.batch)
 
 
 class RunMaker:
@@ -99,16 +99,14 @@ class RunMaker:
     def run(self, point: Point) -> StudyRun:
         """Raises UserError for what is wrong with the recipe that would result; the message names the run."""
         study, where = self._study, f"{self._study.name}: run {point.name}"
-        values = json.loads(json.dumps(self._base))
-        for key, value in self._changes(point, where).items():
-            set_key(values, key, value, f"{where}: {key}")
+        values = self._values(point, where)
         config = validate(PretrainConfig, values, where)
         counts = self._count(config)
-        image_flops = FORWARD_AND_BACKWARD * forward_flops(config.model)
+        flops_of_image = sum(image_flops(config.model).values())
         samples = point.samples
         if samples is None:
             assert point.flops is not None
-            samples = max(round(point.flops / image_flops), 1)
+            samples = max(round(point.flops / flops_of_image), 1)
         steps = round(samples / config.train.global_batch)
         if abs(steps * config.train.global_batch / samples - 1) > _MOST_ROUNDED:
             raise UserError(
@@ -117,9 +115,7 @@ class RunMaker:
                 "smaller batch"
             )
         peak = self._peak_lr(point, counts.matrix, where)
-        values["optim"] = (values.get("optim") or {}) | {
-            "base_lr": peak * _LR_REFERENCE_BATCH / config.train.global_batch
-        }
+        values["optim"] = (values.get("optim") or {}) | {"base_lr": base_lr_of(peak, config.train.global_batch)}
         values["train"] = {k: v for k, v in values["train"].items() if k not in ("epochs", "samples")} | {
             "steps": steps
         }
@@ -133,7 +129,14 @@ class RunMaker:
             raise UserError(
                 f"{study.base}: data.heldout_tokens: a study's losses are of held-out images; name their set"
             )
-        return StudyRun(point.name, point, config, counts, steps, image_flops)
+        return StudyRun(point.name, point, config, counts, steps, flops_of_image)
+
+    def _values(self, point: Point, where: str) -> dict[str, Any]:
+        """Returns the base recipe with the point's settings, before its length and its rate."""
+        values: dict[str, Any] = json.loads(json.dumps(self._base))
+        for key, value in self._changes(point, where).items():
+            set_key(values, key, value, f"{where}: {key}")
+        return values
 
     def _changes(self, point: Point, where: str) -> dict[str, Any]:
         study = self._study
@@ -142,8 +145,8 @@ class RunMaker:
         except ValueError as error:
             raise UserError(f"{where}: {error}") from None
         changes: dict[str, Any] = {f"model.{key}": value for key, value in size.items()}
-        if "w" not in point.size and "adaln_gamma_init" not in self._base["model"]:  # a size of VAR's ladder
-            changes["model.adaln_gamma_init"] = preset_values(f"var-d{size['depth']}")["adaln_gamma_init"]
+        if "adaln_gamma_init" not in self._base["model"]:
+            changes |= {f"model.{key}": value for key, value in ladder_values(point.size).items()}
         changes |= study.set
         changes["model.moe"] = None if point.moe is None else point.moe.model_dump(mode="json")
         changes["seed"] = int(self._base.get("seed", 0)) + point.seed
@@ -179,11 +182,8 @@ class RunMaker:
 
     def matrix_of(self, size: str, where: str) -> int:
         """Returns params_matrix of the dense model of a size."""
-        values = json.loads(json.dumps(self._base))
         point = Point("", "fit", size, None, 1, None, None, None, 0)
-        for key, value in self._changes(point, where).items():
-            set_key(values, key, value, f"{where}: {key}")
-        return self._count(validate(PretrainConfig, values, where)).matrix
+        return self._count(validate(PretrainConfig, self._values(point, where), where)).matrix
 
     def _count(self, config: PretrainConfig) -> ParameterCounts:
         key = config.model.model_dump_json()
@@ -231,11 +231,11 @@ def with_branches(study: StudyConfig, runs: list[StudyRun]) -> list[StudyRun]:
     changed: dict[str, StudyRun] = {}
     for family in families.values():
         *shorter, trunk = sorted(family, key=lambda run: run.steps)
-        stable = math.floor(trunk.steps * (1 - trunk.config.optim.cooldown))
+        _, stable = _stable_steps(trunk)
         points = []
         for run in shorter:
-            first = run.steps - round(run.steps * run.config.optim.cooldown)
-            if first <= (run.config.optim.warmup_steps or 0):
+            warmed_up, first = _stable_steps(run)
+            if first <= warmed_up:
                 raise UserError(
                     f"{study.name}: run {run.name}: its cooldown would begin at step {first}, within the warm-up; take "
                     "fewer schedule.warmup_steps or longer runs"
@@ -243,11 +243,17 @@ def with_branches(study: StudyConfig, runs: list[StudyRun]) -> list[StudyRun]:
             if first > stable:  # nearly as long as the trunk, whose cooldown has begun by then
                 continue
             points.append(first)
-            source = run_directory(study, trunk.name) / "checkpoints" / f"step_{first:08d}"
+            source = run_directory(study, trunk.name) / "checkpoints" / checkpoint_name(first)
             changed[run.name] = _with(study, run, {"branch_from": str(source)}, trunk=trunk.name, first_step=first)
         if points:
             changed[trunk.name] = _with(study, trunk, {"log": {"keep_steps": sorted(set(points))}})
     return [changed.get(run.name, run) for run in runs]
+
+
+def _stable_steps(run: StudyRun) -> tuple[int, int]:
+    """Returns where the warm-up ends and where the cooldown begins, in steps."""
+    warmup, cooldown = phase_steps(run.config.optim, run.steps)
+    return warmup, run.steps - cooldown
 
 
 def _with(study: StudyConfig, run: StudyRun, values: dict[str, Any], **facts: Any) -> StudyRun:
