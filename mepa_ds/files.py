@@ -63,10 +63,16 @@ def make_way(path: Path) -> None:
     """
     if remove(path):
         return
-    names = (path.with_name(f"{path.name}.left{number}") for number in itertools.count(1))
+    aside = rename_aside(path, "left")
+    log.note(f"warning: {aside}: could not be removed, and is out of the way now; remove it when nothing uses it")
+
+
+def rename_aside(path: Path, word: str) -> Path:
+    """Renames `path` to `<path>.<word><number>`, the first that is free, and returns that."""
+    names = (path.with_name(f"{path.name}.{word}{number}") for number in itertools.count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     os.rename(path, aside)
-    log.note(f"warning: {aside}: could not be removed, and is out of the way now; remove it when nothing uses it")
+    return aside
 
 
 def check_writable(directory: Path, option: str) -> None:

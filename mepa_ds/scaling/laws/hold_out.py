@@ -13,20 +13,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mepa_ds.errors import UserError
-from mepa_ds.scaling.laws.chinchilla import fit_chinchilla
-from mepa_ds.scaling.laws.data_constrained import fit_data_constrained
+from mepa_ds.scaling.laws.chinchilla import ChinchillaFit, fit_chinchilla
+from mepa_ds.scaling.laws.data_constrained import DataConstrainedFit, fit_data_constrained
 from mepa_ds.scaling.laws.fitting.checks import Array, labels, numbers, size_groups
 from mepa_ds.scaling.laws.fitting.result import Fit
 from mepa_ds.scaling.laws.moe import fit_fine_grained_moe, fit_joint_moe, fit_routed
-from mepa_ds.scaling.laws.power import fit_power
+from mepa_ds.scaling.laws.moe_laws import FineGrainedMoEFit, JointMoEFit, RoutedFit
+from mepa_ds.scaling.laws.power import PowerFit, fit_power
 
 LAWS: Mapping[str, tuple[Callable[..., Fit], tuple[str, ...]]] = {
-    "power": (fit_power, ("x",)),
-    "chinchilla": (fit_chinchilla, ("N", "D")),
-    "data": (fit_data_constrained, ("N", "D", "unique")),
-    "routed": (fit_routed, ("N", "E")),
-    "joint-moe": (fit_joint_moe, ("N_active", "E", "D")),
-    "fine-grained-moe": (fit_fine_grained_moe, ("N", "G", "D")),
+    kind.law: (fit, kind.input_names)
+    for kind, fit in (
+        (PowerFit, fit_power),
+        (ChinchillaFit, fit_chinchilla),
+        (DataConstrainedFit, fit_data_constrained),
+        (RoutedFit, fit_routed),
+        (JointMoEFit, fit_joint_moe),
+        (FineGrainedMoEFit, fit_fine_grained_moe),
+    )
 }
 """Laws that predict a loss: how each is fitted, and its inputs, the size first."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from mepa_ds import log
 from mepa_ds.config.base import read_yaml, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
+from mepa_ds.files import rename_aside
 from mepa_ds.runtime.run_lock import is_held
 
 State = Literal["waiting", "planned", "running", "stopped", "finished", "failed", "diverged"]
@@ -79,9 +78,7 @@ def set_stale_aside(row: Mapping[str, Any]) -> Path | None:
     directory = Path(row["output_dir"])
     if not (directory / "resolved.yaml").is_file() or is_current(row) or is_held(directory):
         return None
-    names = (directory.with_name(f"{directory.name}.before{number}") for number in itertools.count(1))
-    aside = next(name for name in names if not os.path.lexists(name))
-    os.rename(directory, aside)
+    aside = rename_aside(directory, "before")
     log.note(f"{directory}: was trained by another recipe, which the study file has changed since; it is {aside} now")
     return aside
 
