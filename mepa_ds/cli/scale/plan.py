@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from mepa_ds.command_line.tables import aligned
 from mepa_ds.scaling.study.plan import check_directory, make_plan, plan_facts, read_study, write_plan
 
 
@@ -41,12 +42,7 @@ def main(argv: list[str]) -> None:
 
 def format_plan(facts: dict[str, Any], output_dir: Path, dry_run: bool) -> str:
     """Returns the plan as a person reads it."""
-    table = [_HEAD, *(_cells(row) for row in facts["runs"])]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEAD))]
-    lines = [
-        "  ".join(cell.ljust(width) if column < 2 else cell.rjust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (zip(cells, widths, strict=True) for cells in table)
-    ]
+    lines = aligned([_HEAD, *(_cells(row) for row in facts["runs"])], left=2)
     total = f"{len(facts['runs'])} runs, {facts['total_flops']:.3g} model FLOPs"
     if facts["total_device_hours"] is not None:
         total += f", {facts['total_device_hours']:.4g} device-hours"

@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from mepa_ds.cli.scale.moe_option import MoEText, moe_of
+from mepa_ds.command_line.tables import aligned
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import MoEConfig
 from mepa_ds.errors import UserError
@@ -21,7 +22,7 @@ from mepa_ds.scaling.fits import TableFit
 from mepa_ds.scaling.predict import Candidate, Prediction, predict
 from mepa_ds.scaling.report.document import find_document, input_columns, stale
 from mepa_ds.scaling.study.config import Budget, StudyConfig
-from mepa_ds.scaling.study.plan import LR_LAW_NAME
+from mepa_ds.scaling.study.plan import read_lr_law
 
 _DENSE_LAWS, _MOE_LAWS = ("data", "chinchilla"), ("joint-moe", "data", "chinchilla")
 
@@ -118,17 +119,13 @@ def _unique_images(document: Mapping[str, Any]) -> int | None:
 def _models(sizes: Sequence[str], study: StudyConfig | None, moe: MoEConfig | None) -> list[FamilyModel]:
     if study is None:
         return family_models(sizes or [f"d{depth}" for depth in VAR_DEPTHS], moe, {})
-    path = study.output_dir / LR_LAW_NAME
-    lr_law = json.loads(path.read_text()) if path.is_file() else None
-    return study_models(study, sizes or study_sizes(study), moe, lr_law)
+    return study_models(study, sizes or study_sizes(study), moe, read_lr_law(study))
 
 
 def format_prediction(found: Prediction, path: Path, warnings: Sequence[str]) -> str:
     """Returns the prediction as a person reads it."""
-    table = [_HEAD, *(_cells(candidate, candidate is found.best) for candidate in found.candidates)]
-    widths = [max(len(cells[column]) for cells in table) for column in range(len(_HEAD))]
     lines = [f"{found.flops:.4g} model FLOPs, law {found.law} of {path}"]
-    lines += ["  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    lines += aligned([_HEAD, *(_cells(candidate, candidate is found.best) for candidate in found.candidates)])
     best = found.best
     within = "" if best.interval is None else f" (95 %: {best.interval[0]:.4f} to {best.interval[1]:.4f})"
     lines.append(f"best: {best.model.size}, {best.images} images, loss {best.loss:.4f}{within}")

@@ -63,9 +63,7 @@ def make_plan(study: StudyConfig, with_memory: bool = True) -> StudyPlan:
         UserError: a recipe is wrong, two runs are the same, a run does not fit in memory, the budget is exceeded, or
             the design cannot carry one of the study's laws.
     """
-    law_path = study.output_dir / LR_LAW_NAME
-    law = json.loads(law_path.read_text()) if study.lr.rule == "tuned" and law_path.is_file() else None
-    maker = RunMaker(study, law)
+    maker = RunMaker(study, read_lr_law(study))
     points = points_of(study)
     runs = with_branches(study, [maker.run(point) for point in points])
     check_different(study, runs)
@@ -79,6 +77,15 @@ def make_plan(study: StudyConfig, with_memory: bool = True) -> StudyPlan:
         expected=expected_intervals(study, runs),
         warnings=tuple(warnings_of(study, runs)),
     )
+
+
+def read_lr_law(study: StudyConfig) -> dict[str, Any] | None:
+    """Returns the law of the study's sweep (rule tuned); None for other rules, and while the sweep is not done."""
+    path = study.output_dir / LR_LAW_NAME
+    if study.lr.rule != "tuned" or not path.is_file():
+        return None
+    law: dict[str, Any] = json.loads(path.read_text())
+    return law
 
 
 def check_directory(study: StudyConfig) -> None:
