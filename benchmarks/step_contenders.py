@@ -1,0 +1,183 @@
+"""The contenders of benchmarks/train_step.py: each is a function that takes one optimizer step.
+
+Shapes: B batch, L tokens of all scales, T = B L, C width, K choices a token, V codebook, N patches, P teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.public_way import PlainViT, PublicWay, interpolated_alignment, mask_of, masked_attention, masked_experts
+from mepa_ds.config.base import validate
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.tokenizer import TokenizerConfig
+from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder, codec_named
+from mepa_ds.data.training import TrainingBatch
+from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.models.attention import SelfAttention
+from mepa_ds.models.moe.dispatch import LocalDispatcher, SharedExpert
+from mepa_ds.models.moe.experts import Experts
+from mepa_ds.models.moe.routing import Routing
+from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective import objective as objective_module
+from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
+from mepa_ds.pretrain.inputs import InputMaker
+from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+CONTENDERS = (
+    "public", "public model", "ours", "-stored", "-prefixes", "-summed", "-dispatch", "-matrices", "-loss", "-engine",
+)  # fmt: skip
+NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def recipe(model: str, batch: int, dtype: str, compiled: bool = False) -> PretrainConfig:
+    """The recipe of a run at these sizes: stored tokens and features, one rank, ZeRO-2."""
+    return validate(
+        PretrainConfig,
+        {
+            "output_dir": "unused",
+            "tokenizer": "unused",
+            "data": {"tokens": "unused", "features": "unused"},
+            "model": NANO if model == "nano" else {"preset": model},
+            "objective": {} if "mepa" in model or model == "nano" else {"alignment": None},
+            "train": {"steps": 1000, "global_batch": batch},
+            "parallel": {"precision": dtype, "compile": compiled},
+        },
+        "recipe",
+    )
+
+
+class Contestants:
+    """Models, data and steps of one model size, batch and type. Random weights and data; all contenders have the same.
+
+    `step(name)` returns a function without arguments that takes one step of a contender.
+    """
+
+    def __init__(self, model: str, batch: int, dtype: str, device: torch.device):
+        self.config, self.device, self.dtype = recipe(model, batch, dtype), device, TYPES[dtype]
+        self._model_name, self._dtype_name = model, dtype
+        schedule = self.config.model.schedule
+        generator = torch.Generator().manual_seed(0)
+        tokens_BL = torch.randint(self.config.model.codebook_size, (batch, schedule.num_tokens), generator=generator)
+        labels_B = torch.randint(self.config.model.num_classes, (batch,), generator=generator)
+        self.tokenizer = Tokenizer(TokenizerConfig(scales=self.config.model.scales)).to(device).eval()
+        self.tokenizer.requires_grad_(False)
+        side = self.tokenizer.config.image_side
+        self.images_B3HW = (torch.rand(batch, 3, side, side, generator=generator) * 2 - 1).to(device)
+        self.aligned = self.config.objective.alignment is not None
+        self.teacher = PlainViT().to(device).eval().requires_grad_(False) if self.aligned else None
+        width, patches = PlainViT.WIDTH, (PlainViT.SIDE // PlainViT.PATCH) ** 2
+        self.feature_width = width if self.aligned else None
+        codec = codec_named("int8")
+        stored = codec.encode(torch.randn(batch, patches, width, generator=generator)) if self.aligned else {}
+        self.batch = TrainingBatch(
+            tokens_BL=tokens_BL,
+            labels_B=labels_B,
+            weight_B=torch.ones(batch),
+            positions_B=torch.arange(batch),
+            keys=("",) * batch,
+            next_position=batch,
+            stored_features=stored,
+            decoder=FeatureDecoder(codec) if self.aligned else None,
+        )
+        self.inputs = InputMaker(self.config.model, self.tokenizer.quantizer, 0, device)
+        self._engines: dict[bool, PretrainEngine] = {}
+        self._plain: tuple[PretrainingObjective, PublicWay, torch.optim.Optimizer] | None = None
+
+    def step(self, name: str) -> Callable[[], None]:
+        if name in ("public", "public model"):
+            return partial(self._public_step, online=name == "public")
+        if name == "-engine":
+            return self._step_without_engine
+        if name == "compiled":
+            return partial(self._our_step, compiled=True)
+        if name == "ours":
+            return self._our_step
+        if name == "-stored":
+            return partial(self._our_step, online=True)
+        return partial(self._without, WITHOUT[name])
+
+    # The public way.
+
+    def _plain_objective(self) -> tuple[PretrainingObjective, PublicWay, torch.optim.Optimizer]:
+        """fp32 weights of their own, the plain losses on them, and torch's AdamW."""
+        if self._plain is None:
+            transformer = NextScaleTransformer(self.config.model)
+            objective = PretrainingObjective(transformer, self.config.objective, self.feature_width).to(self.device)
+            objective.train()
+            fused = self.device.type == "cuda"
+            optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=fused)
+            self._plain = objective, PublicWay(objective), optimizer
+        return self._plain
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _public_step(self, online: bool) -> None:
+        objective, public, optimizer = self._plain_objective()
+        batch = self.batch.to(self.device)
+        tokens_BL, features_BNP = batch.tokens_BL, batch.features_BNC
+        if online:
+            tokens_BL, features_BNP = self._encode()
+        given = ModelInputs(
+            labels_B=batch.labels_B,
+            inputs_BLZ=interpolated_inputs(self.tokenizer, tokens_BL),
+            tokens_BL=tokens_BL,
+            features_BNP=features_BNP,
+            branch_scale_D2B=self.inputs.training(self.batch).branch_scale_D2B,
+        )
+        with self._autocast():
+            loss = public(given)
+        self._update_plain(objective, optimizer, loss)
+
+    def _encode(self) -> tuple[Tensor, Tensor | None]:
+        """Tokens in fp32, as VAR's trainer has them, and features under autocast."""
+        with torch.no_grad():
+            tokens_BL = self.tokenizer.encode(self.images_B3HW)
+            with self._autocast():
+                return tokens_BL, None if self.teacher is None else self.teacher(self.images_B3HW)
+
+    def _update_plain(self, objective: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+        loss.backward()
+        nn.utils.clip_grad_norm_(objective.parameters(), 2.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # Ours.
+
+    def _engine(self, compiled: bool = False) -> PretrainEngine:
+        if compiled not in self._engines:
+            config = recipe(self._model_name, len(self.batch.labels_B), self._dtype_name, compiled)
+            self._engines[compiled] = PretrainEngine(config, self.feature_width, self.device)
+        return self._engines[compiled]
+
+    def _our_step(self, online: bool = False, compiled: bool = False) -> None:
+        engine = self._engine(compiled)
+        inputs = self.inputs.training(self.batch)
+        if online:
+            tokens_BL, inputs.features_BNP = self._encode()
+            inputs.inputs_BLZ, inputs.tokens_BL = self.tokenizer.inputs_from_tokens(tokens_BL), tokens_BL
+        engine.begin_step()
+        engine.backward(engine.forward(inputs))
+        engine.update(1e-5)
+
+    def _step_without_engine(self) -> None:
+        objective, _, optimizer = self._plain_objective()
+        with self._autocast():
+            loss = objective(self.inputs.training(self.batch)).total
+        self._update_plain(objective, optimizer, loss)
+
+    def _without(self, switched_off: Callable[[PretrainingObjective], Any]) -> None:
+        with switched_off(self._engine().objective):
+            self._our_step()
