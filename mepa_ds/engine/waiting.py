@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from mepa_ds import distributed
+
 
 class WaitingClock:
     """Measures seconds by kind of wait. On a GPU a wait is the time in which the computation's stream stands still."""
@@ -27,7 +29,7 @@ class WaitingClock:
         """Measures the wait within the context (on a GPU: the call that makes the stream wait)."""
         if not self._on:
             yield
-        elif torch.cuda.is_available():
+        elif distributed.uses_gpu():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             yield

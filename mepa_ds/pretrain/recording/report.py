@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mepa_ds import distributed
 from mepa_ds.objective.objective import Losses
 
 
@@ -38,7 +39,7 @@ class StepClock:
     """
 
     def __init__(self, synchronous: bool, waited: Callable[[], float]):
-        self._synchronous = synchronous and torch.cuda.is_available()
+        self._synchronous = synchronous and distributed.uses_gpu()
         self._waited = waited
         self.seconds: dict[str, float] = {}
         self.waits: dict[str, float] = {}
