@@ -21,6 +21,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
+from mepa_ds.engine.grad_norm import take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
@@ -90,6 +91,7 @@ class PretrainEngine:
             config=deepspeed_config.build(config, dist.get_world_size()),
             dist_init_required=False,
         )
+        take_over_norm(self.zero)
         # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False

@@ -201,10 +201,10 @@ class _EngineMemory:
             "intermediate results": float(traced.intermediate),
             _EXCHANGED_NAME: float(traced.exchanged),
         }
-        temporaries = (1 if self._machine.is_gpu else 2) * _FP32 * largest
+        # A group's gradients become one flat tensor, and that an fp32 one. The fused AdamW needs no memory of its own.
         optimizer = state | {
             "gradients": self._low * partition + _FP32 * largest,
-            "intermediate results": temporaries,
+            "intermediate results": self._low * largest if self._low != _FP32 else 0.0,
         }
         encoding = {}
         if networks.working is not None:
