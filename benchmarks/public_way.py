@@ -55,7 +55,7 @@ def masked_experts(x_TC: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: A
 def interpolated_alignment(
     z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: tuple[int, ...]
 ) -> Tensor:
-    """MEPA's guidance loss by interpolation: minus the sum over `scales` of the mean cosine of aggregate and teacher."""
+    """MEPA's guidance loss by interpolation: minus the summed mean cosines of the teacher and the scales' aggregates."""
     grid = math.isqrt(features_BNP.shape[1])
     teacher_BNP, total, cosine = F.normalize(features_BNP.float(), dim=-1), None, 0.0
     for scale in range(max(scales)):

@@ -6,14 +6,12 @@ Shapes: B batch, L tokens of all scales, T = B L, C width, K choices a token, V 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,15 +19,13 @@ from benchmarks.public_way import PlainViT, PublicWay, interpolated_alignment, m
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder, codec_named
+from mepa_ds.data.codecs import FeatureDecoder, codec_named
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.models.attention import SelfAttention
 from mepa_ds.models.moe.dispatch import LocalDispatcher, SharedExpert
 from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective import objective as objective_module
 from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -37,6 +33,7 @@ from mepa_ds.tokenizer.tokenizer import Tokenizer
 CONTENDERS = (
     "public", "public model", "ours", "-stored", "-prefixes", "-summed", "-dispatch", "-matrices", "-loss", "-engine",
 )  # fmt: skip
+ALL = (*CONTENDERS, "compiled")
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -181,3 +178,77 @@ class Contestants:
     def _without(self, switched_off: Callable[[PretrainingObjective], Any]) -> None:
         with switched_off(self._engine().objective):
             self._our_step()
+
+
+def interpolated_inputs(tokenizer: Tokenizer, tokens_BL: Tensor) -> Tensor:
+    """The transformer's inputs as VAR computes them: codes enlarged by bicubic interpolation, scale by scale."""
+    quantizer = tokenizer.quantizer
+    f_hat_BCHW = quantizer.empty_f_hat(len(tokens_BL))
+    inputs = []
+    for k, tokens_Bl in enumerate(quantizer.schedule.split(tokens_BL)[:-1]):
+        f_hat_BCHW = quantizer.add_scale(f_hat_BCHW, tokens_Bl, k)
+        inputs.append(quantizer.next_input(f_hat_BCHW, k))
+    return torch.cat(inputs, dim=1).detach()
+
+
+class MaskLoopDispatcher:
+    """Boolean-mask experts with our dispatcher's interface."""
+
+    def __call__(
+        self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
+    ) -> Tensor:
+        y_TC = masked_experts(x_TC, routing.expert_index_TK, routing.weight_TK.to(x_TC.dtype), experts)
+        return y_TC if shared_expert is None else y_TC + shared_expert(x_TC)
+
+
+@contextmanager
+def _without_dispatch(objective: PretrainingObjective) -> Iterator[None]:
+    ffns: list[Any] = [block.ffn for block in objective.transformer.blocks]  # type: ignore[union-attr]
+    layers = [ffn for ffn in ffns if hasattr(ffn, "dispatcher")]
+    for layer in layers:
+        layer.dispatcher = MaskLoopDispatcher()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.dispatcher = LocalDispatcher()
+
+
+@contextmanager
+def _without_prefixes(objective: PretrainingObjective) -> Iterator[None]:
+    mask_11LL = mask_of(objective.transformer.schedule, objective.transformer.head.weight.device)
+
+    def attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bounds: object, softmax_scale: float) -> Tensor:
+        return masked_attention(q_BHLD, k_BHLD, v_BHLD, mask_11LL, softmax_scale).transpose(1, 2)
+
+    with patch("mepa_ds.models.attention.prefix_attention", attention):
+        yield
+
+
+def _without_summed(objective: PretrainingObjective) -> Any:
+    def slices(x_BHLD: Tensor, ends: Sequence[int]) -> tuple[Tensor, ...]:
+        return tuple(x_BHLD[:, :, :end] for end in ends)
+
+    return patch("mepa_ds.models.attention.prefixes", slices)
+
+
+def _without_matrices(objective: PretrainingObjective) -> Any:
+    return patch("mepa_ds.objective.objective.alignment_loss", interpolated_alignment)
+
+
+def _without_loss(objective: PretrainingObjective) -> Any:
+    def scores(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits_BLV.float()
+        ce_BL = F.cross_entropy(logits.transpose(1, 2), tokens_BL, reduction="none")
+        return ce_BL, (logits.detach().argmax(-1) == tokens_BL).float()
+
+    return patch("mepa_ds.objective.objective.token_scores", scores)
+
+
+WITHOUT: dict[str, Callable[[PretrainingObjective], Any]] = {
+    "-prefixes": _without_prefixes,
+    "-summed": _without_summed,
+    "-dispatch": _without_dispatch,
+    "-matrices": _without_matrices,
+    "-loss": _without_loss,
+}

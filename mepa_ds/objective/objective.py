@@ -66,9 +66,7 @@ class Losses:
         return replace(self, total=self.total.detach(), routing=routing)
 
 
-def sum_scales(
-    ce_BL: Tensor, hits_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None
-) -> ScaleScores:
+def sum_scales(ce_BL: Tensor, hits_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None) -> ScaleScores:
     """Cross-entropy (nats) and top-1 hits of every scale, summed over images (each times its weight, if given).
 
     Scales beyond the end of `ce_BL` have sums of 0, also of tokens.

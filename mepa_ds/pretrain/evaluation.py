@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import lockstep, report_damaged
