@@ -14,7 +14,8 @@ G  checkpoints   what they cost a run                                           
 H  sampling      images a second at 1, 8 and 64                                          (benchmarks/sampling.py)
 
 Each command is a process with a time limit of its own. A result is one JSON line, on stdout and in OUT/gpu.jsonl, at
-once: whatever stops the program, only the command that runs then is lost. OUT/gpu.log has all other output.
+once: whatever stops the program, only the command that runs then is lost. OUT/gpu.log has all other output. Ends with
+1 if a command failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -105,10 +108,8 @@ class Running:
 
     def kill(self) -> None:
         if self._process is not None:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self._process = None
 
     def _stop(self, number: int, _: object) -> None:
@@ -121,8 +122,8 @@ def environment_of(device: str) -> dict[str, str]:
     return os.environ | hidden | {"DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
 
 
-def run(part: str, command: Command, device: str, report: Report, running: Running, seconds: float) -> None:
-    """Runs a command for at most `seconds`; every result it makes is written at once."""
+def run(part: str, command: Command, device: str, report: Report, running: Running, seconds: float) -> bool:
+    """Runs a command for at most `seconds`, writes every result at once, and returns whether all went well."""
     with tempfile.TemporaryDirectory(prefix="gpu_benchmark_") as directory:
         figures = Path(directory) / "figures.json"
         words = [sys.executable, str(HERE / command.program), *command.arguments]
@@ -144,6 +145,7 @@ def run(part: str, command: Command, device: str, report: Report, running: Runni
             report.result(part, **json.loads(figures.read_text()))
         took = time.monotonic() - started
         report.result(part, command=str(command), ended=ended, status=process.returncode, seconds=took)
+    return ended == "ok"
 
 
 def _read(process: subprocess.Popen[str], report: Report, part: str) -> None:
@@ -169,9 +171,10 @@ def as_result(line: str) -> dict[str, Any] | None:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    import triton
-
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]}
+    found: dict[str, Any] = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for library in ("triton", "deepspeed"):
+        with suppress(metadata.PackageNotFoundError):
+            found[library] = metadata.version(library)
     if device == "cpu":
         return found | {"device": cpu_name()}
     properties = torch.cuda.get_device_properties(0)
@@ -202,13 +205,15 @@ def main() -> None:
     deadline = time.monotonic() + options.budget
     report, running = Report(options.out), Running()
     report.result("machine", **machine(options.device))
+    all_well = True
     for letter in letters:
         for command in commands_of(letter, options.device, options.tiny):
             left = deadline - time.monotonic()
             if left < min(LEAST_SECONDS, command.seconds):
                 report.result(letter, command=str(command), ended="not started")
                 continue
-            run(letter, command, options.device, report, running, min(command.seconds, left))
+            all_well &= run(letter, command, options.device, report, running, min(command.seconds, left))
+    raise SystemExit(int(not all_well))
 
 
 if __name__ == "__main__":
