@@ -11,12 +11,15 @@ V codebook, N patches, P teacher width.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mepa_ds.models.feed_forward import FeedForward
+from mepa_ds.models.moe.experts import Experts
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.objective.alignment import NORM_EPS as ALIGNMENT_EPS
 from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
@@ -37,15 +40,15 @@ def masked_attention(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask_11LL: 
     return F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask, scale=softmax_scale)
 
 
-def masked_experts(x_TC: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Any) -> Tensor:
+def masked_experts(
+    x_TC: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]
+) -> Tensor:
     """A loop over experts that picks each one's rows by a boolean mask, and puts them back by it."""
-    num_choices = index_TK.shape[1]
-    x_RC, index_R = x_TC.repeat_interleave(num_choices, dim=0), index_TK.flatten()
+    x_RC, index_R = x_TC.repeat_interleave(index_TK.shape[1], dim=0), index_TK.flatten()
     y_RC = None
-    for e in range(experts.num_experts):
-        mine_R = index_R == e
-        hidden = F.linear(x_RC[mine_R], experts.fc1_weight[e], experts.fc1_bias[e])
-        y = F.linear(F.gelu(hidden, approximate="tanh"), experts.fc2_weight[e], experts.fc2_bias[e])
+    for number, expert in enumerate(experts):
+        mine_R = index_R == number
+        y = expert(x_RC[mine_R])
         y_RC = y.new_empty(x_RC.shape) if y_RC is None else y_RC
         y_RC[mine_R] = y
     assert y_RC is not None
@@ -55,7 +58,7 @@ def masked_experts(x_TC: Tensor, index_TK: Tensor, weight_TK: Tensor, experts: A
 def interpolated_alignment(
     z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: tuple[int, ...]
 ) -> Tensor:
-    """MEPA's guidance loss by interpolation: minus the summed mean cosines of the teacher and the scales' aggregates."""
+    """MEPA's guidance loss by interpolation: minus the summed mean cosines of teacher and aggregates."""
     grid = math.isqrt(features_BNP.shape[1])
     teacher_BNP, total, cosine = F.normalize(features_BNP.float(), dim=-1), None, 0.0
     for scale in range(max(scales)):
@@ -72,11 +75,15 @@ def interpolated_alignment(
 
 
 class PublicWay(nn.Module):
-    """The plain step's losses, on the weights of `objective` (which must have all experts)."""
+    """The plain step's losses, on the weights of `objective`, which it takes over: each expert becomes a module."""
 
     def __init__(self, objective: PretrainingObjective):
         super().__init__()
         self.objective = objective
+        blocks: list[Any] = list(objective.transformer.blocks)
+        for ffn in (block.ffn for block in blocks):
+            if isinstance(ffn, MoEFeedForward):
+                ffn.experts = separate_experts(ffn.experts)  # type: ignore[assignment]
         self.mask_11LL: Tensor
         weight = objective.transformer.head.weight
         self.register_buffer("mask_11LL", mask_of(objective.transformer.schedule, weight.device), persistent=False)
@@ -135,7 +142,7 @@ class PublicWay(nn.Module):
         if isinstance(block.ffn, MoEFeedForward):
             branch, balance = self._mixture(block.ffn, normed, scale_L)
         else:
-            branch = _feed_forward(block.ffn, normed)
+            branch = block.ffn(normed)
         return x_BLC + branch.mul(gamma2) * kept[1], balance
 
     def _mixture(self, layer: MoEFeedForward, x_BLC: Tensor, scale_L: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,14 +155,23 @@ class PublicWay(nn.Module):
             weight_TK, index_TK = probs_TE.topk(router.top_k, dim=-1)
             share_E = F.one_hot(index_TK, layer.num_experts).sum(1).float().mean(0) / router.top_k
             balance = layer.num_experts * (share_E * probs_TE.mean(0)).sum()
-        y_TC = masked_experts(x_TC, index_TK, weight_TK, layer.experts)
+        y_TC = masked_experts(x_TC, index_TK, weight_TK, list(layer.experts))  # type: ignore[call-overload]
         if layer.shared is not None:
-            y_TC = y_TC + _feed_forward(layer.shared, x_TC)
+            y_TC = y_TC + layer.shared(x_TC)
         return y_TC.view_as(x_BLC), balance
 
 
-def _feed_forward(ffn: Any, x: Tensor) -> Tensor:
-    return ffn.fc2(F.gelu(ffn.fc1(x), approximate="tanh"))
+def separate_experts(experts: Experts) -> nn.ModuleList:
+    """The stacked experts as modules with weights of their own."""
+    modules = nn.ModuleList()
+    for number in range(experts.num_experts):
+        expert = FeedForward(experts.fc1_weight.shape[2], experts.fc1_weight.shape[1])
+        for layer, name in ((expert.fc1, "fc1"), (expert.fc2, "fc2")):
+            for part in ("weight", "bias"):
+                stacked = getattr(experts, f"{name}_{part}")
+                setattr(layer, part, nn.Parameter(stacked[number].detach().clone()))
+        modules.append(expert)
+    return modules
 
 
 class PlainViT(nn.Module):

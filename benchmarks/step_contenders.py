@@ -31,7 +31,7 @@ from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 CONTENDERS = (
-    "public", "public model", "ours", "-stored", "-prefixes", "-summed", "-dispatch", "-matrices", "-loss", "-engine",
+    "public", "public model", "ours", "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
 )  # fmt: skip
 ALL = (*CONTENDERS, "compiled")
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
@@ -90,39 +90,39 @@ class Contestants:
         )
         self.inputs = InputMaker(self.config.model, self.tokenizer.quantizer, 0, device)
         self._engines: dict[bool, PretrainEngine] = {}
-        self._plain: tuple[PretrainingObjective, PublicWay, torch.optim.Optimizer] | None = None
+        self._plains: dict[bool, tuple[nn.Module, torch.optim.Optimizer]] = {}
 
     def step(self, name: str) -> Callable[[], None]:
         if name in ("public", "public model"):
             return partial(self._public_step, online=name == "public")
-        if name == "-engine":
+        if name == "no-engine":
             return self._step_without_engine
         if name == "compiled":
             return partial(self._our_step, compiled=True)
         if name == "ours":
             return self._our_step
-        if name == "-stored":
+        if name == "no-stored":
             return partial(self._our_step, online=True)
         return partial(self._without, WITHOUT[name])
 
     # The public way.
 
-    def _plain_objective(self) -> tuple[PretrainingObjective, PublicWay, torch.optim.Optimizer]:
-        """fp32 weights of their own, the plain losses on them, and torch's AdamW."""
-        if self._plain is None:
+    def _plain(self, public: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Losses with fp32 weights of their own, by the public way or ours, and torch's AdamW."""
+        if public not in self._plains:
             transformer = NextScaleTransformer(self.config.model)
-            objective = PretrainingObjective(transformer, self.config.objective, self.feature_width).to(self.device)
-            objective.train()
+            losses: nn.Module = PretrainingObjective(transformer, self.config.objective, self.feature_width)
+            losses = (PublicWay(losses) if public else losses).to(self.device).train()  # type: ignore[arg-type]
             fused = self.device.type == "cuda"
-            optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=fused)
-            self._plain = objective, PublicWay(objective), optimizer
-        return self._plain
+            optimizer = torch.optim.AdamW(losses.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=fused)
+            self._plains[public] = losses, optimizer
+        return self._plains[public]
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def _public_step(self, online: bool) -> None:
-        objective, public, optimizer = self._plain_objective()
+        public, optimizer = self._plain(public=True)
         batch = self.batch.to(self.device)
         tokens_BL, features_BNP = batch.tokens_BL, batch.features_BNC
         if online:
@@ -136,7 +136,7 @@ class Contestants:
         )
         with self._autocast():
             loss = public(given)
-        self._update_plain(objective, optimizer, loss)
+        self._update_plain(public, optimizer, loss)
 
     def _encode(self) -> tuple[Tensor, Tensor | None]:
         """Tokens in fp32, as VAR's trainer has them, and features under autocast."""
@@ -170,7 +170,7 @@ class Contestants:
         engine.update(1e-5)
 
     def _step_without_engine(self) -> None:
-        objective, _, optimizer = self._plain_objective()
+        objective, optimizer = self._plain(public=False)
         with self._autocast():
             loss = objective(self.inputs.training(self.batch)).total
         self._update_plain(objective, optimizer, loss)
@@ -191,13 +191,24 @@ def interpolated_inputs(tokenizer: Tokenizer, tokens_BL: Tensor) -> Tensor:
     return torch.cat(inputs, dim=1).detach()
 
 
+def _each(experts: Experts) -> list[Callable[[Tensor], Tensor]]:
+    """Every expert as a function. One unbind makes all views: the gradient of an index would fill the whole stack."""
+    stacks = [p.unbind() for p in (experts.fc1_weight, experts.fc1_bias, experts.fc2_weight, experts.fc2_bias)]
+
+    def expert(w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, x: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh"), w2, b2)
+
+    return [partial(expert, *weights) for weights in zip(*stacks, strict=True)]
+
+
 class MaskLoopDispatcher:
     """Boolean-mask experts with our dispatcher's interface."""
 
     def __call__(
         self, x_TC: Tensor, routing: Routing, experts: Experts, shared_expert: SharedExpert | None = None
     ) -> Tensor:
-        y_TC = masked_experts(x_TC, routing.expert_index_TK, routing.weight_TK.to(x_TC.dtype), experts)
+        weight_TK = routing.weight_TK.to(x_TC.dtype)
+        y_TC = masked_experts(x_TC, routing.expert_index_TK, weight_TK, _each(experts))
         return y_TC if shared_expert is None else y_TC + shared_expert(x_TC)
 
 
@@ -246,9 +257,9 @@ def _without_loss(objective: PretrainingObjective) -> Any:
 
 
 WITHOUT: dict[str, Callable[[PretrainingObjective], Any]] = {
-    "-prefixes": _without_prefixes,
-    "-summed": _without_summed,
-    "-dispatch": _without_dispatch,
-    "-matrices": _without_matrices,
-    "-loss": _without_loss,
+    "no-prefixes": _without_prefixes,
+    "no-summed": _without_summed,
+    "no-dispatch": _without_dispatch,
+    "no-matrices": _without_matrices,
+    "no-loss": _without_loss,
 }

@@ -7,14 +7,14 @@ public          plain PyTorch: tokenizer and ViT-B/14 teacher run at every step,
                 interpolated guidance, autocast over fp32 weights, torch's AdamW (benchmarks/public_way.py)
 public model    the same without tokenizer and teacher: tokens and features are given
 ours            the trainer's step on stored tokens and int8 features, by the engine (ZeRO-2 on one rank)
--NAME           ours without one gain:
-  -stored       tokens are encoded and features computed at every step
-  -prefixes     attention by one call with a mask instead of one call a scale on its prefix
-  -summed       gradients of keys and values by slices instead of summed in one buffer
-  -dispatch     boolean-mask experts instead of sorted rows
-  -matrices     guidance by bicubic interpolation instead of fixed matrices
-  -loss         cross-entropy of a transposed copy of all logits in fp32 instead of row by row in chunks
-  -engine       autocast over fp32 weights and torch's AdamW instead of the engine
+no-NAME         ours without one gain:
+  no-stored      tokens are encoded and features computed at every step
+  no-prefixes    attention by one call with a mask instead of one call a scale on its prefix
+  no-summed      gradients of keys and values by slices instead of summed in one buffer
+  no-dispatch    boolean-mask experts instead of sorted rows
+  no-matrices    guidance by bicubic interpolation instead of fixed matrices
+  no-loss        cross-entropy of a transposed copy of all logits in fp32 instead of row by row in chunks
+  no-engine      autocast over fp32 weights and torch's AdamW instead of the engine
 compiled        ours with parallel.compile
 
 A step is inputs, forward, backward, clipping and AdamW. Every contender runs once a round, in turn, so that a slow
