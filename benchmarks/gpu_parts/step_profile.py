@@ -150,7 +150,6 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     start_rank()
     contestants = Contestants(options.model, options.batch, options.dtype, device)
-    del contestants.tokenizer, contestants.teacher  # of no use here, and not in the plan
     config = contestants.config
     step = Step(contestants, PretrainEngine(config, contestants.feature_width, device))
     seconds = whole_steps(step, device, options.rounds)
