@@ -3,10 +3,12 @@
 The numbers are those of this project's code, call by call: tests count the real calls of a few ranks. The page cache of
 a node, which saves bytes but no opens, is left out.
 
-    loader, a rank      once     index.json of each set: opened, and 3 looks for what lies beside it
-                        a shard  its offset index: a look, opened, read whole; its tar: opened, size asked
-    checkpoint          a rank writes one file, reads it again for its digest; the main rank looks twice at each, and
-                        writes the table of contents, run.json and manifest.json
+    loader       each rank opens index.json of a set, after 5 looks at what is there; of each shard that it meets it
+                 opens the offset index (2 looks), reads it whole, and opens the tar (a look)
+    checkpoint   each rank writes one file and opens it again for its digest; the main rank looks twice at each file,
+                 and writes the table of contents, run.json and manifest.json in 10 opens
+    resuming     each rank opens manifest.json, run.json, the table of contents twice, one file for its digest and
+                 its own to read it
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 
-_OFFSET_BYTES = 60
-"""Of a sample in an offset index: key, label, offset and size of each member. Its file has 2 kB more."""
+LOOKS_A_SET, LOOKS_A_SHARD = 5, 3
+_OFFSET_BYTES, _OFFSET_FILE_BYTES = 64, 2700
+"""Of a sample in an offset index (key, label, offset and size of each member); of the file beside these."""
 _ENTRY_BYTES = 330
 """Of a shard in index.json."""
 
@@ -66,7 +69,9 @@ def loader_files(
     rank_N = np.arange(len(samples_N)) % global_batch // (global_batch // world_size)
     pairs = np.unique(rank_N * len(sizes) + shard_N)  # each rank opens each of its shards once
     most = int(np.bincount(pairs // len(sizes)).max())
-    indices = float(np.take(np.asarray(sizes), pairs % len(sizes)).sum()) * _OFFSET_BYTES + len(pairs) * 2000
+    indices = (
+        float(np.take(np.asarray(sizes), pairs % len(sizes)).sum()) * _OFFSET_BYTES + len(pairs) * _OFFSET_FILE_BYTES
+    )
     tables = world_size * len(sizes) * _ENTRY_BYTES
     return FileWork(
         opened=num_sets * (world_size + 2 * len(pairs)),
@@ -76,14 +81,11 @@ def loader_files(
     )
 
 
-LOOKS_A_SET, LOOKS_A_SHARD = 5, 2
-
-
 def checkpoint_files(world_size: int, size: float) -> FileWork:
     """Returns what all ranks do to write a checkpoint of `size` bytes, and to read it again for the digests."""
     return FileWork(opened=2 * world_size + 10, looked_at=2 * world_size, bytes=2 * size)
 
 
 def resume_files(world_size: int, size: float) -> FileWork:
-    """Returns what all ranks do to resume on as many ranks: each checks its share of the files, and reads its own."""
-    return FileWork(opened=7 * world_size, looked_at=2 * world_size, bytes=2 * size)
+    """Returns what all ranks do to resume on as many ranks: they check all files, and each reads its own."""
+    return FileWork(opened=6 * world_size + 2, looked_at=world_size + 2, bytes=2 * size)

@@ -65,7 +65,7 @@ class Assumptions:
     memory_share: float = 0.78
     """Share of the memory's bandwidth that all other operators reach (2.6 of 3.35 TB/s)."""
     traffic_share: float = 1.0
-    """Share of the other operators' bytes that is left by fusing them: 1 is eager PyTorch; torch.compile leaves less."""
+    """Share of the other operators' bytes that fusing them leaves: 1 is eager PyTorch, torch.compile leaves less."""
     link_share: float = 0.8
     """Share of NVLink's and the network's bandwidth that collectives reach."""
     hidden_share: float = 0.8
@@ -76,5 +76,7 @@ class Assumptions:
     """Microseconds that Python and PyTorch take to launch an operator."""
     latency_us: float = 15.0
     """Microseconds of a message, however short; a collective of n ranks takes log2(n) of them."""
+    usable_memory: float = 0.9
+    """Share of a device's memory that a plan may fill; the allocator and NCCL have the rest."""
     launches_ahead: bool = True
     """A device works while its host launches the next operators; a CPU does not."""

@@ -16,12 +16,19 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 _GATHERS = {"aten::index_select", "aten::gather", "aten::embedding", "aten::index"}
 _ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 """What attention is here; PyTorch counts the operators of GPUs alone."""
-_NO_KERNEL = {"prim::device", "aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view"}
+_NO_KERNEL = {
+    "prim::device",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::_unsafe_view",
+}
 
 
 @dataclass(frozen=True)
 class Operators:
-    """Sums over all operators of a pass. All of them grow linearly with the images, beside a constant of the weights."""
+    """Sums over all operators of a pass. They grow linearly with the images, beside a constant of the weights."""
 
     matrix_flops: float
     """Floating-point operations of matrix products, attention and convolutions; recomputed ones too."""

@@ -103,7 +103,7 @@ def _search(
         work = workload.of_rank(layout.ep_size, layout.micro_batch, world_size)
         memory = needed[key].peak + (work.bucket_bytes if layout.overlap else 0.0)  # DeepSpeed fills a second bucket
         least = min(least, memory)
-        if cluster.device_memory is None or memory <= cluster.device_memory:
+        if cluster.device_memory is None or memory <= cluster.device_memory * assumed.usable_memory:
             seconds = step_seconds(work, layout, cluster, assumed)
             mfu = flops.mfu(needed[key].step_flops, sum(seconds.values()), cluster.peak_flops, world_size)
             fitting.append(Simulated(layout, seconds, memory, mfu))
@@ -111,11 +111,9 @@ def _search(
         assert cluster.device_memory is not None
         again = workload.config.parallel.activation_checkpointing == "none"
         remedy = "parallel.activation_checkpointing=blocks" if again else "a smaller model or a smaller global batch"
-        return Found(
-            world_size,
-            reason=f"does not fit: {least / 1e9:.1f} GB at least, {cluster.device_memory / 1e9:.1f} GB are there; "
-            f"try {remedy}",
-        )
+        usable = cluster.device_memory * assumed.usable_memory
+        line = f"does not fit: {least / 1e9:.1f} GB at least, {usable / 1e9:.1f} GB are usable; try {remedy}"
+        return Found(world_size, reason=line)
     return Found(world_size, sorted(fitting, key=lambda simulated: simulated.step_seconds))
 
 

@@ -10,6 +10,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.errors import UserError
+from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective import flops
 from mepa_ds.planning.cluster.operators import OperatorCount, Operators
 from mepa_ds.planning.frozen_networks import FrozenNetworks
@@ -77,6 +78,9 @@ class Workload:
         progress = tqdm(tasks, "running micro-batches without numbers", delay=5, leave=False, disable=None)
         self._measured = {task: self._measure(*task) for task in progress}
         self._traced_ep = max(ep_sizes)
+        projector = self.micro_batch(max(ep_sizes), images[0])[0].traced.num_elements["projector"]
+        elements = count_parameters(config.model).total + projector
+        self.checkpoint_bytes = float(4 * elements * (4 if config.optim.ema else 3))
         self.sample_bytes, self.assumed = _sample_bytes(config, next(iter(self._measured.values()))[0].networks)
 
     def _measure(self, ep_size: int, images: int) -> tuple[MicroBatch, Operators]:
