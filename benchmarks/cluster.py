@@ -4,11 +4,12 @@
 
 Each case trains a small mixture of experts with DeepSpeed on gloo ranks, on random tokens: other sizes of models, of
 micro-batches, of expert-parallel groups, and more or less accumulation. A step's time is the processor time of all its
-ranks over the cores that they can use, the least of several steps: on CPUs also messages are work of the processor, and
-other work on the machine disturbs this number least (`wall_seconds` is the clock's). The simulation says for each case how many operations, bytes, launches, and bytes
-and messages between ranks a step has; the five rates of this machine that turn these into seconds are fitted to some
-cases (least squares of relative errors, none below 0), and the others are predicted by the very function that the
-command uses. Ranks beyond the number of cores share these: their rates are that much lower.
+ranks over the cores that they can use, the least of several steps: on CPUs messages too are work of the processor, and
+other work on the machine disturbs this number least (`wall_seconds` is the clock's). The simulation says for each case
+how many operations, bytes, launches, and bytes and messages between ranks a step has. The five rates of this machine
+that turn these into seconds are fitted to some cases (least squares of relative errors, none below 0), and the others
+are predicted by the very function that the command uses. Ranks beyond the number of cores share these: their rates are
+that much lower.
 
 Three splits: the fit sees one and two ranks, and predicts four; it sees the small model, and predicts the large one; it
 sees all but one case, and predicts that one.

@@ -106,10 +106,12 @@ def _sample_batch(
     x_BlC = model.first_input(class_BC)
     total = f_hat.new_zeros(())  # of all logits: NaN or infinite if any of them is
     for scale in range(schedule.num_scales):
-        logits_BlV = model.logits(model.run_scale(x_BlC, modulations, scale, caches), class_BC).float()
         ratio = scale / max(schedule.num_scales - 1, 1)
-        if guided:
-            t = cfg * ratio
+        t = cfg * ratio
+        x_BlC = model.run_scale(x_BlC, modulations, scale, caches)
+        rows = len(class_BC) if t else B  # without a weight the unconditional rows only leave their keys and values
+        logits_BlV = model.logits(x_BlC[:rows], class_BC[:rows]).float()
+        if t:
             logits_BlV = (1 + t) * logits_BlV[:B] - t * logits_BlV[B:]
         total = total + logits_BlV.sum()
         if draw.generator is not None:  # torch.multinomial would fail on them with a message of its own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -64,7 +65,7 @@ class Workload:
     Raises UserError for a run that makes its tokens online: decoding images is not modelled.
     """
 
-    def __init__(self, config: PretrainConfig, ep_sizes: list[int], images: tuple[int, int], is_gpu: bool = True):
+    def __init__(self, config: PretrainConfig, ep_sizes: Sequence[int], images: tuple[int, int], is_gpu: bool = True):
         if config.data.tokens is None:
             raise UserError(
                 "data.images: the simulation knows precomputed sets; give data.tokens (and data.features), whether "
