@@ -24,7 +24,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ import tyro
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.measuring import peak_memory
 from benchmarks.moe_layers import TOP_K, Layer, OneImplementation, Parameters, dense, mask_loop, ours, stock_deepspeed
 from mepa_ds.machine import keep_freed_memory
 from mepa_ds.models.moe.dispatch import LocalDispatcher
@@ -88,27 +89,6 @@ def imbalance_of(logits_TE: Tensor) -> float:
     """Load of the fullest expert over the mean."""
     load_E = logits_TE.topk(TOP_K).indices.flatten().bincount(minlength=logits_TE.shape[1])
     return (load_E.max() / load_E.float().mean()).item()
-
-
-def peak_memory(step: Callable[[], None], device: str) -> float:
-    """MiB above what is allocated before the step."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # The allocator's own account: resident size would show what earlier contenders left behind.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak / 2**20
 
 
 def measure(

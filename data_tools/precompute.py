@@ -231,7 +231,7 @@ class FitTeacher:
 
 def _device(options: RunOptions) -> torch.device:
     options.check()
-    device = distributed.device_of(distributed.read_launch())
+    device = distributed.choose_device(distributed.read_launch())
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -16,10 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.machine import keep_freed_memory
 
 FactT = TypeVar("FactT")
+ACCELERATOR = "MEPA_ACCELERATOR"
+"""The environment's word on what ranks compute with: cuda or cpu (a cluster's profile sets it)."""
 
 
 class SetupError(UserError):
@@ -43,6 +46,9 @@ class Launch:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int | None = None
+    """The ranks on this node; None where the launcher does not tell. srun is not asked: it may show each rank one GPU
+    of its own."""
 
     @property
     def is_main(self) -> bool:
@@ -57,22 +63,83 @@ def read_launch() -> Launch:
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")))
+        here = env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE"))  # torchrun's, the `deepspeed` launcher's
+        local_world_size = None if here is None else int(here)
+        return Launch(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), local_world_size)
     if "SLURM_PROCID" in env and "MASTER_ADDR" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return Launch(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
     return Launch(0, 1, 0)
 
 
 def device_of(launch: Launch) -> torch.device:
-    """This rank's GPU where there are any, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    """This rank's GPU, or the CPU if there is none, or if this machine alone runs more ranks than it has GPUs.
+
+    MEPA_ACCELERATOR=cpu or cuda decides instead. All ranks of a job get the same kind.
+    """
+    if not (gpus := _gpus()) or _accelerator() == "cpu" or (_are_few(gpus, launch) and not _must_use_gpus(launch)):
+        return torch.device("cpu")
+    return torch.device("cuda", launch.local_rank % gpus)
+
+
+def uses_gpu() -> bool:
+    """Returns whether this process computes on a GPU. To be asked instead of `torch.cuda.is_available`."""
+    return device_of(read_launch()).type == "cuda"
+
+
+def choose_device(launch: Launch) -> torch.device:
+    """Returns `device_of`, and says so where GPUs are left idle because they are too few.
+
+    Raises:
+        SetupError: there are fewer GPUs than ranks in a job that asked for GPUs (MEPA_ACCELERATOR=cuda), or on one of
+            several nodes, where other ranks may find enough of them.
+    """
+    gpus = _gpus()
+    if _are_few(gpus, launch) and _must_use_gpus(launch) and (gpus or _accelerator() == "cuda"):
+        raise SetupError(
+            f"node {socket.gethostname()}: {gpus} GPUs for {launch.local_world_size or 1} ranks; start as many ranks "
+            f"as a node has GPUs, or set {ACCELERATOR}=cpu on all nodes"
+        )
+    device = device_of(launch)
+    if gpus and device.type == "cpu" and launch.is_main and _accelerator() != "cpu":
+        few = f"{gpus} GPU{'s' if gpus > 1 else ''}"
+        log.note(f"{launch.local_world_size} ranks, but {few} on this machine: all ranks compute on the CPU, with gloo")
+    hide_unused_gpus(launch)
+    return device
+
+
+def hide_unused_gpus(launch: Launch) -> None:
+    """Where this process uses no GPU that is there, hides them from its libraries: some would start CUDA on one.
+
+    It takes effect only until CUDA has been started, so no code may ask `torch.cuda.is_available` before.
+    """
+    if device_of(launch).type == "cpu" and _gpus():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count()  # asks the driver's library, and does not start CUDA
+
+
+def _accelerator() -> str | None:
+    wanted = os.environ.get(ACCELERATOR) or None
+    if wanted not in (None, "cpu", "cuda"):
+        raise SetupError(f"{ACCELERATOR}={wanted}: expected cpu or cuda")
+    return wanted
+
+
+def _are_few(gpus: int, launch: Launch) -> bool:
+    return gpus < (launch.local_world_size or 1)
+
+
+def _must_use_gpus(launch: Launch) -> bool:
+    """Whether the CPU is no choice: the job asks for GPUs, or other nodes would not know of the choice."""
+    nodes_differ = launch.local_world_size is not None and launch.local_world_size < launch.world_size
+    return _accelerator() == "cuda" or (nodes_differ and _accelerator() is None)
 
 
 def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
     """Creates the default process group: NCCL with GPUs, else gloo. A single process needs no port."""
-    device = device_of(launch)
+    device = choose_device(launch)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -81,7 +148,14 @@ def start(launch: Launch, timeout: timedelta = timedelta(minutes=10)) -> torch.d
         store = dist.HashStore() if launch.world_size == 1 else None
         backend = "nccl" if device.type == "cuda" else "gloo"
         _check_interfaces(backend)
-        dist.init_process_group(backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout, store=store)
+        dist.init_process_group(
+            backend,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            store=store,
+            device_id=device if device.type == "cuda" else None,  # NCCL connects now and splits groups off this one
+        )
     return device
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mepa_ds.errors import UserError
@@ -69,6 +70,21 @@ class ScaleSchedule:
         """(L,) int64: the 0-based scale of every position."""
         # Made on the device: a copy from the host would wait for all that is queued there.
         return torch.cat([torch.full((length,), scale, device=device) for scale, length in enumerate(self.lengths)])
+
+
+def bicubic_matrix(side: int, grid_side: int, device: torch.device | str | None = None) -> Tensor:
+    """The matrix that enlarges a map bicubically: (G G, s s) fp32, for maps flattened in row-major order.
+
+    A product with it equals `F.interpolate(mode="bicubic")` to rounding (1e-6 of the largest value). PyTorch's kernel
+    goes over all images and channels within each thread, so on a GPU a 16 x 16 map keeps one block busy, and its
+    gradient adds atomically. The enlargement along one axis, applied to rows and columns, gives the whole matrix.
+    """
+    # Made anew for each call, on the device: a cached tensor would have to know device and tracing mode, and a copy
+    # from the host would wait for all that is queued there.
+    rows_Ss = torch.eye(side, device=device)[None, None]
+    if side != grid_side:
+        rows_Ss = F.interpolate(rows_Ss, size=(grid_side, side), mode="bicubic")
+    return torch.kron(rows_Ss[0, 0], rows_Ss[0, 0])
 
 
 def parse_sides(words: Sequence[str]) -> tuple[int, ...]:

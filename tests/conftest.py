@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from mepa_ds.distributed import uses_gpu
 from tests.on_request import FULL
 
 HERE = Path(__file__).parent
@@ -23,6 +24,13 @@ ORDER = (
     "cli/test_quickstart.py", "planning", "checkpoint", "pretrain", "runtime", "engine", "train_tokenizer", "tokenizer",
     "data_tools", "data",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whatever GPUs there are, tests and all that they start compute on the CPU, but for those of `pytest -m gpu`."""
+    chosen = config.option.markexpr
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["MEPA_ACCELERATOR"] = "cpu"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,8 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not FULL:
             item.add_marker(on_request)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("gpu") and not uses_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and pytest -m gpu"))
 
 
 class _ByFile(LoadScopeScheduling):

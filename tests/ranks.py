@@ -44,6 +44,7 @@ class Ranks:
         self.log = log
         log.touch()
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+        common |= {"LOCAL_WORLD_SIZE": str(count)}
         self.processes = []
         for rank in range(count):
             own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

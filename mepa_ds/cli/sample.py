@@ -14,7 +14,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from mepa_ds import log
+from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = distributed.device_of(distributed.read_launch())
     model = NextScaleTransformer.open(options.weights, options.scales, num_heads=options.num_heads, depth=options.depth)
     model = model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     tokenizer = Tokenizer.open(options.tokenizer, model.config.scales, phi_ratio=options.phi_ratio).to(device)

@@ -29,7 +29,7 @@ from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
-from mepa_ds.distributed import ALONE, Ranks, read_launch
+from mepa_ds.distributed import ALONE, Ranks, read_launch, uses_gpu
 from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import decode_image
 from mepa_ds.images.resizing import fit_image
@@ -216,7 +216,7 @@ def _run(dataset: _ImageDataset, tasks: Iterator[BatchTask], num_workers: int) -
         sampler=_Tasks(tasks),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=uses_gpu(),
         worker_init_fn=_leave_signals_to_the_rank,
     )
     on_child, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()

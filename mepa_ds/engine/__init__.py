@@ -2,8 +2,9 @@
 
 import os
 
-import torch
+from mepa_ds import distributed
 
-if not torch.cuda.is_available():
+distributed.hide_unused_gpus(distributed.read_launch())
+if not distributed.uses_gpu():
     # Otherwise DeepSpeed probes for accelerators and warns on every rank.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -31,14 +31,14 @@ class Staging:
 
     def copy(self, flats: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         copies = {kind: [self._copy(kind, i, t) for i, t in enumerate(tensors)] for kind, tensors in flats.items()}
-        if torch.cuda.is_available():
+        if distributed.uses_gpu():
             torch.cuda.synchronize()
         return copies
 
     def _copy(self, kind: str, index: int, source: Tensor) -> Tensor:
         buffer = self._buffers.get((kind, index))
         if buffer is None:
-            buffer = torch.empty_like(source, device="cpu", pin_memory=torch.cuda.is_available())
+            buffer = torch.empty_like(source, device="cpu", pin_memory=source.is_cuda)
             self._buffers[kind, index] = buffer
         return buffer.copy_(source, non_blocking=True)
 

@@ -71,6 +71,7 @@ def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip or 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 1_000_000_000,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice in every micro-batch
     }
     if config.parallel.precision != "fp32":
         derived[config.parallel.precision] = {"enabled": True}

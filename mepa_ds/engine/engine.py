@@ -21,6 +21,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
+from mepa_ds.engine.grad_norm import take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
@@ -71,12 +72,13 @@ class PretrainEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed requires it, even for one process
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
-        self._waits = WaitingClock()
+        self.waits = WaitingClock()
+        """Of this step: how long this rank waited for other ranks' tokens ("all_to_all") and counts ("counts")."""
         with torch.device("meta"):
             transformer = NextScaleTransformer(config.model)
             transformer.recompute = config.parallel.activation_checkpointing
             objective = PretrainingObjective(transformer, config.objective, teacher_width, self._sum_over_ranks)
-            shard_experts(objective, config.parallel.ep_size, self._waits)
+            shard_experts(objective, config.parallel.ep_size, self.waits)
         objective.to_empty(device=device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed, config.optim.mup_base_width)
@@ -90,6 +92,7 @@ class PretrainEngine:
             config=deepspeed_config.build(config, dist.get_world_size()),
             dist_init_required=False,
         )
+        take_over_norm(self.zero)
         # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False
@@ -124,7 +127,7 @@ class PretrainEngine:
     def begin_step(self, timed: bool = False) -> None:
         """Starts a step. `timed` says whether this rank's waits for others are measured in it."""
         self._counts_NE: Tensor | None = None
-        self._waits.start(timed)
+        self.waits.start(timed)
 
     def forward(self, inputs: ModelInputs) -> Losses:
         """Returns one micro-batch's losses. Collective: tokens travel to their experts."""
@@ -159,17 +162,9 @@ class PretrainEngine:
         norm = self._engine.get_global_grad_norm()
         return Update(float("nan") if norm is None else float(norm), applied)
 
-    def waited(self) -> float:
-        """Returns the seconds of this step, so far, in which this rank waited for other ranks' tokens and counts."""
-        return self._waits.seconds("all_to_all") + self._waits.seconds("counts")
-
-    def waited_for_tokens(self) -> float:
-        """Returns the part of `waited` that was spent in all-to-alls."""
-        return self._waits.seconds("all_to_all")
-
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
         if dist.get_world_size() > 1:
-            with self._waits.waiting("counts"):
+            with self.waits.waiting("counts"):
                 dist.all_reduce(counts)
         return counts
 

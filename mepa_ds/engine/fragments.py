@@ -44,7 +44,7 @@ def flat_partitions(zero: Any, kind: str) -> list[Tensor]:
         return [partition.detach() for partition in partitions]
     for partition in partitions:
         state = zero.optimizer.state[partition]
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=partition.device))
         state.setdefault(kind, torch.zeros_like(partition))
     return [zero.optimizer.state[partition][kind] for partition in partitions]
 
@@ -92,5 +92,6 @@ def set_loss_scaler_state(zero: Any, state: dict[str, float]) -> None:
 
 
 def set_adam_step(zero: Any, step: int) -> None:
+    """Sets the count of steps, on the partitions' device: the fused AdamW reads it there."""
     for partition in zero.single_partition_of_fp32_groups:
-        zero.optimizer.state[partition]["step"] = torch.tensor(float(step))
+        zero.optimizer.state[partition]["step"] = torch.tensor(float(step), device=partition.device)

@@ -23,6 +23,8 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
 def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -> torch.optim.AdamW:
     """Builds AdamW with groups of weights that share decay and rate. Experts that are sharded get separate groups.
 
+    It is PyTorch's fused one, which goes over gradient, master and moments once and needs no memory of its own.
+
     The rate of a group is `lr_scale` times the schedule's; it is 1 unless muP scales rates with the model's `width`.
     """
     m = width_multiplier(width, config.mup_base_width)
@@ -39,4 +41,4 @@ def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -
         for decays, scale in sorted(members, reverse=True)
     ]
     groups = [group for group in split_expert_groups(named) if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=True)

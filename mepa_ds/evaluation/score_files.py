@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
+from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.image_scores import Inception, Order, ReferenceFile, image_scores
 from mepa_ds.files import check_writable, sha256_of_file, write_json
@@ -40,7 +40,7 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     samples, reference_file = ImageFiles(comparison.samples), ReferenceFile(comparison.reference)
     real = reference_file.images
     _check_sizes(comparison, samples, real)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = distributed.device_of(distributed.read_launch())
     inception = Inception(comparison.inception, device)
     with tqdm(total=len(samples) + len(real), desc="evaluating", unit="image", disable=None) as bar:
         reference = reference_file.read(inception, comparison.batch_size, bar.update)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mepa_ds.scales import ScaleSchedule
+from mepa_ds.scales import ScaleSchedule, bicubic_matrix
 
 # Below this length a vector counts as zero: the cosine's gradient, which grows with 1 / length, stays within fp16.
 NORM_EPS = 1e-4
@@ -26,20 +26,22 @@ class Projector(nn.Sequential):
         )
 
 
-def aggregates(z_BLP: Tensor, schedule: ScaleSchedule, grid_side: int, last_scale: int) -> Iterator[Tensor]:
-    """z_j = sum_{i <= j} Up(z_i, G x G), bicubic, for j = 0..last_scale (0-based): (B, P, G, G) fp32 each.
+def aggregates(z_BLP: Tensor, schedule: ScaleSchedule, grid_side: int, scales: Sequence[int]) -> Iterator[Tensor]:
+    """z_j = sum_{i <= j} Up(z_i, G x G), bicubic, for each 1-based j of `scales`, in growing order: (B, N, P) fp32.
 
-    VAR's token maps are residuals, so one scale alone is no image; the sum up to it is.
+    VAR's token maps are residuals, so one scale alone is no image; the sum up to it is. The scales between two
+    aggregates are enlarged and added by one product with a fixed matrix.
     """
-    total: Tensor | None = None
-    for scale in range(last_scale + 1):
-        start, end = schedule.bounds[scale]
-        side = schedule.sides[scale]
-        z_BPss = z_BLP[:, start:end].float().transpose(1, 2).unflatten(2, (side, side))
-        if side != grid_side:
-            z_BPss = F.interpolate(z_BPss, size=(grid_side, grid_side), mode="bicubic")
-        total = z_BPss if total is None else total + z_BPss
-        yield total
+    total_BNP: Tensor | None = None
+    first = 0
+    for last in sorted(set(scales)):
+        sides = schedule.sides[first:last]
+        matrix_Nl = torch.cat([bicubic_matrix(side, grid_side, z_BLP.device) for side in sides], dim=1)
+        z_BlP = z_BLP[:, schedule.bounds[first][0] : schedule.bounds[last - 1][1]].float()
+        matrix_BNl = matrix_Nl.expand(len(z_BlP), -1, -1)
+        total_BNP = matrix_BNl @ z_BlP if total_BNP is None else torch.baddbmm(total_BNP, matrix_BNl, z_BlP)
+        first = last
+        yield total_BNP
 
 
 def alignment_loss(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: Sequence[int]) -> Tensor:
@@ -50,10 +52,10 @@ def alignment_loss(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule,
     """
     grid_side = round(features_BNP.shape[1] ** 0.5)
     assert grid_side * grid_side == features_BNP.shape[1], "teacher patches must form a square grid"
-    teacher = F.normalize(features_BNP.float(), dim=-1)
+    teacher_BNP = F.normalize(features_BNP.float(), dim=-1)
     cosine = z_BLP.new_zeros((), dtype=torch.float32)
-    for scale, z_BPGG in enumerate(aggregates(z_BLP, schedule, grid_side, max(scales) - 1), start=1):
-        if scale in scales:
-            z_BNP = F.normalize(z_BPGG.flatten(2).transpose(1, 2), dim=-1, eps=NORM_EPS)
-            cosine = cosine + (z_BNP * teacher).sum(-1).mean()
+    with torch.autocast(z_BLP.device.type, enabled=False):
+        for z_BNP in aggregates(z_BLP, schedule, grid_side, scales):
+            length_BN = torch.linalg.vector_norm(z_BNP, dim=-1).clamp_min(NORM_EPS)
+            cosine = cosine + ((z_BNP * teacher_BNP).sum(-1) / length_BN).mean()
     return -cosine

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 
+from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import AlignmentConfig
 from mepa_ds.config.pretrain import PretrainConfig
@@ -41,7 +42,7 @@ FORWARD_AND_BACKWARD = 3  # in forward passes: a backward pass has twice the pro
 
 def peak_flops_per_second(precision: str) -> float | None:
     """One GPU's peak; None for a CPU, for fp32 and for a GPU that is not in the list."""
-    if not torch.cuda.is_available() or precision == "fp32":
+    if not distributed.uses_gpu() or precision == "fp32":
         return None
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

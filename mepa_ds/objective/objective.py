@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mepa_ds.config.objective import ObjectiveConfig
@@ -20,6 +19,7 @@ from mepa_ds.models.parametrisation import init_factor, width_multiplier
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
 from mepa_ds.objective.balance import balance_loss, global_counts, router_z_loss
+from mepa_ds.objective.cross_entropy import token_scores
 from mepa_ds.random_streams import generator
 from mepa_ds.scales import ScaleSchedule
 
@@ -66,21 +66,16 @@ class Losses:
         return replace(self, total=self.total.detach(), routing=routing)
 
 
-def sum_scales(
-    ce_BL: Tensor, logits_BLV: Tensor, tokens_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None
-) -> ScaleScores:
+def sum_scales(ce_BL: Tensor, hits_BL: Tensor, schedule: ScaleSchedule, weight_B: Tensor | None = None) -> ScaleScores:
     """Cross-entropy (nats) and top-1 hits of every scale, summed over images (each times its weight, if given).
 
     Scales beyond the end of `ce_BL` have sums of 0, also of tokens.
     """
-    if weight_B is None:
-        weight_B = ce_BL.new_ones(len(ce_BL))
-    hits_BL = (logits_BLV.argmax(-1) == tokens_BL).float()
-    sums = [
-        torch.stack([(x_BL[:, start:end] * weight_B[:, None]).sum() for start, end in schedule.bounds])
-        for x_BL in (ce_BL, hits_BL, torch.ones_like(ce_BL))
-    ]
-    return ScaleScores(*sums)
+    scores_3BL = torch.stack([ce_BL, hits_BL, torch.ones_like(ce_BL)])
+    if weight_B is not None:
+        scores_3BL = scores_3BL * weight_B[:, None]
+    scores_3L = scores_3BL.sum(1)
+    return ScaleScores(*torch.stack([scores_3L[:, start:end].sum(1) for start, end in schedule.bounds], dim=1))
 
 
 def nonfinite_routers(micro_batches: Sequence[Losses]) -> list[int]:
@@ -138,8 +133,7 @@ class PretrainingObjective(nn.Module):
             branch_scale_D2B=inputs.branch_scale_D2B,
             hidden_after=self.hidden_after,
         )
-        logits_BLV = output.logits_BLV.float()
-        ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), inputs.tokens_BL, reduction="none")
+        ce_BL, hits_BL = token_scores(output.logits_BLV, inputs.tokens_BL)
         ce = ce_BL.mean()
         total, terms = self.config.ce_weight * ce, {"ce": ce.detach()}
         counts_NE: Tensor | None = None
@@ -158,7 +152,7 @@ class PretrainingObjective(nn.Module):
                 z_N = router_z_loss(layers)
                 total = total + self.config.router_z_weight * z_N.sum()
                 terms["router_z"] = z_N.detach().mean()
-        scores = sum_scales(ce_BL.detach(), logits_BLV.detach(), inputs.tokens_BL, self.transformer.schedule)
+        scores = sum_scales(ce_BL.detach(), hits_BL, self.transformer.schedule)
         return Losses(total, terms | {"total": total.detach()}, scores, output.routing, counts_NE)
 
     def update_balance_bias(self, counts_NE: Tensor) -> None:

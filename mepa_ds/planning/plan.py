@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
@@ -223,10 +224,10 @@ class _EngineMemory:
             "intermediate results": float(traced.intermediate),
             _EXCHANGED_NAME: float(traced.exchanged),
         }
-        temporaries = (1 if self._machine.is_gpu else 2) * _FP32 * largest
+        # A group's gradients become one flat tensor, and that an fp32 one. The fused AdamW needs no memory of its own.
         optimizer = state | {
             "gradients": self._low * partition + _FP32 * largest,
-            "intermediate results": temporaries,
+            "intermediate results": self._low * largest if self._low != _FP32 else 0.0,
         }
         encoding = {}
         if networks.working is not None:
@@ -258,8 +259,8 @@ class _EngineMemory:
 
 def this_machine(config: PretrainConfig, world_size: int, memory: float | None) -> Machine:
     """Plans for a GPU if there is one or the precision is a GPU's, else for CPU ranks on this machine."""
-    is_gpu = torch.cuda.is_available() or config.parallel.precision != "fp32"
-    if memory is None and torch.cuda.is_available():
+    is_gpu = distributed.uses_gpu() or config.parallel.precision != "fp32"
+    if memory is None and distributed.uses_gpu():
         memory = torch.cuda.get_device_properties(0).total_memory
     elif memory is None and not is_gpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import PretrainConfig
@@ -205,7 +203,7 @@ def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream
     micro_batch = config.train.global_batch // config.train.accumulation
     options = LoaderOptions(
         num_workers=data.num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.uses_gpu(),
         on_damaged=data.on_damaged,
         num_classes=config.model.num_classes,
         unique_images=data.unique_images,

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
-
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import lockstep, report_damaged
@@ -19,6 +17,7 @@ from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.objective.cross_entropy import token_scores
 from mepa_ds.objective.objective import ScaleScores, sum_scales
 from mepa_ds.objective.reports import add_up, score_report
 from mepa_ds.pretrain.inputs import InputMaker
@@ -56,10 +55,9 @@ def heldout_scores(
         report_damaged(batch.damaged)
         num_damaged += len(batch.damaged)
         model_inputs = inputs.evaluation(batch)
-        logits_BLV = model(model_inputs.labels_B, model_inputs.inputs_BLZ).logits_BLV.float()
-        ce_BL = F.cross_entropy(logits_BLV.transpose(1, 2), model_inputs.tokens_BL, reduction="none")
-        weight_B = batch.weight_B.to(ce_BL.device)
-        parts.append(sum_scales(ce_BL, logits_BLV, model_inputs.tokens_BL, model.schedule, weight_B))
+        logits_BLV = model(model_inputs.labels_B, model_inputs.inputs_BLZ).logits_BLV
+        ce_BL, hits_BL = token_scores(logits_BLV, model_inputs.tokens_BL)
+        parts.append(sum_scales(ce_BL, hits_BL, model.schedule, batch.weight_B.to(ce_BL.device)))
         on_batch()
     scores = add_up(parts)
     sums = [scores.ce_sum_S, scores.correct_S, scores.tokens_S, scores.tokens_S.new_tensor([num_damaged])]

@@ -139,7 +139,7 @@ class PretrainRun:
         step = state.step + 1
         logged = step % config.log.every == 0 or step == self.num_steps
         engine.begin_step(timed=logged)
-        clock, loader_seconds_before = StepClock(logged, engine.waited), self.loader.seconds
+        clock, loader_seconds_before = StepClock(logged, engine.waits), self.loader.seconds
 
         batches = list(itertools.islice(self.batches, config.train.accumulation))  # this rank's micro-batches
         clock.lap("data")
@@ -160,7 +160,7 @@ class PretrainRun:
         state.step, state.position = step, batches[-1].next_position
         stop = self.agreement.end()
         self.watchdog.beat()
-        clock.stop(engine.waited_for_tokens())
+        clock.stop()
         report = StepReport(step, lr, scales, losses, update.grad_norm, update.applied, clock)
         self.metrics.note(report)
         self._note_if_bad(report, batches)

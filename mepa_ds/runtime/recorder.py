@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from mepa_ds import distributed
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.metrics import MetricsWriter, finite, read_metrics
@@ -147,7 +148,7 @@ class RunRecorder(Recorder):
 
 def peak_memory_bytes() -> int:
     """Returns the most memory that this rank has used so far: resident on the CPU, allocated on a GPU."""
-    if torch.cuda.is_available():
+    if distributed.uses_gpu():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
 

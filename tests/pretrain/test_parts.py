@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mepa_ds import distributed
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import AlignmentConfig, ObjectiveConfig
@@ -97,7 +98,7 @@ def test_the_parameters_without_weight_decay_are_vars() -> None:
 
 
 def test_mfu_is_the_share_of_all_gpus_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     peak = flops.peak_flops_per_second("bf16")
     assert peak == 989e12
@@ -132,7 +133,7 @@ def test_the_peak_of_every_device_by_its_full_name(
     monkeypatch: pytest.MonkeyPatch, name: str, teraflops: float | None
 ) -> None:
     """Names as drivers give them, dense bf16 peaks as the vendors' data sheets do."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed, "uses_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     for precision in ("bf16", "fp16"):
         assert flops.peak_flops_per_second(precision) == (None if teraflops is None else teraflops * 1e12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,22 @@ def test_every_layout_has_the_losses_of_one_process(
     ours, theirs = (read_state_dict(path / "last") for path in (output, single))
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=1e-5, rtol=1e-4, msg=f"{name} {{}}".format)
+
+
+def on_a_machine_with_one_gpu() -> None:
+    """Called in each rank. Whatever would start CUDA there fails."""
+    del os.environ["MEPA_ACCELERATOR"]
+    torch.cuda.device_count = lambda: int(os.environ.get("CUDA_VISIBLE_DEVICES") != "")
+    torch.cuda.is_available = lambda: torch.cuda.device_count() > 0
+
+
+def test_two_ranks_on_a_machine_with_one_gpu_use_the_cpu(folder: Path, single: Path) -> None:
+    arguments = [str(folder / "recipe.yaml"), f"output_dir={folder / 'one_gpu'}", "train.steps=3"]
+    with Ranks(arguments, 2, folder / "one_gpu.log", on_a_machine_with_one_gpu) as ranks:
+        assert ranks.wait() == [0, 0], ranks.log.read_text()
+    log = ranks.log.read_text()
+    assert log.count("2 ranks, but 1 GPU on this machine: all ranks compute on the CPU, with gloo") == 1
+    np.testing.assert_allclose(losses(folder / "one_gpu")[:2], losses(single)[:2], atol=1e-5, rtol=0)
 
 
 def test_expert_parallelism_keeps_the_losses(folder: Path) -> None:

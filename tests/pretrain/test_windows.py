@@ -15,6 +15,7 @@ import torch
 from mepa_ds.checkpoint.files import checkpoint_name
 from mepa_ds.checkpoint.state import read_state
 from mepa_ds.config.changes import recipe_changes
+from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.generation import sample_grids
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
 from mepa_ds.objective.objective import Losses, ScaleScores
@@ -79,7 +80,7 @@ def test_a_window_that_a_stop_cuts_in_two_has_the_same_mean(folder: Path) -> Non
 def report(loss: float, applied: bool = True) -> StepReport:
     scores = ScaleScores(*(torch.full((2,), value) for value in (loss, 1.0, 2.0)))
     losses = Losses(torch.tensor(loss), {"ce": torch.tensor(loss), "total": torch.tensor(loss)}, scores, {})
-    clock = StepClock(False, lambda: 0.0)
+    clock = StepClock(False, WaitingClock())
     return StepReport(1, 0.1, 2, [losses], 10 * loss if applied else math.nan, applied, clock)
 
 

@@ -35,10 +35,9 @@ class MoEFeedForward(nn.Module):
     def forward(self, x_BLC: Tensor, scale_index_L: Tensor) -> tuple[Tensor, RoutingStatistics]:
         """Maps (B, L, C) and the 0-based scale of each position (L,) to (B, L, C) and the routing statistics."""
         x_TC = x_BLC.reshape(-1, x_BLC.shape[-1])
-        scale_index_T = scale_index_L.expand(x_BLC.shape[:2]).reshape(-1)
         # Neither routing nor its statistics may be autocast: bf16 cannot even count to 1000.
         with torch.autocast(x_BLC.device.type, enabled=False):
-            routing = self.router(x_TC, scale_index_T)
-            statistics = RoutingStatistics.of(routing, scale_index_T, self.num_scales)
+            routing = self.router(x_TC, scale_index_L)
+            statistics = RoutingStatistics.of(routing, scale_index_L, self.num_scales)
         y_TC = self.dispatcher(x_TC, routing, self.experts, self.shared)
         return y_TC.to(x_BLC.dtype).view_as(x_BLC), statistics

@@ -53,13 +53,13 @@ class Router(nn.Module):
         if self.bias_rate:
             self.register_buffer("bias_steps_E", torch.zeros(config.num_experts, dtype=torch.int64))
 
-    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        """The router logits of each token: (T, C) and (T,) -> (T, E) in fp32."""
+    def logits(self, x_TC: Tensor, scale_index_L: Tensor) -> Tensor:
+        """The router logits of each token: (T, C) and (L,) -> (T, E) in fp32."""
         raise NotImplementedError
 
-    def forward(self, x_TC: Tensor, scale_index_T: Tensor) -> Routing:
-        """Routes T tokens (T, C), given the 0-based scale of each (T,)."""
-        logits_TE = self.logits(x_TC, scale_index_T)
+    def forward(self, x_TC: Tensor, scale_index_L: Tensor) -> Routing:
+        """Routes T = B L tokens (T, C), image after image, given the 0-based scale of each position (L,)."""
+        logits_TE = self.logits(x_TC, scale_index_L)
         probs_TE = logits_TE.softmax(-1)
         if self.bias_rate:
             biased_TE = probs_TE + self.bias_rate * self.bias_steps_E
@@ -109,16 +109,17 @@ class TokenRouter(Router):
         super().__init__(width, num_scales, config)
         self.gate = nn.Linear(width, config.num_experts, bias=False)
 
-    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
+    def logits(self, x_TC: Tensor, scale_index_L: Tensor) -> Tensor:
         return F.linear(x_TC.float(), self.gate.weight.float())
 
 
-def of_scale(table_SE: Tensor, scale_index_T: Tensor) -> Tensor:
-    """The row of `table_SE` for each token's scale: (T, E) in fp32.
+def of_scale(table_SE: Tensor, scale_index_L: Tensor) -> Tensor:
+    """The row of `table_SE` for each position's scale: (L, E) in fp32.
 
-    It is a product with one-hot rows. Indexing would, on a GPU, add the gradients of a scale's many tokens one by one.
+    It is a product with one-hot rows. Indexing would, on a GPU, add the gradients of a scale's many positions one by
+    one.
     """
-    return F.one_hot(scale_index_T, len(table_SE)).float() @ table_SE.float()
+    return F.one_hot(scale_index_L, len(table_SE)).float() @ table_SE.float()
 
 
 class ScaleTokenRouter(TokenRouter):
@@ -132,8 +133,9 @@ class ScaleTokenRouter(TokenRouter):
         super().__init__(width, num_scales, config)
         self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
 
-    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        return super().logits(x_TC, scale_index_T) + of_scale(self.scale_logits_SE, scale_index_T)
+    def logits(self, x_TC: Tensor, scale_index_L: Tensor) -> Tensor:
+        logits_BLE = super().logits(x_TC, scale_index_L).unflatten(0, (-1, len(scale_index_L)))
+        return (logits_BLE + of_scale(self.scale_logits_SE, scale_index_L)).flatten(0, 1)
 
 
 class ScaleRouter(Router):
@@ -143,8 +145,8 @@ class ScaleRouter(Router):
         super().__init__(width, num_scales, config)
         self.scale_logits_SE = nn.Parameter(torch.empty(num_scales, config.num_experts))
 
-    def logits(self, x_TC: Tensor, scale_index_T: Tensor) -> Tensor:
-        return of_scale(self.scale_logits_SE, scale_index_T)
+    def logits(self, x_TC: Tensor, scale_index_L: Tensor) -> Tensor:
+        return of_scale(self.scale_logits_SE, scale_index_L).repeat(len(x_TC) // len(scale_index_L), 1)
 
 
 class ExpertChoiceRouter(ScaleTokenRouter):
@@ -155,8 +157,8 @@ class ExpertChoiceRouter(ScaleTokenRouter):
     micro-batches, and sampling, with one scale a call, chooses among other tokens than training did.
     """
 
-    def forward(self, x_TC: Tensor, scale_index_T: Tensor) -> Routing:
-        logits_TE = self.logits(x_TC, scale_index_T)
+    def forward(self, x_TC: Tensor, scale_index_L: Tensor) -> Routing:
+        logits_TE = self.logits(x_TC, scale_index_L)
         probs_TE = logits_TE.softmax(-1)
         num_tokens, num_experts = probs_TE.shape
         capacity = min(num_tokens, math.ceil(num_tokens * self.top_k / num_experts))
@@ -201,22 +203,21 @@ class RoutingStatistics:
         return RoutingStatistics(**{field.name: getattr(self, field.name).detach() for field in fields(self)})
 
     @classmethod
-    def of(cls, routing: Routing, scale_index_T: Tensor, num_scales: int) -> RoutingStatistics:
-        """Sums up a routing of T tokens, given the scale of each (T,)."""
-        # Matrix products with one-hot rows are deterministic, and need no host sync, which bincount needs on a GPU.
-        scale_TS = F.one_hot(scale_index_T, num_scales).float()
+    def of(cls, routing: Routing, scale_index_L: Tensor, num_scales: int) -> RoutingStatistics:
+        """Sums up a routing of T = B L tokens, image after image, given the scale of each position (L,)."""
         ones_TK = torch.ones_like(routing.weight_TK).detach()
         kept_TK = ones_TK if routing.kept_TK is None else routing.kept_TK.float()
         chosen_TK = ones_TK if routing.choices_are_fixed else kept_TK
         chosen_TE = torch.zeros_like(routing.probs_TE).detach().scatter_add_(1, routing.expert_index_TK, chosen_TK)
         log_probs_TE = routing.probs_TE.detach().clamp_min(1e-30).log()
-        entropy_T = -(routing.probs_TE.detach() * log_probs_TE).sum(-1)
-        z_T = routing.logits_TE.logsumexp(-1).square()
-        return cls(
-            counts_SE=scale_TS.T @ chosen_TE,
-            prob_sum_SE=scale_TS.T @ routing.probs_TE,
-            entropy_sum_S=scale_TS.T @ entropy_T,
-            z_sum_S=scale_TS.T @ z_T,
-            dropped_S=scale_TS.T @ (chosen_TK - kept_TK).sum(-1),
-            tokens_S=scale_TS.sum(0),
-        )
+        entropy_T = -(routing.probs_TE.detach() * log_probs_TE).sum(-1, keepdim=True)
+        z_T = routing.logits_TE.logsumexp(-1, keepdim=True).square()
+        dropped_T = (chosen_TK - kept_TK).sum(-1, keepdim=True)
+        # All sums at once, over images and then over the positions of a scale. A product with one-hot rows is
+        # deterministic, and needs no host sync, which bincount needs on a GPU.
+        parts = [chosen_TE, routing.probs_TE, entropy_T, z_T, dropped_T, torch.ones_like(z_T).detach()]
+        sums_L = torch.cat(parts, dim=1).unflatten(0, (-1, len(scale_index_L))).sum(0)
+        sums_S = F.one_hot(scale_index_L, num_scales).float().T @ sums_L
+        counts, probs, *others = sums_S.split([part.shape[1] for part in parts], dim=1)
+        entropy_S, z_S, dropped_S, tokens_S = (other[:, 0] for other in others)
+        return cls(counts.detach(), probs, entropy_S.detach(), z_S, dropped_S.detach(), tokens_S.detach())

@@ -191,7 +191,7 @@ class _Speed:
 
 def _compare_ranks(mine: list[float]) -> dict[str, dict[str, float]]:
     """Returns each number's smallest and largest value over the ranks, and the rank of the largest. Collective."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if distributed.uses_gpu() else "cpu"
     table = torch.zeros(distributed.world_size(), len(mine), device=device, dtype=torch.float32)
     table[distributed.rank()] = torch.tensor(mine, device=device)
     (table,) = distributed.sums_over_ranks([table])

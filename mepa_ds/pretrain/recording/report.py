@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from mepa_ds import distributed
+from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.objective.objective import Losses
 
 
@@ -31,30 +33,47 @@ class StepReport:
 
 
 class StepClock:
-    """Measures seconds by part of a step, and this rank's waits for other ranks within each part.
+    """Measures the seconds of a step and, if it is `timed`, of its parts and of the waits for other ranks in them.
 
-    On a GPU only the time to enqueue the work is measured, unless the clock is `synchronous`. A synchronous clock waits
-    for the GPU at the end of each part, which itself costs time.
+    A GPU's work is measured by events in its queue, so a timed step takes no longer than others. The time of a part in
+    which the GPU has nothing to do, as while it waits for data, counts in the same way.
     """
 
-    def __init__(self, synchronous: bool, waited: Callable[[], float]):
-        self._synchronous = synchronous and torch.cuda.is_available()
-        self._waited = waited
+    def __init__(self, timed: bool, waits: WaitingClock):
+        self._timed, self._waits = timed, waits
+        self._on_gpu = timed and distributed.uses_gpu()
         self.seconds: dict[str, float] = {}
+        """By part, once the step has ended."""
         self.waits: dict[str, float] = {}
-        self._began = self._last = time.perf_counter()
-        self._waited_before = 0.0
         self.total = self.tokens_waited = 0.0
+        self._began = time.perf_counter()
+        self._laps = [("", self._now(), 0)]
 
     def lap(self, part: str) -> None:
-        """Adds the time since the last lap to `part`."""
-        if self._synchronous:
-            torch.cuda.synchronize()
-        now, waited = time.perf_counter(), self._waited()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
-        self.waits[part] = self.waits.get(part, 0.0) + waited - self._waited_before
-        self._last, self._waited_before = now, waited
+        """Ends `part`, which began at the last lap. A part may come again; its times are added."""
+        if self._timed:
+            self._laps.append((part, self._now(), self._waits.count))
 
-    def stop(self, tokens_waited: float) -> None:
+    def stop(self) -> None:
         """Ends the step: `total` is its time, and `tokens_waited` is the part spent waiting for travelling tokens."""
-        self.total, self.tokens_waited = time.perf_counter() - self._began, tokens_waited
+        if self._on_gpu:
+            torch.cuda.synchronize()  # next to nothing is left to do: the update has waited for the gradients' norm
+        self.total = time.perf_counter() - self._began
+        for (_, began, first_wait), (part, ended, end_wait) in itertools.pairwise(self._laps):
+            self.seconds[part] = self.seconds.get(part, 0.0) + _seconds_between(began, ended)
+            self.waits[part] = self.waits.get(part, 0.0) + self._waits.seconds(None, first_wait, end_wait)
+        self.tokens_waited = self._waits.seconds("all_to_all")
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds_between(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
+    if isinstance(began, float):
+        assert isinstance(ended, float)
+        return ended - began
+    return began.elapsed_time(ended) / 1000

@@ -13,6 +13,7 @@ from typing import IO
 
 import torch
 
+from mepa_ds import distributed
 from mepa_ds.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -80,9 +81,12 @@ def slots(jobs: int, ranks: int) -> list[Slot]:
     Raises:
         UserError: there are fewer GPUs than `jobs` runs need.
     """
-    cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
+    cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count() if distributed.uses_gpu() else 0
     if gpus and jobs * ranks > gpus:
-        raise UserError(f"--jobs {jobs}: runs of {ranks} ranks each need {jobs * ranks} GPUs, and there are {gpus}")
+        raise UserError(
+            f"--jobs {jobs}: runs of {ranks} ranks each need {jobs * ranks} GPUs, and there are {gpus}; give fewer "
+            f"jobs, or set {distributed.ACCELERATOR}=cpu to train on the CPU"
+        )
     each = max(len(cores) // jobs, 1)
     return [
         Slot(

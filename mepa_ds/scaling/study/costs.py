@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from tqdm import tqdm
 
+from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.planning.plan import Plan, plan_run, this_machine
 from mepa_ds.scaling.study.config import Budget, StudyConfig
@@ -46,7 +46,7 @@ def memory_of(study: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, float]:
         key = (config.model.model_dump_json(), run.batch, config.train.accumulation)
         if key not in plans:
             machine = this_machine(config, study.budget.ranks, memory)
-            if memory is None and not torch.cuda.is_available() and study.budget.device is not None:
+            if memory is None and not distributed.uses_gpu() and study.budget.device is not None:
                 machine = replace(machine, memory=None)
             plans[key] = plan_run(config, machine)
         if problems := plans[key].problems:

@@ -1,0 +1,182 @@
+"""A whole training step: the public way against ours, and ours with each of its gains switched off, in one run.
+
+    python benchmarks/train_step.py --json step.json                                  (MEPA-d8, two CPU threads)
+    python benchmarks/train_step.py --model mepa-d16 --batch 48 --dtypes bf16         (on a GPU)
+
+public          plain PyTorch: tokenizer and ViT-B/14 teacher run at every step, masked attention, boolean-mask experts,
+                interpolated guidance, autocast over fp32 weights, torch's AdamW (benchmarks/public_way.py)
+public model    the same without tokenizer and teacher: tokens and features are given
+ours            the trainer's step on stored tokens and int8 features, by the engine (ZeRO-2 on one rank)
+no-NAME         ours without one gain:
+  no-stored      tokens are encoded and features computed at every step
+  no-prefixes    attention by one call with a mask instead of one call a scale on its prefix
+  no-summed      gradients of keys and values by slices instead of summed in one buffer
+  no-dispatch    boolean-mask experts instead of sorted rows
+  no-matrices    guidance by bicubic interpolation instead of fixed matrices
+  no-loss        cross-entropy of a transposed copy of all logits in fp32 instead of row by row in chunks
+  no-engine      autocast over fp32 weights and torch's AdamW instead of the engine
+compiled        ours with parallel.compile
+
+A step is inputs, forward, backward, clipping and AdamW. Every contender runs once a round, in turn, so that a slow
+moment of the machine meets all of them; a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.measuring import peak_memory
+from benchmarks.step_contenders import ALL, CONTENDERS, Contestants
+from mepa_ds.machine import cpu_name, keep_freed_memory
+from mepa_ds.objective.flops import mfu, peak_flops_per_second, step_flops
+
+WARM_UP = 2
+BASES = ("public", "public model", "ours")
+
+
+@dataclass
+class Options:
+    """Prints one table a model, batch and type; ratios are taken within a run."""
+
+    model: str = "mepa-d8"
+    """A preset: var-dN, mepa-dN, mepa-dN-iso; `nano` is two blocks of width 128."""
+    batch: int = 2
+    """Images a step."""
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Precision: fp32, bf16."""
+    contenders: tuple[str, ...] = CONTENDERS
+    """What is measured."""
+    rounds: int = 7
+    """Timed rounds, after two that warm up."""
+    threads: int = 2
+    """CPU threads."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu or cuda."""
+    json: Path | None = None
+    """File for the figures."""
+    chart: Path | None = None
+    """PNG of the ratios (needs matplotlib)."""
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every contender in every round."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + WARM_UP):
+        for name, step in steps.items():
+            wait()
+            started = time.perf_counter()
+            step()
+            wait()
+            if number >= WARM_UP:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(mine: list[float], theirs: list[float]) -> float:
+    """How many times as long `mine` takes: the median over rounds."""
+    return statistics.median(mine_s / theirs_s for mine_s, theirs_s in zip(mine, theirs, strict=True))
+
+
+def one_case(options: Options, dtype: str) -> dict[str, Any]:
+    """Figures of all contenders in one type."""
+    device = torch.device(options.device)
+    contestants = Contestants(options.model, options.batch, dtype, device)
+    steps = {name: contestants.step(name) for name in options.contenders}
+    seconds = measure(steps, options.rounds, options.device)
+    config = contestants.config
+    flops = step_flops(config, contestants.feature_width)
+    peak = peak_flops_per_second(dtype) if options.device == "cuda" else None
+    results = {}
+    for name, step in steps.items():
+        median = statistics.median(seconds[name])
+        results[name] = {
+            "seconds": median,
+            "fastest_seconds": min(seconds[name]),
+            "times_as_long_as": {other: ratio(seconds[name], seconds[other]) for other in BASES if other in steps},
+            "images_per_second": options.batch / median,
+            "tokens_per_second": options.batch * config.model.schedule.num_tokens / median,
+            "tflops": flops / median / 1e12,
+            "mfu": None if peak is None else mfu(flops, median, peak, 1),
+            "peak_mib": peak_memory(step, options.device),
+        }
+    return {"model": options.model, "batch": options.batch, "dtype": dtype, "results": results}
+
+
+def lines_of(case: dict[str, Any]) -> list[str]:
+    """One case as a table."""
+    lines = [f"{case['model']}, {case['batch']} images, {case['dtype']}"]
+    lines.append(f"{'':<14} {'ms':>9} {'images/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'MiB':>7} {'x ours':>7}")
+    for name, found in case["results"].items():
+        share = "" if found["mfu"] is None else f"{100 * found['mfu']:.1f} %"
+        times = found["times_as_long_as"].get("ours")
+        speed = f"{found['images_per_second']:9.2f} {found['tflops']:8.3g} {share:>6} {found['peak_mib']:7.0f}"
+        lines.append(f"{name:<14} {1e3 * found['seconds']:9.1f} {speed} {'' if times is None else f'{times:7.2f}'}")
+    for base, what in (("public", "whole step"), ("public model", "model only")):
+        if base in case["results"] and "ours" in case["results"]:
+            lines.append(f"{what}: ours is {case['results'][base]['times_as_long_as']['ours']:.2f} times as fast")
+    return lines
+
+
+def draw(cases: list[dict[str, Any]], path: Path) -> None:
+    """A bar a contender: how many times as long as ours it takes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], cases, strict=True):
+        names = [name for name in case["results"] if name != "ours"][::-1]
+        times = [case["results"][name]["times_as_long_as"]["ours"] for name in names]
+        axis.bar_label(axis.barh(names, times, color="tab:blue"), fmt="%.2f", padding=3)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xlabel("times as long as ours")
+        axis.set_title(f"{case['model']}, {case['batch']} images, {case['dtype']}")
+        axis.set_xlim(0, 1.15 * max(times, default=1))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    unknown = [name for name in options.contenders if name not in ALL]
+    if unknown:
+        raise SystemExit(f"--contenders: {', '.join(unknown)}: expected some of {', '.join(ALL)}")
+    if options.chart and "ours" not in options.contenders:
+        raise SystemExit("--chart: its bars are relative to ours; add ours to --contenders")
+    os.environ.setdefault("DS_ACCELERATOR", options.device)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    torch.set_num_threads(options.threads)
+    if options.device == "cpu":
+        keep_freed_memory()  # as the ranks of a run do
+    backend = "nccl" if options.device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{cpu_name()}, {options.threads} threads"
+    print(f"{machine}, torch {torch.__version__}", flush=True)
+    cases = []
+    for dtype in options.dtypes:
+        cases.append(one_case(options, dtype))
+        print("\n".join(lines_of(cases[-1])), flush=True)
+    if options.json:
+        report = {"device": machine, "torch": torch.__version__, "threads": options.threads, "cases": cases}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.chart:
+        draw(cases, options.chart)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
