@@ -45,7 +45,7 @@ import webdataset as wds
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.data_peers import PEERS, peer_ways
+from benchmarks.data_peers import PEERS, is_peer, peer_ways
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.options import LoaderOptions
@@ -109,11 +109,11 @@ class Row:
             "samples_per_second": {name: round(rate) for name, rate in rates.items()},
             "bytes_per_second": {name: round(self.total_bytes / seconds) for name, seconds in self.seconds.items()},
             "loader_over_webdataset": round(rates["loader"] / rates["webdataset"], 2),
-            "loader_over": {way: round(rates["loader"] / rate, 2) for way, rate in rates.items() if way in PEERS},
+            "loader_over": {way: round(rates["loader"] / rate, 2) for way, rate in rates.items() if is_peer(way)},
             "loader_over_cpu": {
                 way: round(seconds / self.cpu_seconds["loader"], 2)
                 for way, seconds in self.cpu_seconds.items()
-                if way in PEERS
+                if is_peer(way)
             },
             "loader_over_cat": round(rates["loader"] / rates["cat"], 3),
             "loader_over_webdataset_cpu": round(self.cpu_seconds["webdataset"] / self.cpu_seconds["loader"], 2),
@@ -158,8 +158,9 @@ def make_shards(root: Path, options: Options) -> None:
         return {"jpg": buffer.getvalue(), "cls": str(number % 1000).encode()}
 
     write_set(root / "tokens", "tokens", options.samples, tokens, scales=[1], codebook_size=4096)
-    write_set(root / "images", "images", options.images, photo)
-    for name in CODECS:
+    if not options.peers:
+        write_set(root / "images", "images", options.images, photo)
+    for name in ("int8",) if options.peers else CODECS:
         components = pca_components(name)
         basis = None
         if components is not None:
@@ -173,12 +174,12 @@ def make_shards(root: Path, options: Options) -> None:
             return {extension: npy_bytes(array.numpy()) for extension, array in codec.encode(values).items()}
 
         write_set(root / name, "features", options.samples, features, codec=name, width=WIDTH)
-        if name == "int8":
+        if name == "int8" and not options.peers:
             few = [features(number) for number in range(64)]  # the same again and again: quantising takes its time
             num = MANY_FEATURES * IMAGENET_SHARDS
             many: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "codec": name, "width": WIDTH}
             write_set(root / "many-int8", "features", num, lambda number: few[number % 64], **many)  # noqa: B023
-    for name, per_shard in (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
+    for name, per_shard in () if options.peers else (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
         settings: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "scales": [1], "codebook_size": 4096}
         write_set(root / name, "tokens", per_shard * IMAGENET_SHARDS, tokens, **settings)
 
@@ -364,7 +365,7 @@ def report_peers(rows: list[Row], path: Path | None) -> None:
     for summary in summaries:
         for way, rate in summary["samples_per_second"].items():
             ratio = summary["samples_per_second"]["loader"] / rate
-            print(f"{summary['name']:<24} {way:<24} {rate:>8} samples/s   ours over it {ratio:6.2f}")
+            print(f"{summary['name']:<24} {way:<25} {rate:>8} samples/s   ours over it {ratio:6.2f}")
         print(f"{summary['name']:<24} by CPU time, ours over: {summary['loader_over_cpu']}")
     if path is not None:
         versions = {name: metadata.version(name) for name in PEERS if name in summaries[0]["samples_per_second"]}

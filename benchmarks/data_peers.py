@@ -1,7 +1,10 @@
 """Other loaders of shuffled samples from local shards, for benchmarks/data.py: MosaicML streaming and litdata.
 
-Both get the same samples as ours, all members of a sample in one record, in shards of about the same size, uncompressed
-and with shuffling on, and give NumPy arrays sample by sample: putting these into batches, which ours does, is left out.
+Both get the same samples as ours, all members of a sample in one record, in shards of one size, uncompressed and with
+shuffling on. They give batches of tensors as ours does, by PyTorch's DataLoader or their own, in this process. litdata
+has three ways: as it is by default, where it decodes neighbours of a sample too; sample by sample (`batch_decode=0`);
+and so without batches, where its arrays are views of mapped files that nobody has read yet.
+
 The packages are optional (`pip install mosaicml-streaming litdata`); one that is missing is left out with a line.
 """
 
@@ -14,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.shards.writer import read_npy_header
 
 Record = dict[str, Any]
+Ways = dict[str, Callable[[], None]]
+BATCH = 64
 _SHARD_BYTES = 1 << 26
 _DONE = "complete"
 
@@ -39,30 +45,20 @@ def records(sets: list[ShardSet]) -> Iterator[Record]:
         yield record
 
 
-def mosaicml_streaming(directory: Path, samples: Iterable[Record]) -> Callable[[], None]:
+def mosaicml_streaming(directory: Path, samples: Iterable[Record]) -> Ways:
     streaming = importlib.import_module("streaming")
     if not (directory / _DONE).exists():
         writer = None
         for record in samples:
             if writer is None:
-                columns = {
-                    name: "int"
-                    if isinstance(value, int)
-                    else f"ndarray:{value.dtype}:{','.join(map(str, value.shape))}"
-                    for name, value in record.items()
-                }
+                columns = {name: _column(value) for name, value in record.items()}
                 writer = streaming.MDSWriter(out=str(directory), columns=columns, size_limit=_SHARD_BYTES)
             writer.write(record)
         if writer is not None:
             writer.finish()
         (directory / _DONE).touch()
-    dataset = streaming.StreamingDataset(local=str(directory), shuffle=True, batch_size=64)
-
-    def epoch() -> None:
-        for _ in dataset:
-            pass
-
-    return epoch
+    dataset = streaming.StreamingDataset(local=str(directory), shuffle=True, batch_size=BATCH)
+    return {"mosaicml-streaming": _epoch_of(DataLoader(dataset, batch_size=BATCH, drop_last=True))}
 
 
 def _column(value: Any) -> str:
@@ -70,7 +66,7 @@ def _column(value: Any) -> str:
     return "int" if isinstance(value, int) else f"ndarray:{value.dtype}:{','.join(map(str, value.shape))}"
 
 
-def litdata(directory: Path, samples: Iterable[Record]) -> Callable[[], None]:
+def litdata(directory: Path, samples: Iterable[Record]) -> Ways:
     os.environ.setdefault("LITDATA_DISABLE_VERSION_CHECK", "1")  # it would ask the network for news of itself
     library = importlib.import_module("litdata")
     if not (directory / _DONE).exists():
@@ -80,8 +76,18 @@ def litdata(directory: Path, samples: Iterable[Record]) -> Callable[[], None]:
         cache.done()
         cache.merge()
         (directory / _DONE).touch()
-    dataset = library.StreamingDataset(str(directory), shuffle=True)
+    default, single = (
+        library.StreamingDataset(str(directory), shuffle=True, batch_decode=decoded) for decoded in ("auto", 0)
+    )
+    loader = library.StreamingDataLoader
+    return {
+        "litdata": _epoch_of(loader(default, batch_size=BATCH, drop_last=True)),
+        "litdata, batch_decode=0": _epoch_of(loader(single, batch_size=BATCH, drop_last=True)),
+        "litdata, no batches": _epoch_of(single),
+    }
 
+
+def _epoch_of(dataset: Iterable[Any]) -> Callable[[], None]:
     def epoch() -> None:
         for _ in dataset:
             pass
@@ -89,15 +95,23 @@ def litdata(directory: Path, samples: Iterable[Record]) -> Callable[[], None]:
     return epoch
 
 
-PEERS = {"mosaicml-streaming": mosaicml_streaming, "litdata": litdata}
+PEERS: dict[str, Callable[[Path, Iterable[Record]], Ways]] = {
+    "mosaicml-streaming": mosaicml_streaming,
+    "litdata": litdata,
+}
 
 
-def peer_ways(directory: Path, sets: list[Path]) -> dict[str, Callable[[], None]]:
+def peer_ways(directory: Path, sets: list[Path]) -> Ways:
     """An epoch of each installed package, by its name. Writes the samples in its format where they are not yet."""
-    ways: dict[str, Callable[[], None]] = {}
+    ways: Ways = {}
     for name, prepare in PEERS.items():
         try:
-            ways[name] = prepare(directory / name, records([ShardSet(path) for path in sets]))
+            ways |= prepare(directory / name, records([ShardSet(path) for path in sets]))
         except ModuleNotFoundError as error:
             print(f"{name}: left out, it is not installed ({error.name}): pip install {name}")
     return ways
+
+
+def is_peer(way: str) -> bool:
+    """Whether a way to read is one of another package."""
+    return way.startswith(tuple(PEERS))
