@@ -45,9 +45,10 @@ def workload(tmp_path_factory: pytest.TempPathFactory) -> Workload:
 
 @pytest.mark.parametrize("ep_size", [1, 4])
 def test_counted_products_are_those_of_the_formula(workload: Workload, ep_size: int) -> None:
+    """And those that the formula leaves out, of routing, alignment and attention computed again: few even here."""
     _, operators = workload.micro_batch(ep_size, 16)
     config = workload.with_layout(ep_size, 1, 16)
-    assert operators.matrix_flops == pytest.approx(flops.step_flops(config, 768), rel=0.04)
+    assert 0.98 < operators.matrix_flops / flops.step_flops(config, 768) < 1.1
 
 
 @pytest.mark.parametrize(("ep_size", "images"), [(2, 10), (4, 40)])
