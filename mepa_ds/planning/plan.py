@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
@@ -101,8 +102,31 @@ class Plan:
         return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
 
 
-def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None = None) -> Plan:
-    """Makes the plan; `num_samples` is read from data.tokens if that set is there.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a micro-batch of one rank needs, and the networks beside the model."""
+
+    traced: Traced
+    networks: FrozenNetworks
+
+
+def measure_micro_batch(
+    config: PretrainConfig, machine: Machine, images: int, observer: TorchDispatchMode | None = None
+) -> MicroBatch:
+    """Runs a micro-batch of so many images with fake tensors, which takes seconds for large models."""
+    networks = plan_networks(config, images)
+    engine = _EngineMemory(config, machine, deepspeed_config.read_knobs(config.parallel.deepspeed))
+    traced = trace_micro_batch(
+        config, images, networks.teacher_width, networks.teacher_patches, engine.on_gradient, observer
+    )
+    return MicroBatch(traced, networks)
+
+
+def plan_run(
+    config: PretrainConfig, machine: Machine, num_samples: int | None = None, measured: MicroBatch | None = None
+) -> Plan:
+    """Makes the plan; `num_samples` is read from data.tokens if that set is there, the micro-batch is run if it has
+    not been measured.
 
     Raises UserError when the recipe cannot be spread over the ranks.
     """
@@ -113,10 +137,9 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         num_samples = ShardIndex.read(samples).num_samples
     num_samples = config.data.unique_images or num_samples  # an epoch of a subset has that many
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
-    networks = plan_networks(config, micro_batch)
-    width = networks.teacher_width
+    measured = measured or measure_micro_batch(config, machine, micro_batch)
+    traced, networks = measured.traced, measured.networks
     engine = _EngineMemory(config, machine, knobs)
-    traced = trace_micro_batch(config, micro_batch, width, networks.teacher_patches, engine.on_gradient)
     held = traced.num_elements
     backward, optimizer, encoding, host = engine.parts(traced, networks)
     counts = count_parameters(config.model)
@@ -131,7 +154,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         counts=counts,
         held=held,
         micro_batch=micro_batch,
-        step_flops=flops.step_flops(config, width),
+        step_flops=flops.step_flops(config, networks.teacher_width),
         backward=backward,
         optimizer=optimizer,
         encoding=encoding,
