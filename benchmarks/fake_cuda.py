@@ -125,6 +125,7 @@ def trace_training(config: PretrainConfig) -> Phases:
         assert not missing, f"no gradient: {missing}"
         optimizer = build_optimizer(objective, config.optim, config.model.C)
         zero_partitions(optimizer)
+        optimizer.step()  # the first one makes the moments
         with _counted(phases, "update"):
             optimizer.step()
     return phases

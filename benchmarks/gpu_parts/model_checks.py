@@ -112,7 +112,8 @@ def nano(batch: int) -> tuple[PretrainConfig, PretrainingObjective, ModelInputs]
 
 
 def moved(inputs: ModelInputs, device: torch.device) -> ModelInputs:
-    return ModelInputs(**{name: None if value is None else value.to(device) for name, value in vars(inputs).items()})
+    there: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(inputs).items()}
+    return ModelInputs(**there)
 
 
 def losses_and_gradients(

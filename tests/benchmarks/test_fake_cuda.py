@@ -135,7 +135,14 @@ def test_traffic_by_hand(device: ModuleType) -> None:
             assert counter.work.bytes["gemm"] == 72 + 96 + 48
             _ = x.index_select(0, index)
             assert counter.work.bytes["index"] == 2 * 32
-    assert sum(counter.work.operators.values()) == 4, "views and slices are no kernels"
+            row.mul_(2)
+            torch.add(row, row, out=row)
+            torch._foreach_add_([row, row], 1)
+            assert counter.work.bytes["elementwise"] == 400 + (16 + 16) + (32 + 16)
+            assert counter.work.bytes["optimizer"] == 2 * 32
+            row.copy_(x[0])
+            assert counter.work.bytes["copy"] == 16 + 16
+    assert sum(counter.work.operators.values()) == 8, "views and slices are no kernels"
 
 
 @pytest.mark.parametrize(
