@@ -1,6 +1,7 @@
 """Speed of the loader: samples/s and bytes/s of one worker, against plain webdataset and `cat` on the same files.
 
     python benchmarks/data.py [--json FILE] [--samples 3000]
+    python benchmarks/data.py --peers
 
 Makes shards in a temporary directory (tokens as VAR's, features of 256 x 768 by codec, JPEG images of 500 x 375),
 reads them into the page cache, then takes turns: `cat`, plain `wds.WebDataset(...).shuffle(200).decode()`, and the
@@ -15,6 +16,9 @@ do, the interpreter's lock that changes hands makes it slower than this process 
 Two rows have as many shards as ImageNet, so that a uniform order meets another file with each sample. Such short shards
 cost plain webdataset more than the loader: compare these rows with the loader's others, and with `cat`.
 
+With --peers, MosaicML streaming and litdata read the same samples (benchmarks/data_peers.py), and only two rows are
+measured, tokens and tokens with int8 features.
+
 Shuffle quality is that of sets read through a window of shards, ImageNet's size, against a uniform permutation.
 """
 
@@ -25,10 +29,12 @@ import json
 import os
 import resource
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,8 @@ import tyro
 import webdataset as wds
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.data_peers import PEERS, is_peer, peer_ways
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.options import LoaderOptions
@@ -74,6 +82,8 @@ class Options:
     """JPEGs."""
     rounds: int = 8
     """The best of so many counts."""
+    peers: bool = False
+    """Measure MosaicML streaming and litdata too, where they are installed, and nothing but the first two sets."""
     directory: Path | None = None
     """Where to put the shards, or where they are from a run with the same numbers; by default a temporary directory."""
     json: Path | None = None
@@ -99,6 +109,12 @@ class Row:
             "samples_per_second": {name: round(rate) for name, rate in rates.items()},
             "bytes_per_second": {name: round(self.total_bytes / seconds) for name, seconds in self.seconds.items()},
             "loader_over_webdataset": round(rates["loader"] / rates["webdataset"], 2),
+            "loader_over": {way: round(rates["loader"] / rate, 2) for way, rate in rates.items() if is_peer(way)},
+            "loader_over_cpu": {
+                way: round(seconds / self.cpu_seconds["loader"], 2)
+                for way, seconds in self.cpu_seconds.items()
+                if is_peer(way)
+            },
             "loader_over_cat": round(rates["loader"] / rates["cat"], 3),
             "loader_over_webdataset_cpu": round(self.cpu_seconds["webdataset"] / self.cpu_seconds["loader"], 2),
             "loader_over_cat_cpu": round(self.cpu_seconds["cat"] / self.cpu_seconds["loader"], 3),
@@ -142,8 +158,9 @@ def make_shards(root: Path, options: Options) -> None:
         return {"jpg": buffer.getvalue(), "cls": str(number % 1000).encode()}
 
     write_set(root / "tokens", "tokens", options.samples, tokens, scales=[1], codebook_size=4096)
-    write_set(root / "images", "images", options.images, photo)
-    for name in CODECS:
+    if not options.peers:
+        write_set(root / "images", "images", options.images, photo)
+    for name in ("int8",) if options.peers else CODECS:
         components = pca_components(name)
         basis = None
         if components is not None:
@@ -157,12 +174,12 @@ def make_shards(root: Path, options: Options) -> None:
             return {extension: npy_bytes(array.numpy()) for extension, array in codec.encode(values).items()}
 
         write_set(root / name, "features", options.samples, features, codec=name, width=WIDTH)
-        if name == "int8":
+        if name == "int8" and not options.peers:
             few = [features(number) for number in range(64)]  # the same again and again: quantising takes its time
             num = MANY_FEATURES * IMAGENET_SHARDS
             many: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "codec": name, "width": WIDTH}
             write_set(root / "many-int8", "features", num, lambda number: few[number % 64], **many)  # noqa: B023
-    for name, per_shard in (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
+    for name, per_shard in () if options.peers else (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
         settings: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "scales": [1], "codebook_size": 4096}
         write_set(root / name, "tokens", per_shard * IMAGENET_SHARDS, tokens, **settings)
 
@@ -224,7 +241,15 @@ def measure(name: str, directories: list[Path], ways: dict[str, Callable[[], Non
     return Row(name, samples, total_bytes, seconds, cpu_seconds)
 
 
-def measure_precomputed(name: str, tokens: Path, features: Path | None, samples: int, rounds: int) -> Row:
+def measure_precomputed(
+    name: str,
+    tokens: Path,
+    features: Path | None,
+    samples: int,
+    rounds: int,
+    others: dict[str, Callable[[], None]] | None = None,
+) -> Row:
+    """`others` are further ways to read the same samples."""
     directories = [tokens] if features is None else [tokens, features]
     own, ahead = (
         LoaderRun(
@@ -242,6 +267,7 @@ def measure_precomputed(name: str, tokens: Path, features: Path | None, samples:
         "webdataset": webdataset,
         "loader": own,
         "loader, a thread ahead": ahead,
+        **(others or {}),
     }
     return measure(name, directories, ways, samples, rounds)
 
@@ -256,6 +282,16 @@ def measure_all_precomputed(root: Path, options: Options) -> list[Row]:
     rows.append(measure_precomputed(name, root / "many-tokens", None, num, rounds))
     num, name = MANY_FEATURES * many, f"tokens + features int8, {many} shards"
     rows.append(measure_precomputed(name, root / "many-int8-tokens", root / "many-int8", num, rounds))
+    return rows
+
+
+def measure_peers(root: Path, options: Options) -> list[Row]:
+    tokens, features = root / "tokens", root / "int8"
+    rows = []
+    for name, sets in (("tokens", [tokens]), ("tokens + features int8", [tokens, features])):
+        ways = peer_ways(root / f"peers of {name}", sets)
+        own = sets[1] if len(sets) > 1 else None
+        rows.append(measure_precomputed(name, tokens, own, options.samples, options.rounds, ways))
     return rows
 
 
@@ -324,11 +360,26 @@ def windowed_quality() -> dict[int, dict[str, float]]:
     return result
 
 
+def report_peers(rows: list[Row], path: Path | None) -> None:
+    summaries = [row.summary() for row in rows]
+    for summary in summaries:
+        for way, rate in summary["samples_per_second"].items():
+            ratio = summary["samples_per_second"]["loader"] / rate
+            print(f"{summary['name']:<24} {way:<25} {rate:>8} samples/s   ours over it {ratio:6.2f}")
+        print(f"{summary['name']:<24} by CPU time, ours over: {summary['loader_over_cpu']}")
+    if path is not None:
+        versions = {name: metadata.version(name) for name in PEERS if name in summaries[0]["samples_per_second"]}
+        path.write_text(json.dumps({"rows": summaries, "versions": versions}, indent=2) + "\n")
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         root = options.directory or Path(temporary)
         make_shards(root, options)
+        if options.peers:
+            report_peers(measure_peers(root, options), options.json)
+            return
         os.sync()  # or the disk is still being written while the first ways are timed
         rows = measure_all_precomputed(root, options)
         rows.append(measure_images(root, options))

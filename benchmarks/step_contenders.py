@@ -32,7 +32,8 @@ from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 CONTENDERS = (
-    "public", "public model", "ours", "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
+    "public", "public model", "ours",
+    "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
 )  # fmt: skip
 ALL = (*CONTENDERS, "compiled")
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}

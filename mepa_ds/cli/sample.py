@@ -62,6 +62,8 @@ class SampleOptions:
     """var: VAR's own order of draws, for comparisons (one batch)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the model's weights and activations."""
+    compiled: bool = False
+    """Compile the blocks first, which takes a minute or so for each batch size: for many images on a GPU."""
 
 
 def parse(argv: list[str]) -> SampleOptions:
@@ -127,6 +129,7 @@ def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Cal
                 first_index=part.start,
                 smooth=options.smooth,
                 rng=options.rng,
+                compiled=options.compiled,
             )
         except torch.OutOfMemoryError as error:
             raise UserError(

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+from mepa_ds.generation.scale_blocks import block_runner
+from mepa_ds.models.block import BlockRunner
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -42,6 +44,7 @@ def sample(
     first_index: int = 0,
     smooth: bool = False,
     rng: Rng = "image",
+    compiled: bool = False,
 ) -> Tensor:
     """Generates one image for each label: (B, 3, H, W) float32 in [0, 1]. The model samples in evaluation mode.
 
@@ -57,6 +60,8 @@ def sample(
             "more smooth", for demonstrations: never for evaluation).
         rng: "image" as above; "var" repeats VAR's own order of draws (one generator for the batch, so batch_size
             must be None).
+        compiled: torch.compile the blocks, which takes a minute or so for each new batch size: for many images on a
+            GPU. Logits then differ by rounding.
 
     Raises:
         UserError: labels that are no list of the model's classes, a tokenizer of another schedule, codebook or code
@@ -70,13 +75,13 @@ def sample(
     tokenizer = tokenizer.to(device)
     step = batch_size or max(len(labels), 1)
     images = []
-    with _evaluating(model):
+    with _evaluating(model), block_runner(model, compiled) as run:
         for start in range(0, len(labels), step):
             part = labels[start : start + step]
             generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
             index_B = np.arange(first_index + start, first_index + start + len(part))
             draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
-            images.append(_sample_batch(model, tokenizer, part, cfg, draw))
+            images.append(_sample_batch(model, tokenizer, part, cfg, draw, run))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
@@ -94,7 +99,7 @@ def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
 
 
 def _sample_batch(
-    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _Draw
+    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _Draw, run: BlockRunner
 ) -> Tensor:
     quantizer, schedule = tokenizer.quantizer, model.schedule
     B, guided = len(labels_B), cfg != 0
@@ -106,10 +111,12 @@ def _sample_batch(
     x_BlC = model.first_input(class_BC)
     total = f_hat.new_zeros(())  # of all logits: NaN or infinite if any of them is
     for scale in range(schedule.num_scales):
-        logits_BlV = model.logits(model.run_scale(x_BlC, modulations, scale, caches), class_BC).float()
         ratio = scale / max(schedule.num_scales - 1, 1)
-        if guided:
-            t = cfg * ratio
+        t = cfg * ratio
+        x_BlC = model.run_scale(x_BlC, modulations, scale, caches, run)
+        rows = len(class_BC) if t else B  # without a weight the unconditional rows only leave their keys and values
+        logits_BlV = model.logits(x_BlC[:rows], class_BC[:rows]).float()
+        if t:
             logits_BlV = (1 + t) * logits_BlV[:B] - t * logits_BlV[B:]
         total = total + logits_BlV.sum()
         if draw.generator is not None:  # torch.multinomial would fail on them with a message of its own

@@ -5,7 +5,7 @@ Shapes: B batch, L positions of all scales, C width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,16 @@ class Block(nn.Module):
         else:
             branch = self.ffn(normed)
         return torch.addcmul(x_BLC, branch, _scaled(gamma2, branch_scale_2B, 1)), statistics
+
+
+BlockRunner = Callable[[nn.Module, Tensor, Tensor, Tensor, KVCache], Tensor]
+"""What runs a block in sampling: `run_scale_of`, or that compiled."""
+
+
+def run_scale_of(block: nn.Module, x_BlC: Tensor, modulation: Tensor, scale_index_l: Tensor, cache: KVCache) -> Tensor:
+    """Runs a block on the tokens of one scale. The cache holds the scales before it, and afterwards this one too."""
+    x_BlC, _ = block(x_BlC, modulation, scale_index_l, (), cache=cache)
+    return x_BlC
 
 
 def modulate(x_BLC: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

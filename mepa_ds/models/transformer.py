@@ -22,7 +22,7 @@ from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.tokenizer import checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.models.attention import KVCache
-from mepa_ds.models.block import Block, modulate
+from mepa_ds.models.block import Block, BlockRunner, modulate, run_scale_of
 from mepa_ds.models.initialisation import init_weights
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.recomputation import Recompute, run_block
@@ -218,11 +218,18 @@ class NextScaleTransformer(nn.Module):
         condition = self.condition(class_BC)
         return [cast(Block, block).modulation(condition) for block in self.blocks]
 
-    def run_scale(self, x_BlC: Tensor, modulations: Sequence[Tensor], scale: int, caches: Sequence[KVCache]) -> Tensor:
+    def run_scale(
+        self,
+        x_BlC: Tensor,
+        modulations: Sequence[Tensor],
+        scale: int,
+        caches: Sequence[KVCache],
+        run: BlockRunner = run_scale_of,
+    ) -> Tensor:
         """One scale through all blocks: (B, l, C) -> (B, l, C). The caches hold the scales before it."""
         scale_index_l = self._scale_index(scale, x_BlC)
         for block, modulation, cache in zip(self.blocks, modulations, caches, strict=True):
-            x_BlC, _ = block(x_BlC, modulation, scale_index_l, (), cache=cache)
+            x_BlC = run(block, x_BlC, modulation, scale_index_l, cache)
         return x_BlC
 
     def new_caches(self, batch: int) -> list[KVCache]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,11 +148,12 @@ def trace_micro_batch(
     teacher_width: int | None,
     teacher_patches: int,
     on_gradient: Callable[[int], int],
+    observer: TorchDispatchMode | None = None,
 ) -> Traced:
     """Traces a micro-batch of `batch` images on one rank. A GPU's kernels keep the same as a CPU's, to a few per cent.
 
     `on_gradient` is called when the gradient of a parameter of so many elements is complete and has gone into the
-    engine's buffers; it returns the bytes that these have grown by.
+    engine's buffers; it returns the bytes that these have grown by. `observer` sees all operations of both passes.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.parallel.precision]
     live = LiveBytes()
@@ -163,7 +164,7 @@ def trace_micro_batch(
         for parameter in objective.parameters():
             parameter.register_post_accumulate_grad_hook(_handing_over(live, on_gradient))
         inputs = _inputs(config, batch, teacher_width, teacher_patches)
-        with live:
+        with observer or nullcontext(), live:
             losses: Losses = objective(inputs)
             kept = live.now - live.exchanged
             losses.total.backward()

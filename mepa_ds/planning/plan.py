@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.one_rank import gathers_directly
 from mepa_ds.errors import UserError
 from mepa_ds.machine import resident_bytes
 from mepa_ds.models.summary import ParameterCounts, count_parameters
@@ -99,8 +102,31 @@ class Plan:
         return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
 
 
-def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None = None) -> Plan:
-    """Makes the plan; `num_samples` is read from data.tokens if that set is there.
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a micro-batch of one rank needs, and the networks beside the model."""
+
+    traced: Traced
+    networks: FrozenNetworks
+
+
+def measure_micro_batch(
+    config: PretrainConfig, machine: Machine, images: int, observer: TorchDispatchMode | None = None
+) -> MicroBatch:
+    """Runs a micro-batch of so many images with fake tensors, which takes seconds for large models."""
+    networks = plan_networks(config, images)
+    engine = _EngineMemory(config, machine, deepspeed_config.read_knobs(config.parallel.deepspeed))
+    traced = trace_micro_batch(
+        config, images, networks.teacher_width, networks.teacher_patches, engine.on_gradient, observer
+    )
+    return MicroBatch(traced, networks)
+
+
+def plan_run(
+    config: PretrainConfig, machine: Machine, num_samples: int | None = None, measured: MicroBatch | None = None
+) -> Plan:
+    """Makes the plan; `num_samples` is read from data.tokens if that set is there, the micro-batch is run if it has
+    not been measured.
 
     Raises UserError when the recipe cannot be spread over the ranks.
     """
@@ -111,10 +137,9 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         num_samples = ShardIndex.read(samples).num_samples
     num_samples = config.data.unique_images or num_samples  # an epoch of a subset has that many
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
-    networks = plan_networks(config, micro_batch)
-    width = networks.teacher_width
+    measured = measured or measure_micro_batch(config, machine, micro_batch)
+    traced, networks = measured.traced, measured.networks
     engine = _EngineMemory(config, machine, knobs)
-    traced = trace_micro_batch(config, micro_batch, width, networks.teacher_patches, engine.on_gradient)
     held = traced.num_elements
     backward, optimizer, encoding, host = engine.parts(traced, networks)
     counts = count_parameters(config.model)
@@ -129,7 +154,7 @@ def plan_run(config: PretrainConfig, machine: Machine, num_samples: int | None =
         counts=counts,
         held=held,
         micro_batch=micro_batch,
-        step_flops=flops.step_flops(config, width),
+        step_flops=flops.step_flops(config, networks.teacher_width),
         backward=backward,
         optimizer=optimizer,
         encoding=encoding,
@@ -155,12 +180,13 @@ def _branch_step(config: PretrainConfig) -> int | None:
 class _EngineMemory:
     """Memory that ZeRO-1/2 keeps on each rank, at each moment of a step."""
 
-    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, object]):
+    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, Any]):
         self._config, self._machine = config, machine
         zero = knobs["zero_optimization"]
         assert isinstance(zero, dict)
         self._stage = zero["stage"]
-        self._bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self._directly = gathers_directly(knobs, machine.world_size)
+        self._bucket = 0 if self._directly else int(zero.get("reduce_bucket_size", 5e8))
         self._low = _FP32 if config.parallel.precision == "fp32" else 2
         self._in_bucket = 0
 
@@ -193,7 +219,8 @@ class _EngineMemory:
         host = {"process": self._machine.process, "copy for checkpoints": 3 * _FP32 * partition + average}
         if not self._machine.is_gpu:  # the host is the device
             state |= host
-        waiting = self._low * partition if self._config.train.accumulation > 1 else 0.0
+        waits = self._directly or self._config.train.accumulation > 1
+        waiting = self._low * partition if waits else 0.0
         bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
         backward = state | {
             "gradients": waiting + bucket,
@@ -201,14 +228,17 @@ class _EngineMemory:
             "intermediate results": float(traced.intermediate),
             _EXCHANGED_NAME: float(traced.exchanged),
         }
-        # A group's gradients become one flat tensor, and that an fp32 one. The fused AdamW needs no memory of its own.
+        # A group's gradients become one flat tensor (where they are not from the start), and that an fp32 one. The
+        # fused AdamW needs no memory of its own.
+        in_fp32 = self._low == _FP32
         optimizer = state | {
-            "gradients": self._low * partition + _FP32 * largest,
-            "intermediate results": self._low * largest if self._low != _FP32 else 0.0,
+            "gradients": self._low * partition + (0.0 if self._directly and in_fp32 else _FP32 * largest),
+            "intermediate results": 0.0 if self._directly or in_fp32 else self._low * largest,
         }
         encoding = {}
         if networks.working is not None:
-            encoding = state | {"gradients": bucket, _WORKING_NAME: networks.working}
+            gradients = waiting if self._directly else bucket
+            encoding = state | {"gradients": gradients, _WORKING_NAME: networks.working}
         if not self._machine.is_gpu:
             for parts in (backward, optimizer, encoding):
                 if parts:

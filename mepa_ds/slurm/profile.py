@@ -20,7 +20,8 @@ KEYS = frozenset(
         r"\w+",
         "PARTITION CPU_PARTITION ACCOUNT QOS CONSTRAINT RESERVATION EXCLUDE GPUS_PER_NODE GPU_TYPE GPU_MEMORY_GB "
         "CPUS_PER_GPU MEM_PER_GPU_GB TIME ACCELERATOR SETUP CONTAINER PYTHON LAUNCHER CPU_BIND SHARED_PATHS SCRATCH "
-        "STAGE MIN_DISK_GB MIN_BANDWIDTH_GBS HEALTH SIGNAL_SECONDS STOP_SECONDS MAX_RESTARTS INTERFACE",
+        "STAGE MIN_DISK_GB MIN_BANDWIDTH_GBS HEALTH SIGNAL_SECONDS STOP_SECONDS MAX_RESTARTS INTERFACE "
+        "NODE_BANDWIDTH_GBS NETWORK_BANDWIDTH_GBS STORAGE_BANDWIDTH_GBS STORAGE_TOTAL_GBS",
     )
 )
 _ASSIGNMENT = re.compile(r"(?P<key>[A-Za-z_][A-Za-z0-9_]*)=(?P<value>.*)")
@@ -48,6 +49,18 @@ class Profile:
         if not re.fullmatch("[1-9][0-9]*", text):  # bash reads 0100 as 64
             raise UserError(f"{self.path}: MEPA_{name}={text}: expected a whole number above 0")
         return int(text)
+
+    def bandwidth(self, name: str) -> float | None:
+        """The value of MEPA_<name>_GBS in bytes a second; None where it is absent or empty.
+
+        Raises UserError unless it is a number above 0.
+        """
+        text = self.get(f"{name}_GBS")
+        if not text:
+            return None
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) or float(text) == 0:
+            raise UserError(f"{self.path}: MEPA_{name}_GBS={text}: expected GB a second, a number above 0 such as 12.5")
+        return float(text) * 1e9
 
     @property
     def gpus_per_node(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+from mepa_ds.generation import scale_blocks
 from mepa_ds.generation.sampling import NonFiniteLogitsError, Rng, _SmoothDraw, draw_top, keep_top, sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
@@ -98,6 +99,41 @@ def test_experts_sample_what_they_were_trained_on(
     tokens_BL = tokens_of(drawn, tokenizer)
     assert len(tokens_BL.unique()) > 10
     assert torch.equal(tokens_BL, tokens_without_a_cache(model, tokenizer, labels_B, 20, 0.9, seed=3))
+
+
+@pytest.mark.parametrize("layout", ["dense", pytest.param("experts", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same_codes(
+    tokenizer: Tokenizer, drawn: list[Tensor], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Dynamo alone, which traces the blocks and keeps the cache's state right; code generation takes a minute."""
+    monkeypatch.setattr(scale_blocks, "BACKEND", "eager")
+    model = model_of("adaln")
+    if layout == "experts":
+        model = NextScaleTransformer.from_preset(
+            "mepa-d2", num_classes=10, scales=TINY_SCALES, codebook_size=64, code_width=8, head_init=20.0
+        ).eval()
+    dispatchers = [getattr(block.ffn, "dispatcher", None) for block in model.blocks]
+    images = [sample(model, tokenizer, [3, 1, 4], cfg=1.5, seed=5, compiled=compiled) for compiled in (False, True)]
+    plain, compiled = torch.cat(drawn[: len(TINY_SCALES)], dim=1), torch.cat(drawn[len(TINY_SCALES) :], dim=1)
+    assert torch.equal(compiled, plain)
+    torch.testing.assert_close(images[1], images[0], atol=1e-5, rtol=0)
+    assert [getattr(block.ffn, "dispatcher", None) for block in model.blocks] == dispatchers
+
+
+def test_scales_without_guidance_need_no_unconditional_logits(
+    tokenizer: Tokenizer, drawn: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scale has weight 0: its head sees the conditional rows alone. Other tests compare with VAR."""
+    rows: list[int] = []
+    logits = NextScaleTransformer.logits
+
+    def noting(self: NextScaleTransformer, x_BLC: Tensor, class_BC: Tensor) -> Tensor:
+        rows.append(len(x_BLC))
+        return logits(self, x_BLC, class_BC)
+
+    monkeypatch.setattr(NextScaleTransformer, "logits", noting)
+    sample(model_of("adaln"), tokenizer, [3, 1], cfg=1.5)
+    assert rows == [2] + [4] * (len(TINY_SCALES) - 1)
 
 
 @pytest.mark.parametrize("smooth", [False, True])

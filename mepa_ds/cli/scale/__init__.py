@@ -16,6 +16,7 @@ COMMANDS = {
     "fit": "fit laws to a table, with intervals",
     "predict": "the best model of the family for a budget, by a fitted law",
     "report": "figures and one HTML page of a study",
+    "cluster": "a recipe on 8 to 1024 GPUs, simulated: time of a step by part, the best layout",
 }
 _EXAMPLE = """a study from start to end:
   mepa scale plan recipes/studies/ladder.yaml
