@@ -35,6 +35,7 @@ FULL: dict[str, tuple[tuple[str, float], ...]] = {
     "H": (
         ("sampling.py --device {device} --images 1 8 64 --repeats 3 --contenders 'plain bf16' 'ours bf16'", 75),
         ("sampling.py --device {device} --images 8 --contenders 'plain fp32' 'ours fp32'", 30),
+        ("sampling.py --device {device} --images 64 --contenders 'ours bf16' 'ours compiled'", 120),
     ),
 }  # fmt: skip
 TINY: dict[str, tuple[str, ...]] = {

@@ -30,7 +30,7 @@ def precision(device: torch.device) -> str:
 
 def start_rank() -> None:
     """Makes this process a rank alone, if it is none yet. DeepSpeed holds on to the group, so it stays to the end."""
-    distributed.start(distributed.Launch(rank=0, world_size=1, local_rank=0))
+    distributed.start(distributed.read_launch())
 
 
 def training_inputs(device: torch.device) -> Found:
