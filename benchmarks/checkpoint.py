@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py --json checkpoint.json
 
 Blocks of the three kinds take turns, so that a busy machine disturbs all alike; medians are compared. A block ends when
-its checkpoint is on disk, and fails if that takes longer than its steps: nothing of the cost is left out. One process,
+its checkpoint is on disk, and says if that takes longer than its steps: nothing of the cost is left out. One process,
 on the GPU if there is one; tokens are random, everything else is the training step and the checkpoint of a real run.
 """
 
@@ -81,11 +81,12 @@ def measure(options: Options, device: torch.device, directory: Path) -> dict[str
                 bar.update()
     if failed := [item.error for item in written if item.error is not None]:
         raise SystemExit(f"error: a checkpoint could not be written: {failed[0]}")
-    longest = max(item.write_seconds for item in written)
-    if longest > min(seconds["none"]):
-        raise SystemExit(
-            f"error: a write took {longest:.2f} s, longer than {options.steps} steps ({min(seconds['none']):.2f} s): "
-            "these blocks measure waiting for the disk; give more --steps"
+    longest, shortest = max(item.write_seconds for item in written), min(seconds["none"])
+    if longest > shortest:
+        print(
+            f"a write took {longest:.2f} s, longer than {options.steps} steps ({shortest:.2f} s): these blocks measure "
+            "waiting for the disk; give more --steps",
+            file=sys.stderr,
         )
     (last,) = list_checkpoints(checkpoints.directory)
     assert find_damage(last) is None
@@ -97,6 +98,7 @@ def measure(options: Options, device: torch.device, directory: Path) -> dict[str
         "steps_a_checkpoint": options.steps,
         "step_seconds": median["none"] / options.steps,
         "stalled_seconds": statistics.median(item.stalled_seconds for item in written),
+        "waits_for_disk": longest > shortest,
         "write_seconds": statistics.median(item.write_seconds for item in written),
         "background_overhead_percent": 100 * (median["background"] / median["none"] - 1),
         "waited_for_overhead_percent": 100 * (median["waited for"] / median["none"] - 1),

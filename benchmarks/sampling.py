@@ -1,6 +1,7 @@
 """Sampling against a plain re-implementation of VAR's loop, on the same weights, in one run.
 
     python benchmarks/sampling.py --json sampling.json
+    python benchmarks/sampling.py --images 1 8 64 --contenders "plain bf16" "ours bf16"        (on a GPU)
 
 plain fp32    VAR's loop: conditional and unconditional rows through every block at every scale, AdaLN projected anew at
               each scale, keys and values concatenated scale by scale
@@ -19,7 +20,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,16 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.generation import sampling
+from mepa_ds.machine import cpu_name
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
+
+CONTENDERS = ("plain fp32", "ours fp32", "plain bf16", "ours bf16")
+RATIOS = {
+    "fp32: plain / ours": ("plain fp32", "ours fp32"),
+    "bf16: plain / ours": ("plain bf16", "ours bf16"),
+    "ours bf16 against plain fp32": ("plain fp32", "ours bf16"),
+}
 
 
 @dataclass
@@ -42,12 +50,16 @@ class Options:
 
     depth: int = 16
     """Depth of the VAR model."""
-    images: int = 8
-    """In a batch."""
+    images: tuple[int, ...] = (8,)
+    """In a batch; each number is measured on its own."""
+    contenders: tuple[str, ...] = CONTENDERS
+    """What is measured; ratios and shares are of those that are there."""
     repeats: int = 2
     """Timed rounds; every contender runs once a round."""
     threads: int = 2
     """CPU threads."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu or cuda. A GPU is warmed up by a round that is not timed."""
     cfg: float = 1.5
     """Guidance; 0 runs half as many rows."""
     json: Path | None = None
@@ -67,8 +79,8 @@ class Recorder(MultiScaleQuantizer):
 class OnlyQuantizer:
     """What `sample` needs of a tokenizer, with the decoder left out."""
 
-    def __init__(self, config: TokenizerConfig, quantizer: Recorder):
-        self.config, self.quantizer = config, quantizer
+    def __init__(self, quantizer: Recorder):
+        self.config, self.quantizer = TokenizerConfig(), quantizer
 
     def to(self, device: object) -> OnlyQuantizer:
         return self
@@ -83,10 +95,10 @@ def plain(model: NextScaleTransformer, quantizer: Recorder, labels_B: Tensor, cf
     B, C, H = len(labels_B), model.config.C, model.config.H
     null = torch.full_like(labels_B, model.config.num_classes)
     condition = model.class_embed(torch.cat([labels_B, null]))
-    where = model.scale_embed(model.schedule.scale_index_L()) + model.position_embed
+    where = model.scale_embed(model.schedule.scale_index_L(labels_B.device)) + model.position_embed
     x = condition[:, None] + model.start_embed + where[:, :1]
     f_hat = quantizer.empty_f_hat(B)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(labels_B.device).manual_seed(0)
     keys: list[Tensor | None] = [None] * len(model.blocks)
     values: list[Tensor | None] = [None] * len(model.blocks)
     for scale in range(model.schedule.num_scales):
@@ -150,61 +162,85 @@ def lively_model(depth: int) -> NextScaleTransformer:
     return model
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    torch.set_num_threads(options.threads)
-    model = lively_model(options.depth)
-    half = NextScaleTransformer(model.config).to(torch.bfloat16).eval()
+def runs(options: Options, model: NextScaleTransformer, quantizer: Recorder, labels_B: Tensor) -> dict[str, Any]:
+    """A function for each contender, which makes one batch."""
+    half = NextScaleTransformer(model.config).to(options.device, torch.bfloat16).eval()
     half.load_state_dict(model.state_dict())
-    config = TokenizerConfig()
-    torch.manual_seed(0)
-    quantizer = Recorder(config).requires_grad_(False)
-    labels_B = torch.arange(options.images) * 37 % 1000
-    tokenizer = OnlyQuantizer(config, quantizer)
+    tokenizer: Any = OnlyQuantizer(quantizer)
 
-    def ours(which: NextScaleTransformer) -> Callable[[], object]:
-        return lambda: sampling.sample(which, tokenizer, labels_B, cfg=options.cfg, top_k=1)  # type: ignore[arg-type]
+    def theirs() -> None:
+        plain(model, quantizer, labels_B, options.cfg)
 
-    def autocast(function: Callable[[], object]) -> Callable[[], object]:
-        def run() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
-                function()
+    def theirs_in_bf16() -> None:
+        with torch.autocast(options.device, torch.bfloat16):
+            theirs()
 
-        return run
-
-    contenders = {
-        "plain fp32": lambda: plain(model, quantizer, labels_B, options.cfg),
-        "ours fp32": ours(model),
-        "plain bf16": autocast(lambda: plain(model, quantizer, labels_B, options.cfg)),
-        "ours bf16": ours(half),
+    return {
+        "plain fp32": theirs,
+        "ours fp32": lambda: sampling.sample(model, tokenizer, labels_B, cfg=options.cfg, top_k=1),
+        "plain bf16": theirs_in_bf16,
+        "ours bf16": lambda: sampling.sample(half, tokenizer, labels_B, cfg=options.cfg, top_k=1),
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+
+def one_batch(options: Options, model: NextScaleTransformer, quantizer: Recorder, images: int) -> dict[str, Any]:
+    """Seconds of every contender for a batch of `images`, ratios of these, and shares of equal codes."""
+    labels_B = (torch.arange(images) * 37 % 1000).to(options.device)
+    every = runs(options, model, quantizer, labels_B)
+    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in options.contenders}
     codes: dict[str, list[Tensor]] = {}
-    for _ in range(options.repeats):
-        for name, run in contenders.items():
+    warm_up = int(options.device == "cuda")
+    for number in range(options.repeats + warm_up):
+        for name in options.contenders:
             quantizer.seen = []
+            wait()
             started = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - started)
+            every[name]()
+            wait()
+            if number >= warm_up:
+                times[name].append(time.perf_counter() - started)
             codes[name] = quantizer.seen
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    report = {
-        "model": f"var-d{options.depth}",
-        "images": options.images,
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "seconds": seconds,
-        "fp32: plain / ours": seconds["plain fp32"] / seconds["ours fp32"],
-        "bf16: plain / ours": seconds["plain bf16"] / seconds["ours bf16"],
-        "ours bf16 against plain fp32": seconds["plain fp32"] / seconds["ours bf16"],
-        **{f"same codes {name}": same_codes(codes["plain fp32"], codes[name]) for name in list(contenders)[1:]},
+    ratios = {
+        name: seconds[theirs] / seconds[ours]
+        for name, (theirs, ours) in RATIOS.items()
+        if theirs in seconds and ours in seconds
     }
-    for name, value in seconds.items():
-        print(f"{name:<12} {value:7.2f} s   {options.images / value:6.3f} images/s")
-    ratios = ("fp32: plain / ours", "bf16: plain / ours", "ours bf16 against plain fp32")
-    for name in (*ratios, *(f"same codes {contender}" for contender in list(contenders)[1:])):
-        print(f"{name:<30} {report[name]:.3f}")
+    exact = codes.get("plain fp32")
+    same = {f"same codes {name}": same_codes(exact, of_name) for name, of_name in codes.items() if exact is not None}
+    same.pop("same codes plain fp32", None)
+    speeds = {name: images / value for name, value in seconds.items()}
+    return {"images": images, "seconds": seconds, "images_per_second": speeds, **ratios, **same}
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if unknown := [name for name in options.contenders if name not in CONTENDERS]:
+        raise SystemExit(f"--contenders: {', '.join(unknown)}: expected some of {', '.join(CONTENDERS)}")
+    torch.set_num_threads(options.threads)
+    model = lively_model(options.depth).to(options.device)
+    torch.manual_seed(0)
+    quantizer = Recorder(TokenizerConfig()).requires_grad_(False).to(options.device)
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{cpu_name()}, {options.threads} threads"
+    print(f"{machine}, torch {torch.__version__}, var-d{options.depth}", flush=True)
+    batches = []
+    for images in options.images:
+        batch = one_batch(options, model, quantizer, images)
+        batches.append(batch)
+        for name, value in batch["seconds"].items():
+            print(f"{images:>4} images  {name:<12} {value:8.3f} s   {images / value:8.3f} images/s", flush=True)
+        for name in [*RATIOS, *(f"same codes {name}" for name in CONTENDERS)]:
+            if name in batch:
+                print(f"{images:>4} images  {name:<30} {batch[name]:.3f}", flush=True)
     if options.json:
+        report = {
+            "model": f"var-d{options.depth}",
+            "device": machine,
+            "threads": options.threads,
+            "torch": torch.__version__,
+            "batches": batches,
+        }
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,10 +28,12 @@ from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
 from mepa_ds.pretrain.inputs import InputMaker
+from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 CONTENDERS = (
-    "public", "public model", "ours", "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
+    "public", "public model", "ours",
+    "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
 )  # fmt: skip
 ALL = (*CONTENDERS, "compiled")
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
@@ -68,12 +70,11 @@ class Contestants:
         generator = torch.Generator().manual_seed(0)
         tokens_BL = torch.randint(self.config.model.codebook_size, (batch, schedule.num_tokens), generator=generator)
         labels_B = torch.randint(self.config.model.num_classes, (batch,), generator=generator)
-        self.tokenizer = Tokenizer(TokenizerConfig(scales=self.config.model.scales)).to(device).eval()
-        self.tokenizer.requires_grad_(False)
-        side = self.tokenizer.config.image_side
+        self._tokenizer_config = TokenizerConfig(scales=self.config.model.scales)
+        self.quantizer = MultiScaleQuantizer(self._tokenizer_config).to(device).requires_grad_(False)
+        side = self._tokenizer_config.image_side
         self.images_B3HW = (torch.rand(batch, 3, side, side, generator=generator) * 2 - 1).to(device)
         self.aligned = self.config.objective.alignment is not None
-        self.teacher = PlainViT().to(device).eval().requires_grad_(False) if self.aligned else None
         width, patches = PlainViT.WIDTH, (PlainViT.SIDE // PlainViT.PATCH) ** 2
         self.feature_width = width if self.aligned else None
         codec = codec_named("int8")
@@ -88,9 +89,21 @@ class Contestants:
             stored_features=stored,
             decoder=FeatureDecoder(codec) if self.aligned else None,
         )
-        self.inputs = InputMaker(self.config.model, self.tokenizer.quantizer, 0, device)
+        self.inputs = InputMaker(self.config.model, self.quantizer, 0, device)
         self._engines: dict[bool, PretrainEngine] = {}
         self._plains: dict[bool, tuple[nn.Module, torch.optim.Optimizer]] = {}
+
+    # Networks that only some contenders run.
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer(self._tokenizer_config).to(self.device).eval().requires_grad_(False)
+        tokenizer.quantizer = self.quantizer
+        return tokenizer
+
+    @cached_property
+    def teacher(self) -> PlainViT | None:
+        return PlainViT().to(self.device).eval().requires_grad_(False) if self.aligned else None
 
     def step(self, name: str) -> Callable[[], None]:
         if name in ("public", "public model"):
@@ -129,7 +142,7 @@ class Contestants:
             tokens_BL, features_BNP = self._encode()
         given = ModelInputs(
             labels_B=batch.labels_B,
-            inputs_BLZ=interpolated_inputs(self.tokenizer, tokens_BL),
+            inputs_BLZ=interpolated_inputs(self.quantizer, tokens_BL),
             tokens_BL=tokens_BL,
             features_BNP=features_BNP,
             branch_scale_D2B=self.inputs.training(self.batch).branch_scale_D2B,
@@ -164,7 +177,7 @@ class Contestants:
         inputs = self.inputs.training(self.batch)
         if online:
             tokens_BL, inputs.features_BNP = self._encode()
-            inputs.inputs_BLZ, inputs.tokens_BL = self.tokenizer.inputs_from_tokens(tokens_BL), tokens_BL
+            inputs.inputs_BLZ, inputs.tokens_BL = self.quantizer.inputs_from_tokens(tokens_BL), tokens_BL
         engine.begin_step()
         engine.backward(engine.forward(inputs))
         engine.update(1e-5)
@@ -180,9 +193,8 @@ class Contestants:
             self._our_step()
 
 
-def interpolated_inputs(tokenizer: Tokenizer, tokens_BL: Tensor) -> Tensor:
+def interpolated_inputs(quantizer: MultiScaleQuantizer, tokens_BL: Tensor) -> Tensor:
     """The transformer's inputs as VAR computes them: codes enlarged by bicubic interpolation, scale by scale."""
-    quantizer = tokenizer.quantizer
     f_hat_BCHW = quantizer.empty_f_hat(len(tokens_BL))
     inputs = []
     for k, tokens_Bl in enumerate(quantizer.schedule.split(tokens_BL)[:-1]):

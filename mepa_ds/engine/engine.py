@@ -23,6 +23,7 @@ from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.grad_norm import take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
+from mepa_ds.engine.one_rank import gather_directly, gathers_directly
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.block import Block
@@ -93,6 +94,8 @@ class PretrainEngine:
             dist_init_required=False,
         )
         take_over_norm(self.zero)
+        if gathers_directly(deepspeed_config.read_knobs(config.parallel.deepspeed), dist.get_world_size()):
+            gather_directly(self.zero)
         # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False

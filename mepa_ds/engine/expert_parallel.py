@@ -109,15 +109,16 @@ class ExpertParallelDispatcher:
 
         there = _Exchange(send, receive, self.group, self.waits)
         x_QC = there.start(permutation.permute(sum(send)))
-        # Rows arrive grouped by (source rank, local expert); the experts want them grouped by expert.
-        expert_nJ = torch.arange(experts.num_experts, device=x_TC.device).expand(self.ep_size, -1)
-        expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=sum(receive))
-        order_Q = expert_Q.argsort(stable=True)
-        place_Q = inverse_permutation(order_Q)
+        order_Q = _order_by_expert(received_nJ, sum(receive))
         if shared_expert is not None:
             beside.append(shared_expert(x_TC[:half]))
-        x_QC = Permute.apply(there.finish(x_QC), order_Q, place_Q[:, None])
-        y_QC = Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q[:, None])
+        x_QC = there.finish(x_QC)
+        if order_Q is None:
+            y_QC = experts(x_QC, counts_J, counts)
+        else:
+            place_Q = inverse_permutation(order_Q)
+            x_QC = Permute.apply(x_QC, order_Q, place_Q[:, None])
+            y_QC = Permute.apply(experts(x_QC, counts_J, counts), place_Q, order_Q[:, None])
 
         back = _Exchange(receive, send, self.group, self.waits)
         y_RC = back.start(y_QC)
@@ -125,6 +126,19 @@ class ExpertParallelDispatcher:
             beside.append(shared_expert(x_TC[half:]))
         y_TC = permutation.unpermute(back.finish(y_RC))
         return y_TC + torch.cat(beside) if beside else y_TC
+
+
+def _order_by_expert(received_nJ: Tensor, num_rows: int) -> Tensor | None:
+    """The order that sorts rows by expert, which arrive sorted by (source rank, local expert); None if they are so.
+
+    They are so with one expert a rank.
+    """
+    ep_size, num_experts = received_nJ.shape
+    if num_experts == 1:
+        return None
+    expert_nJ = torch.arange(num_experts, device=received_nJ.device).expand(ep_size, -1)
+    expert_Q = torch.repeat_interleave(expert_nJ.reshape(-1), received_nJ.reshape(-1), output_size=num_rows)
+    return expert_Q.argsort(stable=True)
 
 
 class ExpertParallelFeedForward(MoEFeedForward, DeepSpeedMoE):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.one_rank import gathers_directly
 from mepa_ds.errors import UserError
 from mepa_ds.machine import resident_bytes
 from mepa_ds.models.summary import ParameterCounts, count_parameters
@@ -178,12 +180,13 @@ def _branch_step(config: PretrainConfig) -> int | None:
 class _EngineMemory:
     """Memory that ZeRO-1/2 keeps on each rank, at each moment of a step."""
 
-    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, object]):
+    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, Any]):
         self._config, self._machine = config, machine
         zero = knobs["zero_optimization"]
         assert isinstance(zero, dict)
         self._stage = zero["stage"]
-        self._bucket = int(zero.get("reduce_bucket_size", 5e8))
+        self._directly = gathers_directly(knobs, machine.world_size)
+        self._bucket = 0 if self._directly else int(zero.get("reduce_bucket_size", 5e8))
         self._low = _FP32 if config.parallel.precision == "fp32" else 2
         self._in_bucket = 0
 
@@ -216,7 +219,8 @@ class _EngineMemory:
         host = {"process": self._machine.process, "copy for checkpoints": 3 * _FP32 * partition + average}
         if not self._machine.is_gpu:  # the host is the device
             state |= host
-        waiting = self._low * partition if self._config.train.accumulation > 1 else 0.0
+        waits = self._directly or self._config.train.accumulation > 1
+        waiting = self._low * partition if waits else 0.0
         bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
         backward = state | {
             "gradients": waiting + bucket,
@@ -224,14 +228,17 @@ class _EngineMemory:
             "intermediate results": float(traced.intermediate),
             _EXCHANGED_NAME: float(traced.exchanged),
         }
-        # A group's gradients become one flat tensor, and that an fp32 one. The fused AdamW needs no memory of its own.
+        # A group's gradients become one flat tensor (where they are not from the start), and that an fp32 one. The
+        # fused AdamW needs no memory of its own.
+        in_fp32 = self._low == _FP32
         optimizer = state | {
-            "gradients": self._low * partition + _FP32 * largest,
-            "intermediate results": self._low * largest if self._low != _FP32 else 0.0,
+            "gradients": self._low * partition + (0.0 if self._directly and in_fp32 else _FP32 * largest),
+            "intermediate results": 0.0 if self._directly or in_fp32 else self._low * largest,
         }
         encoding = {}
         if networks.working is not None:
-            encoding = state | {"gradients": bucket, _WORKING_NAME: networks.working}
+            gradients = waiting if self._directly else bucket
+            encoding = state | {"gradients": gradients, _WORKING_NAME: networks.working}
         if not self._machine.is_gpu:
             for parts in (backward, optimizer, encoding):
                 if parts:

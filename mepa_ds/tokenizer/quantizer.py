@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.errors import UserError
 from mepa_ds.precision import full_fp32
-from mepa_ds.scales import ScaleSchedule
+from mepa_ds.scales import ScaleSchedule, bicubic_matrix
 from mepa_ds.tokenizer.tokenizer_files import read_tokenizer
 from mepa_ds.weights.directories import load_strict
 
@@ -161,9 +161,12 @@ class MultiScaleQuantizer(nn.Module):
         tokens_BL = self._checked(tokens_BL)
         f_hat_BCHW = self.empty_f_hat(len(tokens_BL))
         inputs = [f_hat_BCHW.new_empty(len(tokens_BL), 0, self.code_width)]
-        for k, tokens_Bl in enumerate(self.schedule.split(tokens_BL)[:-1]):
-            f_hat_BCHW = self.add_scale(f_hat_BCHW, tokens_Bl, k)
-            inputs.append(self.next_input(f_hat_BCHW, k))
+        with torch.autocast(f_hat_BCHW.device.type, enabled=False), full_fp32():
+            for k, tokens_Bl in enumerate(self.schedule.split(tokens_BL)[:-1]):
+                # By a matrix, unlike VAR's own order of operations, which decides tokens: no token is chosen here.
+                h_BCHW = _enlarged(self.codebook(tokens_Bl).float(), self.schedule.sides[k], self.schedule.grid_side)
+                f_hat_BCHW = f_hat_BCHW + self._smoothed(h_BCHW, k)
+                inputs.append(self.next_input(f_hat_BCHW, k))
         return torch.cat(inputs, dim=1)
 
     def _checked(self, tokens_BL: Tensor) -> Tensor:
@@ -206,7 +209,20 @@ class MultiScaleQuantizer(nn.Module):
         h_BCHW = codes_BlC.float().transpose(1, 2).unflatten(2, (side, side))
         if side != grid_side:
             h_BCHW = F.interpolate(h_BCHW, size=(grid_side, grid_side), mode="bicubic")
+        return self._smoothed(h_BCHW, scale_index)
+
+    def _smoothed(self, h_BCHW: Tensor, scale_index: int) -> Tensor:
+        """Through the scale's phi, if there are any."""
         return self.phi[self._phi_of_scale[scale_index]](h_BCHW.contiguous()) if self.phi else h_BCHW
+
+
+def _enlarged(codes_BlC: Tensor, side: int, grid_side: int) -> Tensor:
+    """Codes of a scale on the grid, bicubically, by a product with a fixed matrix: (B, C, H, W)."""
+    if side == grid_side:
+        grid_BCN = codes_BlC.transpose(1, 2)
+    else:
+        grid_BCN = codes_BlC.transpose(1, 2) @ bicubic_matrix(side, grid_side, codes_BlC.device).T
+    return grid_BCN.unflatten(2, (grid_side, grid_side))
 
 
 def _nearest_tick(num_phi: int, scale_index: int, num_scales: int) -> int:

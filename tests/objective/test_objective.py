@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mepa_ds.config.model import SCALES_256
 from mepa_ds.config.objective import AlignmentConfig, ObjectiveConfig
 from mepa_ds.models.moe.routing import Routing, RoutingStatistics
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -39,6 +40,28 @@ def test_alignment_is_the_cosine_of_aggregates_over_channels() -> None:
                         total += (g @ z / (g.norm() * z.norm())).item()
     expected = -total / (B * G * G)
     assert alignment_loss(z_BLP, teacher_BNP, SCHEDULE, chosen).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("scales", [(1,), (5, 6, 7), (7, 5, 6), (2, 10)])
+def test_guidance_by_matrices_equals_interpolation(scales: tuple[int, ...]) -> None:
+    """Loss and gradient at VAR's scales; the gradient to 1e-5 of its largest value."""
+    schedule, grid = ScaleSchedule.of(SCALES_256), 16
+    torch.manual_seed(0)
+    z_BLP = torch.randn(2, schedule.bounds[max(scales) - 1][1], 24, requires_grad=True)
+    teacher_BNP = torch.randn(2, grid * grid, 24)
+    total, expected = torch.zeros(2, 24, grid, grid), torch.zeros(())
+    for scale, (side, (start, end)) in enumerate(zip(schedule.sides, schedule.bounds, strict=True), start=1):
+        if scale <= max(scales):
+            map_BPss = z_BLP[:, start:end].transpose(1, 2).unflatten(2, (side, side))
+            if side != grid:
+                map_BPss = F.interpolate(map_BPss, size=(grid, grid), mode="bicubic")
+            total = total + map_BPss
+        if scale in scales:
+            expected = expected - F.cosine_similarity(total.flatten(2).transpose(1, 2), teacher_BNP, dim=-1).mean()
+    loss = alignment_loss(z_BLP, teacher_BNP, schedule, scales)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    (found,), (wanted,) = torch.autograd.grad(loss, z_BLP), torch.autograd.grad(expected, z_BLP)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_alignment_range_and_scale_invariance() -> None:

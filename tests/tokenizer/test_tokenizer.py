@@ -93,8 +93,8 @@ def test_sums_of_scales_are_inputs_and_decoded_latent(
     torch.testing.assert_close(quantizer.f_hat_of(tokens_BL), f_hat, rtol=0, atol=0)
     teacher = quantizer.inputs_from_tokens(tokens_BL)
     assert teacher.shape == (2, schedule.num_tokens - schedule.lengths[0], 3)
-    if inputs:
-        torch.testing.assert_close(teacher, torch.cat(inputs, dim=1), rtol=0, atol=0)
+    if inputs:  # enlarged by matrices instead of interpolation, so equal to rounding
+        torch.testing.assert_close(teacher, torch.cat(inputs, dim=1), rtol=0, atol=2e-6)
 
 
 @torch.no_grad()
