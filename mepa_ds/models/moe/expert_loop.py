@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mepa_ds.models.feed_forward import fused_gelu_types
-
-_FUSED_ROWS = 1024  # of an expert; see _fuses_gelu
+from mepa_ds.models.feed_forward import has_fused_kernel, linear_gelu, write_gelu
 
 
 def looped_experts(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
@@ -23,7 +21,21 @@ def looped_experts(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
 
     `tensors` are those of `experts.grouped_experts`; `counts` are the numbers of rows of the experts.
     """
+    if has_fused_kernel(tensors[0]):
+        return _without_gradients(tensors, counts)
     return _ExpertLoop.apply(*tensors, counts)
+
+
+def _without_gradients(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
+    """The loop for sampling and evaluation: one kernel for a linear layer and its GELU, and nothing is kept."""
+    x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC = tensors
+    multiple = _row_multiple(x_RC, len(counts))
+    y_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
+    w1, b1, w2, b2 = w1_EFC.unbind(), b1_EF.unbind(), w2_ECF.mT.unbind(), b2_EC.unbind()
+    for e, rows, padded in _padded_slices(counts, multiple):
+        if rows.stop > rows.start:
+            torch.addmm(b2[e], linear_gelu(_rows(x_RC, padded), w1[e], b1[e]), w2[e], out=y_RC[padded])
+    return y_RC[: len(x_RC)]
 
 
 @torch.library.custom_op(
@@ -34,30 +46,24 @@ def looped_experts(tensors: Sequence[Tensor], counts: list[int]) -> Tensor:
 def expert_loop(
     x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The forward pass of the loop: activations before the GELU and after it, expert by expert, and the output (R, C).
+    """The forward pass of the loop: the GELU's derivatives and results, expert by expert, and the output (R, C).
 
     It is one registered operator, so that selective recomputation can keep its results. The activations of an expert
     have the padded number of rows (`_padded_slices`), so there may be more of them than rows of x.
     """
-    multiple, fuses = _row_multiple(x_RC, len(counts)), _fuses_gelu(x_RC, len(counts))
+    multiple = _row_multiple(x_RC, len(counts))
     y_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
-    befores, hiddens = list[Tensor](), list[Tensor]()
+    slopes, hiddens = list[Tensor](), list[Tensor]()
     # One unbind makes the views of all experts: with many experts, an index operation for each costs too much time.
     w1, b1, w2, b2 = w1_EFC.unbind(), b1_EF.unbind(), w2_ECF.mT.unbind(), b2_EC.unbind()
     for e, _, padded in _padded_slices(counts, multiple):
-        x = _rows(x_RC, padded)
-        if fuses and len(x):
-            # The gradient needs the activation before the GELU. A second product, fused with the GELU, takes a fraction
-            # of the time of PyTorch's GELU.
-            before = torch.ops.mkldnn._linear_pointwise(x, w1[e], b1[e], "none", [], "")
-            hidden = torch.ops.mkldnn._linear_pointwise(x, w1[e], b1[e], "gelu", [], "tanh")
-        else:
-            before = torch.addmm(b1[e], x, w1[e].t())
-            hidden = F.gelu(before, approximate="tanh")
+        slope = torch.addmm(b1[e], _rows(x_RC, padded), w1[e].t())  # before the GELU; its derivative takes the place
+        hidden = torch.empty_like(slope)
+        write_gelu(slope, hidden, slope)
         torch.addmm(b2[e], hidden, w2[e], out=y_RC[padded])
-        befores.append(before)
+        slopes.append(slope)
         hiddens.append(hidden)
-    return befores, hiddens, y_RC[: len(x_RC)]
+    return slopes, hiddens, y_RC[: len(x_RC)]
 
 
 @expert_loop.register_fake
@@ -65,9 +71,9 @@ def _(
     x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: Sequence[int]
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     multiple = _row_multiple(x_RC, len(counts))
-    befores = [x_RC.new_empty(_rounded(count, multiple), w1_EFC.shape[1]) for count in counts]
+    slopes = [x_RC.new_empty(_rounded(count, multiple), w1_EFC.shape[1]) for count in counts]
     y_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
-    return befores, [torch.empty_like(before) for before in befores], y_RC[: len(x_RC)]
+    return slopes, [torch.empty_like(slope) for slope in slopes], y_RC[: len(x_RC)]
 
 
 @register_flop_formula(torch.ops.mepa_ds.expert_loop)
@@ -87,15 +93,15 @@ class _ExpertLoop(torch.autograd.Function):
     def forward(
         ctx: Any, x_RC: Tensor, w1_EFC: Tensor, b1_EF: Tensor, w2_ECF: Tensor, b2_EC: Tensor, counts: list[int]
     ) -> Tensor:
-        befores, hiddens, y_RC = expert_loop(x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC, counts)
-        ctx.save_for_backward(x_RC, w1_EFC, w2_ECF, *befores, *hiddens)
+        slopes, hiddens, y_RC = expert_loop(x_RC, w1_EFC, b1_EF, w2_ECF, b2_EC, counts)
+        ctx.save_for_backward(x_RC, w1_EFC, w2_ECF, *slopes, *hiddens)
         ctx.counts = counts
         return y_RC
 
     @staticmethod
     def backward(ctx: Any, gy_RC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         x_RC, w1_EFC, w2_ECF, *saved = ctx.saved_tensors
-        befores, hiddens = saved[: len(ctx.counts)], saved[len(ctx.counts) :]
+        slopes, hiddens = saved[: len(ctx.counts)], saved[len(ctx.counts) :]
         gy_RC = gy_RC.contiguous()
         multiple = _row_multiple(x_RC, len(ctx.counts))
         gx_RC = x_RC.new_empty(len(x_RC) + multiple - 1, x_RC.shape[1])
@@ -111,7 +117,7 @@ class _ExpertLoop(torch.autograd.Function):
             torch.sum(gy, 0, out=gb2[e])
             g_before = scratch_RF[: len(gy)]
             torch.mm(gy, w2[e], out=g_before)
-            torch.ops.aten.gelu_backward.grad_input(g_before, befores[e], approximate="tanh", grad_input=g_before)
+            g_before.mul_(slopes[e])
             torch.mm(g_before.t(), _rows(x_RC, padded), out=gw1[e])
             torch.sum(g_before, 0, out=gb1[e])
             torch.mm(g_before, w1[e], out=gx_RC[padded])
@@ -127,17 +133,6 @@ def _row_multiple(x_RC: Tensor, num_experts: int) -> int:
     if x_RC.device.type != "cpu" or x_RC.dtype == torch.float32:
         return 1
     return 64 if len(x_RC) >= 1024 * num_experts else 32
-
-
-def _fuses_gelu(x_RC: Tensor, num_experts: int) -> bool:
-    """Whether a second product, fused with the GELU, is faster than PyTorch's GELU, whose tanh is slow on a CPU.
-
-    It is in bf16, if the CPU has a unit for that and the experts have many rows. With few rows, the time to pack the
-    weights for each product prevails.
-    """
-    if x_RC.device.type != "cpu" or x_RC.dtype != torch.bfloat16 or len(x_RC) < _FUSED_ROWS * num_experts:
-        return False
-    return x_RC.dtype in fused_gelu_types()
 
 
 def _rounded(count: int, multiple: int) -> int:
