@@ -191,7 +191,7 @@ def predict(case: Case, work: RankWork, seconds: Sequence[float]) -> float:
 
 def amounts(case: Case, work: RankWork) -> list[float]:
     """How much of each of `_RATES` a step has: its seconds where one unit takes one second, and all else none."""
-    return [predict(case, work, unit) for unit in np.eye(len(_RATES))]
+    return [predict(case, work, unit) for unit in np.eye(len(_RATES)).tolist()]
 
 
 def fit(measured: dict[Case, float], works: dict[Case, RankWork]) -> list[float]:
@@ -255,7 +255,7 @@ def compare(times: dict[Case, dict[str, float]]) -> dict[str, Any]:
 def main(options: Options) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result = {"machine": f"{usable_cpus()} cores of {cpu_name()}", "torch": torch.__version__}
+    result: dict[str, Any] = {"machine": f"{usable_cpus()} cores of {cpu_name()}", "torch": torch.__version__}
     result |= compare(measure(options))
     print(result["machine"])
     for row in result["cases"]:

@@ -123,10 +123,18 @@ def measure_micro_batch(
 
 
 def plan_run(
-    config: PretrainConfig, machine: Machine, num_samples: int | None = None, measured: MicroBatch | None = None
+    config: PretrainConfig,
+    machine: Machine,
+    num_samples: int | None = None,
+    measured: MicroBatch | None = None,
+    overlaps: bool | None = None,
 ) -> Plan:
-    """Makes the plan; `num_samples` is read from data.tokens if that set is there, the micro-batch is run if it has
-    not been measured.
+    """Makes the plan.
+
+    Args:
+        num_samples: images of an epoch; None: as many as data.tokens has, if that set is there.
+        measured: what the micro-batch needs; None: it is run.
+        overlaps: whether gradients are reduced beside the backward pass; None: as the engine knobs say.
 
     Raises UserError when the recipe cannot be spread over the ranks.
     """
@@ -139,7 +147,7 @@ def plan_run(
     micro_batch = config.train.global_batch // (machine.world_size * config.train.accumulation)
     measured = measured or measure_micro_batch(config, machine, micro_batch)
     traced, networks = measured.traced, measured.networks
-    engine = _EngineMemory(config, machine, knobs)
+    engine = _EngineMemory(config, machine, knobs, overlaps)
     held = traced.num_elements
     backward, optimizer, encoding, host = engine.parts(traced, networks)
     counts = count_parameters(config.model)
@@ -180,13 +188,15 @@ def _branch_step(config: PretrainConfig) -> int | None:
 class _EngineMemory:
     """Memory that ZeRO-1/2 keeps on each rank, at each moment of a step."""
 
-    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, Any]):
+    def __init__(self, config: PretrainConfig, machine: Machine, knobs: dict[str, Any], overlaps: bool | None = None):
         self._config, self._machine = config, machine
         zero = knobs["zero_optimization"]
         assert isinstance(zero, dict)
         self._stage = zero["stage"]
         self._directly = gathers_directly(knobs, machine.world_size)
         self._bucket = 0 if self._directly else int(zero.get("reduce_bucket_size", 5e8))
+        overlaps = bool(zero.get("overlap_comm")) if overlaps is None else overlaps
+        self._buckets = 2 if overlaps else 1  # one is filled while the other is reduced
         self._low = _FP32 if config.parallel.precision == "fp32" else 2
         self._in_bucket = 0
 
@@ -221,7 +231,7 @@ class _EngineMemory:
             state |= host
         waits = self._directly or self._config.train.accumulation > 1
         waiting = self._low * partition if waits else 0.0
-        bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
+        bucket = self._buckets * self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
         backward = state | {
             "gradients": waiting + bucket,
             "activations": float(traced.kept),

@@ -16,6 +16,7 @@ from mepa_ds.command_line.tables import aligned
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
+from mepa_ds.files import check_writable
 from mepa_ds.planning.cluster.files import checkpoint_files, loader_files, resume_files, shard_sizes
 from mepa_ds.planning.cluster.machines import DEVICES, STORAGE_BANDWIDTH, STORAGE_TOTAL, Assumptions, Cluster
 from mepa_ds.planning.cluster.search import Found, Simulated, ep_sizes, search
@@ -57,6 +58,11 @@ def main(argv: list[str]) -> None:
     batch = config.train.global_batch if options.global_batch is None else options.global_batch
     if batch < 1:
         raise UserError(f"--global-batch {batch}: expected at least 1")
+    if config.parallel.precision == "fp32":
+        raise UserError("parallel.precision: fp32 is not simulated, only bf16 and fp16; add parallel.precision=bf16")
+    for path, option in ((options.json, "--json"), (options.figure, "--figure")):
+        if path is not None:
+            check_writable(path.parent, option)
     most = max(batch // min(world_sizes), 1)
     sizes = ep_sizes(config.model.moe.num_experts if config.model.moe else 1, world_sizes)
     workload = Workload(config, sizes, (min(2, most), min(32, most)))

@@ -94,18 +94,15 @@ def _search(
             world_size,
             reason=f"the global batch of {global_batch} does not divide by {world_size}; --global-batch {nearest} does",
         )
-    needed: dict[tuple[int, int, int], Plan] = {}
     fitting, least = list[Simulated](), float("inf")
     for layout in choices:
-        key = (layout.ep_size, layout.micro_batch, layout.accumulation)
-        if key not in needed:
-            needed[key] = _plan(workload, layout)
+        plan = _plan(workload, layout)
         work = workload.of_rank(layout.ep_size, layout.micro_batch, world_size)
-        memory = needed[key].peak + (work.bucket_bytes if layout.overlap else 0.0)  # DeepSpeed fills a second bucket
+        memory = plan.peak
         least = min(least, memory)
         if cluster.device_memory is None or memory <= cluster.device_memory * assumed.usable_memory:
             seconds = step_seconds(work, layout, cluster, assumed)
-            mfu = flops.mfu(needed[key].step_flops, sum(seconds.values()), cluster.peak_flops, world_size)
+            mfu = flops.mfu(plan.step_flops, sum(seconds.values()), cluster.peak_flops, world_size)
             fitting.append(Simulated(layout, seconds, memory, mfu))
     if not fitting:
         assert cluster.device_memory is not None
@@ -120,4 +117,5 @@ def _search(
 def _plan(workload: Workload, layout: Layout) -> Plan:
     measured, _ = workload.micro_batch(layout.ep_size, layout.micro_batch)
     config = workload.with_layout(layout.ep_size, layout.accumulation, layout.global_batch)
-    return plan_run(config, Machine(layout.world_size, workload.is_gpu, None, 0.0), num_samples=None, measured=measured)
+    machine = Machine(layout.world_size, workload.is_gpu, None, 0.0)
+    return plan_run(config, machine, measured=measured, overlaps=layout.overlap)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.one_rank import gathers_directly
 from mepa_ds.errors import UserError
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective import flops
@@ -21,8 +22,9 @@ from mepa_ds.planning.plan import Machine, MicroBatch, measure_micro_batch
 # Accesses to memory for each element that a rank updates, in bytes. Fused AdamW reads gradient, master and both moments
 # and writes the last three (28); before and after it ZeRO widens the gradient, takes its norm and rounds the master.
 _OPTIMIZER_BYTES = 28 + 16
-# Times that a micro-batch's gradient is read or written on its way into a bucket, out of it and into the sum.
-_GRADIENT_ACCESSES = 4
+# Times that a micro-batch's gradient is read or written on its way into a bucket, out of it and into the sum; one rank
+# alone puts it into the sum at once.
+_GRADIENT_ACCESSES, _ALONE = 4, 2
 _TAR_BYTES = 1536
 """Headers, padding and label of a sample in a tar."""
 
@@ -125,7 +127,9 @@ class Workload:
         moe, layers = model.moe, sum(model.is_moe_block(index) for index in range(model.depth))
         again = config.parallel.activation_checkpointing != "none"
         experts = images * flops.image_flops(model)["experts"]
-        knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)["zero_optimization"]
+        knobs = deepspeed_config.read_knobs(config.parallel.deepspeed)
+        zero = knobs["zero_optimization"]
+        accesses = _ALONE if gathers_directly(knobs, world_size) else _GRADIENT_ACCESSES
         work = RankWork(
             operators=operators,
             expert_flops=0.0,
@@ -135,9 +139,9 @@ class Workload:
             exchanged_bytes=0.0,
             expert_bytes=float(low * held["routed experts"]),
             other_bytes=float(low * others),
-            bucket_bytes=float(low * int(knobs.get("reduce_bucket_size", 5e8))),
-            reduced_every_pass=knobs["stage"] == 2,
-            gradient_traffic=float(_GRADIENT_ACCESSES * low * (held["routed experts"] + others)),
+            bucket_bytes=float(low * int(zero.get("reduce_bucket_size", 5e8))),
+            reduced_every_pass=zero["stage"] == 2,
+            gradient_traffic=float(accesses * low * (held["routed experts"] + others)),
             optimizer_traffic=_OPTIMIZER_BYTES * partition,
             sample_bytes=self.sample_bytes,
         )

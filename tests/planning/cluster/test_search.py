@@ -143,8 +143,21 @@ def test_the_shipped_profile_and_its_mistakes(tmp_path: Path) -> None:
         cluster_of(read_profile(str(own)))
 
 
+def test_wrong_options_are_refused(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    with pytest.raises(
+        UserError, match=r"precision: fp32 is not simulated, only bf16 and fp16"
+    ):
+        main(["cluster", recipe])
+    with pytest.raises(UserError, match="--global-batch 0: expected at least 1"):
+        main(["cluster", recipe, "parallel.precision=bf16", "--global-batch", "0"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--json: .*cannot write there"):
+        main(["cluster", recipe, "parallel.precision=bf16", "--json", str(tmp_path / "file/out.json")])
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(tmp_path, *SIZES[:1], "train.global_batch=48")
+    make_run(tmp_path, "parallel.precision=bf16", "train.global_batch=48", "model.moe=null")
     words = ["cluster", str(tmp_path / "recipe.yaml"), "--gpus", "4,8,32", "--profile"]
     words += [str(ROOT / "slurm/clusters/h100.env"), "--assume.latency-us", "20"]
     main([*words, "--json", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")])
