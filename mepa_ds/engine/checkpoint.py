@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mepa_ds import distributed
+from mepa_ds.checkpoint.fragment import EMA, Fragment
 from mepa_ds.checkpoint.state import RunState
-from mepa_ds.checkpoint.store import EMA, Fragment, load_fragments, stored_tensors
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.engine.fragments import (
     adam_step,
@@ -62,6 +62,8 @@ def restore(engine: PretrainEngine, path: Path, state: RunState) -> None:
 
     If the run wants an average of the weights and the checkpoint has none, the average starts as the weights.
     """
+    from mepa_ds.checkpoint.store import load_fragments, stored_tensors
+
     has_average = any(name.startswith(f"{EMA}/") for name in stored_tensors(path))
     kinds = [kind for kind in engine.kinds if kind != EMA or has_average]
     fragments = list(parameter_fragments(engine.objective, engine.flats(tuple(kinds))))

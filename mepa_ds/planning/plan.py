@@ -241,9 +241,8 @@ def this_machine(config: PretrainConfig, world_size: int, memory: float | None) 
         memory = torch.cuda.get_device_properties(0).total_memory
     elif memory is None and not is_gpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
-    # A rank has these in memory too; the second is what DeepSpeed imports when it starts.
-    from torch._inductor import compile_fx  # noqa: F401
-
+    # A rank has these in memory too; the first is imported for the first checkpoint.
+    import mepa_ds.checkpoint.store
     import mepa_ds.pretrain.run  # noqa: F401
 
     return Machine(world_size, is_gpu, memory, float(resident_bytes()))

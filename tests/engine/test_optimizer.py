@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mepa_ds.checkpoint.store import EXP_AVG
+from mepa_ds.checkpoint.fragment import EXP_AVG
 from mepa_ds.config.optim import PretrainOptimConfig
 from mepa_ds.engine.fragments import adam_step, flat_partitions, set_adam_step
 from mepa_ds.engine.optimizer import build_optimizer
