@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mepa_ds.checkpoint.fragment import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.distributed import spans_nodes
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.compilation import compile_blocks, compiles, uncompiled
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
@@ -76,7 +77,7 @@ class PretrainEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optim, config.model.C),
-            config=deepspeed_config.build(config, dist.get_world_size()),
+            config=deepspeed_config.build(config, dist.get_world_size(), device.type == "cuda" and spans_nodes()),
             dist_init_required=False,
         )
         take_over_norm(self.zero)

@@ -31,6 +31,8 @@ _FP32 = 4
 _KEPT_BY_C_LIBRARY = 0.6
 KEPT_NAME = "freed, but kept by the C library"
 _EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
+# More ranks than that are planned as if they were on several nodes.
+_GPUS_OF_A_NODE = 8
 # Parts that grow with the images of a micro-batch.
 _WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_NAME)
 
@@ -161,6 +163,9 @@ class _EngineMemory:
         assert isinstance(zero, dict)
         self._stage = zero["stage"]
         self._bucket = int(zero.get("reduce_bucket_size", 5e8))
+        # Two buckets take turns where the reduction overlaps the backward pass, as it does by default across nodes.
+        self._buckets = 2 if zero.get("overlap_comm", machine.world_size > _GPUS_OF_A_NODE) else 1
+        self._all_reduces = bool(zero.get("use_multi_rank_bucket_allreduce", True))
         self._low = _FP32 if config.parallel.precision == "fp32" else 2
         self._in_bucket = 0
 
@@ -194,7 +199,7 @@ class _EngineMemory:
         if not self._machine.is_gpu:  # the host is the device
             state |= host
         waiting = self._low * partition if self._config.train.accumulation > 1 else 0.0
-        bucket = self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
+        bucket = self._buckets * self._bucket * self._low if self._machine.is_gpu and self._stage == 2 else 0.0
         backward = state | {
             "gradients": waiting + bucket,
             "activations": float(traced.kept),
@@ -216,13 +221,17 @@ class _EngineMemory:
         return backward, optimizer, encoding, host if self._machine.is_gpu else {}
 
     def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:
-        """Bytes that each rank sends in a step, with ring algorithms."""
+        """Bytes that each rank sends in a step, with ring algorithms.
+
+        DeepSpeed's reduction of gradients is an all-reduce of each bucket, from which a rank takes what it owns. So it
+        sends twice what a reduce-scatter would, unless a knob makes it a reduction to each owner.
+        """
         config, world_size, ep_size = self._config, self._machine.world_size, self._config.parallel.ep_size
         copies = world_size // ep_size
         experts = traced.num_elements["routed experts"]
         others = sum(traced.num_elements.values()) - experts
         shared = self._low * (experts * (copies - 1) / copies + others * (world_size - 1) / world_size)
-        times = config.train.accumulation if self._stage == 2 else 1
+        times = (config.train.accumulation if self._stage == 2 else 1) * (2 if self._all_reduces else 1)
         sent = {"gradients, reduced": shared * times, "weights, gathered": shared}
         if config.model.moe is not None and ep_size > 1:
             rows = micro_batch * config.model.schedule.num_tokens * config.model.moe.top_k
