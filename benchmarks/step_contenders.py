@@ -36,6 +36,7 @@ CONTENDERS = (
     "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
 )  # fmt: skip
 ALL = (*CONTENDERS, "compiled")
+NUM_BATCHES = 5
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,29 +67,12 @@ class Contestants:
     def __init__(self, model: str, batch: int, dtype: str, device: torch.device):
         self.config, self.device, self.dtype = recipe(model, batch, dtype), device, TYPES[dtype]
         self._model_name, self._dtype_name = model, dtype
-        schedule = self.config.model.schedule
-        generator = torch.Generator().manual_seed(0)
-        tokens_BL = torch.randint(self.config.model.codebook_size, (batch, schedule.num_tokens), generator=generator)
-        labels_B = torch.randint(self.config.model.num_classes, (batch,), generator=generator)
         self._tokenizer_config = TokenizerConfig(scales=self.config.model.scales)
         self.quantizer = MultiScaleQuantizer(self._tokenizer_config).to(device).requires_grad_(False)
-        side = self._tokenizer_config.image_side
-        self.images_B3HW = (torch.rand(batch, 3, side, side, generator=generator) * 2 - 1).to(device)
         self.aligned = self.config.objective.alignment is not None
-        width, patches = PlainViT.WIDTH, (PlainViT.SIDE // PlainViT.PATCH) ** 2
-        self.feature_width = width if self.aligned else None
-        codec = codec_named("int8")
-        stored = codec.encode(torch.randn(batch, patches, width, generator=generator)) if self.aligned else {}
-        self.batch = TrainingBatch(
-            tokens_BL=tokens_BL,
-            labels_B=labels_B,
-            weight_B=torch.ones(batch),
-            positions_B=torch.arange(batch),
-            keys=("",) * batch,
-            next_position=batch,
-            stored_features=stored,
-            decoder=FeatureDecoder(codec) if self.aligned else None,
-        )
+        self.feature_width = PlainViT.WIDTH if self.aligned else None
+        self._batches = [self._draw_batch(batch, seed) for seed in range(NUM_BATCHES)]
+        self._turn = 0
         self.inputs = InputMaker(self.config.model, self.quantizer, 0, device)
         self._engines: dict[bool, PretrainEngine] = {}
         self._plains: dict[bool, tuple[nn.Module, torch.optim.Optimizer]] = {}
@@ -104,6 +88,38 @@ class Contestants:
     @cached_property
     def teacher(self) -> PlainViT | None:
         return PlainViT().to(self.device).eval().requires_grad_(False) if self.aligned else None
+
+    @cached_property
+    def _images(self) -> list[Tensor]:
+        """(B, 3, H, W) in [-1, 1], of each batch."""
+        side, generator = self._tokenizer_config.image_side, torch.Generator().manual_seed(0)
+        shape = (len(self.batch.labels_B), 3, side, side)
+        return [(torch.rand(shape, generator=generator) * 2 - 1).to(self.device) for _ in self._batches]
+
+    @property
+    def batch(self) -> TrainingBatch:
+        """The first one."""
+        return self._batches[0]
+
+    def _draw_batch(self, batch: int, seed: int) -> TrainingBatch:
+        model, generator = self.config.model, torch.Generator().manual_seed(seed)
+        codec, patches = codec_named("int8"), (PlainViT.SIDE // PlainViT.PATCH) ** 2
+        features = torch.randn(batch, patches, PlainViT.WIDTH, generator=generator)
+        return TrainingBatch(
+            tokens_BL=torch.randint(model.codebook_size, (batch, model.schedule.num_tokens), generator=generator),
+            labels_B=torch.randint(model.num_classes, (batch,), generator=generator),
+            weight_B=torch.ones(batch),
+            positions_B=torch.arange(batch) + seed * batch,
+            keys=("",) * batch,
+            next_position=(seed + 1) * batch,
+            stored_features=codec.encode(features) if self.aligned else {},
+            decoder=FeatureDecoder(codec) if self.aligned else None,
+        )
+
+    def _next(self) -> TrainingBatch:
+        """Another batch at every step, so that experts have other numbers of rows, as in training."""
+        self._turn = (self._turn + 1) % NUM_BATCHES
+        return self._batches[self._turn]
 
     def step(self, name: str) -> Callable[[], None]:
         if name in ("public", "public model"):
@@ -136,7 +152,8 @@ class Contestants:
 
     def _public_step(self, online: bool) -> None:
         public, optimizer = self._plain(public=True)
-        batch = self.batch.to(self.device)
+        drawn = self._next()
+        batch = drawn.to(self.device)
         tokens_BL, features_BNP = batch.tokens_BL, batch.features_BNC
         if online:
             tokens_BL, features_BNP = self._encode()
@@ -145,7 +162,7 @@ class Contestants:
             inputs_BLZ=interpolated_inputs(self.quantizer, tokens_BL),
             tokens_BL=tokens_BL,
             features_BNP=features_BNP,
-            branch_scale_D2B=self.inputs.training(self.batch).branch_scale_D2B,
+            branch_scale_D2B=self.inputs.training(drawn).branch_scale_D2B,
         )
         with self._autocast():
             loss = public(given)
@@ -154,9 +171,9 @@ class Contestants:
     def _encode(self) -> tuple[Tensor, Tensor | None]:
         """Tokens in fp32, as VAR's trainer has them, and features under autocast."""
         with torch.no_grad():
-            tokens_BL = self.tokenizer.encode(self.images_B3HW)
+            tokens_BL = self.tokenizer.encode(self._images[self._turn])
             with self._autocast():
-                return tokens_BL, None if self.teacher is None else self.teacher(self.images_B3HW)
+                return tokens_BL, None if self.teacher is None else self.teacher(self._images[self._turn])
 
     def _update_plain(self, objective: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         loss.backward()
@@ -174,7 +191,7 @@ class Contestants:
 
     def _our_step(self, online: bool = False, compiled: bool = False) -> None:
         engine = self._engine(compiled)
-        inputs = self.inputs.training(self.batch)
+        inputs = self.inputs.training(self._next())
         if online:
             tokens_BL, inputs.features_BNP = self._encode()
             inputs.inputs_BLZ, inputs.tokens_BL = self.quantizer.inputs_from_tokens(tokens_BL), tokens_BL
@@ -185,7 +202,7 @@ class Contestants:
     def _step_without_engine(self) -> None:
         objective, optimizer = self._plain(public=False)
         with self._autocast():
-            loss = objective(self.inputs.training(self.batch)).total
+            loss = objective(self.inputs.training(self._next())).total
         self._update_plain(objective, optimizer, loss)
 
     def _without(self, switched_off: Callable[[PretrainingObjective], Any]) -> None:
