@@ -60,7 +60,8 @@ def interpolated_alignment(
 ) -> Tensor:
     """MEPA's guidance loss by interpolation: minus the summed mean cosines of teacher and aggregates."""
     grid = math.isqrt(features_BNP.shape[1])
-    teacher_BNP, total, cosine = F.normalize(features_BNP.float(), dim=-1), None, 0.0
+    teacher_BNP, total = F.normalize(features_BNP.float(), dim=-1), None
+    cosine = z_BLP.new_zeros((), dtype=torch.float32)
     for scale in range(max(scales)):
         start, end = schedule.bounds[scale]
         side = schedule.sides[scale]
@@ -71,7 +72,7 @@ def interpolated_alignment(
         if scale + 1 in scales:
             z_BNP = F.normalize(total.flatten(2).transpose(1, 2), dim=-1, eps=ALIGNMENT_EPS)
             cosine = cosine + (z_BNP * teacher_BNP).sum(-1).mean()
-    return -torch.as_tensor(cosine)
+    return -cosine
 
 
 class PublicWay(nn.Module):

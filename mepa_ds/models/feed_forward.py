@@ -78,6 +78,7 @@ class _Gelu(torch.autograd.Function):
 
 @torch.library.custom_op("mepa_ds::gelu_with_slope", mutates_args=())
 def _gelu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
     hidden, slope = torch.empty_like(x), torch.empty_like(x)
     write_gelu(x, hidden, slope)
     return hidden, slope
@@ -85,6 +86,7 @@ def _gelu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @_gelu_with_slope.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
     return torch.empty_like(x), torch.empty_like(x)
 
 
@@ -100,8 +102,9 @@ def write_gelu(x: Tensor, hidden: Tensor, slope: Tensor) -> None:
         return
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     buffers = x.new_empty(4, min(_CHUNK, x.numel()), dtype=wide)
-    for part in zip(*(tensor.view(-1).split(_CHUNK) for tensor in (x, hidden, slope)), strict=True):
-        _write_gelu_part(*part, buffers)
+    parts = [tensor.view(-1).split(_CHUNK) for tensor in (x, hidden, slope)]
+    for x_part, hidden_part, slope_part in zip(*parts, strict=True):
+        _write_gelu_part(x_part, hidden_part, slope_part, buffers)
 
 
 def _write_gelu_part(x: Tensor, hidden: Tensor, slope: Tensor, buffers: Tensor) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mepa_ds.checkpoint.store import EXP_AVG, MASTER
+from mepa_ds.checkpoint.fragment import EXP_AVG, MASTER
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.one_rank import gathers_directly

@@ -32,8 +32,9 @@ def test_prefixes_equal_slices_and_a_mask(sides: tuple[int, ...], frozen: str) -
     schedule = ScaleSchedule.of(sides)
     torch.manual_seed(0)
     inputs = {name: torch.randn(2, 3, schedule.num_tokens, 8, requires_grad=name not in frozen) for name in "qkv"}
-    out_BLHD = prefix_attention(*inputs.values(), schedule.bounds, 0.5)
-    slices_BLHD, masked_BLHD = by_slices(*inputs.values(), schedule), by_a_mask(*inputs.values(), schedule)
+    q, k, v = inputs.values()
+    out_BLHD = prefix_attention(q, k, v, schedule.bounds, 0.5)
+    slices_BLHD, masked_BLHD = by_slices(q, k, v, schedule), by_a_mask(q, k, v, schedule)
     assert torch.equal(out_BLHD, slices_BLHD)
     torch.testing.assert_close(out_BLHD, masked_BLHD, atol=1e-5, rtol=1e-5)
     gradient, wanted = torch.randn_like(out_BLHD), [x for x in inputs.values() if x.requires_grad]

@@ -43,6 +43,11 @@ def test_logits_that_are_not_finite_show() -> None:
 def test_what_stays_for_the_backward_pass_is_not_in_fp32() -> None:
     kept: list[torch.Tensor] = []
     logits_BLV = torch.randn(2, 5, 64, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         token_scores(logits_BLV, torch.zeros(2, 5, dtype=torch.int64))
     assert sum(x.numel() for x in kept if x.dtype == torch.float32) == 2 * 5
