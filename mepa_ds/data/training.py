@@ -24,6 +24,7 @@ from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_s
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
 from mepa_ds.distributed import ALONE, Ranks
 from mepa_ds.errors import DamagedError, UserError
+from mepa_ds.transfers import copied_to
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,6 @@ class TrainingBatch:
             positions_B=move(self.positions_B),
             stored_features={extension: move(tensor) for extension, tensor in self.stored_features.items()},
         )
-
-
-def copied_to(tensor: Tensor, device: torch.device, non_blocking: bool = True) -> Tensor:
-    """Copies through pinned memory to a GPU: from other memory the copy would wait for all work queued there."""
-    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=non_blocking)
 
 
 class _Reader:

@@ -22,6 +22,7 @@ from mepa_ds.models.block import BlockRunner
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.transfers import copied_to
 
 Rng = Literal["image", "var"]
 
@@ -168,7 +169,8 @@ class _CodeDraw(_Draw):
         if self.generator is not None:
             return codebook_VZ[self.var_tokens(keep_top(logits_BlV, self.top_k, self.top_p))]
         drawn_Bl = uniforms(self.seed, f"sample/{scale}", self.index_B, logits_BlV.shape[1])
-        chosen_Bl = draw_top(logits_BlV, self.top_k, self.top_p, torch.from_numpy(drawn_Bl).to(logits_BlV.device))
+        uniform_Bl = copied_to(torch.from_numpy(drawn_Bl), logits_BlV.device)
+        chosen_Bl = draw_top(logits_BlV, self.top_k, self.top_p, uniform_Bl)
         return codebook_VZ[chosen_Bl]
 
 
@@ -202,7 +204,7 @@ class _SmoothDraw(_Draw):
         else:
             count = kept_BlV.shape[1] * kept_BlV.shape[2]
             drawn = uniforms(self.seed, f"smooth/{scale}", self.index_B, count)
-            noise = -torch.from_numpy(drawn).to(kept_BlV.device).view_as(kept_BlV).neg().log1p()
+            noise = -copied_to(torch.from_numpy(drawn), kept_BlV.device).view_as(kept_BlV).neg().log1p()
         gumbels = -noise.clamp_min(1e-30).log()
         weights = F.softmax((kept_BlV * (1 + ratio) + gumbels) / temperature, dim=-1)
         return weights @ codebook_VZ.float()

@@ -40,7 +40,8 @@ class TokenPermutation:
 
     def __init__(self, x_TC: Tensor, routing: Routing, num_experts: int):
         num_choices = routing.expert_index_TK.shape[1]
-        expert_R = routing.expert_index_TK.reshape(-1)
+        # Two bytes are enough for an expert's number, and a GPU sorts by as many digits as a key has.
+        expert_R = routing.expert_index_TK.reshape(-1).to(torch.int16)
         if routing.kept_TK is not None:
             # Dropped choices are sorted behind the last expert, and `permute` cuts them off.
             expert_R = expert_R.masked_fill(~routing.kept_TK.reshape(-1), num_experts)

@@ -8,9 +8,9 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from mepa_ds.data.training import copied_to
 from mepa_ds.engine import checkpoint
 from mepa_ds.engine.checkpoint import pinned_like
+from mepa_ds.transfers import copied_to
 
 GPU = torch.device("cuda", 0)
 
