@@ -4,7 +4,7 @@
     python benchmarks/fake_cuda.py --models var-d16=64 --json F     (others, at batches of one's choice)
     python benchmarks/fake_cuda.py --write                          (after a change: keeps what has shrunk)
 
-The project's code runs on fake tensors of device cuda (benchmarks/fake_device.py), bf16, experts as grouped GEMMs:
+The project's code runs on fake tensors of device cuda (benchmarks/fake_device.py), in bf16, experts as grouped GEMMs:
 
 inputs      a stored batch to the device, int8 features decoded, codebook inputs, dropped labels, stochastic depth
 forward     the objective on them
@@ -29,15 +29,15 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.fake_device import Counter, Work, backward, fake_cuda, zero_partitions
-from benchmarks.step_contenders import recipe
+from benchmarks.fake_backward import backward
+from benchmarks.fake_device import Counter, Work, fake_cuda, zero_partitions
+from benchmarks.public_way import PlainViT
+from benchmarks.step_contenders import Contestants
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT, FeatureDecoder, codec_named
 from mepa_ds.data.training import TrainingBatch
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.generation.sampling import sample
@@ -49,7 +49,6 @@ from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 FIGURE = Path(__file__).parent.parent / "tests" / "fixtures" / "gpu_work.json"
-TEACHER_WIDTH, PATCHES = 768, 256
 Phases = dict[str, Work]
 
 
@@ -82,34 +81,13 @@ class _Tokenizer(_Here, Tokenizer):
     pass
 
 
-def stored_batch(config: PretrainConfig) -> TrainingBatch:
-    """A batch as the loader gives it, on the CPU, with int8 features."""
-    batch, schedule = config.train.global_batch, config.model.schedule
-    stored: dict[str, Tensor] = {}
-    if config.objective.alignment is not None:
-        stored[FEATURES_EXT] = torch.zeros(batch, PATCHES, TEACHER_WIDTH, dtype=torch.int8)
-        stored[SCALE_EXT] = torch.zeros(batch, PATCHES)
-    return TrainingBatch(
-        tokens_BL=torch.zeros(batch, schedule.num_tokens, dtype=torch.int64),
-        labels_B=torch.zeros(batch, dtype=torch.int64),
-        weight_B=torch.ones(batch),
-        positions_B=torch.arange(batch),
-        keys=("",) * batch,
-        next_position=batch,
-        stored_features=stored,
-        decoder=FeatureDecoder(codec_named("int8")) if stored else None,
-    )
-
-
-def trace_training(config: PretrainConfig) -> Phases:
-    """The work of one training step on one rank, by phase."""
-    batch = stored_batch(config)
+def trace_training(config: PretrainConfig, batch: TrainingBatch) -> Phases:
+    """The work of one training step on one rank, by phase. The batch is on the CPU, as the loader gives it."""
     phases: Phases = {}
     with fake_cuda():
         with torch.device("meta"):
             transformer = NextScaleTransformer(config.model)
-            width = TEACHER_WIDTH if config.objective.alignment is not None else None
-            objective = PretrainingObjective(transformer, config.objective, width)
+            objective = PretrainingObjective(transformer, config.objective, PlainViT.WIDTH)
             quantizer = _Quantizer(TokenizerConfig(scales=config.model.scales))
         with torch.device("cuda"):
             materialise(objective, torch.bfloat16)
@@ -125,6 +103,7 @@ def trace_training(config: PretrainConfig) -> Phases:
         assert not missing, f"no gradient: {missing}"
         optimizer = build_optimizer(objective, config.optim, config.model.C)
         zero_partitions(optimizer)
+        optimizer.step()  # the first one makes the moments
         with _counted(phases, "update"):
             optimizer.step()
     return phases
@@ -155,8 +134,11 @@ def _counted(phases: Phases, name: str) -> Counter:
 
 def trace(model: str, batch: int) -> Phases:
     """All phases of a model; those of a training step, and of sampling for the smallest."""
-    config = recipe(model, batch, "bf16")
-    return trace_training(config) | ({"sampling": trace_sampling(config, batch)} if model == "nano" else {})
+    contestants = Contestants(model, batch, "bf16", torch.device("cpu"))
+    config = contestants.config
+    return trace_training(config, contestants.batch) | (
+        {"sampling": trace_sampling(config, batch)} if model == "nano" else {}
+    )
 
 
 def as_json(phases: Phases) -> dict[str, Any]:

@@ -7,8 +7,6 @@ would do: its bytes of memory traffic, its FLOPs, and whether the host waits for
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import traceback
 from collections import Counter as Multiset
 from collections.abc import Callable, Iterator
@@ -32,6 +30,8 @@ _PACKAGE = Path(__file__).parent.parent / "mepa_ds"
 _aten = torch.ops.aten
 # Only the memory is named or set apart: no kernel runs.
 _FREE = ("detach", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "device")
+# What was there before is not read.
+_OVERWRITING = ("copy_", "fill_", "zero_", "_foreach_copy_", "_foreach_zero_")
 # The first family with a word that is in the operator's name has it; the rest is elementwise.
 FAMILIES = {
     "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
@@ -131,11 +131,12 @@ class Counter(TorchDispatchMode):
         on_gpu = [tensor.is_cuda for tensor in (*inputs, *outputs)]
         name = func._schema.name.partition("::")[2]
         if any(on_gpu) and name not in _FREE and not _is_view(func, inputs, outputs):
-            if _host_waits(inputs, outputs, kwargs):
+            if _host_waits(inputs, outputs, kwargs.get("non_blocking", name == "copy_" and True in args[2:])):
                 self._note_wait()
             family = _family(name)
             self.work.operators[family] += 1
-            self.work.bytes[family] += _traffic(name, inputs, outputs)
+            read, written = _operands(func, args, kwargs)
+            self.work.bytes[family] += _traffic(name, read, written or outputs)
             if func is _aten._grouped_mm.default:  # PyTorch has no formula for it
                 self.work.flops += 2 * inputs[0].numel() * inputs[1].shape[-1]
             elif (formula := flop_registry.get(func._overloadpacket)) is not None:
@@ -149,11 +150,26 @@ class Counter(TorchDispatchMode):
         self.work.waits[place] += 1
 
 
-def _host_waits(inputs: list[Tensor], outputs: list[Tensor], kwargs: dict[str, Any]) -> bool:
+def _host_waits(inputs: list[Tensor], outputs: list[Tensor], non_blocking: bool) -> bool:
     """Whether the host waits for the end of a copy: of each one from the device, and there of those that block."""
     if not inputs or not outputs or inputs[-1].is_cuda == outputs[0].is_cuda:
         return False
-    return not outputs[0].is_cuda or not kwargs.get("non_blocking", False)
+    return not outputs[0].is_cuda or not non_blocking
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that an operator reads, and those of its arguments that it writes: both have what it updates."""
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    name = func._schema.name.partition("::")[2]
+    for number, argument in enumerate(func._schema.arguments):
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        written += tensors if writes else []
+        overwrites = writes and (argument.is_out or name in _OVERWRITING)
+        read += [] if overwrites else tensors
+    return read, written
 
 
 def _is_view(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -179,102 +195,19 @@ def _size(tensor: Tensor) -> int:
     return count * tensor.element_size()
 
 
-def _traffic(name: str, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def _traffic(name: str, read: list[Tensor], written: list[Tensor]) -> int:
     """Bytes read and written by one operator, as if each operand were read once and each result written once."""
-    written = sum(map(_size, outputs))
+    result = sum(map(_size, written))
     if name in ("index_select", "embedding", "gather", "index"):
-        return 2 * written  # of the table, only the rows that are asked for
+        return 2 * result  # of the table, only the rows that are asked for
     if name in ("_embedding_bag", "_embedding_bag_forward_only"):
-        table, index = inputs[0], inputs[1]
-        return index.numel() * table.shape[1] * table.element_size() + _size(outputs[0]) + _size(index)
+        table, index = read[0], read[1]
+        return index.numel() * table.shape[1] * table.element_size() + _size(written[0]) + _size(index)
     if name in ("slice_backward", "select_backward"):
-        return 2 * sum(map(_size, inputs)) + written  # the whole is set to zero, then the part is copied
-    if name in (
-        "zeros",
-        "zeros_like",
-        "new_zeros",
-        "ones",
-        "ones_like",
-        "new_ones",
-        "full",
-        "full_like",
-        "fill_",
-        "zero_",
-    ):
-        return written
-    return sum(map(_size, inputs)) + written
-
-
-def backward(loss: Tensor) -> None:
-    """`loss.backward()`, which PyTorch's engine refuses on a machine without the device: it asks it for its streams.
-
-    The same graph is walked here, node by node in the engine's order. Gradients are summed where paths meet, have the
-    shape and type of what they are gradients of, and are added to the parameters' `grad`. A gradient on another device
-    raises, as in the engine.
-    """
-    assert loss.grad_fn is not None
-    root: Any = loss.grad_fn
-    waiting = _num_edges_into(root)
-    gradients: dict[Any, list[Tensor | None]] = {root: [torch.ones_like(loss)]}
-    turn = itertools.count()  # nodes of one number cannot be compared themselves
-    queue = [(-root._sequence_nr(), next(turn), root)]
-    with torch.no_grad():
-        while queue:
-            _, _, node = heapq.heappop(queue)
-            of_outputs = gradients.pop(node, None)
-            results = _applied(node, of_outputs) if of_outputs is not None else ()
-            for number, (following, place) in enumerate(node.next_functions):
-                if following is None:
-                    continue
-                if number < len(results) and results[number] is not None:
-                    slots = gradients.setdefault(following, [None] * len(following._input_metadata))
-                    gradient = _fitting(results[number], following._input_metadata[place])
-                    before = slots[place]
-                    slots[place] = gradient if before is None else before + gradient
-                waiting[following] -= 1
-                if waiting[following] == 0:
-                    heapq.heappush(queue, (-following._sequence_nr(), next(turn), following))
-
-
-def _num_edges_into(root: Any) -> Multiset[Any]:
-    edges: Multiset[Any] = Multiset()
-    seen, stack = {root}, [root]
-    while stack:
-        for following, _ in stack.pop().next_functions:
-            if following is not None:
-                edges[following] += 1
-                if following not in seen:
-                    seen.add(following)
-                    stack.append(following)
-    return edges
-
-
-def _applied(node: Any, of_outputs: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """The gradients of a node's inputs."""
-    if hasattr(node, "variable"):  # a parameter
-        (gradient,) = of_outputs
-        if gradient is not None:
-            node.variable.grad = gradient if node.variable.grad is None else node.variable.grad + gradient
-        return ()
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # one of Python's, which is given no None
-        facts = node._input_metadata  # type: ignore[attr-defined]
-        full = [
-            torch.zeros(fact.shape, dtype=fact.dtype, device=fact.device) if gradient is None else gradient
-            for gradient, fact in zip(of_outputs, facts, strict=True)
-        ]
-        results = node.apply(*full)
-    else:
-        results = node(*of_outputs)
-    return results if isinstance(results, tuple) else (results,)
-
-
-def _fitting(gradient: Tensor, fact: Any) -> Tensor:
-    """The gradient in the shape and type of what it is the gradient of."""
-    if gradient.device != fact.device:
-        raise RuntimeError(f"a gradient is on {gradient.device}, and what it is the gradient of on {fact.device}")
-    if gradient.shape != fact.shape:
-        gradient = gradient.sum_to_size(fact.shape)
-    return gradient.to(fact.dtype)
+        return 2 * sum(map(_size, read)) + result  # the whole is set to zero, then the part is copied
+    if name in ("zeros_like", "ones_like", "full_like"):
+        return result
+    return sum(map(_size, read)) + result
 
 
 def zero_partitions(optimizer: torch.optim.Optimizer) -> None:

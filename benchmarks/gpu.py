@@ -39,6 +39,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_parts.commands import PARTS, Command, commands_of
+from mepa_ds.distributed import ACCELERATOR
 from mepa_ds.machine import cpu_name
 
 HERE = Path(__file__).parent
@@ -119,7 +120,7 @@ class Running:
 
 def environment_of(device: str) -> dict[str, str]:
     hidden = {} if device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    return os.environ | hidden | {"DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
+    return os.environ | hidden | {ACCELERATOR: device, "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
 
 
 def run(part: str, command: Command, device: str, report: Report, running: Running, seconds: float) -> bool:

@@ -71,6 +71,14 @@ def read_launch() -> Launch:
     return Launch(0, 1, 0)
 
 
+def spans_nodes() -> bool:
+    """Returns whether the ranks are on several nodes, as far as the launcher tells."""
+    launch = read_launch()
+    if launch.local_world_size is not None:
+        return launch.local_world_size < launch.world_size
+    return launch.world_size > 1 and int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
+
+
 def device_of(launch: Launch) -> torch.device:
     """This rank's GPU, or the CPU if there is none, or if this machine alone runs more ranks than it has GPUs.
 

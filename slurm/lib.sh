@@ -119,10 +119,12 @@ set_addresses() {
     while port_in_use "$MASTER_PORT"; do MASTER_PORT=$((10000 + (MASTER_PORT - 10000 + 2) % 20000)); done
     RENDEZVOUS_ID=mepa-$SLURM_JOB_ID-$RESTART
     : "${OMP_NUM_THREADS:=$((CPUS_PER_RANK < 8 ? CPUS_PER_RANK : 8))}" "${OMP_WAIT_POLICY:=PASSIVE}"
+    # The number of rows of an expert is new in every step: a GPU's memory would be cut into pieces of all sizes.
+    : "${PYTORCH_ALLOC_CONF:=expandable_segments:True}"
     if [[ -n ${MEPA_INTERFACE:-} ]]; then
         export NCCL_SOCKET_IFNAME=$MEPA_INTERFACE GLOO_SOCKET_IFNAME=$MEPA_INTERFACE
     fi
-    export MEPA_NODES MASTER_ADDR MASTER_PORT RENDEZVOUS_ID RANKS_PER_NODE OMP_NUM_THREADS OMP_WAIT_POLICY
+    export MEPA_NODES MASTER_ADDR MASTER_PORT RENDEZVOUS_ID RANKS_PER_NODE OMP_NUM_THREADS OMP_WAIT_POLICY PYTORCH_ALLOC_CONF
 }
 
 # This script runs on the head node, so it can ask: somebody answers on the port.

@@ -8,7 +8,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # the server and all ranks inherit it
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = multiprocessing.get_context("forkserver")
-_LATE_IMPORTS = ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "torch.distributed.checkpoint"]
+_LATE_IMPORTS = ["mepa_ds.checkpoint.store"]
 _OURS = [
     "mepa_ds.pretrain.run",
     "mepa_ds.cli.pretrain",

@@ -74,11 +74,11 @@ def stop_at(folder: Path, place: str) -> None:
 
 def install(folder: Path) -> None:
     """Gates of a pretraining run, in this process."""
-    from mepa_ds.checkpoint import background_writer
+    from mepa_ds.checkpoint import store
     from mepa_ds.pretrain import trainer as pretraining
     from mepa_ds.pretrain.inputs import InputMaker
 
-    rate, save, evaluation = pretraining.learning_rate, background_writer.save_fragments, InputMaker.evaluation
+    rate, save, evaluation = pretraining.learning_rate, store.save_fragments, InputMaker.evaluation
     begun = [0]
 
     def learning_rate(config: Any, global_batch: int, step: int, num_steps: int) -> float:
@@ -96,7 +96,7 @@ def install(folder: Path) -> None:
         return evaluation(maker, *arguments)
 
     pretraining.learning_rate = learning_rate
-    background_writer.save_fragments = save_fragments  # type: ignore[assignment, method-assign]
+    store.save_fragments = save_fragments  # type: ignore[assignment, method-assign]
     InputMaker.evaluation = evaluate  # type: ignore[assignment, method-assign]
     _note_requests()
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.fake_cuda import stored_batch
 from benchmarks.gpu_parts.model_checks import CPU, TEACHER_WIDTH, Found, moved, nano
 from benchmarks.gpu_parts.timing import check_close
-from benchmarks.step_contenders import recipe
+from benchmarks.step_contenders import Contestants, recipe
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import find_damage, list_checkpoints
 from mepa_ds.checkpoint.state import RunState
-from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.pretrain.checkpointing import Kept, RunCheckpoints
 from mepa_ds.pretrain.inputs import InputMaker
-from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 
 RATE = 1e-3
 
@@ -30,20 +28,15 @@ def precision(device: torch.device) -> str:
 
 def start_rank() -> None:
     """Makes this process a rank alone, if it is none yet. DeepSpeed holds on to the group, so it stays to the end."""
-    distributed.start(distributed.Launch(rank=0, world_size=1, local_rank=0))
+    distributed.start(distributed.read_launch())
 
 
 def training_inputs(device: torch.device) -> Found:
     """A stored batch with int8 features as the model's inputs: labels and stochastic depth equal, all else close."""
-    config = recipe("nano", 4, "fp32")
-    torch.manual_seed(0)
-    quantizer = MultiScaleQuantizer(TokenizerConfig(scales=config.model.scales))
-    batch = stored_batch(config)
-    batch.tokens_BL.random_(config.model.codebook_size)
-    for stored in batch.stored_features.values():
-        stored.random_(1, 100)
+    contestants = Contestants("nano", 4, "fp32", CPU)
+    config, batch, quantizer = contestants.config, contestants.batch, contestants.quantizer
     here = InputMaker(config.model, quantizer, 0, CPU).training(batch)
-    there = InputMaker(config.model, quantizer, 0, device).training(batch)
+    there = InputMaker(config.model, copy.deepcopy(quantizer), 0, device).training(batch)
     found: Found = {}
     for name, expected in vars(here).items():
         if expected is not None:

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.gpu_parts.engine_checks import start_rank
 from benchmarks.gpu_parts.timing import WARM_UP, say
-from benchmarks.step_contenders import Contestants
+from benchmarks.step_contenders import Contestants, recipe
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.engine import PretrainEngine
@@ -49,6 +49,8 @@ class Options:
     """Precision: fp32 or bf16."""
     rounds: int = 10
     """Timed steps."""
+    compile: bool = False
+    """The step with parallel.compile."""
     device: str = "cuda"
     """cuda or cpu."""
 
@@ -150,7 +152,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     start_rank()
     contestants = Contestants(options.model, options.batch, options.dtype, device)
-    config = contestants.config
+    config = recipe(options.model, options.batch, options.dtype, compiled=options.compile)
     step = Step(contestants, PretrainEngine(config, contestants.feature_width, device))
     seconds = whole_steps(step, device, options.rounds)
     flops = step_flops(config, contestants.feature_width)
@@ -160,6 +162,7 @@ def main() -> None:
         model=options.model,
         batch=options.batch,
         dtype=options.dtype,
+        compiled=options.compile,
         seconds=seconds,
         images_per_second=options.batch / seconds,
         teraflops=flops / seconds / 1e12,

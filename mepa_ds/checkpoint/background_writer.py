@@ -16,12 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import digest
+from mepa_ds.checkpoint.fragment import Fragment, WriteError
 from mepa_ds.checkpoint.progress import progress_noted_by
-from mepa_ds.checkpoint.store import Fragment, save_fragments
 from mepa_ds.files import make_way, remove
 
 Digests = dict[str, dict[str, Any]]
@@ -87,6 +86,8 @@ class BackgroundWriter:
         is a separately named task that the main rank runs on the same files right before `commit`. When it fails,
         `commit` still runs.
         """
+        import mepa_ds.checkpoint.store  # noqa: F401 - at the first task and not at the start, but in the main thread
+
         started = time.perf_counter()
         self.wait()
         fragments = stage()
@@ -151,6 +152,8 @@ class BackgroundWriter:
         commit: Callable[[Digests], None],
         before: tuple[str, Callable[[], None]] | None,
     ) -> str | None:
+        from mepa_ds.checkpoint.store import save_fragments
+
         try:
             self._on_main(lambda: _make_anew(temporary))
             save_fragments(fragments, temporary, self._group)
@@ -158,11 +161,8 @@ class BackgroundWriter:
             if before is not None:
                 self._do_before(*before)
             self._on_main(lambda: commit(digests))
-        except _RemoteError as error:
+        except (_RemoteError, WriteError) as error:  # raised on every rank
             message = str(error)
-        except CheckpointException as error:  # raised on every rank
-            rank, (cause, _) = next(iter(error.failures.items()))
-            message = f"rank {rank}: {type(cause).__name__}: {cause}"
         except Exception as error:  # a lost peer, for example; the main thread notices it in its own collectives
             message = f"rank {distributed.rank()}: {type(error).__name__}: {error}"
         else:

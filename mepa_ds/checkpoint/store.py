@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,22 +37,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mepa_ds.checkpoint.fragment import Fragment, WriteError
 from mepa_ds.checkpoint.progress import current_listener
 from mepa_ds.errors import UserError
-
-# The kinds of tensors that are kept for every parameter: the fp32 master, Adam's moments, and the average of the
-# masters (if the recipe wants one). BUFFER is the kind of the model's buffers.
-MASTER, EXP_AVG, EXP_AVG_SQ, EMA, BUFFER = "master", "exp_avg", "exp_avg_sq", "ema", "buffer"
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Elements [offset, offset + len(data)) of the flattened tensor `name` ("kind/parameter") of `numel` elements."""
-
-    name: str
-    numel: int
-    offset: int
-    data: Tensor
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -156,15 +142,23 @@ class _Reader(dcp.FileSystemReader):
 
 
 def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup) -> None:
-    """Writes every rank's fragments and fsyncs them. Collective over `group`, a CPU group of all ranks."""
+    """Writes every rank's fragments and fsyncs them. Collective over `group`, a CPU group of all ranks.
+
+    Raises:
+        WriteError: on every rank, when a rank could not write.
+    """
     named = {fragment.name: fragment for fragment in fragments}
-    dcp.save(
-        {name: fragment.data for name, fragment in named.items()},
-        # No copying ahead: the tensors are on the CPU, but DCP would still wait for a stream of the current GPU.
-        storage_writer=_Writer(directory, sync_files=True, per_thread_copy_ahead=0),
-        planner=_SavePlanner(named),
-        process_group=group,
-    )
+    try:
+        dcp.save(
+            {name: fragment.data for name, fragment in named.items()},
+            # No copying ahead: the tensors are on the CPU, but DCP would still wait for a stream of the current GPU.
+            storage_writer=_Writer(directory, sync_files=True, per_thread_copy_ahead=0),
+            planner=_SavePlanner(named),
+            process_group=group,
+        )
+    except CheckpointException as error:  # a BaseException that holds the error of each rank
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise WriteError(f"rank {rank}: {type(cause).__name__}: {cause}") from cause
 
 
 def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool = False) -> None:
@@ -182,7 +176,7 @@ def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool =
                 planner=_LoadPlanner(named),
                 no_dist=alone,
             )
-    except CheckpointException as error:  # a BaseException that holds the error of each rank
+    except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         if isinstance(cause, UserError):
             raise UserError(f"{directory}: {cause}", agreed=True) from cause

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from mepa_ds.checkpoint.files import MANIFEST_NAME, find_damage, is_checkpoint_name, list_checkpoints
+from mepa_ds.checkpoint.fragment import BUFFER, EMA, MASTER
 from mepa_ds.checkpoint.state import read_state
-from mepa_ds.checkpoint.store import BUFFER, EMA, MASTER, read_tensors
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.errors import UserError
@@ -62,6 +62,8 @@ def convert_fragments(
 
     `fragments` must hold at least the fragments of `kind` and the buffers.
     """
+    from mepa_ds.checkpoint.store import read_tensors
+
     with torch.device("meta"):
         model = NextScaleTransformer(config)
     parameters = {name for name, _ in model.named_parameters()}

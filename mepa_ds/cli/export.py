@@ -27,7 +27,7 @@ class ExportOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(ExportOptions, prog="mepa export", args=argv)
     log.make_stdout_a_log()
-    from mepa_ds.checkpoint.store import EMA, MASTER
+    from mepa_ds.checkpoint.fragment import EMA, MASTER
     from mepa_ds.checkpoint.weights import export_checkpoint
 
     export_checkpoint(options.checkpoint, options.directory, EMA if options.ema else MASTER)

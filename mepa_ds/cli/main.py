@@ -45,23 +45,23 @@ def _version_of(name: str) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    entry.run(_main)
+    name, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    if name in COMMANDS:
+        entry.run(lambda: importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}").main(rest))
+    else:
+        entry.run(lambda: _answer(name), reads_options=False)
 
 
-def _main() -> None:
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        sys.exit(0 if arguments else 2)
-    if arguments[0] in ("-V", "--version"):
+def _answer(word: str) -> None:
+    """Answers a first word that is no command."""
+    if word in ("-V", "--version"):
         print(version())
-        return
-    name = arguments[0]
-    if name not in COMMANDS:
-        print(f"error: no command {name!r}\n{usage()}", file=sys.stderr)
+    elif word in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    else:
+        print(f"error: no command {word!r}\n{usage()}" if word else usage(), file=sys.stderr if word else sys.stdout)
         sys.exit(2)
-    module = importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}")
-    module.main(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -100,8 +100,9 @@ class ParallelConfig(Section):
     """Type of weights and activations; optimizer masters are fp32 always."""
     activation_checkpointing: Literal["none", "selective", "blocks"] = "none"
     """Keep for the backward pass: all; matrix products, attention and routing; blocks' inputs and routing."""
-    compile: bool = False
-    """torch.compile the blocks, except for the way of tokens to their experts; not with activation checkpointing."""
+    compile: bool | None = None
+    """torch.compile the blocks, except for the way of tokens to their experts; not with activation checkpointing. null:
+    on GPUs, where a compiler works."""
     deepspeed: UserPath = Path("ds_configs/zero2.json")
     """DeepSpeed's engine knobs (ZeRO stage, bucket sizes); batch, precision and clipping come from the recipe. Those
     of ds_configs/ are found from any directory."""

@@ -62,7 +62,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TrainingBatch:
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+            return copied_to(tensor, torch.device(device), non_blocking)
 
         return replace(
             self,
@@ -72,6 +72,13 @@ class TrainingBatch:
             positions_B=move(self.positions_B),
             stored_features={extension: move(tensor) for extension, tensor in self.stored_features.items()},
         )
+
+
+def copied_to(tensor: Tensor, device: torch.device, non_blocking: bool = True) -> Tensor:
+    """Copies through pinned memory to a GPU: from other memory the copy would wait for all work queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
 
 
 class _Reader:

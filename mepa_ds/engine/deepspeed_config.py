@@ -61,8 +61,11 @@ def zero_stage(path: Path) -> int:
     return int(read_knobs(path)["zero_optimization"]["stage"])
 
 
-def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
-    """Builds the dictionary for `deepspeed.initialize`."""
+def build(config: PretrainConfig, world_size: int, overlaps: bool = False) -> dict[str, Any]:
+    """Builds the dictionary for `deepspeed.initialize`.
+
+    `overlaps`: gradients are reduced while the backward pass goes on, unless the engine knobs say otherwise.
+    """
     micro_batch = config.train.global_batch // (world_size * config.train.accumulation)
     derived: dict[str, Any] = {
         "train_batch_size": config.train.global_batch,
@@ -82,4 +85,6 @@ def build(config: PretrainConfig, world_size: int) -> dict[str, Any]:
             f"parallel.deepspeed: {config.parallel.deepspeed}: grad_accum_dtype fp32 needs ZeRO stage 2 in bf16: with "
             "stage 1 DeepSpeed takes an optimizer that checkpoints cannot read; set zero_optimization.stage to 2"
         )
+    if knobs["zero_optimization"]["stage"] == 2:
+        knobs["zero_optimization"].setdefault("overlap_comm", overlaps)
     return knobs | derived

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -16,18 +16,19 @@ import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
-from mepa_ds.checkpoint.store import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
+from mepa_ds.checkpoint.fragment import EMA, EXP_AVG, EXP_AVG_SQ, MASTER
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.distributed import spans_nodes
 from mepa_ds.engine import deepspeed_config
+from mepa_ds.engine.compilation import compile_blocks, compiles, uncompiled
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.grad_norm import take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
+from mepa_ds.engine.lean_start import NothingDrawn, leave_out_needless_work, materialise
 from mepa_ds.engine.one_rank import gather_directly, gathers_directly
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.waiting import WaitingClock
-from mepa_ds.models.block import Block
-from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
@@ -45,19 +46,6 @@ class Update(NamedTuple):
     """False if a gradient was not finite."""
 
 
-def _compile_blocks(transformer: NextScaleTransformer) -> None:
-    """Compiles the blocks in place, so that parameters keep their names.
-
-    Dispatchers are not compiled, and so cut a block's graph in two: the number of rows of an expert changes with every
-    batch, and rows travel between ranks.
-    """
-    for block in transformer.blocks:
-        ffn = cast(Block, block).ffn
-        if isinstance(ffn, MoEFeedForward):
-            ffn.dispatcher = torch.compiler.disable(ffn.dispatcher)
-        block.compile()
-
-
 class PretrainEngine:
     """Builds the sharded objective and trains it. Needs an initialised process group (one rank is enough).
 
@@ -69,28 +57,28 @@ class PretrainEngine:
         deepspeed_logger.setLevel(logging.ERROR)
         # DeepSpeed makes these calls: newer versions of PyTorch would warn of each after every evaluation and export.
         warnings.filterwarnings("ignore", _RETIRED_COLLECTIVES, FutureWarning)
-        # On a CPU, DeepSpeed would compile the shared-memory op at the start (33 s), and crash without g++.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        leave_out_needless_work()
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # DeepSpeed requires it, even for one process
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
         self.waits = WaitingClock()
         """Of this step: how long this rank waited for other ranks' tokens ("all_to_all") and counts ("counts")."""
-        with torch.device("meta"):
+        with torch.device("meta"), NothingDrawn():
             transformer = NextScaleTransformer(config.model)
             transformer.recompute = config.parallel.activation_checkpointing
             objective = PretrainingObjective(transformer, config.objective, teacher_width, self._sum_over_ranks)
             shard_experts(objective, config.parallel.ep_size, self.waits)
-        objective.to_empty(device=device)
+        materialise(objective, device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed, config.optim.mup_base_width)
         if config.init_weights is not None and not resumes:
             load_initial_weights(objective.transformer, config.init_weights)
-        if config.parallel.compile:
-            _compile_blocks(objective.transformer)
+        self._compiled = compiles(config.parallel.compile, config.parallel.activation_checkpointing, device)
+        if self._compiled:
+            compile_blocks(objective.transformer)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optim, config.model.C),
-            config=deepspeed_config.build(config, dist.get_world_size()),
+            config=deepspeed_config.build(config, dist.get_world_size(), device.type == "cuda" and spans_nodes()),
             dist_init_required=False,
         )
         take_over_norm(self.zero)
@@ -189,7 +177,7 @@ class PretrainEngine:
         """Yields the transformer without gradients, then restores training mode. Runs uncompiled, as sizes vary."""
         transformer = self.objective.transformer.eval()
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), uncompiled(self._compiled):
                 yield transformer
         finally:
             transformer.train()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mepa_ds.checkpoint.store import BUFFER, MASTER, Fragment
+from mepa_ds.checkpoint.fragment import BUFFER, MASTER, Fragment
 from mepa_ds.engine.expert_parallel import ExpertParallelFeedForward
 
 

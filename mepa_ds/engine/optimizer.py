@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split_expert_groups
 from torch import nn
 
 from mepa_ds.config.optim import PretrainOptimConfig
+from mepa_ds.engine.lean_start import AdamW
 from mepa_ds.models.parametrisation import lr_factor, width_multiplier
 
 # VAR's list in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
@@ -20,7 +20,7 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
     return not (parameter.ndim < 2 or name.endswith("bias") or any(part in NO_DECAY for part in name.split(".")))
 
 
-def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -> AdamW:
     """Builds AdamW with groups of weights that share decay and rate. Experts that are sharded get separate groups.
 
     It is PyTorch's fused one, which goes over gradient, master and moments once and needs no memory of its own.
@@ -41,4 +41,4 @@ def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -
         for decays, scale in sorted(members, reverse=True)
     ]
     groups = [group for group in split_expert_groups(named) if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=True)
+    return AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps, fused=True)

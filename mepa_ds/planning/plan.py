@@ -34,6 +34,8 @@ _FP32 = 4
 _KEPT_BY_C_LIBRARY = 0.6
 KEPT_NAME = "freed, but kept by the C library"
 _EXCHANGED_NAME, _WORKING_NAME = "all-to-all buffers", "tokenizer or teacher at work"
+# More ranks than that are planned as if they were on several nodes.
+_GPUS_OF_A_NODE = 8
 # Parts that grow with the images of a micro-batch.
 _WITH_BATCH = ("activations", "intermediate results", _EXCHANGED_NAME, _WORKING_NAME)
 
@@ -195,8 +197,11 @@ class _EngineMemory:
         self._stage = zero["stage"]
         self._directly = gathers_directly(knobs, machine.world_size)
         self._bucket = 0 if self._directly else int(zero.get("reduce_bucket_size", 5e8))
-        overlaps = bool(zero.get("overlap_comm")) if overlaps is None else overlaps
-        self._buckets = 2 if overlaps else 1  # one is filled while the other is reduced
+        # Two buckets take turns where the reduction overlaps the backward pass, as it does by default across nodes.
+        if overlaps is None:
+            overlaps = bool(zero.get("overlap_comm", machine.world_size > _GPUS_OF_A_NODE))
+        self._buckets = 2 if overlaps else 1
+        self._all_reduces = bool(zero.get("use_multi_rank_bucket_allreduce", True))
         self._low = _FP32 if config.parallel.precision == "fp32" else 2
         self._in_bucket = 0
 
@@ -256,13 +261,17 @@ class _EngineMemory:
         return backward, optimizer, encoding, host if self._machine.is_gpu else {}
 
     def exchanged(self, traced: Traced, micro_batch: int) -> dict[str, float]:
-        """Bytes that each rank sends in a step, with ring algorithms."""
+        """Bytes that each rank sends in a step, with ring algorithms.
+
+        DeepSpeed's reduction of gradients is an all-reduce of each bucket, from which a rank takes what it owns. So it
+        sends twice what a reduce-scatter would, unless a knob makes it a reduction to each owner.
+        """
         config, world_size, ep_size = self._config, self._machine.world_size, self._config.parallel.ep_size
         copies = world_size // ep_size
         experts = traced.num_elements["routed experts"]
         others = sum(traced.num_elements.values()) - experts
         shared = self._low * (experts * (copies - 1) / copies + others * (world_size - 1) / world_size)
-        times = config.train.accumulation if self._stage == 2 else 1
+        times = (config.train.accumulation if self._stage == 2 else 1) * (2 if self._all_reduces else 1)
         sent = {"gradients, reduced": shared * times, "weights, gathered": shared}
         if config.model.moe is not None and ep_size > 1:
             rows = micro_batch * config.model.schedule.num_tokens * config.model.moe.top_k
@@ -281,9 +290,8 @@ def this_machine(config: PretrainConfig, world_size: int, memory: float | None) 
         memory = torch.cuda.get_device_properties(0).total_memory
     elif memory is None and not is_gpu:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size
-    # A rank has these in memory too; the second is what DeepSpeed imports when it starts.
-    from torch._inductor import compile_fx  # noqa: F401
-
+    # A rank has these in memory too; the first is imported for the first checkpoint.
+    import mepa_ds.checkpoint.store
     import mepa_ds.pretrain.run  # noqa: F401
 
     return Machine(world_size, is_gpu, memory, float(resident_bytes()))

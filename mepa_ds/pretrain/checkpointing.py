@@ -14,9 +14,9 @@ import mepa_ds
 from mepa_ds import distributed
 from mepa_ds.checkpoint import files
 from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Written
+from mepa_ds.checkpoint.fragment import EMA, MASTER, Fragment
 from mepa_ds.checkpoint.progress import progress_noted_by
 from mepa_ds.checkpoint.state import RunState, read_state
-from mepa_ds.checkpoint.store import EMA, MASTER, Fragment
 from mepa_ds.checkpoint.weights import WEIGHTS_FACTS_NAME, convert_fragments, has_weights, step_of_weights
 from mepa_ds.engine.checkpoint import Staging, optimizer_facts, restore, stage
 from mepa_ds.engine.engine import PretrainEngine

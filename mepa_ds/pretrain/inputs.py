@@ -5,15 +5,13 @@ Shapes: B batch, L positions, D blocks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.data.training import TrainingBatch
+from mepa_ds.data.training import TrainingBatch, copied_to
 from mepa_ds.objective.objective import ModelInputs
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
@@ -52,7 +50,7 @@ class InputMaker:
 
     def _drop_labels(self, labels_B: Tensor, positions_B: NDArray[np.int64]) -> Tensor:
         dropped_B = uniforms(self._seed, "class_dropout", positions_B, 1)[:, 0] < self._config.class_dropout
-        return labels_B.masked_fill(_on_device(dropped_B, self._device), self._config.num_classes)
+        return labels_B.masked_fill(copied_to(torch.from_numpy(dropped_B), self._device), self._config.num_classes)
 
     def _stochastic_depth(self, positions_B: NDArray[np.int64]) -> Tensor | None:
         """Returns (D, 2, B) factors, 0 or 1 / keep. The drop rate grows linearly from 0 at the first block (VAR)."""
@@ -62,10 +60,5 @@ class InputMaker:
         drawn = uniforms(self._seed, "drop_path", positions_B, 2 * self._config.depth)
         drawn_D2B = drawn.T.reshape(self._config.depth, 2, len(positions_B))
         keep_D11 = 1 - rates_D[:, None, None]
-        return _on_device(((drawn_D2B < keep_D11) / keep_D11).astype(np.float32), self._device)
-
-
-def _on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copies through pinned memory to a GPU: from other memory the copy would wait for all work queued there."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+        scales_D2B = ((drawn_D2B < keep_D11) / keep_D11).astype(np.float32)
+        return copied_to(torch.from_numpy(scales_D2B), self._device)

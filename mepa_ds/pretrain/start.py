@@ -16,6 +16,7 @@ from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.engine import PretrainEngine
+from mepa_ds.engine.lean_start import NothingDrawn
 from mepa_ds.machine import cpu_name
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.flops import step_flops
@@ -57,7 +58,8 @@ def record_start(
     `facts` are the run's own numbers: num_steps, num_samples and further entries of the record. `changes` are the
     changes of the recipe since the checkpoint from which the run continues.
     """
-    counts = count_parameters(config.model)
+    with NothingDrawn():
+        counts = count_parameters(config.model)
     projector = engine.objective.projector
     head = sum(parameter.numel() for parameter in projector.parameters()) if projector is not None else 0
     world_size, ep_size = distributed.world_size(), config.parallel.ep_size

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
+from benchmarks.fake_backward import backward
+from benchmarks.public_way import PlainViT
+from benchmarks.step_contenders import Contestants, recipe
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.flops import FORWARD_AND_BACKWARD, forward_flops, projector_flops
@@ -32,19 +35,20 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_benchmark("fake_cuda", monkeypatch)
 
 
-def small(benchmark: ModuleType, **model: Any) -> PretrainConfig:
-    config: PretrainConfig = benchmark.recipe("nano", 2, "bf16")
-    smaller = config.model.model_copy(update={"scales": (1, 2, 3, 4), "codebook_size": 64, **model})
+def small() -> PretrainConfig:
+    """A recipe whose gradients a CPU computes at once."""
+    config = recipe("nano", 2, "bf16")
+    model = config.model.model_copy(update={"scales": (1, 2, 3, 4), "codebook_size": 64})
     alignment = config.objective.alignment
     assert alignment is not None
     alignment = alignment.model_copy(update={"scales": (2, 3), "projector_hidden": 32})
     objective = config.objective.model_copy(update={"alignment": alignment, "router_z_weight": 1e-3})
-    return config.model_copy(update={"model": smaller, "objective": objective})
+    return config.model_copy(update={"model": model, "objective": objective})
 
 
-def test_the_graph_is_walked_as_by_pytorchs_engine(benchmark: ModuleType, device: ModuleType) -> None:
+def test_the_graph_is_walked_as_by_pytorchs_engine() -> None:
     """Gradients of the whole objective, on tensors with data: equal to 1e-6 of the largest."""
-    config = small(benchmark)
+    config = small()
     schedule = config.model.schedule
     generator = torch.Generator().manual_seed(0)
     objective = PretrainingObjective(NextScaleTransformer(config.model), config.objective, 24)
@@ -57,7 +61,7 @@ def test_the_graph_is_walked_as_by_pytorchs_engine(benchmark: ModuleType, device
     objective(inputs).total.backward()
     other = copy.deepcopy(objective)
     other.zero_grad()
-    device.backward(other(inputs).total)
+    backward(other(inputs).total)
     for (name, expected), found in zip(objective.named_parameters(), other.parameters(), strict=True):
         assert expected.grad is not None
         assert found.grad is not None
@@ -101,7 +105,7 @@ def test_what_a_gpu_would_refuse_raises(device: ModuleType, fault: str) -> None:
 @pytest.mark.parametrize("fault", ["read back", "list", "branch", "copied back", "copied there", "none"])
 def test_waits_for_the_device_are_seen(device: ModuleType, fault: str) -> None:
     with device.fake_cuda(), device.Counter() as counter:
-        device.backward(_Faulty(fault)(torch.empty(4, 8, device="cuda")).sum())
+        backward(_Faulty(fault)(torch.empty(4, 8, device="cuda")).sum())
     assert sum(counter.work.waits.values()) == (fault != "none")
     assert counter.work.operators["gemm"] == 2, "the product, and the gradient of its weight"
     assert counter.work.flops == 2 * 2 * 4 * 8 * 8
@@ -120,7 +124,7 @@ def test_a_gradient_on_another_device_raises(device: ModuleType) -> None:
     with device.fake_cuda():
         x = torch.empty(8, device="cuda", requires_grad=True)
         with pytest.raises(RuntimeError, match="a gradient is on cpu"):
-            device.backward(Elsewhere.apply(x).sum())
+            backward(Elsewhere.apply(x).sum())
 
 
 def test_traffic_by_hand(device: ModuleType) -> None:
@@ -135,7 +139,14 @@ def test_traffic_by_hand(device: ModuleType) -> None:
             assert counter.work.bytes["gemm"] == 72 + 96 + 48
             _ = x.index_select(0, index)
             assert counter.work.bytes["index"] == 2 * 32
-    assert sum(counter.work.operators.values()) == 4, "views and slices are no kernels"
+            row.mul_(2)
+            torch.add(row, row, out=row)
+            torch._foreach_add_([row, row], 1)
+            assert counter.work.bytes["elementwise"] == 400 + (16 + 16) + (32 + 16)
+            assert counter.work.bytes["optimizer"] == 2 * 32
+            row.copy_(x[0])
+            assert counter.work.bytes["copy"] == 16 + 16
+    assert sum(counter.work.operators.values()) == 8, "views and slices are no kernels"
 
 
 @pytest.mark.parametrize(
@@ -145,11 +156,15 @@ def test_traffic_by_hand(device: ModuleType) -> None:
 )
 def test_no_variant_of_the_model_waits(benchmark: ModuleType, changes: dict[str, Any] | None) -> None:
     """Dropless training; the grouped products need no counts on the host."""
-    config = small(benchmark)
-    moe = config.model.moe
+    contestants = Contestants("nano", 2, "bf16", torch.device("cpu"))
+    moe = contestants.config.model.moe
     assert moe is not None
     moe = None if changes is None else moe.model_copy(update=changes)
-    phases = benchmark.trace_training(small(benchmark, moe=moe, shared_adaln=moe is None, qk_norm=moe is not None))
+    variant = {"moe": moe, "shared_adaln": moe is None, "qk_norm": moe is not None}
+    model = contestants.config.model.model_copy(update=variant)
+    objective = contestants.config.objective.model_copy(update={"router_z_weight": 1e-3})
+    config = contestants.config.model_copy(update={"model": model, "objective": objective})
+    phases = benchmark.trace_training(config, contestants.batch)
     assert {phase: dict(work.waits) for phase, work in phases.items() if work.waits} == {}
 
 
@@ -159,10 +174,10 @@ def test_a_step_does_no_more_work_than_before_and_waits_for_nothing(benchmark: M
     found = benchmark.as_json(benchmark.trace(name, int(batch)))
     waits = {phase: sums["waits_in"] for phase, sums in found.items() if phase != "sampling" and sums["waits"]}
     assert waits == {}, "the host waits for the device within a training step"
-    config = benchmark.recipe(name, int(batch), "bf16")
+    config = recipe(name, int(batch), "bf16")
     alignment = config.objective.alignment
     assert alignment is not None
-    flops = forward_flops(config.model) + projector_flops(config.model, alignment, benchmark.TEACHER_WIDTH)
+    flops = forward_flops(config.model) + projector_flops(config.model, alignment, PlainViT.WIDTH)
     counted = found["forward"]["flops"] + found["backward"]["flops"]
     # Flash attention's backward pass computes its scores again; guidance's matrices and one-hot products are small.
     assert counted == pytest.approx(FORWARD_AND_BACKWARD * flops * int(batch), rel=0.03)

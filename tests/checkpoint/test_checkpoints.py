@@ -34,8 +34,9 @@ from mepa_ds.checkpoint.files import (
     prune,
     publish,
 )
+from mepa_ds.checkpoint.fragment import Fragment
 from mepa_ds.checkpoint.state import RunState, read_state
-from mepa_ds.checkpoint.store import Fragment, load_fragments, read_tensors
+from mepa_ds.checkpoint.store import load_fragments, read_tensors
 from mepa_ds.checkpoint.weights import export_checkpoint, step_of_weights
 from mepa_ds.cli import checkpoint as cli
 from mepa_ds.config.base import load_config

@@ -46,7 +46,7 @@ def check_norms(folder: str) -> None:
         values = apply_overrides(recipe_values(Path(folder)), [f"train.global_batch={GLOBAL_BATCH}", *settings])
         engine = PretrainEngine(validate(PretrainConfig, values, "test"), FEATURE_WIDTH, torch.device("cpu"))
         zero = engine.zero
-        theirs = []
+        theirs: list[float] = []
 
         def theirs_too(zero=zero, ours=zero.get_grad_norm_direct, theirs=theirs):  # type: ignore[no-untyped-def]
             """DeepSpeed's norm of all groups, by its own method."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mepa_ds.checkpoint.store import EXP_AVG
+from mepa_ds.checkpoint.fragment import EXP_AVG
 from mepa_ds.config.optim import PretrainOptimConfig
 from mepa_ds.engine.fragments import adam_step, flat_partitions, set_adam_step
 from mepa_ds.engine.optimizer import build_optimizer
@@ -23,7 +23,7 @@ def weights_after_steps(cut: slice, fused: bool | None = None) -> Tensor:
     model = nn.Module()
     model.weight = nn.Parameter(torch.randn(NUMBER, generator=generator)[cut, None].clone())
     config = PretrainOptimConfig(base_lr=1e-3)
-    optimizer = build_optimizer(model, config, width=64)
+    optimizer: torch.optim.AdamW = build_optimizer(model, config, width=64)
     if fused is not None:
         groups = [{**group, "fused": fused} for group in optimizer.param_groups]
         optimizer = torch.optim.AdamW(groups, lr=config.base_lr, betas=config.betas, eps=config.eps)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine import compilation
+from mepa_ds.engine.compilation import compiles
 from mepa_ds.errors import UserError
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.weights.directories import read_state_dict
@@ -48,6 +55,55 @@ def test_a_compiled_run_has_the_losses_of_the_plain_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(heldout[0], heldout[1], atol=1e-5)
     plain, compiled = (read_state_dict(tmp_path / name / "last") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+NO_COMPILER = "InductorError: No working C++ compiler found"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "recompute", "device", "trouble", "expected"),
+    [
+        (None, "none", CPU, None, False),
+        (None, "none", GPU, None, True),
+        (None, "none", GPU, NO_COMPILER, False),
+        (None, "blocks", GPU, None, False),
+        (False, "none", GPU, None, False),
+        (True, "none", CPU, None, True),
+        (True, "none", GPU, NO_COMPILER, "error"),
+    ],
+)
+def test_when_blocks_are_compiled(
+    wanted: bool | None,
+    recompute: Any,
+    device: torch.device,
+    trouble: str | None,
+    expected: bool | str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(compilation, "trouble_with_compiler", lambda _: trouble)
+    if expected == "error":
+        with pytest.raises(
+            UserError, match=r"parallel.compile: torch.compile does not work on rank 0 \(Ind.*; install"
+        ):
+            compiles(wanted, recompute, device)
+        return
+    assert compiles(wanted, recompute, device) is expected
+    falls_back = wanted is None and trouble is not None
+    line = (
+        f"parallel.compile: torch.compile does not work on rank 0 ({NO_COMPILER}): the blocks run uncompiled, which is"
+    )
+    assert capsys.readouterr().err == (f"{line} slower\n" if falls_back else "")
+
+
+def test_a_machine_without_a_compiler_is_noticed(tmp_path: Path) -> None:
+    code = "import torch; from mepa_ds.engine.compilation import trouble_with_compiler as trouble; "
+    code += "print(trouble(torch.device('cpu')))"
+    none_found = {"PATH": "/nowhere", "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=os.environ | none_found, capture_output=True, text=True)
+    assert re.fullmatch(r"\w+: .*No working C\+\+ compiler.*\n", result.stdout), result.stdout + result.stderr
+    assert result.stderr == ""
 
 
 def test_compiling_and_recomputing_exclude_each_other(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ class StepClock:
 
 
 def _seconds_between(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
-    if isinstance(began, float):
-        assert isinstance(ended, float)
+    if isinstance(began, float) and isinstance(ended, float):
         return ended - began
+    assert not isinstance(began, float)
+    assert not isinstance(ended, float)
     return began.elapsed_time(ended) / 1000
