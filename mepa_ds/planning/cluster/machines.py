@@ -67,7 +67,7 @@ class Assumptions:
     memory_share: float = 0.78
     """Share of the memory's bandwidth that all other operators reach (2.6 of 3.35 TB/s)."""
     traffic_share: float = 1.0
-    """Share of the other operators' bytes that fusing them leaves: 1 is eager PyTorch, torch.compile leaves less."""
+    """Share of the other operators' bytes that fusing them leaves: 1 if nothing is fused; compiling leaves less."""
     link_share: float = 0.8
     """Share of NVLink's and the network's bandwidth that collectives reach."""
     hidden_share: float = 0.8
