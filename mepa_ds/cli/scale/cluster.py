@@ -52,6 +52,7 @@ class ClusterOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(ClusterOptions, prog="mepa scale cluster", args=argv)
     world_sizes = numbers_of(options.gpus)
+    options.assume.check()
     config = load_config(PretrainConfig, shipped.find(options.recipe), options.overrides)
     profile = read_profile(options.profile)
     cluster = cluster_of(profile)

@@ -8,8 +8,10 @@ A100 (eight 200 Gb/s ports) for the network between nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
 
+from mepa_ds.errors import UserError
 from mepa_ds.objective.flops import PEAK_FLOPS
 
 
@@ -65,7 +67,7 @@ class Assumptions:
     memory_share: float = 0.78
     """Share of the memory's bandwidth that all other operators reach (2.6 of 3.35 TB/s)."""
     traffic_share: float = 1.0
-    """Share of the other operators' bytes that fusing them leaves: 1 is eager PyTorch, torch.compile leaves less."""
+    """Share of the other operators' bytes that fusing them leaves: 1 if nothing is fused; compiling leaves less."""
     link_share: float = 0.8
     """Share of NVLink's and the network's bandwidth that collectives reach."""
     hidden_share: float = 0.8
@@ -80,3 +82,14 @@ class Assumptions:
     """Share of a device's memory that a plan may fill; the allocator and NCCL have the rest."""
     launches_ahead: bool = True
     """A device works while its host launches the next operators; a CPU does not."""
+
+    def check(self) -> None:
+        """Raises UserError for numbers that no machine has."""
+        for name, value in asdict(self).items():
+            least = 1.0 if name == "imbalance" else 0.0
+            divides = name in ("matrix_share", "expert_share", "memory_share", "link_share", "usable_memory")
+            most = 1.0 if name.endswith("_share") or name == "usable_memory" else math.inf
+            if not least <= value <= most or (divides and value == 0):
+                bounds = f"{'above' if divides else 'at least'} {least:g}"
+                bounds += f", at most {most:g}" if most == 1 else ""
+                raise UserError(f"--assume.{name.replace('_', '-')} {value:g}: expected a number {bounds}")

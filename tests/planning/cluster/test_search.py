@@ -145,12 +145,17 @@ def test_the_shipped_profile_and_its_mistakes(tmp_path: Path) -> None:
 
 def test_wrong_options_are_refused(tmp_path: Path) -> None:
     recipe = str(write_recipe(tmp_path))
-    with pytest.raises(
-        UserError, match=r"precision: fp32 is not simulated, only bf16 and fp16"
-    ):
+    with pytest.raises(UserError, match=r"precision: fp32 is not simulated, only bf16 and fp16"):
         main(["cluster", recipe])
     with pytest.raises(UserError, match="--global-batch 0: expected at least 1"):
         main(["cluster", recipe, "parallel.precision=bf16", "--global-batch", "0"])
+    for name, value, expected in (
+        ("matrix-share", "0", "above 0, at most 1"),
+        ("hidden-share", "1.5", "at least 0, at most 1"),
+        ("imbalance", "0.5", "at least 1"),
+    ):
+        with pytest.raises(UserError, match=rf"--assume\.{name} {value}: expected a number {expected}$"):
+            main(["cluster", recipe, f"--assume.{name}", value])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--json: .*cannot write there"):
         main(["cluster", recipe, "parallel.precision=bf16", "--json", str(tmp_path / "file/out.json")])
