@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from mepa_ds.config.optim import PretrainOptimConfig
-from mepa_ds.engine.grad_norm import sum_of_squares
+from mepa_ds.engine.gradients import sum_of_squares
 from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.machine import cpu_name
 

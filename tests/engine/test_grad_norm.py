@@ -13,7 +13,7 @@ from deepspeed.utils.config import get_timers_config
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.grad_norm import sum_of_squares
+from mepa_ds.engine.gradients import sum_of_squares
 from mepa_ds.objective.objective import ModelInputs
 from tests.engine.ranks import run_on_ranks
 from tests.engine.test_expert_parallel import GLOBAL_BATCH, make_batch

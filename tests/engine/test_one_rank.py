@@ -12,7 +12,7 @@ from torch import Tensor
 from mepa_ds.checkpoint.fragment import EXP_AVG, MASTER
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.engine.one_rank import gathers_directly
+from mepa_ds.engine.gradients import gathers_directly
 from mepa_ds.objective.objective import ModelInputs
 from tests.engine.ranks import run_on_ranks, take_step
 from tests.engine.test_expert_parallel import GLOBAL_BATCH, make_batch

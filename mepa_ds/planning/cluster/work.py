@@ -10,7 +10,7 @@ from tqdm import tqdm
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
-from mepa_ds.engine.one_rank import gathers_directly
+from mepa_ds.engine.gradients import gathers_directly
 from mepa_ds.errors import UserError
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective import flops
