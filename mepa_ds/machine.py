@@ -1,4 +1,4 @@
-"""CPUs that this process may use, and the memory that it has in use.
+"""CPUs that this process may use, the memory that it has in use, and copies from it to a GPU.
 
 Default numbers of workers and threads are made from the number of usable CPUs. `os.cpu_count` counts the machine's;
 a job has fewer: by its affinity mask, by the quota of its control group (a container's), or by what SLURM gave it,
@@ -16,6 +16,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -131,3 +136,10 @@ def _status_bytes(key: str) -> int:
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def copied_to(tensor: Tensor, device: torch.device, non_blocking: bool = True) -> Tensor:
+    """Copies through pinned memory to a GPU: from other memory the copy would wait for all work queued there."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)

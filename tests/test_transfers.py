@@ -10,7 +10,7 @@ import torch
 
 from mepa_ds.engine import checkpoint
 from mepa_ds.engine.checkpoint import pinned_like
-from mepa_ds.transfers import copied_to
+from mepa_ds.machine import copied_to
 
 GPU = torch.device("cuda", 0)
 

@@ -24,7 +24,7 @@ from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, open_training_s
 from mepa_ds.data.views import BOX_EXT, choose_views, sample_boxes
 from mepa_ds.distributed import ALONE, Ranks
 from mepa_ds.errors import DamagedError, UserError
-from mepa_ds.transfers import copied_to
+from mepa_ds.machine import copied_to
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from deepspeed.runtime import compiler
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mepa_ds.models.feed_forward import gelu_with_slope
 from mepa_ds.models.moe.expert_loop import expert_loop
 
 
@@ -27,8 +28,9 @@ def leave_out_needless_work() -> None:
     # all of torch.compile comes with it.
     with mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    for device, kernel in expert_loop._backend_fns.items():  # as for the methods of AdamW below
-        expert_loop._backend_fns[device] = getattr(kernel, "__wrapped__", kernel)
+    for operator in (expert_loop, gelu_with_slope):  # as for the methods of AdamW below
+        for device, kernel in operator._backend_fns.items():
+            operator._backend_fns[device] = getattr(kernel, "__wrapped__", kernel)
 
 
 class AdamW(torch.optim.AdamW):

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from mepa_ds.errors import UserError
 from mepa_ds.generation.scale_blocks import block_runner
+from mepa_ds.machine import copied_to
 from mepa_ds.models.block import BlockRunner
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from mepa_ds.transfers import copied_to
 
 Rng = Literal["image", "var"]
 

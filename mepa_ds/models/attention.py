@@ -86,10 +86,19 @@ def prefix_attention(
     One call without a mask for each scale does only the 62 % of the work that a mask would keep (256 px). Returns
     (B, L, H, D), in which the heads of a position lie side by side, as the output projection reads them.
     """
+    dtype = q_BHLD.dtype
+    if _is_slow_with_gradients(q_BHLD):
+        q_BHLD, k_BHLD, v_BHLD = q_BHLD.float(), k_BHLD.float(), v_BHLD.float()
     ends = [end for _, end in bounds]
     queries = q_BHLD.split([end - start for start, end in bounds], dim=2)
     parts = zip(queries, prefixes(k_BHLD, ends), prefixes(v_BHLD, ends), strict=True)
-    return torch.cat([attend(q, k, v, softmax_scale) for q, k, v in parts], dim=1)
+    return torch.cat([attend(q, k, v, softmax_scale) for q, k, v in parts], dim=1).to(dtype)
+
+
+def _is_slow_with_gradients(q_BHLD: Tensor) -> bool:
+    """Whether the backward pass in this type takes longer than in fp32: that of PyTorch's CPU kernel in half types."""
+    is_half_on_cpu = q_BHLD.device.type == "cpu" and q_BHLD.dtype in (torch.bfloat16, torch.float16)
+    return is_half_on_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def prefixes(x_BHLD: Tensor, ends: Sequence[int]) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _CHUNK = 2**16
-"""Elements at a time: they and what is computed from them stay in a CPU's cache from one operation to the next."""
+"""Elements a thread at a time: with what is computed from them they stay in its cache between operations."""
 # gelu(x) = x sigmoid(u) with u = 2 sqrt(2 / pi) (x + 0.044715 x^3), which is the same as by tanh.
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
@@ -77,14 +77,15 @@ class _Gelu(torch.autograd.Function):
 
 
 @torch.library.custom_op("mepa_ds::gelu_with_slope", mutates_args=())
-def _gelu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_with_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) and its derivative: (...) -> two of (...). One registered operator, for tracing and compilers."""
     x = x.contiguous()
     hidden, slope = torch.empty_like(x), torch.empty_like(x)
     write_gelu(x, hidden, slope)
     return hidden, slope
 
 
-@_gelu_with_slope.register_fake
+@gelu_with_slope.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     return torch.empty_like(x), torch.empty_like(x)
@@ -101,8 +102,9 @@ def write_gelu(x: Tensor, hidden: Tensor, slope: Tensor) -> None:
         torch.ops.aten.gelu_backward.grad_input(torch.ones_like(x), x, approximate="tanh", grad_input=slope)
         return
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    buffers = x.new_empty(4, min(_CHUNK, x.numel()), dtype=wide)
-    parts = [tensor.view(-1).split(_CHUNK) for tensor in (x, hidden, slope)]
+    chunk = _CHUNK * torch.get_num_threads()
+    buffers = x.new_empty(4, min(chunk, x.numel()), dtype=wide)
+    parts = [tensor.view(-1).split(chunk) for tensor in (x, hidden, slope)]
     for x_part, hidden_part, slope_part in zip(*parts, strict=True):
         _write_gelu_part(x_part, hidden_part, slope_part, buffers)
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.data.training import TrainingBatch
+from mepa_ds.machine import copied_to
 from mepa_ds.objective.objective import ModelInputs
 from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
-from mepa_ds.transfers import copied_to
 
 
 class InputMaker:

@@ -43,3 +43,21 @@ def test_prefixes_equal_slices_and_a_mask(sides: tuple[int, ...], frozen: str) -
         torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
     for found, theirs in zip(ours, torch.autograd.grad(masked_BLHD, wanted, gradient), strict=True):
         torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_rounded_less_with_gradients(dtype: torch.dtype) -> None:
+    """On a CPU they are computed in fp32: values and gradients are those of fp32, rounded once."""
+    schedule = ScaleSchedule.of((1, 2, 3, 4))
+    torch.manual_seed(0)
+    low = [torch.randn(2, 3, schedule.num_tokens, 8).to(dtype).requires_grad_() for _ in range(3)]
+    high = [x.detach().float().requires_grad_() for x in low]
+    found, expected = (prefix_attention(q, k, v, schedule.bounds, 0.5) for q, k, v in (low, high))
+    gradient = torch.randn(expected.shape).to(dtype)
+    assert found.dtype == dtype
+    assert torch.equal(found, expected.to(dtype))
+    ours, theirs = torch.autograd.grad(found, low, gradient), torch.autograd.grad(expected, high, gradient.float())
+    assert all(torch.equal(g, e.to(dtype)) for g, e in zip(ours, theirs, strict=True))
+    with torch.no_grad():  # in their own type
+        alone = prefix_attention(low[0], low[1], low[2], schedule.bounds, 0.5)
+    torch.testing.assert_close(alone, found.detach(), atol=0.02, rtol=0.02)
