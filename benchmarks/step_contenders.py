@@ -32,10 +32,10 @@ from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 CONTENDERS = (
-    "public", "public model", "ours",
+    "public", "public model",
     "no-stored", "no-prefixes", "no-summed", "no-dispatch", "no-matrices", "no-loss", "no-engine",
 )  # fmt: skip
-ALL = (*CONTENDERS, "compiled")
+ALL = (*CONTENDERS, "compiled", "dense")
 NUM_BATCHES = 5
 NANO = {"depth": 2, "width": 128, "num_heads": 4, "moe": {"num_experts": 4}, "num_classes": 10}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,7 +74,7 @@ class Contestants:
         self._batches = [self._draw_batch(batch, seed) for seed in range(NUM_BATCHES)]
         self._turn = 0
         self.inputs = InputMaker(self.config.model, self.quantizer, 0, device)
-        self._engines: dict[bool, PretrainEngine] = {}
+        self._engines: dict[str, PretrainEngine] = {}
         self._plains: dict[bool, tuple[nn.Module, torch.optim.Optimizer]] = {}
 
     # Networks that only some contenders run.
@@ -126,12 +126,10 @@ class Contestants:
             return partial(self._public_step, online=name == "public")
         if name == "no-engine":
             return self._step_without_engine
-        if name == "compiled":
-            return partial(self._our_step, compiled=True)
-        if name == "ours":
-            return self._our_step
+        if name in ("ours", "compiled", "dense"):
+            return partial(self._our_step, name)
         if name == "no-stored":
-            return partial(self._our_step, online=True)
+            return partial(self._our_step, "ours", online=True)
         return partial(self._without, WITHOUT[name])
 
     # The public way.
@@ -183,14 +181,18 @@ class Contestants:
 
     # Ours.
 
-    def _engine(self, compiled: bool = False) -> PretrainEngine:
-        if compiled not in self._engines:
-            config = recipe(self._model_name, len(self.batch.labels_B), self._dtype_name, compiled)
-            self._engines[compiled] = PretrainEngine(config, self.feature_width, self.device)
-        return self._engines[compiled]
+    def _engine(self, name: str) -> PretrainEngine:
+        """That of "ours", "compiled" or "dense"."""
+        if name not in self._engines:
+            batch, compiled = len(self.batch.labels_B), name == "compiled"
+            config = recipe(self._model_name, batch, self._dtype_name, compiled)
+            if name == "dense":
+                config = config.model_copy(update={"model": config.model.model_copy(update={"moe": None})})
+            self._engines[name] = PretrainEngine(config, self.feature_width, self.device)
+        return self._engines[name]
 
-    def _our_step(self, online: bool = False, compiled: bool = False) -> None:
-        engine = self._engine(compiled)
+    def _our_step(self, name: str, online: bool = False) -> None:
+        engine = self._engine(name)
         inputs = self.inputs.training(self._next())
         if online:
             tokens_BL, inputs.features_BNP = self._encode()
@@ -206,8 +208,8 @@ class Contestants:
         self._update_plain(objective, optimizer, loss)
 
     def _without(self, switched_off: Callable[[PretrainingObjective], Any]) -> None:
-        with switched_off(self._engine().objective):
-            self._our_step()
+        with switched_off(self._engine("ours").objective):
+            self._our_step("ours")
 
 
 def interpolated_inputs(quantizer: MultiScaleQuantizer, tokens_BL: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ no-NAME         ours without one gain:
   no-loss        cross-entropy of a transposed copy of all logits in fp32 instead of row by row in chunks
   no-engine      autocast over fp32 weights and torch's AdamW instead of the engine
 compiled        ours with parallel.compile
+dense           ours with a dense FFN in place of the experts; of equal FLOPs for mepa-dN-iso
 
-A step is inputs, forward, backward, clipping and AdamW, each on another batch. Contenders take turns in every round, so
-that a slow moment of the machine meets all of them; a ratio is the median of the rounds' ratios. A turn is several
-steps, of which the first is not timed: libraries keep what they have prepared for the sizes of the latest products, and
-another contender's are none that a run would meet.
+A step is inputs, forward, backward, clipping and AdamW, each on another batch. In every round each contender takes its
+turn between two turns of ours, and is compared with their mean; a ratio is the median over rounds, so that a slow
+minute of the machine counts on both sides. A turn is two steps, of which the first is not timed: libraries keep what
+they have prepared for the sizes of the latest products, and another contender's are none that a run would meet.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -46,7 +47,6 @@ from mepa_ds.machine import cpu_name, keep_freed_memory
 from mepa_ds.objective.flops import mfu, peak_flops_per_second, step_flops
 
 WARM_UP = 1
-BASES = ("public", "public model", "ours")
 
 
 @dataclass
@@ -60,11 +60,9 @@ class Options:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     """Precision: fp32, bf16."""
     contenders: tuple[str, ...] = CONTENDERS
-    """What is measured."""
+    """What is measured beside ours."""
     rounds: int = 5
     """Timed rounds, after one that warms up."""
-    in_a_turn: int = 2
-    """Timed steps of a turn."""
     threads: int = 2
     """CPU threads."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,44 +73,63 @@ class Options:
     """PNG of the ratios (needs matplotlib)."""
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, in_a_turn: int, device: str) -> dict[str, list[float]]:
-    """Seconds of a step of every contender in every round."""
+class Times(NamedTuple):
+    """Seconds of one contender's step in every round, and of ours around it."""
+
+    own: list[float]
+    ours: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as long as ours it takes: the median over rounds."""
+        return statistics.median(own / ours for own, ours in zip(self.own, self.ours, strict=True))
+
+
+def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Times]:
+    """Times of every contender. `steps` has "ours", which takes a turn before and after each other."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def turn(step: Callable[[], None]) -> float:
+        step()
+        wait()
+        started = time.perf_counter()
+        step()
+        wait()
+        return time.perf_counter() - started
+
+    others = [name for name in steps if name != "ours"]
+    times = {name: Times([], []) for name in steps}
+    before = turn(steps["ours"])
     for number in range(rounds + WARM_UP):
-        for name, step in steps.items():
-            step()
-            wait()
-            started = time.perf_counter()
-            for _ in range(in_a_turn):
-                step()
-            wait()
+        for name in others or ["ours"]:
+            seconds = turn(steps[name])
+            after = turn(steps["ours"])
             if number >= WARM_UP:
-                seconds[name].append((time.perf_counter() - started) / in_a_turn)
-    return seconds
-
-
-def ratio(mine: list[float], theirs: list[float]) -> float:
-    """How many times as long `mine` takes: the median over rounds."""
-    return statistics.median(mine_s / theirs_s for mine_s, theirs_s in zip(mine, theirs, strict=True))
+                times[name].own.append(seconds)
+                times[name].ours.append((before + after) / 2)
+                if name != "ours":
+                    times["ours"].own.append(after)
+                    times["ours"].ours.append(after)
+            before = after
+    return times
 
 
 def one_case(options: Options, dtype: str) -> dict[str, Any]:
     """Figures of all contenders in one type."""
     device = torch.device(options.device)
     contestants = Contestants(options.model, options.batch, dtype, device)
-    steps = {name: contestants.step(name) for name in options.contenders}
-    seconds = measure(steps, options.rounds, options.in_a_turn, options.device)
+    steps = {name: contestants.step(name) for name in ("ours", *options.contenders)}
+    times = measure(steps, options.rounds, options.device)
     config = contestants.config
     flops = step_flops(config, contestants.feature_width)
     peak = peak_flops_per_second(dtype) if options.device == "cuda" else None
     results = {}
     for name, step in steps.items():
-        median = statistics.median(seconds[name])
+        median = statistics.median(times[name].own)
         results[name] = {
             "seconds": median,
-            "fastest_seconds": min(seconds[name]),
-            "times_as_long_as": {other: ratio(seconds[name], seconds[other]) for other in BASES if other in steps},
+            "fastest_seconds": min(times[name].own),
+            "times_as_long_as_ours": times[name].ratio,
             "images_per_second": options.batch / median,
             "tokens_per_second": options.batch * config.model.schedule.num_tokens / median,
             "tflops": flops / median / 1e12,
@@ -128,12 +145,11 @@ def lines_of(case: dict[str, Any]) -> list[str]:
     lines.append(f"{'':<14} {'ms':>9} {'images/s':>9} {'TFLOP/s':>8} {'MFU':>6} {'MiB':>7} {'x ours':>7}")
     for name, found in case["results"].items():
         share = "" if found["mfu"] is None else f"{100 * found['mfu']:.1f} %"
-        times = found["times_as_long_as"].get("ours")
         speed = f"{found['images_per_second']:9.2f} {found['tflops']:8.3g} {share:>6} {found['peak_mib']:7.0f}"
-        lines.append(f"{name:<14} {1e3 * found['seconds']:9.1f} {speed} {'' if times is None else f'{times:7.2f}'}")
+        lines.append(f"{name:<14} {1e3 * found['seconds']:9.1f} {speed} {found['times_as_long_as_ours']:7.2f}")
     for base, what in (("public", "whole step"), ("public model", "model only")):
-        if base in case["results"] and "ours" in case["results"]:
-            lines.append(f"{what}: ours is {case['results'][base]['times_as_long_as']['ours']:.2f} times as fast")
+        if base in case["results"]:
+            lines.append(f"{what}: ours is {case['results'][base]['times_as_long_as_ours']:.2f} times as fast")
     return lines
 
 
@@ -147,7 +163,7 @@ def draw(cases: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False, layout="constrained")
     for axis, case in zip(axes[0], cases, strict=True):
         names = [name for name in case["results"] if name != "ours"][::-1]
-        times = [case["results"][name]["times_as_long_as"]["ours"] for name in names]
+        times = [case["results"][name]["times_as_long_as_ours"] for name in names]
         axis.bar_label(axis.barh(names, times, color="tab:blue"), fmt="%.2f", padding=3)
         axis.axvline(1, color="black", linewidth=1)
         axis.set_xlabel("times as long as ours")
@@ -161,8 +177,6 @@ def main() -> None:
     unknown = [name for name in options.contenders if name not in ALL]
     if unknown:
         raise SystemExit(f"--contenders: {', '.join(unknown)}: expected some of {', '.join(ALL)}")
-    if options.chart and "ours" not in options.contenders:
-        raise SystemExit("--chart: its bars are relative to ours; add ours to --contenders")
     os.environ.setdefault("DS_ACCELERATOR", options.device)
     os.environ.setdefault("LOCAL_RANK", "0")
     torch.set_num_threads(options.threads)

@@ -9,7 +9,7 @@ TINY_SECONDS = 300.0
 """Of a command at sizes of no interest, on a machine that is busy with other work."""
 # Part -> lines as one types them in benchmarks/, each with the seconds that it may take. MEPA-d16 has 1.4 billion
 # parameters, whose values a CPU draws in 10 to 20 s for every contender with weights of its own.
-_GAINS = "'public' 'public model' ours no-stored no-prefixes no-summed no-dispatch no-matrices no-loss"
+_GAINS = "'public' 'public model' no-stored no-prefixes no-summed no-dispatch no-matrices no-loss"
 FULL: dict[str, tuple[tuple[str, float], ...]] = {
     "A": (("gpu_parts/ceilings.py --device {device}", 45),),
     "B": (("gpu_parts/checks.py --device {device}", 150),),
@@ -22,7 +22,7 @@ FULL: dict[str, tuple[tuple[str, float], ...]] = {
         ("train_step.py --device {device} --model mepa-d16 --batch 32 --dtypes bf16 --rounds 5 "
          f"--contenders {_GAINS}", 150),
         ("train_step.py --device {device} --model var-d16 --batch 64 --dtypes bf16 --rounds 5 "
-         "--contenders public 'public model' ours compiled", 120),
+         "--contenders public 'public model' compiled", 120),
     ),
     "E": (
         ("moe.py --no-ep --dtypes bf16 --repeats 5 --threads 8 "
@@ -43,7 +43,7 @@ TINY: dict[str, tuple[str, ...]] = {
     "B": ("gpu_parts/checks.py --device {device}",),
     "C": ("gpu_parts/step_profile.py --device {device} --model nano --batch 1 --dtype fp32 --rounds 1",),
     "D": ("train_step.py --device {device} --model nano --batch 1 --dtypes fp32 --rounds 1 --threads 1 "
-          "--contenders 'public model' ours",),
+          "--contenders 'public model'",),
     "E": ("moe.py --no-ep --dtypes fp32 --repeats 1 --threads 1 --shapes 16x32x4 --tokens 64 --imbalances 1",),
     "F": ("gpu_parts/attention.py --device {device} --tiny",),
     "G": ("checkpoint.py --depth 1 --batch 2 --steps 4 --rounds 1",),

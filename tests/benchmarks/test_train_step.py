@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.public_way import PublicWay
 from benchmarks.step_contenders import WITHOUT, recipe
-from benchmarks.train_step import ratio
+from benchmarks.train_step import Times, measure
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import ModelInputs, PretrainingObjective
 from tests.tiny_run import ROOT
@@ -80,19 +81,28 @@ def test_a_gain_that_is_switched_off_changes_no_number(name: str) -> None:
 
 
 def test_a_ratio_is_taken_round_by_round() -> None:
-    assert ratio([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]) == 2.0  # 2, 3, 1: the slow round does not count more
+    assert Times([2.0, 30.0, 3.0], [1.0, 10.0, 3.0]).ratio == 2.0  # 2, 3, 1: the slow round does not count more
+
+
+def test_each_contender_is_compared_with_ours_around_it() -> None:
+    order: list[str] = []
+    steps = {name: partial(order.append, name) for name in ("ours", "a", "b")}
+    times = measure(steps, rounds=2, device="cpu")
+    assert order == ["ours"] * 2 + ["a", "a", "ours", "ours", "b", "b", "ours", "ours"] * 3
+    assert [len(times[name].own) for name in ("ours", "a", "b")] == [4, 2, 2]
+    assert times["ours"].ratio == 1
 
 
 @pytest.mark.slow
 def test_the_table(tmp_path: Path) -> None:
     report, chart = tmp_path / "step.json", tmp_path / "step.png"
     command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--model", "nano", "--batch", "1"]
-    command += ["--rounds", "1", "--in-a-turn", "1", "--threads", "1", "--json", str(report), "--chart", str(chart)]
+    command += ["--rounds", "1", "--threads", "1", "--json", str(report), "--chart", str(chart)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr
     assert "whole step: ours is" in result.stdout
     for case in json.loads(report.read_text())["cases"]:
-        assert case["results"]["ours"]["times_as_long_as"]["ours"] == 1
+        assert case["results"]["ours"]["times_as_long_as_ours"] == 1
         assert all(found["seconds"] > 0 for found in case["results"].values())
     assert chart.read_bytes().startswith(b"\x89PNG")
