@@ -108,7 +108,10 @@ def guidance(options: Options) -> dict[str, float]:
 def inputs_from_tokens(options: Options) -> dict[str, float]:
     quantizer = MultiScaleQuantizer(TokenizerConfig(scales=SCALES_256)).requires_grad_(False)
     tokens_BL = torch.randint(4096, (options.batch, SCHEDULE.num_tokens))
-    ways = {"ours": quantizer.inputs_from_tokens, "interpolation": partial(interpolated_inputs, quantizer)}
+    ways: dict[str, Way] = {
+        "ours": quantizer.inputs_from_tokens,
+        "interpolation": partial(interpolated_inputs, quantizer),
+    }
     return compare(ways, [tokens_BL], options.rounds, with_gradient=False)
 
 

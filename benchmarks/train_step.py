@@ -31,7 +31,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class Times(NamedTuple):
         return statistics.median(own / ours for own, ours in zip(self.own, self.ours, strict=True))
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Times]:
+def measure(steps: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, Times]:
     """Times of every contender. `steps` has "ours", which takes a turn before and after each other."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
 
