@@ -74,14 +74,15 @@ class PretrainEngine:
         self._compiled = compiles(config.parallel.compile, config.parallel.activation_checkpointing, device)
         if self._compiled:
             compile_blocks(objective.transformer)
+        settings = deepspeed_config.build(config, dist.get_world_size(), device.type == "cuda" and spans_nodes())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optim, config.model.C),
-            config=deepspeed_config.build(config, dist.get_world_size(), device.type == "cuda" and spans_nodes()),
+            config=settings,
             dist_init_required=False,
         )
         take_over_norm(self.zero)
-        if gathers_directly(deepspeed_config.read_knobs(config.parallel.deepspeed), dist.get_world_size()):
+        if gathers_directly(settings, dist.get_world_size()):
             gather_directly(self.zero)
         # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):

@@ -58,7 +58,7 @@ def take_over_norm(zero: Any) -> None:
 
 
 def gathers_directly(knobs: dict[str, Any], world_size: int) -> bool:
-    """Whether `gather_directly` can be used with DeepSpeed's `knobs`, which are those of `deepspeed_config.read_knobs`.
+    """Whether `gather_directly` can be used with DeepSpeed's `knobs`, of `deepspeed_config.read_knobs` or `build`.
 
     A type of its own for sums of gradients (`grad_accum_dtype`) takes another way in DeepSpeed.
     """
