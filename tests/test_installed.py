@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mepa_ds.cli
+import mepa_ds.cli.results
 from mepa_ds import shipped
 from mepa_ds.cli import quickstart
 from mepa_ds.config.pretrain import ParallelConfig
@@ -40,7 +40,13 @@ for stage in STAGES:
 """
 
 
-@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__) if module.name != "results"),
+        *(f"results.{module.name}" for module in pkgutil.iter_modules(mepa_ds.cli.results.__path__)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_every_module_of_the_command_line_runs(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

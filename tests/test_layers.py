@@ -20,11 +20,13 @@ LAYERS = (
     ("data", "models", "teachers", "tokenizer"),
     ("generation", "objective"),
     ("checkpoint", "data_tools", "evaluation", "reports"),
+    ("inspection",),
     ("engine",),
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
     ("scaling",),
+    ("ablation",),
     ("cli",),
     ("__main__",),
 )

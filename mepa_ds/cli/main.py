@@ -24,11 +24,20 @@ COMMANDS = {
 }
 
 
+_FOLDERS = {"evaluate": "results", "report": "results"}
+"""Folders of commands that are not in this one."""
+
+
 def usage() -> str:
     lines = [f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items()]
     return (
         "usage: mepa COMMAND [ARGUMENTS] | --version\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
     )
+
+
+def module_of(command: str) -> str:
+    folder = f"{_FOLDERS[command]}." if command in _FOLDERS else ""
+    return f"mepa_ds.cli.{folder}{command.replace('-', '_')}"
 
 
 def version() -> str:
@@ -47,7 +56,7 @@ def main() -> None:
     """Entry point of the console script."""
     name, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in COMMANDS:
-        entry.run(lambda: importlib.import_module(f"mepa_ds.cli.{name.replace('-', '_')}").main(rest))
+        entry.run(lambda: importlib.import_module(module_of(name)).main(rest))
     else:
         entry.run(lambda: _answer(name), reads_options=False)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from mepa_ds.cli.evaluate import main
+from mepa_ds.cli.results.evaluate import main
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.formulas import SPLIT
 from mepa_ds.evaluation.image_scores import (

@@ -1,0 +1,1 @@
+"""Commands that look at what training has made: scores, pictures, comparisons."""
