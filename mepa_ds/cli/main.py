@@ -18,13 +18,14 @@ COMMANDS = {
     "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
+    "ablate": "train every arm of an ablation with several seeds, and compare them",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what a pretraining run did: report.json and a table",
 }
 
 
-_FOLDERS = {"evaluate": "results", "report": "results"}
+_FOLDERS = dict.fromkeys(("ablate", "evaluate", "report"), "results")
 """Folders of commands that are not in this one."""
 
 
