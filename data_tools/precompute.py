@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -30,13 +30,13 @@ from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.command_line.scales import Scales
-from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import codec_named, pca_components
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
 from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.data.views import BOX_EXT, CENTRE, WHOLE, Boxes, Views, whole_grid
+from mepa_ds.data_tools.fit_teacher import FitTeacher
 from mepa_ds.data_tools.precompute_basis import shared_basis
 from mepa_ds.data_tools.precompute_sets import (
     Derivation,
@@ -52,11 +52,8 @@ from mepa_ds.data_tools.precompute_sets import (
 )
 from mepa_ds.errors import UserError
 from mepa_ds.images.resizing import RESIZE_RATIO
-from mepa_ds.teachers.patch_pca import KIND as PATCH_PCA
-from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from mepa_ds.weights.directories import CONFIG_NAME, read_config
 
 CLS_TOKEN_EXT = "cls_token.npy"
 _BASIS_IMAGES = 1024
@@ -114,9 +111,10 @@ class Features:
     images: tyro.conf.Positional[Path]
     """Directory of the image set."""
     teacher: str
-    """patch-pca, dinov2-s|b|l|g[-reg], dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
+    """patch-pca, contrastive, classifier (fit-teacher makes these), dinov2-s|b|l|g[-reg],
+    dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
     weights: PathOrName | None = None
-    """Local checkpoint of the teacher (for patch-pca, its directory), or `hub` to let timm download it."""
+    """Local checkpoint of the teacher (the directory that fit-teacher wrote), or `hub` to let timm download it."""
     codec: str = "int8"
     """How features are stored: fp16, int8 (a scale a token) or pca<k>-int8 (k principal components)."""
     grid_side: int | None = None
@@ -184,49 +182,6 @@ class Features:
                 raise UserError("--image-side: give the tokenizer's image side, so that the crops are the tokens' own")
             side = stored_square(images)
         return Views.parse(self.views, side, self.views_seed)
-
-
-@dataclass(frozen=True)
-class FitTeacher:
-    """Fits a teacher that needs no download on the images themselves."""
-
-    kind: tyro.conf.Positional[Literal["patch-pca"]]
-    """patch-pca: whitened PCA of local image patches."""
-    images: tyro.conf.Positional[Path]
-    """Directory of the image set (the training images)."""
-    out: Path
-    """Directory of the teacher; give it to `features --teacher patch-pca --weights`."""
-    grid_side: int = 16
-    """Cells along one side of an image."""
-    pixels_per_cell: int = 8
-    """Images are resized so that a cell has this many pixels along one side."""
-    window: int = 16
-    """Side of the square window of pixels that a cell looks at."""
-    width: int = 64
-    """Features of a cell: the number of principal components."""
-    max_images: int = 10_000
-    """Fit on this many images, spread evenly over the set."""
-
-    def __call__(self) -> None:
-        images = open_images(self.images)
-        samples = spread(len(images), self.max_images)
-        settings = {name: getattr(self, name) for name in ("grid_side", "pixels_per_cell", "window", "width")}
-        settings["fitted_on"] = f"{len(samples)} images of {images_identity(images.index)}"
-        config = validate(PatchPcaConfig, settings, f"fit-teacher {self.kind}")
-        if (self.out / CONFIG_NAME).exists():
-            if read_config(self.out, PatchPcaConfig, PATCH_PCA) != config:
-                raise UserError(
-                    f"--out: {self.out}: holds a teacher fitted otherwise; give another directory or remove it"
-                )
-            print(f"{self.out}: fitted already, kept")
-            return
-        views = Views.parse(CENTRE, stored_square(images))
-        batches = tqdm(batches_of(images, samples, views.crop, 64, RunOptions.workers), "fit", -(-len(samples) // 64))
-        teacher = PatchPca.fit((to_device(batch, torch.device("cpu")) for batch in batches), config)
-        teacher.save(self.out)
-        print(
-            f"{self.out}: {teacher.name} of width {teacher.width}, fitted on {len(samples)} images, {teacher.identity}"
-        )
 
 
 def _device(options: RunOptions) -> torch.device:

@@ -30,6 +30,8 @@ class Idx:
     """File of their labels, such as train-labels-idx1-ubyte.gz."""
     side: int = 32
     """Pixels of a stored image. What is missing is added as a black border on all sides."""
+    first: int | None = None
+    """Only so many images, from the start of the files [default: all]."""
 
     def open(self, scratch: Path | None) -> IdxSource:
         pixels_NHW, labels_N = _read(self.images, 3), _read(self.labels, 1)
@@ -43,7 +45,9 @@ class Idx:
                 f"--side {self.side}: the images of {self.images} are {pixels_NHW.shape[2]} x {pixels_NHW.shape[1]} "
                 "pixels; give at least as many"
             )
-        return IdxSource(pixels_NHW, labels_N, self)
+        if self.first is not None and not 0 < self.first <= len(labels_N):
+            raise UserError(f"--first {self.first}: {self.images} has {len(labels_N)} images; give 1 to that many")
+        return IdxSource(pixels_NHW[: self.first], labels_N[: self.first], self)
 
 
 class IdxSource:
@@ -52,6 +56,8 @@ class IdxSource:
     def __init__(self, pixels_NHW: NDArray[np.uint8], labels_N: NDArray[np.uint8], options: Idx):
         self._pixels, self._labels, self._side = pixels_NHW, labels_N, options.side
         self.settings: dict[str, Any] = {"side": options.side}
+        if options.first is not None:
+            self.settings["first"] = options.first
         self.classes = tuple(str(label) for label in range(int(labels_N.max()) + 1 if len(labels_N) else 0))
 
     def __len__(self) -> int:

@@ -18,6 +18,8 @@ class AlignmentConfig(Section):
 
     weight: Weight = 0.5
     """Weight of L_SG."""
+    until: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The weight falls linearly from its value at the first step to 0 at this share of the steps; null: constant."""
     scales: tuple[PositiveInt, ...] = (5, 6, 7)
     """F: 1-based scales whose aggregate is compared with the teacher (SG-M of the paper)."""
     block: Annotated[int, Field(ge=0)] | None = None

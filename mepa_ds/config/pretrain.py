@@ -249,6 +249,11 @@ class PretrainConfig(Section):
                 "set train.progressive=null, in the run that it branches from too"
             )
         alignment = self.objective.alignment
+        if self.branch_from is not None and alignment is not None and alignment.until is not None:
+            raise ValueError(
+                "branch_from does not go with objective.alignment.until: how strong guidance is at a step depends on "
+                "the length of the run; set objective.alignment.until=null, in the run that it branches from too"
+            )
         if alignment is not None:
             if self.data.features is None and self.data.teacher is None:
                 needed = "data.features" if self.data.tokens is not None else "data.teacher"

@@ -35,6 +35,8 @@ class ModelInputs:
     branch_scale_D2B: Tensor | None = None
     earlier_counts_NE: Tensor | None = None
     """Routed pairs of the step's earlier micro-batches (objective.balance_over = "step")."""
+    guidance: float = 1.0
+    """The share of objective.alignment.weight in this step; 0: semantic guidance is not computed."""
 
 
 @dataclass
@@ -138,8 +140,8 @@ class PretrainingObjective(nn.Module):
         total, terms = self.config.ce_weight * ce, {"ce": ce.detach()}
         counts_NE: Tensor | None = None
         if self.config.alignment is not None:
-            alignment = self._alignment(output.hidden_BLC, inputs.features_BNP)
-            total = total + self.config.alignment.weight * alignment
+            alignment = self._alignment(output.hidden_BLC, inputs)
+            total = total + self.config.alignment.weight * inputs.guidance * alignment
             terms["alignment"] = alignment.detach()
         if output.routing:
             layers = list(output.routing.values())
@@ -161,15 +163,16 @@ class PretrainingObjective(nn.Module):
         for layer, counts_E in zip(layers, counts_NE, strict=True):
             layer.router.update_bias(counts_E)
 
-    def _alignment(self, hidden_BLC: Tensor | None, features_BNP: Tensor | None) -> Tensor:
+    def _alignment(self, hidden_BLC: Tensor | None, inputs: ModelInputs) -> Tensor:
         assert hidden_BLC is not None
         assert self.projector is not None
         assert self.config.alignment is not None
-        assert features_BNP is not None, "semantic guidance needs the teacher's features"
+        assert inputs.features_BNP is not None, "semantic guidance needs the teacher's features"
         schedule = self.transformer.schedule
         present = [scale for scale, (_, end) in enumerate(schedule.bounds, start=1) if end <= hidden_BLC.shape[1]]
         scales = [scale for scale in self.config.alignment.scales if scale in present]
-        if not scales:  # no aligned scale is trained yet: no loss, but every parameter needs a gradient (of 0)
+        if not scales or not inputs.guidance:  # no aligned scale is trained yet, or guidance has ended
+            # No loss, but every parameter needs a gradient (of 0).
             return 0 * self.projector(hidden_BLC[:, :1]).float().mean()
         end = schedule.bounds[max(scales) - 1][1]
-        return alignment_loss(self.projector(hidden_BLC[:, :end]), features_BNP, schedule, scales)
+        return alignment_loss(self.projector(hidden_BLC[:, :end]), inputs.features_BNP, schedule, scales)

@@ -35,7 +35,7 @@ from mepa_ds.pretrain.recording.report import StepClock, StepReport
 from mepa_ds.pretrain.resuming import changes_since, check_checkpoint, without_missing_best
 from mepa_ds.pretrain.start import record_start
 from mepa_ds.runtime.recorder import Recorder, RunRecorder, peak_memory_bytes
-from mepa_ds.runtime.schedule import check_phases, learning_rate, scales_in_step
+from mepa_ds.runtime.schedule import check_phases, guidance_strength, learning_rate, scales_in_step
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped
 from mepa_ds.runtime.trackers import open_trackers
 from mepa_ds.runtime.watchdog import Watchdog
@@ -146,9 +146,12 @@ class PretrainRun:
         clock.lap("data")
         lr = learning_rate(config.optim, config.train.global_batch, state.step, self.num_steps)
         scales = scales_in_step(config.train.progressive, len(config.model.scales), state.step, self.num_steps)
+        alignment = config.objective.alignment
+        guidance = guidance_strength(alignment.until if alignment else None, state.step, self.num_steps)
         losses = []
         for batch in batches:
             inputs = self.inputs.training(batch, scales)  # codebook inputs, dropped labels, stochastic depth
+            inputs = replace(inputs, guidance=guidance)
             clock.lap("inputs")
             loss = engine.forward(inputs)
             clock.lap("forward")

@@ -1,4 +1,4 @@
-"""The learning rate and the number of trained scales over the steps of a run."""
+"""The learning rate, the number of trained scales and the strength of guidance over the steps of a run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ def scales_in_step(progressive: float | None, num_scales: int, step: int, num_st
     first = -(-num_scales // 2)
     passed = min(step / (progressive * num_steps), 1.0)
     return first + math.floor((num_scales - first) * passed)
+
+
+def guidance_strength(until: float | None, step: int, num_steps: int) -> float:
+    """Returns the share of alignment.weight that the 0-based `step` of `num_steps` has: 1 - step / (until x num_steps),
+    at least 0. Always 1 if `until` is None.
+    """
+    return 1.0 if until is None else max(1 - step / (until * num_steps), 0.0)
 
 
 def phase_steps(config: OptimConfig, num_steps: int) -> tuple[int, int]:

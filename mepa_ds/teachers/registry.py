@@ -11,6 +11,7 @@ from pathlib import Path
 from mepa_ds.errors import UserError
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.conv_net import KINDS, ConvTeacher, Kind
 from mepa_ds.teachers.patch_pca import PatchPca
 from mepa_ds.teachers.timm_vit import TimmVit
 
@@ -18,13 +19,22 @@ Loader = Callable[[str, str | Path | None, int | None], Teacher]
 """(name, weights, grid side or None for the teacher's own) -> frozen teacher."""
 
 
-def _patch_pca(name: str, weights: str | Path | None, grid_side: int | None) -> Teacher:
-    if weights is None:
-        raise UserError(f"teacher {name!r} needs weights: the directory that `fit-teacher {name}` wrote")
-    teacher = PatchPca.load(Path(weights), name)
-    if grid_side not in (None, teacher.grid_side):
-        raise UserError(f"{weights}: fitted for a grid of side {teacher.grid_side}, not {grid_side}; fit it again")
-    return teacher
+def _fitted(load: Callable[[Path, str], Teacher]) -> Loader:
+    """A teacher that `fit-teacher` made: its directory is needed, and has the grid."""
+
+    def loader(name: str, weights: str | Path | None, grid_side: int | None) -> Teacher:
+        if weights is None:
+            raise UserError(f"teacher {name!r} needs weights: the directory that `fit-teacher {name}` wrote")
+        teacher = load(Path(weights), name)
+        if grid_side not in (None, teacher.grid_side):
+            raise UserError(f"{weights}: fitted for a grid of side {teacher.grid_side}, not {grid_side}; fit it again")
+        return teacher
+
+    return loader
+
+
+def _conv(kind: Kind) -> Loader:
+    return _fitted(lambda directory, name: ConvTeacher.load(kind, directory, name))
 
 
 def _timm(model_name: str) -> Loader:
@@ -50,7 +60,8 @@ TIMM_NAMES = {
 """Our short name of a ViT -> its name in timm."""
 
 TEACHERS: dict[str, Loader] = {
-    patch_pca.KIND: _patch_pca,
+    patch_pca.KIND: _fitted(PatchPca.load),
+    **{kind: _conv(kind) for kind in KINDS},
     **{name: _timm(model_name) for name, model_name in TIMM_NAMES.items()},
 }
 """Teachers that have a name here. Every other plain ViT is called by its name in timm, with or without a tag."""

@@ -36,6 +36,17 @@ def test_pixels_and_labels_are_those_of_the_files(tmp_path: Path, suffix: str) -
     assert source.describe(0) != source.describe(1)
 
 
+def test_the_first_images_alone(tmp_path: Path) -> None:
+    whole = files(tmp_path)
+    source = Idx(whole.images, whole.labels, side=8, first=2).open(None)
+    assert [source.label(number) for number in range(len(source))] == [2, 0]
+    assert source.load(1) == whole.open(None).load(1)
+    assert source.settings == {"side": 8, "first": 2}
+    for first in (0, 4):
+        with pytest.raises(UserError, match=f"--first {first}: .* has 3 images; give 1 to that many"):
+            Idx(whole.images, whole.labels, side=8, first=first).open(None)
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     whole = files(tmp_path)
     with pytest.raises(UserError, match=r"labels: is no IDX file of images \(idx3-ubyte\)"):
