@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mepa_ds.images.decoding import Colour
+
 Pixels = NDArray[np.uint8]
 """(height, width, 3), 0 to 255."""
 
@@ -22,6 +24,7 @@ _GAP, _MARGIN = 2, 6
 _SIZE, _TITLE_SIZE = 12, 14
 _ROW_CAPTION = 150  # the most pixels of a row's caption in width
 _TITLE_WIDTH = 320  # a narrow sheet grows to this, so that its title needs few lines
+_SWATCH, _LINE = 11, 17
 _INK, _CUT = "#222222", "..."
 
 
@@ -42,12 +45,14 @@ def draw_sheet(
     title: str = "",
     columns: Sequence[str] = (),
     rows: Sequence[str] = (),
+    legend: Sequence[tuple[str, Colour]] = (),
     least_side: int = LEAST_SIDE,
 ) -> Sheet:
     """Lays out tiles of one size; None leaves a place empty, and rows may differ in length.
 
     Args:
         columns: captions above the columns; rows: captions at the left of the rows; each may be empty.
+        legend: words and the colours that they explain, below the title.
     """
     tiles = [[None if tile is None else _enlarged(tile, least_side) for tile in row] for row in rows_of_tiles]
     height, width = next(tile.shape[:2] for row in tiles for tile in row if tile is not None)
@@ -57,12 +62,18 @@ def draw_sheet(
     full = max(left + num_columns * (width + _GAP) - _GAP + _MARGIN, _TITLE_WIDTH if title else 0)
     heading = _wrapped(title, _TITLE_SIZE, full - 2 * _MARGIN)
     above = [_wrapped(text, _SIZE, width) for text in columns]
-    columns_top = _MARGIN + (_height(heading, _TITLE_SIZE) + _MARGIN if title else 0)
+    legend_top = _MARGIN + (_height(heading, _TITLE_SIZE) + _MARGIN if title else 0)
+    swatches, legend_height = _legend_places(legend, full - 2 * _MARGIN)
+    columns_top = legend_top + legend_height
     top = columns_top + (max(_height(text, _SIZE) for text in above) + 4 if any(columns) else 0)
     sheet = Image.new("RGB", (full, top + len(tiles) * (height + _GAP) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.multiline_text((_MARGIN, _MARGIN), heading, _INK, _font(_TITLE_SIZE))
+    for (x, y), (text, colour) in zip(swatches, legend, strict=True):
+        x, y = x + _MARGIN, y + legend_top
+        draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), colour, _INK)
+        draw.text((x + _SWATCH + 4, y), text, _INK, _font(_SIZE))
     for number, text in enumerate(above[:num_columns]):
         at = (left + number * (width + _GAP), top - 4 - _height(text, _SIZE))
         draw.multiline_text(at, text, _INK, _font(_SIZE))
@@ -76,6 +87,18 @@ def draw_sheet(
             if tile is not None:
                 sheet.paste(Image.fromarray(tile), (at_left, row_top))
     return Sheet(np.array(sheet), tuple(places), (height, width))
+
+
+def _legend_places(legend: Sequence[tuple[str, Colour]], width: int) -> tuple[list[tuple[int, int]], int]:
+    """(x, y) of each entry, in lines of at most `width` pixels; and the height of all."""
+    places, x, y = [], 0, 0
+    for text, _ in legend:
+        own = _SWATCH + 4 + _width(text, _SIZE) + 10
+        if x and x + own > width:
+            x, y = 0, y + _LINE
+        places.append((x, y))
+        x += own
+    return places, y + _LINE + 4 if legend else 0
 
 
 def resized(tile: Pixels, side: int, smooth: bool = True) -> Pixels:
