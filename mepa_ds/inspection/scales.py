@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -70,6 +70,6 @@ def save_moving(pixels_SBHW3: NDArray[np.uint8], captions: list[str], schedule: 
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def save_arrays(path: Path, **arrays: object) -> None:
+def save_arrays(path: Path, **arrays: ArrayLike) -> None:
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **{name: np.asarray(array) for name, array in arrays.items()})
+        np.savez_compressed(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})

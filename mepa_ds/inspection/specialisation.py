@@ -33,13 +33,16 @@ class Specialisation:
     corrected: float
     """The difference: about 0 where experts do not know the class, log(number of classes) where they tell it."""
     share: float
-    """`corrected` as a share of the entropy of the classes less `chance`: 1 where experts tell the class."""
+    """`corrected` as a share of the most that it could be: of the entropy of the classes, or of log(E / K) where K of
+    E experts for each token cannot tell as many classes; less `chance`."""
     p_value: float
     """Share of the exchanges that reach the plug-in estimate."""
 
 
-def specialisation(counts_BE: NDArray[np.float64], labels_B: NDArray[np.int64], seed: int = 0) -> Specialisation:
-    """From the pairs that each image gave to each expert.
+def specialisation(
+    counts_BE: NDArray[np.float64], labels_B: NDArray[np.int64], num_choices: int = 1, seed: int = 0
+) -> Specialisation:
+    """From the pairs that each image gave to each expert; `num_choices` is K, the different experts of a token.
 
     Classes are exchanged between whole images, since the tokens of an image are not independent of each other: a
     correction that counts tokens, as Miller's and Madow's, would be too small.
@@ -53,7 +56,7 @@ def specialisation(counts_BE: NDArray[np.float64], labels_B: NDArray[np.int64], 
     )
     chance = float(exchanged_P.mean())
     mass_C = one_hot_CB @ counts_BE.sum(1)
-    room = _entropy(mass_C / mass_C.sum()) - chance
+    room = min(_entropy(mass_C / mass_C.sum()), math.log(counts_BE.shape[1] / num_choices)) - chance
     share = (found - chance) / room if room > 0 else 0.0
     p_value = (1 + int((exchanged_P >= found - 1e-12).sum())) / (1 + _PERMUTATIONS)
     return Specialisation(found, chance, found - chance, share, p_value)
@@ -79,10 +82,13 @@ def draw_specialisation(subject: Subject, traced: Traced | None, directory: Path
             f"expert specialisation: {len(traced.labels_B)} images of {len(classes)} classes say nothing of it; "
             "use more --images"
         )
-    schedule = subject.model.schedule
+    schedule, moe = subject.model.schedule, subject.model.config.moe
+    assert moe is not None
+    num_choices = 1 if moe.router == "expert_choice" else moe.top_k
     table = {
         block: [
-            specialisation(_pairs(layer.chosen_BLE[:, start:end]), traced.labels_B) for start, end in schedule.bounds
+            specialisation(_pairs(layer.chosen_BLE[:, start:end]), traced.labels_B, num_choices)
+            for start, end in schedule.bounds
         ]
         for block, layer in traced.layers.items()
     }
@@ -96,8 +102,9 @@ def draw_specialisation(subject: Subject, traced: Traced | None, directory: Path
     _figure(subject, traced, table, path)
     shows = (
         f"left: mutual information of expert and class for each MoE block and scale, less that of exchanged classes, "
-        f"as a share of what would tell the class ({len(traced.labels_B)} {traced.source}); right: where it is "
-        "largest, the share of each class's tokens that went to each expert"
+        f"as a share of the most that it could be ({len(traced.labels_B)} {traced.source}; at the first scale the "
+        "class is the router's only input); right: where it is largest beyond the first scale, the share of each "
+        "class's choices that fell on each expert"
     )
     return [Picture(path, shows, data)]
 
@@ -114,13 +121,15 @@ def _figure(subject: Subject, traced: Traced, table: dict[int, list[Specialisati
             2, f"Do experts know the class? {len(traced.labels_B)} {traced.source}"
         )
         drawn = left.imshow(share_NS, vmin=0, vmax=max(float(share_NS.max()), 1e-3), cmap="viridis", aspect="auto")
-        figure.colorbar(drawn, ax=left, label="share of the class's entropy")
+        figure.colorbar(drawn, ax=left, label="share of the most possible")
         left.set_xticks(range(schedule.num_scales), [str(side) for side in schedule.sides])
         left.set_yticks(range(len(blocks)), [str(block) for block in blocks])
         left.set(xlabel="side of the scale", ylabel="MoE block", title="corrected mutual information")
-        row, scale = np.unravel_index(int(share_NS.argmax()), share_NS.shape)
-        start, end = schedule.bounds[int(scale)]
-        counts_BE = _pairs(traced.layers[blocks[int(row)]].chosen_BLE[:, start:end])
+        later_NS = share_NS[:, 1:] if schedule.num_scales > 1 else share_NS
+        row, scale = np.unravel_index(int(later_NS.argmax()), later_NS.shape)
+        row, scale = int(row), int(scale) + share_NS.shape[1] - later_NS.shape[1]
+        start, end = schedule.bounds[scale]
+        counts_BE = _pairs(traced.layers[blocks[row]].chosen_BLE[:, start:end])
         classes = np.unique(traced.labels_B)
         if len(classes) > 20:  # those whose tokens are least spread over experts
             largest = [(_shares(counts_BE, traced.labels_B, int(label)).max(), label) for label in classes]
@@ -130,9 +139,11 @@ def _figure(subject: Subject, traced: Traced, table: dict[int, list[Specialisati
         figure.colorbar(drawn, ax=right, label="share of the class's choices")
         right.set_yticks(range(len(classes)), [subject.caption(int(label))[:24] for label in classes], fontsize=8)
         right.set_xticks(range(counts_BE.shape[1]) if counts_BE.shape[1] <= 16 else range(0, counts_BE.shape[1], 8))
-        best = table[blocks[int(row)]][int(scale)]
-        title = f"block {blocks[int(row)]}, scale {schedule.sides[int(scale)]}: {best.corrected:.2f} nats"
-        right.set(xlabel="expert", title=f"{title}, p = {best.p_value:.2g}")
+        best = table[blocks[row]][scale]
+        title = (
+            f"block {blocks[row]}, scale {schedule.sides[scale]} x {schedule.sides[scale]}: {best.corrected:.2f} nats"
+        )
+        right.set(xlabel="expert", title=f"{title}, p <= {best.p_value:.2g}")
         for axes in (left, right):
             axes.grid(False)
         style.save_png(figure, path)

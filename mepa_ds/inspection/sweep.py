@@ -17,6 +17,7 @@ from mepa_ds.inspection.tracing import Sampling, draw
 
 CFGS = (0.0, 1.5, 3.0, 5.0)
 _ACROSS = 2
+_GAP, _LINE = 1, 160  # between the images of a tile: a grey line
 MOST_CLASSES = _ACROSS * _ACROSS
 
 
@@ -70,9 +71,10 @@ def block_of(pixels_BHW3: NDArray[np.uint8]) -> Pixels:
     rows = -(-len(pixels_BHW3) // _ACROSS)
     across = min(len(pixels_BHW3), _ACROSS)
     _, height, width, _ = pixels_BHW3.shape
-    tile = np.full((rows * height, across * width, 3), 255, np.uint8)
+    step = (height + _GAP, width + _GAP)
+    tile = np.full((rows * step[0] - _GAP, across * step[1] - _GAP, 3), _LINE, np.uint8)
     for number, pixels_HW3 in enumerate(pixels_BHW3):
-        top, left = number // across * height, number % across * width
+        top, left = number // across * step[0], number % across * step[1]
         tile[top : top + height, left : left + width] = pixels_HW3
     return tile
 

@@ -74,11 +74,10 @@ def _draw_load(records: list[dict[str, Any]], layers: list[str], steps: list[int
     figure.suptitle("Expert load over training, all scales", fontsize=13)
     panels = np.ravel(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
     even = 1 / load_NER.shape[1]
+    most = max(float(load_NER.max()), 2 * even)
     for axes, layer, load_ER in zip(panels, layers, load_NER, strict=False):
         edges = np.arange(load_ER.shape[0] + 1) - 0.5
-        drawn = axes.pcolormesh(
-            _edges(steps), edges, load_ER, vmin=0, vmax=max(load_NER.max(), 2 * even), cmap="viridis"
-        )
+        drawn = axes.pcolormesh(_edges(steps), edges, load_ER, vmin=0, vmax=most, cmap="viridis")
         axes.set_title(f"block {layer}")
         axes.grid(False)
     for axes in panels[len(layers) :]:
