@@ -13,7 +13,7 @@ from mepa_ds.ablation.config import AblationConfig
 from mepa_ds.ablation.results import scores_by_arm
 from mepa_ds.ablation.scores import Score, of_scales
 from mepa_ds.ablation.statistics import Difference, differences
-from mepa_ds.scaling.report.style import FAINT, INK, PALETTE, kinds, new_figure
+from mepa_ds.reports.style import FAINT, INK, PALETTE, kinds, new_figure
 
 _BETTER, _WORSE = PALETTE[2], PALETTE[1]
 _ROW_INCHES, _PANEL_INCHES = 0.34, 3.1

@@ -17,7 +17,7 @@ from mepa_ds.ablation.scores import Score, of_scales, shown
 from mepa_ds.ablation.statistics import Difference, differences, noise_of
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json, write_text
-from mepa_ds.scaling.report.style import drawing, save
+from mepa_ds.reports.style import drawing, save
 from mepa_ds.scaling.running.members import Member
 
 REPORT, TABLE = "report", "table.csv"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mepa_ds.config.pretrain import PretrainConfig
@@ -33,6 +33,7 @@ class Evaluations:
         config: PretrainConfig,
         engine: PretrainEngine,
         inputs: InputMaker,
+        class_names: Sequence[str],
         on_batch: Callable[[], None],
     ):
         self._data, self._batch_size, self._output = config.data, config.log.evaluate_batch, config.output_dir
@@ -50,7 +51,7 @@ class Evaluations:
         if log.sample_every is not None:
             alone = config.parallel.ep_size == 1
             samples = config.output_dir / "samples"
-            self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
+            self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone, class_names)
 
     def heldout_scores(self) -> dict[str, Any]:
         """Scores data.heldout_tokens, which the recipe must name. See the function `heldout_scores`."""
