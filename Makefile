@@ -11,12 +11,14 @@ FAST := -m "not slow and not slurm and not processes" $(addprefix tests/,config 
 	models objective reports teachers tokenizer weights pretrain/test_parts.py runtime/test_failures.py \
 	evaluation/test_formulas.py test_foundations.py test_layers.py test_log.py test_public_api.py)
 
-# The images of `make toy-study` and `make ablation`: MNIST's format (Debian and Ubuntu: apt-get install dataset-fashion-mnist).
+# The images of `make toy-study` and `make ablation`, in MNIST's format (Debian and Ubuntu: apt-get install
+# dataset-fashion-mnist).
 FASHION ?= /usr/share/datasets/fashion-mnist
 TOY := data/fashion-32
+TWELVE := data/fashion-12k
 ABLATION := runs/ablation/fashion
 
-.PHONY: setup quickstart fashion-shards toy-study ablation test test-fast lint types coverage mutants clean-quickstart
+.PHONY: setup quickstart toy-study ablation test test-fast lint types coverage mutants clean-quickstart
 
 setup: $(STAMP)
 
@@ -32,33 +34,34 @@ $(STAMP): pyproject.toml
 quickstart: setup
 	$(BIN)/mepa quickstart
 
-fashion-shards: setup
-	@test -d $(FASHION) || { echo "error: no $(FASHION); install dataset-fashion-mnist, or name its directory with FASHION=DIR"; exit 1; }
+# A scaling study on two cores (docs/scaling.md). Stopped and started again, it goes on.
+toy-study: setup
+	@test -d $(FASHION) || { echo "error: no $(FASHION); install dataset-fashion-mnist, or name its directory: make toy-study FASHION=DIR"; exit 1; }
 	$(BIN)/python -m mepa_ds.data_tools.build_shards idx --out $(TOY)/train \
 		--images $(FASHION)/train-images-idx3-ubyte.gz --labels $(FASHION)/train-labels-idx1-ubyte.gz
 	$(BIN)/python -m mepa_ds.data_tools.build_shards idx --out $(TOY)/heldout \
 		--images $(FASHION)/t10k-images-idx3-ubyte.gz --labels $(FASHION)/t10k-labels-idx1-ubyte.gz
-
-# A scaling study on two cores (docs/scaling.md). Stopped and started again, it goes on.
-toy-study: fashion-shards
 	$(BIN)/mepa train-tokenizer recipes/studies/toy_tokenizer.yaml
 	$(BIN)/python -m mepa_ds.data_tools.precompute tokens $(TOY)/train --tokenizer runs/studies/toy/tokenizer
 	$(BIN)/python -m mepa_ds.data_tools.precompute tokens $(TOY)/heldout --tokenizer runs/studies/toy/tokenizer
 	$(BIN)/mepa scale run recipes/studies/toy.yaml --jobs 2
 	$(BIN)/mepa scale report recipes/studies/toy.yaml
 
-# What each part of MEPA is worth, on two cores (docs/ablation.md). Stopped and started again, it goes on.
-ablation: fashion-shards
+# What each part of MEPA is worth, on two cores within an hour (docs/ablation.md). Stopped and started again, it goes on.
+ablation: setup
+	@test -d $(FASHION) || { echo "error: no $(FASHION); install dataset-fashion-mnist, or name its directory: make ablation FASHION=DIR"; exit 1; }
+	$(BIN)/python -m mepa_ds.data_tools.build_shards idx --first 12000 --out $(TWELVE)/train \
+		--images $(FASHION)/train-images-idx3-ubyte.gz --labels $(FASHION)/train-labels-idx1-ubyte.gz
+	$(BIN)/python -m mepa_ds.data_tools.build_shards idx --first 2000 --out $(TWELVE)/heldout \
+		--images $(FASHION)/t10k-images-idx3-ubyte.gz --labels $(FASHION)/t10k-labels-idx1-ubyte.gz
 	$(BIN)/mepa train-tokenizer recipes/ablation/fashion_tokenizer.yaml
-	for split in train heldout; do \
-		$(BIN)/python -m mepa_ds.data_tools.precompute tokens $(TOY)/$$split --tokenizer $(ABLATION)/tokenizer \
-			--out $(TOY)/$$split.tokens-ablation || exit; \
-	done
-	$(BIN)/python -m mepa_ds.data_tools.precompute fit-teacher contrastive $(TOY)/train --out $(ABLATION)/contrastive \
-		--grid-side 8 --pixels-per-cell 4 --max-images 60000
-	$(BIN)/python -m mepa_ds.data_tools.precompute features $(TOY)/train --teacher contrastive \
-		--weights $(ABLATION)/contrastive --out $(TOY)/train.features-ablation
-	$(BIN)/mepa evaluate --fit-classifier $(TOY)/train --heldout $(TOY)/heldout --out $(ABLATION)/classifier
+	$(BIN)/python -m mepa_ds.data_tools.precompute tokens $(TWELVE)/train --tokenizer $(ABLATION)/tokenizer
+	$(BIN)/python -m mepa_ds.data_tools.precompute tokens $(TWELVE)/heldout --tokenizer $(ABLATION)/tokenizer
+	$(BIN)/python -m mepa_ds.data_tools.precompute fit-teacher contrastive $(TWELVE)/train --out $(ABLATION)/contrastive \
+		--grid-side 8 --pixels-per-cell 4 --max-images 12000
+	$(BIN)/python -m mepa_ds.data_tools.precompute features $(TWELVE)/train --teacher contrastive \
+		--weights $(ABLATION)/contrastive
+	$(BIN)/mepa evaluate --fit-classifier $(TWELVE)/train --heldout $(TWELVE)/heldout --out $(ABLATION)/classifier
 	$(BIN)/mepa ablate recipes/ablation/fashion.yaml --jobs 2
 
 test: setup lint types

@@ -54,7 +54,7 @@ class FitTeacher:
     max_images: int = 10_000
     """Fit on this many images, spread evenly over the set. A network holds them in memory."""
     steps: int | None = None
-    """A network: training steps of 128 images [default: 600]."""
+    """A network: training steps of 128 images [default: 300]."""
 
     def __call__(self) -> None:
         images = open_images(self.images)

@@ -37,7 +37,7 @@ class ConvNetConfig(Section):
     """C, the features of a cell."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, order and augmentation."""
-    steps: PositiveInt = 600
+    steps: PositiveInt = 300
     """Steps of the training."""
     batch: Annotated[int, Field(ge=2)] = 128
     """Images a step."""
