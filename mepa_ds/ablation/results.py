@@ -61,13 +61,15 @@ def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"seconds": seconds}
 
 
+_INTERVAL = ("_error", "_low", "_high")
+
+
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record of generated images' scores; intervals, counts and the protocol are left out."""
-    left_out = ("step", "seconds", "images")
+    """The numbers of a record of generated images' scores, without their intervals over images and the protocol."""
     return {
         key: float(value)
         for key, value in record.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in left_out
+        if isinstance(value, (int, float)) and key not in ("step", "seconds") and not key.endswith(_INTERVAL)
     }
 
 

@@ -27,17 +27,15 @@ _KNOWN = (
     Score("class_agreement", "class agreement", "higher", 3),
     Score(LOAD_VARIANCE, "variance of expert load", "lower", 2),
 )
-_FRECHET = ("fid", "fd")
-"""What the columns of Frechet distances begin with."""
+_FID, _FRECHET = "fid", ".fd"
+"""The column of FID, and what those of Frechet distances in other feature spaces end with."""
 
 
 def shown(columns: Sequence[str]) -> list[Score]:
     """The scores that stand in the report's first table: losses, class agreement, Frechet distances, expert load."""
     known = {score.column: score for score in _KNOWN if score.column in columns}
     distances = [
-        Score(name, _distance_title(name), "lower", 3)
-        for name in columns
-        if name.split("_")[0] in _FRECHET and not name.endswith(("_low", "_high", "_std", "_infinity"))
+        Score(name, _distance_title(name), "lower", 3) for name in columns if name == _FID or name.endswith(_FRECHET)
     ]
     first = [score for name, score in known.items() if name != LOAD_VARIANCE]
     return [*first, *distances, *([known[LOAD_VARIANCE]] if LOAD_VARIANCE in known else [])]
@@ -50,5 +48,4 @@ def of_scales(columns: Sequence[str]) -> list[Score]:
 
 
 def _distance_title(column: str) -> str:
-    head, _, space = column.partition("_")
-    return f"{head.upper()} ({space.replace('_', ' ')})" if space else head.upper()
+    return "FID" if column == _FID else f"FD ({column.removesuffix(_FRECHET)})"

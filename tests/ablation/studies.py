@@ -55,7 +55,7 @@ def pretend(ablation: AblationConfig, effects: dict[str, float], noise: float = 
         records: list[dict[str, Any]] = [
             {"event": "train", **end, "mean_step_seconds": 0.5},
             {"event": "heldout", **end, "ce": ce, "ce_last": ce + 1, "accuracy": 0.1, "ce_scale": [ce - 1, ce, ce + 1]},
-            {"event": "score", **end, "fd_patch_pca": 10 * ce, "class_agreement": 1 / ce, "images": 9, "seconds": 1.0,
+            {"event": "score", **end, "patch-pca.fd": 10 * ce, "patch-pca.fd_low": 9 * ce, "class_agreement": 1 / ce, "seconds": 1.0,
              "protocol": {"images": 9}},
         ]  # fmt: skip
         if row["arm"] != "dense":

@@ -30,8 +30,8 @@ def test_the_report_says_what_the_runs_measured(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("| STMoE − dense"))
     assert row.count("**") >= 4, "cross-entropy and distance are clear"
     table = pd.read_csv(tmp_path / "ablation/report/table.csv")
-    assert {"ce", "ce_scale_3", "fd_patch_pca", "class_agreement", "seconds"} <= set(table.columns)
-    assert not {"images", "step"} & set(table.columns)
+    assert {"ce", "ce_scale_3", "patch-pca.fd", "class_agreement", "seconds"} <= set(table.columns)
+    assert not {"patch-pca.fd_low", "step"} & set(table.columns)
     for name in ("differences", "scales", "load"):
         assert (tmp_path / f"ablation/report/{name}.png").stat().st_size > 5000
 

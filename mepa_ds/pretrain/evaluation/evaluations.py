@@ -11,7 +11,7 @@ from mepa_ds.data.options import LoaderOptions
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.pretrain.evaluation.generated import GeneratedScores
+from mepa_ds.pretrain.evaluation.generated import GeneratedScores, line_of
 from mepa_ds.pretrain.evaluation.heldout import heldout_scores
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.recorder import Recorder
@@ -107,4 +107,4 @@ class Evaluations:
             recorder.warn("scores_failed", step, f"no scores of generated images: {error}")
             return
         recorder.record("score", step, {**scores, "seconds": time.perf_counter() - started})
-        recorder.say(f"step {step}  generated images: {self._generated.line(scores)}")
+        recorder.say(f"step {step}  {self._generated.num_images} generated images: {line_of(scores)}")
