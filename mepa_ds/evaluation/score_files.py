@@ -62,10 +62,10 @@ def print_scores(scores: dict[str, Any]) -> None:
     protocol = scores["protocol"]
     for name, value in scores.items():
         if isinstance(value, (int, float)) and not name.endswith(("_error", "_low", "_high")):
-            interval = (
-                f"   ({scores[f'{name}_low']:.4f} to {scores[f'{name}_high']:.4f})" if f"{name}_low" in scores else ""
-            )
-            print(f"{name:<28} {value:.4f}{interval}")
+            interval = ""
+            if f"{name}_low" in scores:
+                interval = f"   ({_shown(scores[f'{name}_low'])} to {_shown(scores[f'{name}_high'])})"
+            print(f"{name:<28} {_shown(value)}{interval}")
     for name, why in protocol["left_out"].items():
         print(f"{name:<28} - ({why})")
     for remark in protocol["remarks"]:
@@ -74,6 +74,10 @@ def print_scores(scores: dict[str, Any]) -> None:
         low, high = classes["per_class"]
         empty = f"; classes without samples: {classes['empty']}" if "empty" in classes else ""
         print(f"warning: classes are unbalanced: {low} to {high} samples each{empty}")
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:.2e}"
 
 
 def cache_beside(reference: Path) -> Path:
