@@ -20,17 +20,18 @@ def small(first: int, count: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(digits(first, count)[:, ::4, ::4])
 
 
-def fit(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Classifier:
-    monkeypatch.setattr(module, "_IMAGES_SEEN", 6000)
-    monkeypatch.setattr(module, "_BATCH", 32)
-    return Classifier.fit((small(0, 600), labels(0, 600)), (small(1500, 100), labels(1500, 100)), 10, seed)
+def fit(count: int) -> Classifier:
+    return Classifier.fit((small(0, count), labels(0, count)), (small(1500, 100), labels(1500, 100)), 10)
 
 
 def test_it_learns_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same again, to the bit, and from its directory."""
-    fitted, again = fit(monkeypatch), fit(monkeypatch)
+    monkeypatch.setattr(module, "_BATCH", 32)
+    monkeypatch.setattr(module, "_EPOCHS", (1, 1))
+    assert fit(100).identity == fit(100).identity
+    monkeypatch.setattr(module, "_EPOCHS", (5, 5))
+    fitted = fit(600)
     assert fitted.heldout_accuracy > 0.8
-    assert fitted.identity == again.identity
     fitted.save(tmp_path / "classifier")
     loaded = Classifier.load(tmp_path / "classifier")
     assert (loaded.identity, loaded.config) == (fitted.identity, fitted.config)
@@ -42,8 +43,8 @@ def test_it_learns_and_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert rows_ND.shape == (100, ClassifierSpace(loaded).width)
     alone = torch.cat([loaded.features(pixels[first : first + 7]) for first in range(0, 100, 7)])
     assert torch.equal(rows_ND, alone), "whatever else is in the batch"
-    doubled = loaded.probs(pixels.repeat(2, 1).repeat(2, 2))
-    torch.testing.assert_close(doubled, probs_NC, atol=0.3, rtol=0)  # of another size, resized
+    enlarged_NC = loaded.probs(pixels.repeat(2, 1).repeat(2, 2))
+    assert (enlarged_NC.argmax(1) == probs_NC.argmax(1)).float().mean() > 0.8, "resized to its own side"
 
 
 def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
