@@ -86,13 +86,14 @@ def main(argv: list[str]) -> None:
         "image_side": side,
         "preprocessing": "shorter side to 1.125 x the side, Lanczos, then the centre; images of that side as they are",
         "lpips": options.lpips_network if lpips else None,
+        "feature_spaces": found.spaces,
     }
     with naming_full_disks(options.out):
-        write_json(options.out / "scores.json", {**found.scores, "protocol": protocol})
+        write_json(options.out / "scores.json", {**found.scores, "notes": found.notes, "protocol": protocol})
         title = f"{options.tokenizer.name}: {_headline(found.scores)}; columns: decoded up to each scale"
         save_png(tokenizer_sheet(tokenizer, found.shown_B3HW, title), options.out / "reconstructions.png")
     print("\n".join(_table(found.scores, tokenizer.schedule.sides)))
-    for note in found.scores["notes"]:
+    for note in found.notes:
         print(f"note: {note}")
     print(f"{options.out / 'scores.json'}\n{options.out / 'reconstructions.png'}")
 
@@ -103,11 +104,9 @@ def _headline(scores: dict[str, Any]) -> str:
 
 def _table(scores: dict[str, Any], sides: tuple[int, ...]) -> list[str]:
     rows = [["score", "value", "95 % interval"]]
-    values = {name: scores[name] for name in ("psnr", "ssim", "lpips") if name in scores}
-    values |= {f"fd {name}": space["value"] for name, space in scores["fd"].items()}
-    for name, value in values.items():
-        interval = scores["intervals"].get(name)
-        rows.append([name, f"{value:.4f}", "-" if interval is None else "{:.4f} to {:.4f}".format(*interval)])
+    for name in [name.removesuffix("_error") for name in scores if name.endswith("_error")]:
+        low, high = scores[f"{name}_low"], scores[f"{name}_high"]
+        rows.append([name, f"{scores[name]:.4f}", f"{low:.4f} to {high:.4f}"])
     codes = [["scale", "codes in use", "perplexity"]]
     by_scale = zip(sides, scores["codebook_use_by_scale"], scores["perplexity_by_scale"], strict=True)
     codes += [[f"{side} x {side}", f"{100 * use:.1f} %", f"{perplexity:.1f}"] for side, use, perplexity in by_scale]

@@ -131,10 +131,13 @@ def balls_around(points: Points, centres: Points, radii_MR: Tensor) -> Iterator[
     distances = Distances(points, centres)
     scaled_MR = distances.scaled(radii_MR)
     for part, d_nM, error_n1 in distances.blocks():
-        yield part, [
-            _within(distances, part, d_nM, error_n1, radii_M, exact_M)
-            for radii_M, exact_M in zip(scaled_MR.T, radii_MR.T, strict=True)
-        ]
+        yield (
+            part,
+            [
+                _within(distances, part, d_nM, error_n1, radii_M, exact_M)
+                for radii_M, exact_M in zip(scaled_MR.T, radii_MR.T, strict=True)
+            ],
+        )
 
 
 def _within(
