@@ -162,20 +162,17 @@ def draw(
     on_scale: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1]."""
-    try:
-        return sample(
-            subject.model,
-            subject.tokenizer,
-            labels,
-            cfg=sampling.cfg,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            first_index=first_index,
-            on_scale=on_scale,
-        )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory with {len(labels)} images at once; use a smaller --batch-size") from error
+    return sample(
+        subject.model,
+        subject.tokenizer,
+        labels,
+        cfg=sampling.cfg,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        first_index=first_index,
+        on_scale=on_scale,
+    )
 
 
 def trace_tokens(

@@ -21,6 +21,7 @@ from mepa_ds.images.pictures import to_uint8
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from tests.train_tokenizer.training_run import make_images
+from tests.var_fixtures import TINY_SCALES, fixture_state
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,16 @@ def test_partial_sums_end_in_the_reconstruction(folder: Path) -> None:
     assert np.array_equal(steps[-1], to_uint8(copies.add(1).div(2)))
     assert quality[-1] == pytest.approx(float(psnr(images, copies).mean()))
     assert steps.shape == (3, 3, 8, 8, 3)
+
+
+def test_vars_tokenizer_is_scored_as_ours(folder: Path, tmp_path: Path) -> None:
+    torch.save(fixture_state("tiny_vae"), tmp_path / "vae.pth")
+    options = ["--out", str(tmp_path / "out"), "--scales", *map(str, TINY_SCALES), "--max-images", "3"]
+    command.main([str(tmp_path / "vae.pth"), str(folder / "images"), *options])
+    scores = json.loads((tmp_path / "out/scores.json").read_text())
+    assert scores["num_images"] == 3
+    assert scores["protocol"]["tokenizer"]["scales"] == list(TINY_SCALES)
+    assert len(scores["perplexity_by_scale"]) == len(TINY_SCALES)
 
 
 def test_mistakes_are_named_before_the_first_image(folder: Path, tmp_path: Path) -> None:

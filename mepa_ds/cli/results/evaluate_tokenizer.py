@@ -15,7 +15,7 @@ from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, naming_full_disks, write_json
+from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus, write_json
 
 
 @dataclass
@@ -74,7 +74,8 @@ def main(argv: list[str]) -> None:
     check_writable(options.out, "--out")
     side = tokenizer.config.image_side
     batches = images_once(options.shards, batch_size=options.batch_size, image_side=side)
-    with tqdm(total=count, desc="reconstructing", unit="image", disable=None) as bar:
+    progress = tqdm(total=count, desc="reconstructing", unit="image", disable=None)
+    with progress as bar, naming_full_gpus(options.batch_size):
         found = score_tokenizer(tokenizer, batches, count, spaces, lpips or None, options.shown, bar.update)
     protocol = {
         "tokenizer": {

@@ -15,7 +15,7 @@ from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, naming_full_disks
+from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus
 
 if TYPE_CHECKING:
     from mepa_ds.inspection.subject import Drawn, Subject
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     step = "" if subject.step is None else f", step {subject.step}"
     print(f"inspecting {subject.source}{step}")
     pictures = []
-    with naming_full_disks(out):
+    with naming_full_disks(out), naming_full_gpus(options.batch_size):
         for part in _Parts(options, subject, out).all():
             drawn = part()
             if isinstance(drawn, str):
