@@ -152,12 +152,12 @@ def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Cal
 def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[range, tqdm], torch.Tensor]) -> int:
     """One PNG for each image, batch by batch: 50 000 would not fit into memory. Returns how many were drawn.
 
-    Batches that an earlier start has finished are left as they are.
+    Batches that an earlier start has finished are left as they are; one with an empty or cut file is drawn again.
 
     Raises:
         UserError: an image was made with other options.
     """
-    from mepa_ds.images.pictures import made_by_of, save_images
+    from mepa_ds.images.pictures import is_whole_png, made_by_of, save_images
 
     made_by, drawn = _made_by(options), 0
     paths = [options.out / f"class{label:04d}_{number:05d}.png" for number, label in enumerate(labels)]
@@ -165,7 +165,7 @@ def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[r
     with _progress(len(labels)) as bar:
         for part in _batches(len(labels), options):
             mine = paths[part.start : part.stop]
-            there = [path for path in mine if path.exists()]
+            there = [path for path in mine if is_whole_png(path)]
             for path in there[:1]:
                 if made_by_of(path) != made_by:
                     raise UserError(f"{path}: made by other weights or options; remove it, or choose another --out")

@@ -62,6 +62,11 @@ class Classifier:
         self.identity = ""
 
     @property
+    def width(self) -> int:
+        """D"""
+        return int(self.network[1].in_features)  # type: ignore[arg-type]
+
+    @property
     def heldout_accuracy(self) -> float:
         return self.config.heldout_accuracy
 
@@ -127,7 +132,7 @@ class Classifier:
 
     def compute(self, pixels_BHW3: NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """Features (B, D) and probabilities (B, C) of one batch."""
-        images_B3SS = _as_input(torch.from_numpy(pixels_BHW3).to(self.device).permute(0, 3, 1, 2), self.config.side)
+        images_B3SS = as_input(torch.from_numpy(pixels_BHW3).to(self.device).permute(0, 3, 1, 2), self.config.side)
         features_BD = self.network[0](images_B3SS)
         return features_BD, self.network[1](features_BD).softmax(1)
 
@@ -147,7 +152,7 @@ class Classifier:
             for rows_B in _batches(len(labels_N), batch, epochs, rng):
                 images_B3SS = torch.from_numpy(_shifted(pixels_NSS3[rows_B], rng)).to(self.device).permute(0, 3, 1, 2)
                 target_B = torch.from_numpy(labels_N[rows_B]).to(self.device)
-                logits_BC = self.network(_as_input(images_B3SS, self.config.side))
+                logits_BC = self.network(as_input(images_B3SS, self.config.side))
                 optimizer.zero_grad()
                 F.cross_entropy(logits_BC, target_B, label_smoothing=_SMOOTHING).backward()
                 optimizer.step()
@@ -161,7 +166,7 @@ class ClassifierSpace(FeatureSpace):
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
         self.name, self.identity = CLASSIFIER, classifier.identity
-        self.width = classifier.network[1].in_features
+        self.width = classifier.width
         side = classifier.config.side
         self.preprocessing = f"bilinear with antialiasing to {side} x {side}"
         self.chunk = 64
@@ -190,7 +195,8 @@ def _convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
     return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-def _as_input(pixels_B3HW: Tensor, side: int) -> Tensor:
+def as_input(pixels_B3HW: Tensor, side: int) -> Tensor:
+    """uint8 images of any size as the network sees them: (B, 3, S, S) float32 in [-1, 1]."""
     images_B3HW = pixels_B3HW.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
     if images_B3HW.shape[-2:] == (side, side):
         return images_B3HW

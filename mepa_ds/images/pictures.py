@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mepa_ds.files import atomic_path
 from mepa_ds.images.sheets import draw_sheet
 
 _MADE_BY = "mepa_ds"
+_BEGIN, _END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def check_floats(images_B3HW: Tensor) -> None:
@@ -37,6 +39,18 @@ def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = No
         information.add_text(_MADE_BY, made_by)
     with atomic_path(path) as temporary:
         Image.fromarray(pixels_HW3).save(temporary, format="PNG", pnginfo=information)
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether the file is there and a PNG to its end: not empty or cut short, as full disks and broken copies leave."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_BEGIN)) != _BEGIN:
+                return False
+            file.seek(-len(_END), os.SEEK_END)
+            return file.read() == _END
+    except OSError:
+        return False
 
 
 def made_by_of(path: Path) -> str | None:

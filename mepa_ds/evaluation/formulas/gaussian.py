@@ -120,6 +120,33 @@ def covariance_fault(matrix_DD: Tensor | NDArray[np.float64]) -> str | None:
     return None
 
 
+class RunningGaussian:
+    """Mean and covariance of features that come in batches, of which none is kept."""
+
+    def __init__(self, width: int):
+        self._count = 0
+        self._mean_D = torch.zeros(width, dtype=torch.float64)
+        self._scatter_DD = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, features_BD: Tensor) -> None:
+        """Raises UserError for features that are not finite."""
+        rows_BD = as_rows(features_BD, "statistics").double()
+        mean_D = rows_BD.mean(0)
+        centred_BD = rows_BD - mean_D
+        self._scatter_DD.addmm_(centred_BD.T, centred_BD)
+        # What the two means differ by (Chan, Golub and LeVeque, 1979).
+        shift_D, total = mean_D - self._mean_D, self._count + len(rows_BD)
+        self._scatter_DD.addr_(shift_D, shift_D, alpha=self._count * len(rows_BD) / total)
+        self._mean_D += shift_D * (len(rows_BD) / total)
+        self._count = total
+
+    def gaussian(self) -> Gaussian:
+        """Raises UserError for fewer than 2 images."""
+        if self._count < 2:
+            raise UserError(f"statistics of {self._count} images: at least 2 are needed for a covariance")
+        return Gaussian(self._mean_D.numpy(), (self._scatter_DD / (self._count - 1)).numpy())
+
+
 class FrechetTo:
     """Distances of many sets of samples to one reference: what is of the reference alone is computed once.
 
@@ -130,6 +157,7 @@ class FrechetTo:
     def __init__(self, reference: Gaussian, device: torch.device | str | None = None):
         if (fault := covariance_fault(reference.covariance)) is not None:
             raise UserError(f"sigma of the reference {fault}: the statistics are damaged")
+        self.reference = reference
         self._mean_D = torch.from_numpy(reference.mean).to(device or "cpu")
         self._covariance_DD = torch.from_numpy(reference.covariance).to(self._mean_D.device)
         self._root_DD: Tensor | None = None

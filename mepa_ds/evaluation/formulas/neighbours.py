@@ -150,3 +150,16 @@ def _within(
     row_P, column_P = unsure[:, 0], unsure[:, 1]
     inside_nM[row_P, column_P] = distances.exact(row_P + part.start, column_P) <= exact_M[column_P]
     return inside_nM
+
+
+def nearest_distances(points_ND: Tensor, centres_MD: Tensor) -> Tensor:
+    """(N,) the distance, not squared, of each point to its nearest centre, float64."""
+    points, centres = prepare(points_ND, centres_MD, torch.float32)
+    distances = Distances(points, centres)
+    parts = []
+    for part, d_nM, _ in distances.blocks():
+        near_nC = d_nM.topk(min(_CANDIDATES, len(centres)), dim=1, largest=False).indices
+        rows_n = torch.arange(part.start, part.stop, device=d_nM.device)
+        exact_nC = distances.exact(rows_n.repeat_interleave(near_nC.shape[1]), near_nC.flatten()).view(near_nC.shape)
+        parts.append(exact_nC.amin(1).sqrt())
+    return torch.cat(parts)
