@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     from mepa_ds.data.images import images_once
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.evaluation.feature_spaces import open_feature_space
-    from mepa_ds.evaluation.tokenizer_scores import score_tokenizer, tokenizer_sheet
+    from mepa_ds.evaluation.tokenizer.scores import score_tokenizer, tokenizer_sheet
     from mepa_ds.images.pictures import save_png
     from mepa_ds.tokenizer.perceptual import load_lpips
     from mepa_ds.tokenizer.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.data.images import images_once
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
-from mepa_ds.evaluation.reconstruction import psnr
-from mepa_ds.evaluation.tokenizer_scores import reconstruction_scales
+from mepa_ds.evaluation.tokenizer.reconstruction import psnr
+from mepa_ds.evaluation.tokenizer.scores import reconstruction_scales
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.tokenizer.tokenizer import Tokenizer

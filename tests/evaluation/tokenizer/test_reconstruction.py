@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mepa_ds.evaluation.reconstruction import ReconstructionScores, psnr, ssim
+from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores, psnr, ssim
 from tests.tiny_run import CODEBOOK, SCALES, make_tokenizer
 
 

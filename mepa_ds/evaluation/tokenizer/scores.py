@@ -18,7 +18,7 @@ from mepa_ds.data.images import ImageBatch
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
-from mepa_ds.evaluation.reconstruction import ReconstructionScores, psnr
+from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores, psnr
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet, resized
 from mepa_ds.tokenizer.tokenizer import Tokenizer
