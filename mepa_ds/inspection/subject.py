@@ -21,6 +21,7 @@ from mepa_ds.generation.class_names import RECIPE_NAME, caption
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import with_weights
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.weights.directories import CONFIG_NAME
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -84,9 +85,8 @@ def open_subject(
         source, run = _of_run(path), path
     else:
         source, run = path, path.parent
-    notes: list[str] = []
     checkpoint = source if is_checkpoint_name(source.name) else None
-    recipe = _recipe(run, checkpoint)
+    recipe, notes = _recipe(run, checkpoint)
     if checkpoint is not None:
         assert recipe is not None
         if (damage := find_damage(checkpoint)) is not None:
@@ -121,14 +121,21 @@ def _of_run(run: Path) -> Path:
     for name in ("last", "best"):
         if has_weights(run / name):
             return run / name
+    if (run / CONFIG_NAME).exists():
+        return run  # weights of another kind: opening them says so
     raise UserError(f"{run}: a run without a checkpoint or exported weights; wait for its first checkpoint")
 
 
-def _recipe(run: Path, checkpoint: Path | None) -> PretrainConfig | None:
+def _recipe(run: Path, checkpoint: Path | None) -> tuple[PretrainConfig | None, list[str]]:
+    """The recipe that the weights are from, and a line where one is there but cannot be read."""
     if checkpoint is not None:
-        return validate(PretrainConfig, read_state(checkpoint).recipe, str(checkpoint))
-    path = run / RECIPE_NAME
-    return load_config(PretrainConfig, path) if path.is_file() else None
+        return validate(PretrainConfig, read_state(checkpoint).recipe, str(checkpoint)), []
+    if not (run / RECIPE_NAME).is_file():
+        return None, []
+    try:
+        return load_config(PretrainConfig, run / RECIPE_NAME), []
+    except UserError as error:  # of a tokenizer's training, or of another version
+        return None, [f"the run of {run}: its recipe is not of pretraining here ({error})"]
 
 
 def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | None]:

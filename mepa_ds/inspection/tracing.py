@@ -201,10 +201,12 @@ def trace_tokens(
     return _joined(parts)
 
 
-def held_out_tokens(subject: Subject) -> Path | None:
-    """The held-out token set of the run, where it is still there."""
+def held_out_tokens(subject: Subject) -> tuple[Path | None, str | None]:
+    """The held-out token set of the run; and a line to say where it has one that is not there any more."""
     tokens = None if subject.recipe is None else subject.recipe.data.heldout_tokens
-    return tokens if tokens is not None and (tokens / INDEX_NAME).exists() else None
+    if tokens is None or (tokens / INDEX_NAME).exists():
+        return tokens, None
+    return None, f"held-out images: {tokens} is not there any more; samples were routed instead (or give --tokens)"
 
 
 def check_maker(subject: Subject, tokens: Path) -> None:

@@ -17,23 +17,35 @@ from mepa_ds.checkpoint.weights import read_projector, read_weights
 from mepa_ds.cli.results import inspect as command
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
+from mepa_ds.config.pretrain import DataConfig, OnlineTeacher
+from mepa_ds.data.images import images_once
 from mepa_ds.errors import UserError
 from mepa_ds.generation.class_names import caption, names_beside, spread_classes
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.pictures import to_uint8
-from mepa_ds.inspection.guidance import cosine_maps
+from mepa_ds.inspection.guidance import cosine_maps, draw_guidance, guided_images
 from mepa_ds.inspection.routing import expert_colours, routing_tiles
 from mepa_ds.inspection.scales import sampled_scales
 from mepa_ds.inspection.subject import Subject, open_subject
 from mepa_ds.inspection.sweep import block_of, default_top_ks
-from mepa_ds.inspection.tracing import SampledInputs, Sampling, draw, trace, trace_samples, trace_tokens
+from mepa_ds.inspection.tracing import (
+    SampledInputs,
+    Sampling,
+    draw,
+    held_out_tokens,
+    trace,
+    trace_samples,
+    trace_tokens,
+)
 from mepa_ds.models.block import Block, modulate
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
 from mepa_ds.scales import ScaleSchedule
+from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from tests.ranks import finish
 from tests.tiny_run import CLASSES, FEATURE_WIDTH, SCALES, make_run, recipe_values
+from tests.train_tokenizer.training_run import make_images
 
 CPU = torch.device("cpu")
 ALL = ["--images", "8", "--batch-size", "5", "--sweep-cfg", "0", "2", "--sweep-top-k", "1", "16"]
@@ -228,6 +240,45 @@ def test_cosines_are_the_losses(subject: Subject) -> None:
     assert maps.shape == (2, len(SCALES), 9)
     loss = alignment_loss(z, features, schedule, [2, 3])
     torch.testing.assert_close(-maps[:, 1:].mean((0, 2)).sum(), loss)
+
+
+def test_weights_in_a_run_know_its_data(run: Path) -> None:
+    found, notes = open_subject(run / "best", None, None, CPU)
+    assert (found.run, found.checkpoint, found.step, notes) == (run, None, 4, [])
+    assert found.class_names == ("0", "1", "2")
+    with pytest.raises(UserError, match="holds 'tokenizer'"):
+        open_subject(run.parent / "tokenizer", run.parent / "tokenizer", None, CPU)
+
+
+def test_data_that_have_gone_are_named(subject: Subject, run: Path, tmp_path: Path) -> None:
+    assert subject.recipe is not None
+    gone = subject.recipe.data.model_copy(update={"features": tmp_path / "x", "heldout_tokens": tmp_path / "y"})
+    moved = replace(subject, recipe=subject.recipe.model_copy(update={"data": gone}))
+    line = draw_guidance(moved, [0, 1], 4, tmp_path)
+    assert line == f"teacher alignment: data.features of the run, {tmp_path / 'x'}, is not there any more"
+    tokens, note = held_out_tokens(moved)
+    assert tokens is None
+    assert note is not None
+    assert note.startswith(f"held-out images: {tmp_path / 'y'} is not there any more")
+
+
+def test_a_teacher_beside_the_model_is_asked_again(subject: Subject, tmp_path: Path) -> None:
+    """Recipes with data.images keep no features: the teacher gives them once more."""
+    make_images(tmp_path / "images", count=5)
+    teacher = PatchPca(PatchPcaConfig(grid_side=3, pixels_per_cell=4, window=4, width=FEATURE_WIDTH))
+    teacher.projection.normal_()
+    teacher.save(tmp_path / "teacher")
+    online = OnlineTeacher(name="patch-pca", weights=str(tmp_path / "teacher"))
+    data = DataConfig(images=tmp_path / "images", teacher=online)
+    assert subject.recipe is not None
+    images = guided_images(subject, subject.recipe.model_copy(update={"data": data}), [0, 1], batch_size=2)
+    assert images is not None
+    assert images.labels_B.tolist() == [0], "these images are all of class 0"
+    (first, *_) = images_once(tmp_path / "images", batch_size=1, image_side=6)
+    torch.testing.assert_close(
+        images.features_BNP, PatchPca.load(tmp_path / "teacher").patch_features(first.images_B3HW)
+    )
+    assert torch.equal(images.tokens_BL, subject.tokenizer.encode(first.images_B3HW))
 
 
 def test_names_of_classes(run: Path, tmp_path: Path) -> None:

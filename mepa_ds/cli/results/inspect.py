@@ -84,12 +84,14 @@ def main(argv: list[str]) -> None:
     print(f"inspecting {subject.source}{step}")
     pictures = []
     with naming_full_disks(out), naming_full_gpus(options.batch_size):
-        for part in _Parts(options, subject, out).all():
+        parts = _Parts(options, subject, out)
+        for part in parts.all():
             drawn = part()
             if isinstance(drawn, str):
                 left_out.append(drawn)
             else:
                 pictures += drawn
+        left_out += parts.notes
         index = write_index(out, subject, pictures, left_out)
     for picture in pictures:
         print(picture.path)
@@ -112,6 +114,8 @@ class _Parts:
         self._classes = spread_classes(count, _MOST_CLASSES) if given is None else parse_classes(given, count)
         self._sampling = Sampling(options.cfg, options.top_k, options.top_p, options.seed, options.batch_size)
         self._traced: Traced | None = None
+        self.notes: list[str] = []
+        """Lines to say beside those of parts that are left out."""
 
     def all(self) -> list[Callable[[], Drawn]]:
         wanted = self._options.only
@@ -158,7 +162,8 @@ class _Parts:
 
         if self._traced is None and self._subject.blocks:
             count, size = self._options.images, self._options.batch_size
-            tokens = self._options.tokens or held_out_tokens(self._subject)
+            tokens, line = (self._options.tokens, None) if self._options.tokens else held_out_tokens(self._subject)
+            self.notes += [line] if line else []
             with _progress("routing", count) as bar:
                 if tokens is not None:
                     self._traced = trace_tokens(self._subject, tokens, count, size, bar.update)
