@@ -31,8 +31,11 @@ from mepa_ds.inspection.sweep import block_of, default_top_ks
 from mepa_ds.inspection.tracing import (
     SampledInputs,
     Sampling,
+    check_maker,
+    choose_images,
     draw,
     held_out_tokens,
+    labels_of,
     trace,
     trace_samples,
     trace_tokens,
@@ -145,7 +148,35 @@ def test_another_tokenizers_tokens_are_refused(subject: Subject, run: Path, tmp_
 
     make_sets(tmp_path, "another", count=4)
     with pytest.raises(UserError, match="made by tokenizer 'tiny' \\(another\\)"):
-        trace_tokens(subject, tmp_path / "train.tokens", 4, 4, lambda count: None)
+        check_maker(subject, tmp_path / "train.tokens")
+    with pytest.raises(UserError, match="has label 2, but the model's classes are 0 to 1"):
+        labels_of(run.parent / "train.tokens", 2)
+
+
+def test_a_sorted_set_gives_images_of_many_classes() -> None:
+    labels = np.arange(1000).repeat(50)
+    chosen = labels[choose_images(labels, [207, 999], 256)]
+    classes, counts = np.unique(chosen, return_counts=True)
+    assert len(classes) == 32
+    assert set(counts) == {8}
+    assert {207, 999} < set(classes)
+    assert np.diff(classes).max() < 70, "spread over all"
+    few = labels[choose_images(labels, [7], 3)]
+    assert len(set(few)) == 3
+    assert 7 in few
+    of_ten = choose_images(np.arange(300) % 10, [1], 256)
+    assert np.unique(np.arange(300)[of_ten] % 10, return_counts=True)[1].tolist() == [25] * 10
+
+
+def test_tokens_are_read_by_number(subject: Subject, run: Path) -> None:
+    tokens = run.parent / "heldout.tokens"
+    labels = labels_of(tokens, CLASSES)
+    whole = trace_tokens(subject, tokens, list(range(10)), 10, lambda count: None)
+    some = trace_tokens(subject, tokens, [1, 4, 8], 2, lambda count: None)
+    assert np.array_equal(whole.labels_B, labels)
+    assert np.array_equal(some.labels_B, labels[[1, 4, 8]])
+    assert np.array_equal(some.pixels_BHW3, whole.pixels_BHW3[[1, 4, 8]])
+    assert np.array_equal(some.layers[1].first_BL, whole.layers[1].first_BL[[1, 4, 8]])
 
 
 def test_the_checkpoint_gives_model_and_projector(subject: Subject, run: Path) -> None:
@@ -254,7 +285,7 @@ def test_data_that_have_gone_are_named(subject: Subject, run: Path, tmp_path: Pa
     assert subject.recipe is not None
     gone = subject.recipe.data.model_copy(update={"features": tmp_path / "x", "heldout_tokens": tmp_path / "y"})
     moved = replace(subject, recipe=subject.recipe.model_copy(update={"data": gone}))
-    line = draw_guidance(moved, [0, 1], 4, tmp_path)
+    line = draw_guidance(moved, [0, 1], tmp_path)
     assert line == f"teacher alignment: data.features of the run, {tmp_path / 'x'}, is not there any more"
     tokens, note = held_out_tokens(moved)
     assert tokens is None
@@ -271,7 +302,7 @@ def test_a_teacher_beside_the_model_is_asked_again(subject: Subject, tmp_path: P
     online = OnlineTeacher(name="patch-pca", weights=str(tmp_path / "teacher"))
     data = DataConfig(images=tmp_path / "images", teacher=online)
     assert subject.recipe is not None
-    images = guided_images(subject, subject.recipe.model_copy(update={"data": data}), [0, 1], batch_size=2)
+    images = guided_images(subject, subject.recipe.model_copy(update={"data": data}), [0, 1])
     assert images is not None
     assert images.labels_B.tolist() == [0], "these images are all of class 0"
     (first, *_) = images_once(tmp_path / "images", batch_size=1, image_side=6)

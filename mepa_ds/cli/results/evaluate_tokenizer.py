@@ -41,7 +41,7 @@ class EvaluateTokenizerOptions:
     lpips_network: Literal["vgg", "alex"] = "vgg"
     """The network of LPIPS: VGG-16, as in tokenizers' papers, or AlexNet."""
     max_images: int | None = None
-    """The first so many images of the set; all if not given."""
+    """So many images, evenly over the set, which may be sorted by class; all if not given."""
     batch_size: int = 32
     """Images at a time."""
     shown: int = 8
@@ -73,7 +73,9 @@ def main(argv: list[str]) -> None:
     lpips = options.lpips and load_lpips(options.lpips_network, options.lpips, "--lpips").to(device)
     check_writable(options.out, "--out")
     side = tokenizer.config.image_side
-    batches = images_once(options.shards, batch_size=options.batch_size, image_side=side)
+    # Every n-th image: what rank 0 of n would read.
+    every = distributed.Ranks(0, there // count)
+    batches = images_once(options.shards, batch_size=options.batch_size, image_side=side, ranks=every)
     progress = tqdm(total=count, desc="reconstructing", unit="image", disable=None)
     with progress as bar, naming_full_gpus(options.batch_size):
         found = score_tokenizer(tokenizer, batches, count, spaces, lpips or None, options.shown, bar.update)

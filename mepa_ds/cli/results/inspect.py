@@ -45,9 +45,9 @@ class InspectOptions:
     only: tuple[Part, ...] = get_args(Part)
     """Draw these parts alone."""
     tokens: Path | None = None
-    """Token set whose first images are routed; the run's held-out tokens if not given, samples where there are none."""
+    """Token set whose images are routed; the run's held-out tokens if not given, samples where there are none."""
     images: int = 256
-    """Images that are routed, for the maps and for the mutual information."""
+    """Images that are routed, for the maps and for the mutual information: as many of each class, 8 at least."""
     classes: str | None = None
     """Classes to show, such as 207,360 or 0-7; up to 8 over all classes if not given."""
     cfg: float = 1.5
@@ -145,7 +145,7 @@ class _Parts:
     def _alignment(self) -> Drawn:
         from mepa_ds.inspection.guidance import draw_guidance
 
-        return draw_guidance(self._subject, self._classes, self._options.batch_size, self._out)
+        return draw_guidance(self._subject, self._classes, self._out)
 
     def _sweep(self) -> Drawn:
         from mepa_ds.inspection.sweep import CFGS, MOST_CLASSES, default_top_ks, draw_sweep
@@ -158,18 +158,24 @@ class _Parts:
 
     def _trace(self) -> Traced | None:
         """The routed images, which two parts share; None for a dense model, which routes nothing."""
-        from mepa_ds.inspection.tracing import held_out_tokens, trace_samples, trace_tokens
+        from mepa_ds.inspection import tracing
 
         if self._traced is None and self._subject.blocks:
             count, size = self._options.images, self._options.batch_size
-            tokens, line = (self._options.tokens, None) if self._options.tokens else held_out_tokens(self._subject)
-            self.notes += [line] if line else []
-            with _progress("routing", count) as bar:
-                if tokens is not None:
-                    self._traced = trace_tokens(self._subject, tokens, count, size, bar.update)
-                else:
-                    labels = self._sampled_labels(count)
-                    self._traced = trace_samples(self._subject, labels, self._sampling, bar.update)
+            tokens = self._options.tokens
+            if tokens is None:
+                tokens, line = tracing.held_out_tokens(self._subject)
+                self.notes += [line] if line else []
+            if tokens is not None:
+                tracing.check_maker(self._subject, tokens)
+                labels_N = tracing.labels_of(tokens, self._subject.model.config.num_classes)
+                numbers = tracing.choose_images(labels_N, self._classes, count)
+                with _progress("routing", len(numbers)) as bar:
+                    self._traced = tracing.trace_tokens(self._subject, tokens, numbers, size, bar.update)
+            else:
+                labels = self._sampled_labels(count)
+                with _progress("routing", count) as bar:
+                    self._traced = tracing.trace_samples(self._subject, labels, self._sampling, bar.update)
         return self._traced
 
     def _sampled_labels(self, count: int) -> list[int]:
