@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +149,26 @@ def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | 
 
 
 def write_index(directory: Path, subject: Subject, pictures: Sequence[Picture], left_out: Sequence[str]) -> Path:
-    """Writes `inspect.json`: what each picture shows, and what could not be drawn."""
+    """Writes `inspect.json`: what each picture shows, and what could not be drawn.
+
+    Pictures that an earlier command has drawn there of the same weights (`--only`) stay listed.
+    """
     path = directory / "inspect.json"
-    listed = [
-        {"picture": picture.path.name, "shows": picture.shows, "data": picture.data and picture.data.name}
-        for picture in pictures
-    ]
-    write_json(path, {**subject.facts, "pictures": listed, "left_out": list(left_out)})
+    listed = {
+        picture.path.name: {"shows": picture.shows, "data": picture.data and picture.data.name} for picture in pictures
+    }
+    earlier = _earlier(path, subject)
+    kept = {name: facts for name, facts in earlier.items() if name not in listed and (directory / name).exists()}
+    entries = [{"picture": name, **facts} for name, facts in {**kept, **listed}.items()]
+    write_json(path, {**subject.facts, "pictures": entries, "left_out": list(left_out)})
     return path
+
+
+def _earlier(path: Path, subject: Subject) -> dict[str, dict[str, Any]]:
+    try:
+        index = json.loads(path.read_text())
+        if any(index[name] != value for name, value in subject.facts.items()):
+            return {}
+        return {entry.pop("picture"): entry for entry in index["pictures"]}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+        return {}

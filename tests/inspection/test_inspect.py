@@ -95,6 +95,10 @@ def test_a_run_shows_everything(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert len(load) == 1 + 4 * 2 * len(SCALES) * 4, "steps, blocks, scales, experts"
     cells = json.loads((tmp_path / "sweep.json").read_text())["cells"]
     assert [(cell["cfg"], cell["top_k"]) for cell in cells] == [(0, 1), (0, 16), (2, 1), (2, 16)]
+    command.main([str(run), "--out", str(tmp_path), "--only", "scales"])
+    assert {entry["picture"] for entry in listed(tmp_path)["pictures"]} == set(names), "those of before stay listed"
+    command.main([str(run / "best"), "--out", str(tmp_path), "--only", "scales"])
+    assert len(listed(tmp_path)["pictures"]) == 2, "of other weights they do not"
 
 
 def test_weights_alone_show_what_they_can(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ class InspectOptions:
     tokenizer: Path | None = None
     """The model's tokenizer: its directory, or VAR's file; a run tells its own."""
     out: Path | None = None
-    """Directory of the pictures; inspect/ in the run, or here, if not given."""
+    """Directory of the pictures; if not given, inspect/step_00001000 (or the weights' name) in the run, or here."""
     only: tuple[Part, ...] = get_args(Part)
     """Draw these parts alone."""
     tokens: Path | None = None
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
 
     device = distributed.device_of(distributed.read_launch())
     subject, left_out = open_subject(options.subject, options.tokenizer, options.scales, device)
-    out = options.out or ((subject.run / "inspect") if subject.run else Path("inspect"))
+    out = options.out or (subject.run or Path()) / "inspect" / subject.source.name
     check_writable(out, "--out")
     step = "" if subject.step is None else f", step {subject.step}"
     print(f"inspecting {subject.source}{step}")
