@@ -104,6 +104,15 @@ def naming_full_disks(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def naming_full_gpus(batch_size: int) -> Iterator[None]:
+    """For tools: a GPU whose memory is too small becomes a UserError that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory with {batch_size} images at once; use a smaller --batch-size") from error
+
+
 def again(read: Callable[[], ResultT]) -> ResultT:
     """What `read` gives. It is called up to three times where a network file system may get over what it met.
 

@@ -5,7 +5,7 @@ Legend: B batch of this rank, L tokens over all scales, N teacher patches, C tea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -258,3 +258,10 @@ def evaluation_batches(
     tasks = rank_batches(0, batch_size * ranks.world_size, *ranks, last=sets.num_samples)
     tasks = fetched_in_order(tasks, sets.tokens.shard_sizes, sets.caches)
     return ordered_map(reader, tasks, options.num_workers)
+
+
+def read_samples(tokens: Path, features: Path | None, samples: Sequence[int]) -> TrainingBatch:
+    """The samples of these numbers, as evaluation reads them."""
+    numbers = np.asarray(samples, dtype=np.int64)
+    reader = _Reader(open_training_sets(tokens, features), None, 0, DEFAULTS)
+    return reader(BatchTask(numbers, int(numbers[-1]) + 1))

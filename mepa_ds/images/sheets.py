@@ -21,10 +21,10 @@ Pixels = NDArray[np.uint8]
 LEAST_SIDE = 64
 """Smaller tiles are enlarged by a whole factor."""
 _GAP, _MARGIN = 2, 6
-_SIZE, _TITLE_SIZE = 12, 14
-_ROW_CAPTION = 150  # the most pixels of a row's caption in width
+_LEAST_SIZE, _MOST_SIZE = 12, 24  # of letters; between them they grow with the tiles
+_TILES_A_LETTER = 12
+_ROW_CAPTION = 12  # the most width of a row's caption, in letters' sizes
 _TITLE_WIDTH = 320  # a narrow sheet grows to this, so that its title needs few lines
-_SWATCH, _LINE = 11, 17
 _INK, _CUT = "#222222", "..."
 
 
@@ -56,32 +56,33 @@ def draw_sheet(
     """
     tiles = [[None if tile is None else _enlarged(tile, least_side) for tile in row] for row in rows_of_tiles]
     height, width = next(tile.shape[:2] for row in tiles for tile in row if tile is not None)
+    size = min(max(min(height, width) // _TILES_A_LETTER, _LEAST_SIZE), _MOST_SIZE)
+    title_size = size + 2
     num_columns = max(map(len, tiles))
-    captions = [_wrapped(text, _SIZE, _ROW_CAPTION, height) for text in rows]
-    left = _MARGIN + (max((_width(text, _SIZE) for text in captions), default=0) + _MARGIN if any(rows) else 0)
+    captions = [_wrapped(text, size, _ROW_CAPTION * size, height) for text in rows]
+    left = _MARGIN + (max((_width(text, size) for text in captions), default=0) + _MARGIN if any(rows) else 0)
     full = max(left + num_columns * (width + _GAP) - _GAP + _MARGIN, _TITLE_WIDTH if title else 0)
-    heading = _wrapped(title, _TITLE_SIZE, full - 2 * _MARGIN)
-    above = [_wrapped(text, _SIZE, width) for text in columns]
-    legend_top = _MARGIN + (_height(heading, _TITLE_SIZE) + _MARGIN if title else 0)
-    swatches, legend_height = _legend_places(legend, full - 2 * _MARGIN)
+    heading = _wrapped(title, title_size, full - 2 * _MARGIN)
+    above = [_wrapped(text, size, width) for text in columns]
+    legend_top = _MARGIN + (_height(heading, title_size) + _MARGIN if title else 0)
+    swatches, legend_height = _legend_places(legend, size, full - 2 * _MARGIN)
     columns_top = legend_top + legend_height
-    top = columns_top + (max(_height(text, _SIZE) for text in above) + 4 if any(columns) else 0)
+    top = columns_top + (max(_height(text, size) for text in above) + 4 if any(columns) else 0)
     sheet = Image.new("RGB", (full, top + len(tiles) * (height + _GAP) - _GAP + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.multiline_text((_MARGIN, _MARGIN), heading, _INK, _font(_TITLE_SIZE))
+    draw.multiline_text((_MARGIN, _MARGIN), heading, _INK, _font(title_size))
     for (x, y), (text, colour) in zip(swatches, legend, strict=True):
         x, y = x + _MARGIN, y + legend_top
-        draw.rectangle((x, y + 2, x + _SWATCH, y + 2 + _SWATCH), colour, _INK)
-        draw.text((x + _SWATCH + 4, y), text, _INK, _font(_SIZE))
+        draw.rectangle((x, y + 2, x + size - 1, y + size + 1), colour, _INK)
+        draw.text((x + size + 3, y), text, _INK, _font(size))
     for number, text in enumerate(above[:num_columns]):
-        at = (left + number * (width + _GAP), top - 4 - _height(text, _SIZE))
-        draw.multiline_text(at, text, _INK, _font(_SIZE))
+        at = (left + number * (width + _GAP), top - 4 - _height(text, size))
+        draw.multiline_text(at, text, _INK, _font(size))
     places = []
     for number, row in enumerate(tiles):
         row_top = top + number * (height + _GAP)
         if number < len(captions):
-            draw.multiline_text((_MARGIN, row_top), captions[number], _INK, _font(_SIZE))
+            draw.multiline_text((_MARGIN, row_top), captions[number], _INK, _font(size))
         places.append(tuple((row_top, left + column * (width + _GAP)) for column in range(len(row))))
         for (_, at_left), tile in zip(places[-1], row, strict=True):
             if tile is not None:
@@ -89,16 +90,16 @@ def draw_sheet(
     return Sheet(np.array(sheet), tuple(places), (height, width))
 
 
-def _legend_places(legend: Sequence[tuple[str, Colour]], width: int) -> tuple[list[tuple[int, int]], int]:
+def _legend_places(legend: Sequence[tuple[str, Colour]], size: int, width: int) -> tuple[list[tuple[int, int]], int]:
     """(x, y) of each entry, in lines of at most `width` pixels; and the height of all."""
-    places, x, y = [], 0, 0
+    places, x, y, line = list[tuple[int, int]](), 0, 0, size + 5
     for text, _ in legend:
-        own = _SWATCH + 4 + _width(text, _SIZE) + 10
+        own = size + 3 + _width(text, size) + 10
         if x and x + own > width:
-            x, y = 0, y + _LINE
+            x, y = 0, y + line
         places.append((x, y))
         x += own
-    return places, y + _LINE + 4 if legend else 0
+    return places, y + line + 4 if legend else 0
 
 
 def resized(tile: Pixels, side: int, smooth: bool = True) -> Pixels:
@@ -127,7 +128,11 @@ def _width(text: str, size: int) -> int:
 
 
 def _height(text: str, size: int) -> int:
-    return int(np.ceil(_measure().multiline_textbbox((0, 0), text, _font(size))[3])) if text else 0
+    """The same for all texts of as many lines, so that captions side by side are on one line."""
+    if not text:
+        return 0
+    lines = "\n".join(["Ag"] * (text.count("\n") + 1))
+    return int(np.ceil(_measure().multiline_textbbox((0, 0), lines, _font(size))[3]))
 
 
 def _wrapped(text: str, size: int, width: int, height: int | None = None) -> str:

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from mepa_ds.checkpoint.weights import read_projector
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.images import images_once
+from mepa_ds.data.images import decode_sample
+from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME
-from mepa_ds.data.training import evaluation_batches
+from mepa_ds.data.training import read_samples
 from mepa_ds.images.decoding import Colour
 from mepa_ds.images.pictures import save_png, to_uint8
+from mepa_ds.images.resizing import fit_image
 from mepa_ds.images.sheets import Pixels, draw_sheet, resized
 from mepa_ds.inspection.scales import save_arrays
 from mepa_ds.inspection.subject import Drawn, Picture, Subject
@@ -42,7 +44,7 @@ class GuidedImages(NamedTuple):
     features_BNP: Tensor
 
 
-def draw_guidance(subject: Subject, classes: list[int], batch_size: int, directory: Path) -> Drawn:
+def draw_guidance(subject: Subject, classes: list[int], directory: Path) -> Drawn:
     """Writes alignment.png and .npz: the first training image of each class."""
     recipe = subject.recipe
     if subject.checkpoint is None:
@@ -55,9 +57,9 @@ def draw_guidance(subject: Subject, classes: list[int], batch_size: int, directo
         return "teacher alignment: the run has no semantic guidance (objective.alignment: null)"
     if (missing := _missing_data(recipe)) is not None:
         return f"teacher alignment: {missing}"
-    images = guided_images(subject, recipe, classes, batch_size)
+    images = guided_images(subject, recipe, classes)
     if images is None:
-        return f"teacher alignment: no image of the classes {classes} is among the first of the training set"
+        return f"teacher alignment: the training set has no image of the classes {classes}"
     width, hidden = state["0.weight"].shape[1], state["0.weight"].shape[0]
     projector = Projector(width, hidden, len(state["4.bias"]))
     load_strict(projector, state, str(subject.checkpoint))
@@ -78,37 +80,33 @@ def _missing_data(recipe: PretrainConfig) -> str | None:
 
 
 @torch.no_grad()
-def guided_images(subject: Subject, recipe: PretrainConfig, classes: list[int], batch_size: int) -> GuidedImages | None:
-    """The first training image of each class, as far as the first images of the set have them."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for number, (labels_B, tokens_BL, features_BNP) in enumerate(_batches(subject, recipe, batch_size)):
-        for row, label in enumerate(labels_B.tolist()):
-            if label in classes and label not in found:
-                found[label] = (tokens_BL[row], features_BNP[row].float())
-        if len(found) == len(set(classes)) or (number + 1) * batch_size >= 2000:
-            break
-    if not found:
-        return None
-    labels = [label for label in classes if label in found]
-    tokens, features = zip(*(found[label] for label in labels), strict=True)
-    device = subject.device
-    return GuidedImages(torch.tensor(labels, device=device), torch.stack(tokens), torch.stack(features))
-
-
-def _batches(subject, recipe: PretrainConfig, batch_size: int):  # type: ignore[no-untyped-def]
+def guided_images(subject: Subject, recipe: PretrainConfig, classes: list[int]) -> GuidedImages | None:
+    """The first training image of each class; None if there is none of them."""
     data = recipe.data
+    path = data.tokens or data.images
+    assert path is not None
+    shards = ShardSet(path, "data")
+    labels_N = shards.read_labels(np.arange(len(shards)))
+    numbers = [int(np.flatnonzero(labels_N == label)[0]) for label in classes if label in labels_N]
+    if not numbers:
+        return None
+    labels_B = torch.from_numpy(labels_N[numbers]).to(subject.device)
     if data.tokens is not None:
-        for batch in evaluation_batches(data.tokens, data.features, batch_size=batch_size):
-            moved = batch.to(subject.device)
-            yield moved.labels_B, moved.tokens_BL, moved.features_BNC
-        return
-    assert data.images is not None
+        batch = read_samples(data.tokens, data.features, numbers).to(subject.device)
+        assert batch.features_BNC is not None
+        return GuidedImages(labels_B, batch.tokens_BL, batch.features_BNC)
     assert data.teacher is not None
     teacher = build_teacher(data.teacher.name, data.teacher.weights).to(subject.device)
-    side = subject.tokenizer.config.image_side
-    for images in images_once(data.images, batch_size=batch_size, image_side=side):
-        images_B3HW = images.to(subject.device).images_B3HW
-        yield images.labels_B, subject.tokenizer.encode(images_B3HW), teacher.patch_features(images_B3HW)
+    images_B3HW = torch.stack([_image(shards, number, subject.tokenizer.config.image_side) for number in numbers])
+    images_B3HW = images_B3HW.to(subject.device)
+    return GuidedImages(labels_B, subject.tokenizer.encode(images_B3HW), teacher.patch_features(images_B3HW))
+
+
+def _image(shards: ShardSet, number: int, side: int) -> Tensor:
+    """(3, H, W) in [-1, 1], cropped at the centre."""
+    key, members = shards.read(number)
+    pixels_HW3 = np.array(fit_image(decode_sample(shards, key, members), side))
+    return torch.from_numpy(pixels_HW3).permute(2, 0, 1).float() / 127.5 - 1
 
 
 @torch.no_grad()

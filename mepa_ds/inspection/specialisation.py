@@ -9,6 +9,7 @@ import csv
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class Specialisation:
 
 
 def specialisation(
-    counts_BE: NDArray[np.float64], labels_B: NDArray[np.int64], num_choices: int = 1, seed: int = 0
+    counts_BE: NDArray[Any], labels_B: NDArray[np.int64], num_choices: int = 1, seed: int = 0
 ) -> Specialisation:
     """From the pairs that each image gave to each expert; `num_choices` is K, the different experts of a token.
 
@@ -126,8 +127,8 @@ def _figure(subject: Subject, traced: Traced, table: dict[int, list[Specialisati
         left.set_yticks(range(len(blocks)), [str(block) for block in blocks])
         left.set(xlabel="side of the scale", ylabel="MoE block", title="corrected mutual information")
         later_NS = share_NS[:, 1:] if schedule.num_scales > 1 else share_NS
-        row, scale = np.unravel_index(int(later_NS.argmax()), later_NS.shape)
-        row, scale = int(row), int(scale) + share_NS.shape[1] - later_NS.shape[1]
+        row, later = divmod(int(later_NS.argmax()), later_NS.shape[1])
+        scale = later + share_NS.shape[1] - later_NS.shape[1]
         start, end = schedule.bounds[scale]
         counts_BE = _pairs(traced.layers[blocks[row]].chosen_BLE[:, start:end])
         classes = np.unique(traced.labels_B)

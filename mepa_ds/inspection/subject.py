@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from mepa_ds.generation.class_names import RECIPE_NAME, caption
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import with_weights
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+from mepa_ds.weights.directories import CONFIG_NAME
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -84,9 +86,8 @@ def open_subject(
         source, run = _of_run(path), path
     else:
         source, run = path, path.parent
-    notes: list[str] = []
     checkpoint = source if is_checkpoint_name(source.name) else None
-    recipe = _recipe(run, checkpoint)
+    recipe, notes = _recipe(run, checkpoint)
     if checkpoint is not None:
         assert recipe is not None
         if (damage := find_damage(checkpoint)) is not None:
@@ -121,14 +122,21 @@ def _of_run(run: Path) -> Path:
     for name in ("last", "best"):
         if has_weights(run / name):
             return run / name
+    if (run / CONFIG_NAME).exists():
+        return run  # weights of another kind: opening them says so
     raise UserError(f"{run}: a run without a checkpoint or exported weights; wait for its first checkpoint")
 
 
-def _recipe(run: Path, checkpoint: Path | None) -> PretrainConfig | None:
+def _recipe(run: Path, checkpoint: Path | None) -> tuple[PretrainConfig | None, list[str]]:
+    """The recipe that the weights are from, and a line where one is there but cannot be read."""
     if checkpoint is not None:
-        return validate(PretrainConfig, read_state(checkpoint).recipe, str(checkpoint))
-    path = run / RECIPE_NAME
-    return load_config(PretrainConfig, path) if path.is_file() else None
+        return validate(PretrainConfig, read_state(checkpoint).recipe, str(checkpoint)), []
+    if not (run / RECIPE_NAME).is_file():
+        return None, []
+    try:
+        return load_config(PretrainConfig, run / RECIPE_NAME), []
+    except UserError as error:  # of a tokenizer's training, or of another version
+        return None, [f"the run of {run}: its recipe is not of pretraining here ({error})"]
 
 
 def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | None]:
@@ -141,11 +149,26 @@ def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | 
 
 
 def write_index(directory: Path, subject: Subject, pictures: Sequence[Picture], left_out: Sequence[str]) -> Path:
-    """Writes `inspect.json`: what each picture shows, and what could not be drawn."""
+    """Writes `inspect.json`: what each picture shows, and what could not be drawn.
+
+    Pictures that an earlier command has drawn there of the same weights (`--only`) stay listed.
+    """
     path = directory / "inspect.json"
-    listed = [
-        {"picture": picture.path.name, "shows": picture.shows, "data": picture.data and picture.data.name}
-        for picture in pictures
-    ]
-    write_json(path, {**subject.facts, "pictures": listed, "left_out": list(left_out)})
+    listed = {
+        picture.path.name: {"shows": picture.shows, "data": picture.data and picture.data.name} for picture in pictures
+    }
+    earlier = _earlier(path, subject)
+    kept = {name: facts for name, facts in earlier.items() if name not in listed and (directory / name).exists()}
+    entries = [{"picture": name, **facts} for name, facts in {**kept, **listed}.items()]
+    write_json(path, {**subject.facts, "pictures": entries, "left_out": list(left_out)})
     return path
+
+
+def _earlier(path: Path, subject: Subject) -> dict[str, dict[str, Any]]:
+    try:
+        index = json.loads(path.read_text())
+        if any(index[name] != value for name, value in subject.facts.items()):
+            return {}
+        return {entry.pop("picture"): entry for entry in index["pictures"]}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+        return {}

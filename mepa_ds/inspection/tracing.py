@@ -6,7 +6,7 @@ choices a token, S scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME
-from mepa_ds.data.training import evaluation_batches
+from mepa_ds.data.training import check_labels, read_samples
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sampling import sample
@@ -27,6 +28,8 @@ from mepa_ds.inspection.subject import Subject
 from mepa_ds.models.block import Block
 from mepa_ds.models.moe.routing import Routing
 from mepa_ds.models.transformer import NextScaleTransformer
+
+_OF_A_CLASS, _LEAST_CLASSES = 8, 4
 
 
 @dataclass(frozen=True)
@@ -162,52 +165,63 @@ def draw(
     on_scale: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Images (B, 3, H, W) in [0, 1]."""
-    try:
-        return sample(
-            subject.model,
-            subject.tokenizer,
-            labels,
-            cfg=sampling.cfg,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-            first_index=first_index,
-            on_scale=on_scale,
-        )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"out of GPU memory with {len(labels)} images at once; use a smaller --batch-size") from error
+    return sample(
+        subject.model,
+        subject.tokenizer,
+        labels,
+        cfg=sampling.cfg,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        first_index=first_index,
+        on_scale=on_scale,
+    )
 
 
 def trace_tokens(
-    subject: Subject, tokens: Path, max_images: int, batch_size: int, on_images: Callable[[int], object]
+    subject: Subject, tokens: Path, numbers: Sequence[int], batch_size: int, on_images: Callable[[int], object]
 ) -> Traced:
-    """The first images of a token set, teacher-forced. Their pixels are the tokenizer's reconstructions.
-
-    Raises:
-        UserError: the set was made by another tokenizer, or has labels beyond the model's classes.
-    """
-    check_maker(subject, tokens)
+    """Samples of a token set, by number, teacher-forced. Their pixels are the tokenizer's reconstructions."""
     parts: list[Traced] = []
-    left = max_images
-    for batch in evaluation_batches(tokens, None, batch_size=batch_size):
-        real = min(int(batch.weight_B.sum()), left)
-        batch = batch.to(subject.device)
-        labels_B, tokens_BL = batch.labels_B[:real], batch.tokens_BL[:real]
-        inputs_BLZ = subject.tokenizer.inputs_from_tokens(tokens_BL)
-        layers = trace(subject.model, labels_B, inputs_BLZ)
-        pixels = to_uint8(subject.tokenizer.decode(tokens_BL).add(1).div(2))
-        parts.append(Traced(f"images of {tokens.name}", labels_B.cpu().numpy(), pixels, layers))
-        on_images(real)
-        left -= real
-        if left <= 0:
-            break
+    for start in range(0, len(numbers), batch_size):
+        batch = read_samples(tokens, None, numbers[start : start + batch_size]).to(subject.device)
+        layers = trace(subject.model, batch.labels_B, subject.tokenizer.inputs_from_tokens(batch.tokens_BL))
+        pixels = to_uint8(subject.tokenizer.decode(batch.tokens_BL).add(1).div(2))
+        parts.append(Traced(f"images of {tokens.name}", batch.labels_B.cpu().numpy(), pixels, layers))
+        on_images(len(batch.labels_B))
     return _joined(parts)
 
 
-def held_out_tokens(subject: Subject) -> Path | None:
-    """The held-out token set of the run, where it is still there."""
+def choose_images(labels_N: NDArray[np.int64], shown: Sequence[int], count: int) -> list[int]:
+    """Numbers of up to `count` images of a set, in order, about as many of each class.
+
+    Sets may be sorted by class, so the first images would be of few. Few images are of few classes, since a class with
+    one image tells nothing: of `_OF_A_CLASS` or more each, the shown classes among them.
+    """
+    there = np.unique(labels_N)
+    most = min(max(count // _OF_A_CLASS, _LEAST_CLASSES), count)
+    first = [label for label in shown if label in there][:most]
+    others = [int(label) for label in there if label not in first]
+    wanted = min(most, len(there)) - len(first)
+    classes = [*first, *(others[place * len(others) // wanted] for place in range(wanted))]
+    each = count // max(len(classes), 1)
+    return sorted(int(number) for label in classes for number in np.flatnonzero(labels_N == label)[:each])
+
+
+def labels_of(tokens: Path, num_classes: int) -> NDArray[np.int64]:
+    """(N,) labels of a set. Raises UserError for a class that the model has not."""
+    shards = ShardSet(tokens, "--tokens")
+    labels_N = shards.read_labels(np.arange(len(shards)))
+    check_labels(torch.from_numpy(labels_N), num_classes, lambda row: f"{tokens}: sample {row}")
+    return labels_N
+
+
+def held_out_tokens(subject: Subject) -> tuple[Path | None, str | None]:
+    """The held-out token set of the run; and a line to say where it has one that is not there any more."""
     tokens = None if subject.recipe is None else subject.recipe.data.heldout_tokens
-    return tokens if tokens is not None and (tokens / INDEX_NAME).exists() else None
+    if tokens is None or (tokens / INDEX_NAME).exists():
+        return tokens, None
+    return None, f"held-out images: {tokens} is not there any more; samples were routed instead (or give --tokens)"
 
 
 def check_maker(subject: Subject, tokens: Path) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mepa_ds.files import atomic_path
 from mepa_ds.inspection.subject import METRICS_NAME, Drawn, Picture, Subject
 from mepa_ds.reports import style
 from mepa_ds.runtime.metrics import read_metrics
 
-_COLUMNS = 4
+_MOST_TIMES = 4  # loads above so many times the even one have one colour
 
 
 def draw_training_load(subject: Subject, directory: Path) -> Drawn:
@@ -35,13 +36,13 @@ def draw_training_load(subject: Subject, directory: Path) -> Drawn:
     _write_csv(load.with_suffix(".csv"), records, "load_scale", ("step", "block", "scale", "expert", "load"))
     _write_csv(entropy.with_suffix(".csv"), records, "entropy_scale", ("step", "block", "scale", "entropy"))
     with style.drawing():
-        _draw_load(records, layers, steps, load)
+        _draw_load(subject, records, layers, steps, load)
         _draw_entropy(subject, records, layers, steps, entropy)
     return [
         Picture(
             load,
-            "share of the routed tokens of all scales that each expert got at each logged step, a panel for each MoE "
-            "block; the data have every scale",
+            "share of a scale's routed tokens that each expert got at each logged step, a row for each MoE block, a "
+            "column for each scale",
             load.with_suffix(".csv"),
         ),
         Picture(
@@ -66,25 +67,32 @@ def _write_csv(path: Path, records: list[dict[str, Any]], name: str, columns: tu
                         writer.writerow([record["step"], block, scale, values])
 
 
-def _draw_load(records: list[dict[str, Any]], layers: list[str], steps: list[int], path: Path) -> None:
-    load_NER = np.array([[record["layers"][layer]["load"] for record in records] for layer in layers]).swapaxes(1, 2)
-    columns = min(len(layers), _COLUMNS)
-    rows = -(-len(layers) // columns)
-    figure = Figure(figsize=(3.2 * columns + 1, 2.4 * rows + 0.8), layout="constrained")
-    figure.suptitle("Expert load over training, all scales", fontsize=13)
-    panels = np.ravel(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
-    even = 1 / load_NER.shape[1]
-    most = max(float(load_NER.max()), 2 * even)
-    for axes, layer, load_ER in zip(panels, layers, load_NER, strict=False):
-        edges = np.arange(load_ER.shape[0] + 1) - 0.5
-        drawn = axes.pcolormesh(_edges(steps), edges, load_ER, vmin=0, vmax=most, cmap="viridis")
-        axes.set_title(f"block {layer}")
-        axes.grid(False)
-    for axes in panels[len(layers) :]:
-        axes.set_visible(False)
-    figure.supxlabel("step")
-    figure.supylabel("expert")
-    figure.colorbar(drawn, ax=panels.tolist(), label=f"share of tokens (even: {even:.3f})")
+def _draw_load(
+    subject: Subject, records: list[dict[str, Any]], layers: list[str], steps: list[int], path: Path
+) -> None:
+    """A panel for each block (rows) and scale (columns): experts upwards, steps to the right."""
+    load_NSER = np.array([[record["layers"][layer]["load_scale"] for record in records] for layer in layers])
+    load_NSER = np.moveaxis(load_NSER, 1, -1)
+    N, S, E, _ = load_NSER.shape
+    figure = Figure(figsize=(max(1.3 * S + 1.6, 5.5), max(0.9 * N + 1.4, 3.5)), layout="constrained")
+    figure.suptitle("Expert load over training, by block and scale", fontsize=13)
+    panels_NS = figure.subplots(N, S, sharex=True, sharey=True, squeeze=False)
+    for panels_S, layer, load_SER in zip(panels_NS, layers, load_NSER, strict=True):
+        for axes, load_ER in zip(panels_S, load_SER, strict=True):
+            drawn = axes.pcolormesh(
+                _edges(steps), np.arange(E + 1) - 0.5, load_ER, vmin=0, vmax=_MOST_TIMES / E, cmap="viridis"
+            )
+            axes.grid(False)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        panels_S[0].set_ylabel(f"block {layer}", fontsize=9)
+    for axes, side in zip(panels_NS[0], subject.model.schedule.sides, strict=True):
+        axes.set_title(f"{side} x {side}", fontsize=10)
+    figure.supxlabel("step", fontsize=10)
+    figure.supylabel("expert", fontsize=10)
+    bar = figure.colorbar(drawn, ax=panels_NS.ravel().tolist(), extend="max", fraction=0.05)
+    bar.set_label(f"share of a scale's tokens (even: {1 / E:.3f})", fontsize=9)
     style.save_png(figure, path)
 
 

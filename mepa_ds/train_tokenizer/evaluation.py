@@ -11,7 +11,7 @@ from torch import Tensor
 from mepa_ds import distributed
 from mepa_ds.data.images import ImageBatch
 from mepa_ds.distributed import sum_over_ranks
-from mepa_ds.evaluation.reconstruction import ReconstructionScores
+from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet
 from mepa_ds.tokenizer import Tokenizer

@@ -132,7 +132,14 @@ def test_pictures_show_all_classes_or_say_which(tmp_path: Path, monkeypatch: pyt
     assert grids(1000).classes == [0, 125, 250, 375, 500, 625, 750, 875]
     assert grids(1000).shown == "rows: classes 0, 125, 250, 375, 500, 625, 750, 875 of 1000"
     model: Any = None
-    assert grids(2).write(model, 1, lambda: None).exists()
+    drawn: dict[str, Any] = {}
+    save_grid = sample_grids.save_grid
+    monkeypatch.setattr(
+        sample_grids, "save_grid", lambda *a, **captions: drawn.update(captions) or save_grid(*a, **captions)
+    )
+    named = SampleGrids(tokenizer, tmp_path, 2, seed=0, alone=True, class_names=("Shirt", "1"))
+    assert named.write(model, 1, lambda: None).exists()
+    assert drawn == {"title": "step 1", "rows": ["0 Shirt", "class 1"]}
     monkeypatch.setattr(sample_grids, "save_grid", lambda *_, **__: 1 / 0)
     with pytest.raises(UnwrittenError, match="division by zero"):
         grids(2).write(model, 1, lambda: None)

@@ -30,8 +30,8 @@ def records(run: Path, event: str) -> list[dict[str, Any]]:
     for record in found:
         del record["event"]
         record.pop("images_per_second", None)
-        for number, share in enumerate(record.pop("codebook_use_by_scale")):
-            record[f"codebook_use_of_scale_{number}"] = share
+        for name in [name for name in record if name.endswith("_by_scale")]:
+            record |= {f"{name} {number}": value for number, value in enumerate(record.pop(name))}
     return found
 
 

@@ -15,7 +15,7 @@ from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, naming_full_disks, write_json
+from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus, write_json
 
 
 @dataclass
@@ -41,7 +41,7 @@ class EvaluateTokenizerOptions:
     lpips_network: Literal["vgg", "alex"] = "vgg"
     """The network of LPIPS: VGG-16, as in tokenizers' papers, or AlexNet."""
     max_images: int | None = None
-    """The first so many images of the set; all if not given."""
+    """So many images, evenly over the set, which may be sorted by class; all if not given."""
     batch_size: int = 32
     """Images at a time."""
     shown: int = 8
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     from mepa_ds.data.images import images_once
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.evaluation.feature_spaces import open_feature_space
-    from mepa_ds.evaluation.tokenizer_scores import score_tokenizer, tokenizer_sheet
+    from mepa_ds.evaluation.tokenizer.scores import score_tokenizer, tokenizer_sheet
     from mepa_ds.images.pictures import save_png
     from mepa_ds.tokenizer.perceptual import load_lpips
     from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -73,8 +73,11 @@ def main(argv: list[str]) -> None:
     lpips = options.lpips and load_lpips(options.lpips_network, options.lpips, "--lpips").to(device)
     check_writable(options.out, "--out")
     side = tokenizer.config.image_side
-    batches = images_once(options.shards, batch_size=options.batch_size, image_side=side)
-    with tqdm(total=count, desc="reconstructing", unit="image", disable=None) as bar:
+    # Every n-th image: what rank 0 of n would read.
+    every = distributed.Ranks(0, there // count)
+    batches = images_once(options.shards, batch_size=options.batch_size, image_side=side, ranks=every)
+    progress = tqdm(total=count, desc="reconstructing", unit="image", disable=None)
+    with progress as bar, naming_full_gpus(options.batch_size):
         found = score_tokenizer(tokenizer, batches, count, spaces, lpips or None, options.shown, bar.update)
     protocol = {
         "tokenizer": {
@@ -86,13 +89,14 @@ def main(argv: list[str]) -> None:
         "image_side": side,
         "preprocessing": "shorter side to 1.125 x the side, Lanczos, then the centre; images of that side as they are",
         "lpips": options.lpips_network if lpips else None,
+        "feature_spaces": found.spaces,
     }
     with naming_full_disks(options.out):
-        write_json(options.out / "scores.json", {**found.scores, "protocol": protocol})
+        write_json(options.out / "scores.json", {**found.scores, "notes": found.notes, "protocol": protocol})
         title = f"{options.tokenizer.name}: {_headline(found.scores)}; columns: decoded up to each scale"
         save_png(tokenizer_sheet(tokenizer, found.shown_B3HW, title), options.out / "reconstructions.png")
     print("\n".join(_table(found.scores, tokenizer.schedule.sides)))
-    for note in found.scores["notes"]:
+    for note in found.notes:
         print(f"note: {note}")
     print(f"{options.out / 'scores.json'}\n{options.out / 'reconstructions.png'}")
 
@@ -103,11 +107,9 @@ def _headline(scores: dict[str, Any]) -> str:
 
 def _table(scores: dict[str, Any], sides: tuple[int, ...]) -> list[str]:
     rows = [["score", "value", "95 % interval"]]
-    values = {name: scores[name] for name in ("psnr", "ssim", "lpips") if name in scores}
-    values |= {f"fd {name}": space["value"] for name, space in scores["fd"].items()}
-    for name, value in values.items():
-        interval = scores["intervals"].get(name)
-        rows.append([name, f"{value:.4f}", "-" if interval is None else "{:.4f} to {:.4f}".format(*interval)])
+    for name in [name.removesuffix("_error") for name in scores if name.endswith("_error")]:
+        low, high = scores[f"{name}_low"], scores[f"{name}_high"]
+        rows.append([name, f"{scores[name]:.4f}", f"{low:.4f} to {high:.4f}"])
     codes = [["scale", "codes in use", "perplexity"]]
     by_scale = zip(sides, scores["codebook_use_by_scale"], scores["perplexity_by_scale"], strict=True)
     codes += [[f"{side} x {side}", f"{100 * use:.1f} %", f"{perplexity:.1f}"] for side, use, perplexity in by_scale]

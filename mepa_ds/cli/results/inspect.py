@@ -15,7 +15,7 @@ from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable, naming_full_disks
+from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus
 
 if TYPE_CHECKING:
     from mepa_ds.inspection.subject import Drawn, Subject
@@ -41,13 +41,13 @@ class InspectOptions:
     tokenizer: Path | None = None
     """The model's tokenizer: its directory, or VAR's file; a run tells its own."""
     out: Path | None = None
-    """Directory of the pictures; inspect/ in the run, or here, if not given."""
+    """Directory of the pictures; if not given, inspect/step_00001000 (or the weights' name) in the run, or here."""
     only: tuple[Part, ...] = get_args(Part)
     """Draw these parts alone."""
     tokens: Path | None = None
-    """Token set whose first images are routed; the run's held-out tokens if not given, samples where there are none."""
+    """Token set whose images are routed; the run's held-out tokens if not given, samples where there are none."""
     images: int = 256
-    """Images that are routed, for the maps and for the mutual information."""
+    """Images that are routed, for the maps and for the mutual information: as many of each class, 8 at least."""
     classes: str | None = None
     """Classes to show, such as 207,360 or 0-7; up to 8 over all classes if not given."""
     cfg: float = 1.5
@@ -78,18 +78,20 @@ def main(argv: list[str]) -> None:
 
     device = distributed.device_of(distributed.read_launch())
     subject, left_out = open_subject(options.subject, options.tokenizer, options.scales, device)
-    out = options.out or ((subject.run / "inspect") if subject.run else Path("inspect"))
+    out = options.out or (subject.run or Path()) / "inspect" / subject.source.name
     check_writable(out, "--out")
     step = "" if subject.step is None else f", step {subject.step}"
     print(f"inspecting {subject.source}{step}")
     pictures = []
-    with naming_full_disks(out):
-        for part in _Parts(options, subject, out).all():
+    with naming_full_disks(out), naming_full_gpus(options.batch_size):
+        parts = _Parts(options, subject, out)
+        for part in parts.all():
             drawn = part()
             if isinstance(drawn, str):
                 left_out.append(drawn)
             else:
                 pictures += drawn
+        left_out += parts.notes
         index = write_index(out, subject, pictures, left_out)
     for picture in pictures:
         print(picture.path)
@@ -112,6 +114,8 @@ class _Parts:
         self._classes = spread_classes(count, _MOST_CLASSES) if given is None else parse_classes(given, count)
         self._sampling = Sampling(options.cfg, options.top_k, options.top_p, options.seed, options.batch_size)
         self._traced: Traced | None = None
+        self.notes: list[str] = []
+        """Lines to say beside those of parts that are left out."""
 
     def all(self) -> list[Callable[[], Drawn]]:
         wanted = self._options.only
@@ -141,7 +145,7 @@ class _Parts:
     def _alignment(self) -> Drawn:
         from mepa_ds.inspection.guidance import draw_guidance
 
-        return draw_guidance(self._subject, self._classes, self._options.batch_size, self._out)
+        return draw_guidance(self._subject, self._classes, self._out)
 
     def _sweep(self) -> Drawn:
         from mepa_ds.inspection.sweep import CFGS, MOST_CLASSES, default_top_ks, draw_sweep
@@ -154,17 +158,24 @@ class _Parts:
 
     def _trace(self) -> Traced | None:
         """The routed images, which two parts share; None for a dense model, which routes nothing."""
-        from mepa_ds.inspection.tracing import held_out_tokens, trace_samples, trace_tokens
+        from mepa_ds.inspection import tracing
 
         if self._traced is None and self._subject.blocks:
             count, size = self._options.images, self._options.batch_size
-            tokens = self._options.tokens or held_out_tokens(self._subject)
-            with _progress("routing", count) as bar:
-                if tokens is not None:
-                    self._traced = trace_tokens(self._subject, tokens, count, size, bar.update)
-                else:
-                    labels = self._sampled_labels(count)
-                    self._traced = trace_samples(self._subject, labels, self._sampling, bar.update)
+            tokens = self._options.tokens
+            if tokens is None:
+                tokens, line = tracing.held_out_tokens(self._subject)
+                self.notes += [line] if line else []
+            if tokens is not None:
+                tracing.check_maker(self._subject, tokens)
+                labels_N = tracing.labels_of(tokens, self._subject.model.config.num_classes)
+                numbers = tracing.choose_images(labels_N, self._classes, count)
+                with _progress("routing", len(numbers)) as bar:
+                    self._traced = tracing.trace_tokens(self._subject, tokens, numbers, size, bar.update)
+            else:
+                labels = self._sampled_labels(count)
+                with _progress("routing", count) as bar:
+                    self._traced = tracing.trace_samples(self._subject, labels, self._sampling, bar.update)
         return self._traced
 
     def _sampled_labels(self, count: int) -> list[int]:

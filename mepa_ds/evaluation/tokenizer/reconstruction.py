@@ -31,8 +31,9 @@ def psnr(images_B3HW: Tensor, copies_B3HW: Tensor) -> Tensor:
 def ssim(images_B3HW: Tensor, copies_B3HW: Tensor) -> Tensor | None:
     """(B,) fp64: structural similarity (Wang et al. 2004), mean over channels and places. Both are in [-1, 1].
 
-    A Gaussian window of 11 x 11 pixels with deviation 1.5, only where it fits into the image: None for smaller images.
-    It is torchmetrics' default, which is not used because its import alone takes longer than these sums.
+    A Gaussian window of 11 x 11 pixels with deviation 1.5, only where it fits into the image, as in the authors' code:
+    None for smaller images. torchmetrics also counts windows over the border, with mirrored pixels (on images mirrored
+    beforehand, this function gives its numbers to rounding); its import takes longer than these sums.
     """
     if min(images_B3HW.shape[-2:]) < _WINDOW:
         return None

@@ -1,6 +1,6 @@
 """Scores of a tokenizer on held-out images, for `mepa evaluate-tokenizer`: one pass, then the distances.
 
-Shape legend: B batch, H = W side of the image, N images, D features, S scales, R resamples.
+Shape legend: B batch, H = W side of the image, N images, D features, S scales.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 
 from mepa_ds.data.images import ImageBatch
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation.feature_spaces import FeatureSpace
-from mepa_ds.evaluation.formulas import Gaussian, frechet_distance
-from mepa_ds.evaluation.reconstruction import ReconstructionScores
+from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace
+from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
+from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores, psnr
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet, resized
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
-_RESAMPLES, _SEED = 1000, 0
-_FD_RESAMPLES, _FD_WIDTH = 50, 256  # an interval of a wider space would take hours
 _LEAST_IMAGES = 2
+_Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,12 @@ class TokenizerScores:
     """What `score_tokenizer` found."""
 
     scores: dict[str, Any]
-    """`ReconstructionScores.report`; `intervals`: [low, high] at 95 % by name; `fd`: by feature space, with the facts
-    of each; `notes`: what a reader must know of them."""
+    """`ReconstructionScores.report`, and `rfid` for the space inception, `rfd NAME` for any other; of each score that
+    is of images also its standard error and 95 % interval over images, `NAME_error`, `NAME_low` and `NAME_high`."""
+    spaces: dict[str, dict[str, object]]
+    """The facts of the feature spaces, by name."""
+    notes: list[str]
+    """What a reader must know of the numbers."""
     shown_B3HW: Tensor
     """The first images, in [-1, 1]."""
 
@@ -52,7 +55,7 @@ def score_tokenizer(
     """Encodes and decodes up to `max_images` images. `on_images` is called with the number of images of each batch.
 
     Raises:
-        UserError: there are fewer than two images.
+        UserError: there are fewer than two images, or a reconstruction is not finite.
     """
     device = next(tokenizer.parameters()).device
     gathered = ReconstructionScores(tokenizer, lpips)
@@ -62,6 +65,7 @@ def score_tokenizer(
         images_B3HW = batch.to(device).images_B3HW[:left]
         tokens_BL = tokenizer.encode(images_B3HW)
         copies_B3HW = tokenizer.decode(tokens_BL)
+        _check_finite(copies_B3HW, max_images - left)
         gathered.add(images_B3HW, copies_B3HW, tokens_BL)
         for space in spaces:
             originals, copies = features[space.name]
@@ -74,56 +78,44 @@ def score_tokenizer(
             break
     if max_images - left < _LEAST_IMAGES:
         raise UserError(f"{max_images - left} images: at least {_LEAST_IMAGES} are needed for scores")
-    scores = gathered.report()
-    scores["intervals"] = {name: mean_interval(values_N) for name, values_N in gathered.of_image.items()}
-    scores["fd"], notes = {}, list[str]()
+    scores, notes = gathered.report(), list[str]()
+    for name, values_N in gathered.of_image.items():
+        _add_error(scores, name, float(values_N.mean()), float(values_N.std()) / len(values_N) ** 0.5)
     for space in spaces:
-        originals_ND, copies_ND = (torch.cat(parts) for parts in features[space.name])
-        scores["fd"][space.name] = {"value": _distance(originals_ND, copies_ND, device), **space.facts()}
+        originals_ND, copies_ND = (torch.cat(parts).to(device) for parts in features[space.name])
+        name = "rfid" if space.name == INCEPTION else f"rfd {space.name}"
+        _add_error(scores, name, *FrechetTo(Gaussian.of(originals_ND), device).distance(copies_ND))
         if len(originals_ND) <= space.width:
             notes.append(
-                f"{space.name}: {len(originals_ND)} images are too few for {space.width} features: the distance is too "
-                f"small or too large, and to be compared at equal numbers only; use more than {space.width}"
+                f"{name}: {len(originals_ND)} images are fewer than the covariance of {space.width} features needs "
+                f"({space.width + 1}); compare only with equally many"
             )
-        if space.width <= _FD_WIDTH:
-            scores["intervals"][f"fd {space.name}"] = _distance_interval(originals_ND, copies_ND)
-        else:
-            notes.append(f"{space.name}: no interval: resampling {space.width} features would take hours")
     if "ssim" not in scores:
         notes.append("ssim: needs images of at least 11 pixels")
-    return TokenizerScores({**scores, "notes": notes}, torch.cat(shown))
+    return TokenizerScores(scores, {space.name: space.facts() for space in spaces}, notes, torch.cat(shown))
 
 
-def mean_interval(values_N: Tensor, resamples: int = _RESAMPLES) -> tuple[float, float]:
-    """The 95 % interval of a mean, by bootstrap over images, seeded."""
-    values = values_N.cpu().numpy()
-    rng = np.random.default_rng(_SEED)
-    means_R = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means_R, (0.025, 0.975))
-    return float(low), float(high)
+def _check_finite(copies_B3HW: Tensor, first: int) -> None:
+    finite_B = copies_B3HW.isfinite().flatten(1).all(1)
+    if not finite_B.all():
+        number = first + int((~finite_B).nonzero()[0])
+        raise UserError(
+            f"image {number} is reconstructed with values that are not finite: the tokenizer's weights are damaged"
+        )
 
 
-def _distance(originals_ND: Tensor, copies_ND: Tensor, device: torch.device | str = "cpu") -> float:
-    real, copy = Gaussian.of(originals_ND), Gaussian.of(copies_ND)
-    return frechet_distance(real.mean, real.covariance, copy.mean, copy.covariance, device)
-
-
-def _distance_interval(originals_ND: Tensor, copies_ND: Tensor) -> tuple[float, float]:
-    """An image and its copy are drawn together: their difference is what is measured."""
-    rng = np.random.default_rng(_SEED)
-    found_R = []
-    for _ in range(_FD_RESAMPLES):
-        drawn_N = torch.from_numpy(rng.integers(0, len(originals_ND), len(originals_ND)))
-        found_R.append(_distance(originals_ND[drawn_N], copies_ND[drawn_N]))
-    low, high = np.quantile(found_R, (0.025, 0.975))
-    return float(low), float(high)
+def _add_error(scores: dict[str, Any], name: str, value: float, error: float) -> None:
+    scores |= {
+        name: value,
+        f"{name}_error": error,
+        f"{name}_low": value - _Z * error,
+        f"{name}_high": value + _Z * error,
+    }
 
 
 @torch.no_grad()
 def reconstruction_scales(tokenizer: Tokenizer, images_B3HW: Tensor) -> tuple[NDArray[np.uint8], list[float]]:
     """(S, B, H, W, 3): what is decoded of the token maps up to each scale; and the mean PSNR of each scale in dB."""
-    from mepa_ds.evaluation.reconstruction import psnr
-
     device = next(tokenizer.parameters()).device
     images_B3HW = images_B3HW.to(device)
     steps, quality = [], []

@@ -1,0 +1,1 @@
+"""Scores of tokenizers: what of an image is left after it was encoded and decoded."""
