@@ -17,6 +17,8 @@ FASHION ?= /usr/share/datasets/fashion-mnist
 TOY := data/fashion-32
 TWELVE := data/fashion-12k
 ABLATION := runs/ablation/fashion
+# Further words for `mepa ablate`.
+ABLATE ?=
 
 .PHONY: setup quickstart toy-study ablation test test-fast lint types coverage mutants clean-quickstart
 
@@ -61,8 +63,10 @@ ablation: setup
 		--grid-side 8 --pixels-per-cell 4 --max-images 12000
 	$(BIN)/python -m mepa_ds.data_tools.precompute features $(TWELVE)/train --teacher contrastive \
 		--weights $(ABLATION)/contrastive
+	$(BIN)/python -m mepa_ds.data_tools.precompute fit-teacher patch-pca $(TWELVE)/train --out $(ABLATION)/patch-pca \
+		--grid-side 8 --pixels-per-cell 4 --window 8
 	$(BIN)/mepa evaluate --fit-classifier $(TWELVE)/train --heldout $(TWELVE)/heldout --out $(ABLATION)/classifier
-	$(BIN)/mepa ablate recipes/ablation/fashion.yaml --jobs 2
+	$(BIN)/mepa ablate recipes/ablation/fashion.yaml --jobs 2 $(ABLATE)
 
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES)

@@ -36,9 +36,9 @@ _BATCH = 64
 class FitTeacher:
     """Makes a teacher that needs no download from the images themselves."""
 
-    kind: tyro.conf.Positional[Literal["patch-pca", "contrastive", "classifier"]]
+    kind: tyro.conf.Positional[Literal["patch-pca", "contrastive", "supervised"]]
     """patch-pca: whitened PCA of local image patches. A small convolutional network: contrastive, trained without
-    labels to know an image again in two crops; classifier, trained on the images' classes."""
+    labels to know an image again in two crops; supervised, trained on the images' classes."""
     images: tyro.conf.Positional[Path]
     """Directory of the image set (the training images)."""
     out: Path

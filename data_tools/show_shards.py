@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import tyro
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
@@ -34,11 +33,9 @@ from mepa_ds.data_tools.precompute_sets import open_images
 from mepa_ds.errors import UserError
 from mepa_ds.images.pictures import save_png, to_uint8
 from mepa_ds.images.resizing import fit_image
+from mepa_ds.images.sheets import Pixels, Sheet, draw_sheet, resized
 from mepa_ds.teachers.pca import RunningCovariance
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-
-Pixels = NDArray[np.uint8]
-_GAP, _HEADER, _CAPTION = 4, 16, 110
 
 
 @dataclass(frozen=True)
@@ -59,8 +56,8 @@ class Options:
     """PNG file."""
 
 
-def contact_sheet(options: Options) -> Pixels:
-    """(height, width, 3) pixels. Raises UserError for sets that do not belong together."""
+def contact_sheet(options: Options) -> Sheet:
+    """Raises UserError for sets that do not belong together."""
     for name, value in (("count", options.count), ("side", options.side)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
@@ -72,15 +69,14 @@ def contact_sheet(options: Options) -> Pixels:
         check_siblings(images, sets.tokens)
         steps = _reconstructions(sets, numbers, _load_tokenizer(options, sets))
         titles += [f"{side} x {side}" for side in sets.scales]
-        columns += [[_resized(tile, options.side) for tile in column] for column in steps]
+        columns += [[resized(tile, options.side) for tile in column] for column in steps]
         if sets.features is not None:
             titles.append("features")
-            columns.append(
-                [_resized(tile, options.side, Image.Resampling.NEAREST) for tile in _pca_maps(sets, numbers)]
-            )
+            columns.append([resized(tile, options.side, smooth=False) for tile in _pca_maps(sets, numbers)])
     elif options.features is not None:
         raise UserError("--features: give the token set too, which says what part of an image they show")
-    return _lay_out(columns, titles, [_caption(images, int(number)) for number in numbers])
+    rows = [_caption(images, int(number)) for number in numbers]
+    return draw_sheet(list(zip(*columns, strict=True)), columns=titles, rows=rows, least_side=1)
 
 
 def _image(images: ShardSet, number: int, side: int) -> Pixels:
@@ -113,12 +109,7 @@ def _load_tokenizer(options: Options, sets: TrainingSets) -> Tokenizer:
 def _reconstructions(sets: TrainingSets, numbers: NDArray[np.int64], tokenizer: Tokenizer) -> list[list[Pixels]]:
     """For each scale, the images from the token maps up to it."""
     tokens_BL = torch.from_numpy(_read(sets.tokens, TOKENS_EXT, numbers, 1).astype(np.int64))
-    f_hat = tokenizer.quantizer.empty_f_hat(len(tokens_BL))
-    columns = []
-    for scale, tokens_Bl in enumerate(tokenizer.schedule.split(tokens_BL)):
-        f_hat = tokenizer.quantizer.add_scale(f_hat, tokens_Bl, scale)
-        columns.append(list(to_uint8(tokenizer.decode_f_hat(f_hat).add(1).div(2))))
-    return columns
+    return [list(to_uint8(images_B3HW.add(1).div(2))) for images_B3HW in tokenizer.decode_scales(tokens_BL)]
 
 
 def _pca_maps(sets: TrainingSets, numbers: NDArray[np.int64]) -> list[Pixels]:
@@ -156,29 +147,10 @@ def _read(shards: ShardSet, extension: str, numbers: NDArray[np.int64], dimensio
     return out
 
 
-def _resized(tile: Pixels, side: int, method: Image.Resampling = Image.Resampling.BICUBIC) -> Pixels:
-    return np.asarray(Image.fromarray(tile).resize((side, side), method))
-
-
-def _lay_out(columns: list[list[Pixels]], titles: list[str], captions: list[str]) -> Pixels:
-    side = columns[0][0].shape[0]
-    step = side + _GAP
-    sheet = Image.new("RGB", (_CAPTION + step * len(columns), _HEADER + step * len(captions)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (title, column) in enumerate(zip(titles, columns, strict=True)):
-        left = _CAPTION + number * step
-        draw.text((left, 2), title, "black")
-        for row, tile in enumerate(column):
-            sheet.paste(Image.fromarray(tile), (left, _HEADER + row * step))
-    for row, caption in enumerate(captions):
-        draw.text((2, _HEADER + row * step), caption, "black")
-    return np.asarray(sheet)
-
-
 def main() -> None:
     options = tyro.cli(Options, prog="show_shards.py", description=__doc__)
     log.make_stdout_a_log()
-    save_png(contact_sheet(options), options.out)
+    save_png(contact_sheet(options).pixels_HW3, options.out)
     print(options.out)
 
 

@@ -29,6 +29,8 @@ class RunState:
     """Lowest held-out cross-entropy so far (inf before the first evaluation)."""
     evaluated_step: int = 0
     """Step of the last held-out evaluation."""
+    scored_step: int = 0
+    """Step of the last scores of generated images."""
     metrics_records: int = 0
     """Number of records in metrics.jsonl. Later records belong to steps that are trained again."""
     skipped_steps: int = 0

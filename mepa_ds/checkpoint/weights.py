@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mepa_ds.checkpoint.files import MANIFEST_NAME, find_damage, is_checkpoint_name, list_checkpoints
 from mepa_ds.checkpoint.fragment import BUFFER, EMA, MASTER
@@ -20,6 +21,7 @@ from mepa_ds.weights.directories import CONFIG_NAME, save_pretrained
 
 TRANSFORMER = "transformer."
 """The objective's name for the transformer. In a checkpoint its parameters' names start with it."""
+PROJECTOR = "projector."
 WEIGHTS_FACTS_NAME = "training.json"
 
 
@@ -62,6 +64,12 @@ def convert_fragments(
 
     `fragments` must hold at least the fragments of `kind` and the buffers.
     """
+    save_pretrained(directory, config, read_weights(fragments, config, kind), KIND)
+    write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})
+
+
+def read_weights(fragments: Path, config: ModelConfig, kind: str = MASTER) -> dict[str, Tensor]:
+    """The transformer's state dict. Raises UserError when a tensor is missing or cannot be read."""
     from mepa_ds.checkpoint.store import read_tensors
 
     with torch.device("meta"):
@@ -70,6 +78,20 @@ def convert_fragments(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     sources = {name: f"{kind if name in parameters else BUFFER}/{TRANSFORMER}{name}" for name in shapes}
     flat = read_tensors(fragments, sources.values())
-    weights = {name: flat[source].view(shapes[name]) for name, source in sources.items()}
-    save_pretrained(directory, config, weights, KIND)
-    write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})
+    return {name: flat[source].view(shapes[name]) for name, source in sources.items()}
+
+
+def read_projector(fragments: Path) -> dict[str, Tensor] | None:
+    """The state dict of the guidance's projector, which exports do not hold; None for a run without guidance."""
+    from mepa_ds.checkpoint.store import read_tensors, stored_tensors
+
+    prefix = f"{MASTER}/{PROJECTOR}"
+    names = [name for name in stored_tensors(fragments) if name.startswith(prefix)]
+    if not names:
+        return None
+    flat = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(fragments, names).items()}
+    # Stored flat: a weight has as many rows as its layer's bias has elements.
+    return {
+        name: tensor.view(len(flat[name.replace("weight", "bias")]), -1) if name.endswith("weight") else tensor
+        for name, tensor in flat.items()
+    }

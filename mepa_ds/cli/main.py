@@ -15,21 +15,24 @@ COMMANDS = {
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
     "evaluate": "FID, sFID, inception score, precision and recall of images",
+    "evaluate-tokenizer": "PSNR, SSIM, LPIPS, rFID and the use of the codebook of a tokenizer",
+    "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
+    "ablate": "train every arm of an ablation with several seeds, and compare them",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what a pretraining run did: report.json and a table",
 }
 
 
-_FOLDERS = {"evaluate": "results", "report": "results"}
+_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report"), "results")
 """Folders of commands that are not in this one."""
 
 
 def usage() -> str:
-    lines = [f"  {name:<16} {meaning}" for name, meaning in COMMANDS.items()]
+    lines = [f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items()]
     return (
         "usage: mepa COMMAND [ARGUMENTS] | --version\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
     )

@@ -26,7 +26,7 @@ _TOLD = ("num_heads", "depth", "phi_ratio")  # what foreign weights do not tell
 
 @dataclass
 class SampleOptions:
-    """Generates images class by class: one row a class in the grid."""
+    """Generates images class by class: one row a class in the grid, with its name where the run's data have one."""
 
     weights: Path
     """Directory of safetensors + config.json (<output_dir>/best of a run), or VAR's var_d16.pth."""
@@ -78,6 +78,7 @@ def parse(argv: list[str]) -> SampleOptions:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     log.make_stdout_a_log()
+    from mepa_ds.generation.class_names import caption, names_beside
     from mepa_ds.images.pictures import save_grid
     from mepa_ds.models.transformer import NextScaleTransformer
     from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -95,7 +96,14 @@ def main(argv: list[str]) -> None:
     if is_grid:
         with _progress(len(labels)) as bar:
             images = [draw(part, bar) for part in _batches(len(labels), options)]
-        save_grid(torch.cat(images), options.out, columns=options.per_class)
+        names = names_beside(options.weights)
+        save_grid(
+            torch.cat(images),
+            options.out,
+            options.per_class,
+            title=f"cfg {options.cfg:g}, top-k {options.top_k}, top-p {options.top_p:g}, seed {options.seed}",
+            rows=[caption(label, names) for label in classes],
+        )
         drawn = len(labels)
     else:
         drawn = _fill_directory(labels, options, draw)

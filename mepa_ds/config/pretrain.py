@@ -118,6 +118,35 @@ class ParallelConfig(Section):
         return self
 
 
+class ScoreConfig(Section):
+    """Scores of generated images during training, by the code and the protocol of `mepa evaluate`."""
+
+    reference: UserPath
+    """Real images to compare with: an .npz, a folder of images or a shard set."""
+    images: PositiveInt = 1000
+    """Images that are generated, the same number of each class as far as it divides."""
+    features: Annotated[tuple[str, ...], Field(min_length=1)] = ("inception",)
+    """Feature spaces of the Frechet distance: inception, teacher:NAME[:WEIGHTS], patch-pca:DIR, classifier:DIR."""
+    classifier: UserPath | None = None
+    """A classifier of `mepa evaluate --fit-classifier`, for the share of images that show the class asked for."""
+    inception: UserPath | None = None
+    """torch-fidelity's weights-inception-2015-12-05-6726825d.pth, for the feature space inception."""
+    cfg: Annotated[float, Field(ge=0)] = 1.5
+    """Guidance when sampling."""
+    top_k: Annotated[int, Field(ge=0)] = 900
+    """Draw from the k most probable codes; 0 is no limit."""
+    top_p: Annotated[float, Field(ge=0, le=1)] = 0.96
+    """Draw from the most probable codes that together have this probability; 0 is no limit."""
+    batch: PositiveInt = 50
+    """Images at a time on each rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "inception" in self.features and self.inception is None:
+            raise ValueError("the feature space inception needs log.score.inception, the network's weights")
+        return self
+
+
 class LogConfig(Section):
     """What is written, and when (in steps)."""
 
@@ -129,6 +158,10 @@ class LogConfig(Section):
     """Images a rank and forward pass in evaluation."""
     sample_every: PositiveInt | None = None
     """A grid of sampled images, one row a class (8 of more than 16), in <output_dir>/samples; null: none."""
+    score_every: PositiveInt | None = None
+    """Scores of generated images (log.score says how), also after the last step; null: none."""
+    score: ScoreConfig | None = None
+    """How generated images are scored"""
     checkpoint_every: PositiveInt = 1000
     """A checkpoint that any number of ranks can resume from."""
     keep_checkpoints: PositiveInt = 2
@@ -144,6 +177,8 @@ class LogConfig(Section):
 
     @model_validator(mode="after")
     def _check_milestones(self) -> Self:
+        if self.score_every is not None and self.score is None:
+            raise ValueError("score_every needs log.score: a reference at least")
         if self.keep_every is not None and self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every ({self.checkpoint_every}): "

@@ -49,7 +49,12 @@ class TrainingSets:
     @property
     def num_classes(self) -> int:
         """Number of classes of the token set; 0 when the set does not say."""
-        return len(self.tokens.index.classes)
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; empty when the set does not say."""
+        return self.tokens.index.classes
 
     @property
     def tokenizer(self) -> MadeBy:

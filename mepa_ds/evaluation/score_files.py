@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,24 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation.image_scores import Inception, Order, ReferenceFile, image_scores
-from mepa_ds.files import check_writable, sha256_of_file, write_json
+from mepa_ds.evaluation.references import Images, Reference
+from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
+from mepa_ds.files import check_writable, write_json
 from mepa_ds.images.sets import ImageFiles
 
 _LEAST_IMAGES = 5
 _PUBLISHED_IMAGES = 50_000
+_BATCH = 256  # images in memory at a time
+_CACHE = ".mepa_features"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`samples`, `reference`: an .npz or a directory of images. `inception`: torch-fidelity's file of weights."""
+    """`samples`: an .npz or a directory of images. `reference`: what `Reference` reads."""
 
     samples: Path
     reference: Path
-    inception: Path
-    batch_size: int = 64
-    order: Order = "shuffled"
+    options: ScorerOptions = field(default_factory=ScorerOptions)
 
 
 def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, Any]:
@@ -37,35 +38,62 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     """
     if json is not None:
         check_writable(json.parent, "--json")
-    samples, reference_file = ImageFiles(comparison.samples), ReferenceFile(comparison.reference)
-    real = reference_file.images
-    _check_sizes(comparison, samples, real)
+    samples = ImageFiles(comparison.samples)
+    height, width = samples.shape[1:3]
+    if height != width and (comparison.reference / "index.json").exists():
+        raise UserError(f"{comparison.samples}: images of {height} x {width}; a shard set is cropped to squares only")
+    reference = Reference(comparison.reference, height)
+    _check_sizes(comparison, samples, reference.images)
     device = distributed.device_of(distributed.read_launch())
-    inception = Inception(comparison.inception, device)
-    with tqdm(total=len(samples) + len(real), desc="evaluating", unit="image", disable=None) as bar:
-        reference = reference_file.read(inception, comparison.batch_size, bar.update)
-        features = inception.of_all(samples, comparison.batch_size, bar.update, str(comparison.samples))
+    scorer = Scorer.open(reference, comparison.options, height, device)
+    with tqdm(total=len(samples), desc="samples", unit="image", disable=None) as bar:
+        features = scorer.features_of_all(samples.batches(_BATCH), str(comparison.samples), bar.update)
     print("distances and neighbours ...", flush=True)
-    scores: dict[str, Any] = image_scores(features, reference, comparison.order, device)
-    for name, value in scores.items():
-        print(f"{name:<20} " + ("- (of one split)" if value is None else f"{value:.4f}"))
+    labels = None if samples.labels is None else samples.labels.tolist()
+    scores = {**scorer.score(features, labels), "samples": str(comparison.samples)}
+    print_scores(scores)
     if json is not None:
-        facts = {"num_samples": len(samples), "num_reference": len(real), "order": comparison.order}
-        paths = {"samples": str(comparison.samples), "reference": str(comparison.reference)}
-        digest = sha256_of_file(comparison.inception)
-        write_json(json, {**scores, **facts, **paths, "inception_sha256": digest})
+        write_json(json, scores)
     return scores
 
 
-def _check_sizes(comparison: Comparison, samples: Any, real: Any) -> None:
+def print_scores(scores: dict[str, Any]) -> None:
+    """A line a score with its interval, then what was left out and what to mind."""
+    protocol = scores["protocol"]
+    for name, value in scores.items():
+        if isinstance(value, (int, float)) and not name.endswith(("_error", "_low", "_high")):
+            interval = (
+                f"   ({scores[f'{name}_low']:.4f} to {scores[f'{name}_high']:.4f})" if f"{name}_low" in scores else ""
+            )
+            print(f"{name:<28} {value:.4f}{interval}")
+    for name, why in protocol["left_out"].items():
+        print(f"{name:<28} - ({why})")
+    for remark in protocol["remarks"]:
+        print(f"warning: {remark}")
+    if (classes := protocol["classes"]) is not None and not classes["balanced"]:
+        low, high = classes["per_class"]
+        empty = f"; classes without samples: {classes['empty']}" if "empty" in classes else ""
+        print(f"warning: classes are unbalanced: {low} to {high} samples each{empty}")
+
+
+def cache_beside(reference: Path) -> Path:
+    """Where the features of a reference's images are kept."""
+    return reference.absolute().parent / _CACHE
+
+
+def _check_sizes(comparison: Comparison, samples: ImageFiles, real: Images | None) -> None:
     """Raises UserError for images that cannot be compared; warns of too few for a score that others could compare."""
-    if samples.shape[1:] != real.shape[1:]:
+    if real is not None and samples.shape[1:] != real.shape[1:]:
         raise UserError(
             f"{comparison.samples}: images of {samples.shape[1:3]}, but {comparison.reference} has "
             f"{real.shape[1:3]}; a reference of the same size is needed"
         )
-    if min(len(samples), len(real)) < _LEAST_IMAGES:
-        raise UserError(f"{len(samples)} images and {len(real)} real ones: at least {_LEAST_IMAGES} of each are needed")
+    fewest = min(len(samples), len(samples) if real is None else len(real))
+    if fewest < _LEAST_IMAGES:
+        raise UserError(
+            f"{len(samples)} images and {0 if real is None else len(real)} real ones: at least {_LEAST_IMAGES} of each "
+            "are needed"
+        )
     if len(samples) < _PUBLISHED_IMAGES:
         print(
             f"warning: {len(samples)} images; published scores are of {_PUBLISHED_IMAGES}, and fewer have a larger FID",

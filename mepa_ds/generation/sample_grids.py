@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.generation.class_names import caption, spread_classes
 from mepa_ds.generation.sampling import NonFiniteLogitsError, sample
 from mepa_ds.images.pictures import save_grid
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -24,14 +25,24 @@ class UnwrittenError(Exception):
 class SampleGrids:
     """Grids with one row for each class: all classes if there are up to 16, else 8 that are spread over all.
 
+    Captions give the step and, as far as they are known, the names of the classes.
     `alone`: no rank needs another rank to sample, so that a failure on one rank can be told to all.
     """
 
-    def __init__(self, tokenizer: Tokenizer, directory: Path, num_classes: int, seed: int, alone: bool):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        directory: Path,
+        num_classes: int,
+        seed: int,
+        alone: bool,
+        class_names: Sequence[str] = (),
+    ):
         self._tokenizer = tokenizer
         self._directory, self._seed, self._alone = directory, seed, alone
         rows = num_classes if num_classes <= _MOST_CLASSES else _OF_MANY
-        self.classes = [row * num_classes // rows for row in range(rows)]
+        self.classes = spread_classes(num_classes, rows)
+        self._captions = [caption(label, class_names) for label in self.classes]
         listed = ", ".join(map(str, self.classes))
         self.shown = "a row a class" if rows == num_classes else f"rows: classes {listed} of {num_classes}"
 
@@ -62,7 +73,7 @@ class SampleGrids:
             on_row()
         if distributed.is_main():
             try:
-                save_grid(torch.cat(rows), path, columns=_PER_CLASS)
+                save_grid(torch.cat(rows), path, _PER_CLASS, title=f"step {step}", rows=self._captions)
             except Exception as error:
                 raise UnwrittenError(str(error)) from error
         return path

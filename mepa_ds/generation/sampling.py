@@ -6,7 +6,7 @@ Shapes: B images, l tokens of the current scale, L tokens over all scales, V cod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Literal, get_args
@@ -25,6 +25,8 @@ from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 Rng = Literal["image", "var"]
+OnScale = Callable[[int, Tensor], None]
+"""Is called with the number of each scale and f_hat (B, Z, H, W) after it, batch by batch."""
 
 
 class NonFiniteLogitsError(UserError):
@@ -46,6 +48,7 @@ def sample(
     smooth: bool = False,
     rng: Rng = "image",
     compiled: bool = False,
+    on_scale: OnScale | None = None,
 ) -> Tensor:
     """Generates one image for each label: (B, 3, H, W) float32 in [0, 1]. The model samples in evaluation mode.
 
@@ -63,6 +66,7 @@ def sample(
             must be None).
         compiled: torch.compile the blocks, which takes a minute or so for each new batch size: for many images on a
             GPU. Logits then differ by rounding.
+        on_scale: is called after every scale, to show how images come about.
 
     Raises:
         UserError: labels that are no list of the model's classes, a tokenizer of another schedule, codebook or code
@@ -82,7 +86,7 @@ def sample(
             generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
             index_B = np.arange(first_index + start, first_index + start + len(part))
             draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
-            images.append(_sample_batch(model, tokenizer, part, cfg, draw, run))
+            images.append(_sample_batch(model, tokenizer, part, cfg, draw, run, on_scale))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
@@ -100,7 +104,13 @@ def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
 
 
 def _sample_batch(
-    model: NextScaleTransformer, tokenizer: Tokenizer, labels_B: Tensor, cfg: float, draw: _Draw, run: BlockRunner
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    labels_B: Tensor,
+    cfg: float,
+    draw: _Draw,
+    run: BlockRunner,
+    on_scale: OnScale | None,
 ) -> Tensor:
     quantizer, schedule = tokenizer.quantizer, model.schedule
     B, guided = len(labels_B), cfg != 0
@@ -124,6 +134,8 @@ def _sample_batch(
             _check_finite(total)
         codes_BlZ = draw(logits_BlV, scale, ratio, quantizer.codebook.weight)
         f_hat = quantizer.add_codes(f_hat, codes_BlZ, scale)
+        if on_scale is not None:
+            on_scale(scale, f_hat)
         if scale + 1 < schedule.num_scales:
             next_BlZ = quantizer.next_input(f_hat, scale)
             x_BlC = model.next_input(torch.cat([next_BlZ, next_BlZ]) if guided else next_BlZ, scale + 1)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path
+from mepa_ds.images.sheets import draw_sheet
 
 _MADE_BY = "mepa_ds"
-_GAP, _GRID_SIDE = 2, 64  # of a grid: pixels between images, least side of an image
 
 
 def check_floats(images_B3HW: Tensor) -> None:
@@ -55,17 +54,8 @@ def save_images(images_B3HW: Tensor, paths: Sequence[Path], made_by: str | None 
         save_png(pixels, path, made_by)
 
 
-def save_grid(images_B3HW: Tensor, path: Path, columns: int) -> None:
-    """One PNG of all images, row by row with white gaps; small images are enlarged to at least 64 pixels."""
-    side = images_B3HW.shape[-1]
-    if side < _GRID_SIDE:
-        images_B3HW = F.interpolate(images_B3HW, scale_factor=-(-_GRID_SIDE // side), mode="nearest")
-    tiles = to_uint8(images_B3HW)
-    side = tiles.shape[1]
-    rows = -(-len(tiles) // columns)
-    step = side + _GAP
-    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
-    for number, tile in enumerate(tiles):
-        top, left = number // columns * step, number % columns * step
-        sheet[top : top + side, left : left + side] = tile
-    save_png(sheet, path)
+def save_grid(images_B3HW: Tensor, path: Path, columns: int, *, title: str = "", rows: Sequence[str] = ()) -> None:
+    """One PNG of all images in [0, 1], row by row; small images are enlarged. `rows`: a caption for each row."""
+    tiles = list(to_uint8(images_B3HW))
+    table = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    save_png(draw_sheet(table, title=title, rows=rows).pixels_HW3, path)

@@ -40,3 +40,16 @@ def fit_image(image: Image.Image, side: int, at: tuple[float, float] = (0.5, 0.5
     if image.size == (side, side):
         return image
     return crop_square(resize_shorter(image, round(RESIZE_RATIO * side)), side, at)
+
+
+def adm_center_crop(image: Image.Image, side: int) -> Image.Image:
+    """The preprocessing of ADM's references (guided-diffusion's center_crop_arr), by which public scores are defined.
+
+    Halved by boxes while the shorter side has at least twice `side` pixels, then bicubic to `side`, then the centre.
+    """
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))

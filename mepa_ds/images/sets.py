@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, read_file, why_unreadable
 from mepa_ds.images.decoding import decode_image, is_image_name
 
-_MEMBER = "arr_0.npy"
+_MEMBER, _LABELS = "arr_0.npy", "arr_1"
+_LABELLED = re.compile(r"class(\d+)_")
 _WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
 _SHOWN = 5
 # Encrypted archives and unknown compression raise RuntimeError.
@@ -28,7 +30,10 @@ _UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 class ImageFiles:
     """uint8 images of one size, `shape` (N, H, W, 3). They stay on disk: 50 000 images of 256 pixels are 10 GB.
 
-    In a directory all image files count, in the order of their names; other files are listed in the log.
+    In a directory all image files count, in the order of their names; other files are listed in the log. A directory
+    that has only folders of images is one of class folders. `labels` are those of class folders (their numbers if all
+    are named by numbers, else their places in the order of names), of names such as `class0003_00012.png`, which
+    `mepa sample` writes, or the .npz's `arr_1`; None where there are none. `classes`: the names of class folders.
 
     Raises:
         UserError: at construction, if the path is no such set; while reading, for an image of another size.
@@ -37,12 +42,19 @@ class ImageFiles:
     def __init__(self, path: Path):
         self._path = path
         self._names: Sequence[Path] = ()
+        self.classes: tuple[str, ...] = ()
+        self.labels: NDArray[np.int64] | None = None
         if path.is_dir():
             self._names = _images_in(path)
+            if not self._names:
+                self._names, self.labels, self.classes = _class_folders(path)
+            elif all(labels := [_LABELLED.match(name.name) for name in self._names]):
+                self.labels = np.array([int(label[1]) for label in labels if label], np.int64)
             self.shape: tuple[int, ...] = (len(self._names), *read_pixels(self._names[0]).shape)
             return
         with _open_member(path) as file:
             self.shape = _read_header(file, path)
+        self.labels = _labels_in(path, len(self))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -81,9 +93,40 @@ def _images_in(directory: Path) -> list[Path]:
     if others:
         shown = ", ".join(sorted(others)[:_SHOWN]) + (", ..." if len(others) > _SHOWN else "")
         log.note(f"{directory}: {len(others)} files or folders not named as images are left out ({shown})")
-    if not names:
-        raise UserError(f"{directory}: no image files in this directory; {_WANTED}")
     return sorted(names)
+
+
+def _class_folders(directory: Path) -> tuple[list[Path], NDArray[np.int64], tuple[str, ...]]:
+    """Images, their labels, and the names of the folders, those without images too."""
+    folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+    numbered = bool(folders) and all(folder.name.isdecimal() for folder in folders)
+    if numbered:
+        folders.sort(key=lambda folder: int(folder.name))
+    names, labels = list[Path](), list[int]()
+    for place, folder in enumerate(folders):
+        mine = _images_in(folder)
+        names += mine
+        labels += [int(folder.name) if numbered else place] * len(mine)
+    if not names:
+        raise UserError(f"{directory}: no image files in this directory or in its folders; {_WANTED}")
+    return names, np.array(labels, np.int64), tuple(folder.name for folder in folders)
+
+
+def _labels_in(path: Path, count: int) -> NDArray[np.int64] | None:
+    """`arr_1` of an .npz, as ADM's samples have it; None where there is none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            labels = arrays[_LABELS] if _LABELS in arrays.files else None
+    except Exception as error:  # damaged bytes raise almost anything
+        raise UserError(f"{path}: {_LABELS} cannot be read ({error}); make the file again") from error
+    if labels is None:
+        return None
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {_LABELS} is {labels.dtype} of shape {labels.shape}; expected one whole number for each of the "
+            f"{count} images, its class"
+        )
+    return labels.astype(np.int64)
 
 
 def read_pixels(path: Path) -> NDArray[np.uint8]:
@@ -138,6 +181,8 @@ def _read_header(file: IO[bytes], path: Path) -> tuple[int, ...]:
         shape, fortran_order, dtype = read(file)
     except (*_UNREADABLE, ValueError) as error:
         raise UserError(f"{path}: arr_0 is no array: {error}; {_WANTED}") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or not shape[0]:
+    if fortran_order and dtype == np.uint8:
+        raise UserError(f"{path}: arr_0 is in Fortran order; save numpy.ascontiguousarray(images) instead")
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not all(shape):
         raise UserError(f"{path}: arr_0 is {dtype} of shape {shape}; {_WANTED}")
     return shape

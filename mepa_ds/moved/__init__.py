@@ -28,7 +28,7 @@ _FOLDERS = {
     "generation": "loops.sampling loops.sample_grids",
     "objective": "loops.flops loops.reports",
     "planning": "loops.plan loops.memory_trace loops.frozen_networks",
-    "pretrain": "loops.inputs loops.online loops.evaluation",
+    "pretrain": "loops.inputs loops.online",
     "pretrain.recording": "loops.window",
     "reports": "loops.run_report",
     "runtime": "loops.failures loops.output loops.recorder loops.run_lock loops.schedule loops.stopping loops.trackers "
@@ -50,6 +50,7 @@ _RENAMED = {
     "engine.fragment_store": "checkpoint.store",
     "image_decoding": "images.decoding",
     "image_files": "images.sets",
+    "loops.evaluation": "pretrain.evaluation.evaluations",
     "loops.guards": "pretrain.recording.detectors",
     "loops.pretraining": "pretrain.run",
     "loops.saving": "pretrain.checkpointing",

@@ -48,7 +48,8 @@ def plan_networks(config: PretrainConfig, batch: int) -> FrozenNetworks:
     Raises UserError for a teacher that does not exist.
     """
     plan = FrozenNetworks()
-    online, grids = config.data.images is not None, config.log.sample_every is not None
+    online, log = config.data.images is not None, config.log
+    samples = log.sample_every is not None or log.score_every is not None
     teacher = None
     if config.objective.alignment is not None:
         if config.data.teacher is not None:
@@ -56,11 +57,13 @@ def plan_networks(config: PretrainConfig, batch: int) -> FrozenNetworks:
             plan.teacher_width, plan.teacher_patches = teacher.width, teacher.grid_side**2
         else:
             plan.teacher_width, plan.teacher_patches = _stored(config.data.features, plan.assumed)
-    if not online and not grids:
+    if log.score_every is not None:
+        plan.assumed.append("the networks of log.score take no memory: it is not counted")
+    if not online and not samples:
         return plan
     tokenizer = _tokenizer(config, plan.assumed)
-    if grids:
-        plan.weights["tokenizer of sample grids"] = _bytes_of(tokenizer)
+    if samples:
+        plan.weights["tokenizer of samples"] = _bytes_of(tokenizer)
     if online:
         plan.weights["tokenizer and teacher"] = _bytes_of(tokenizer) + (0 if teacher is None else _bytes_of(teacher))
         shape = (batch, 3, tokenizer.config.image_side, tokenizer.config.image_side)

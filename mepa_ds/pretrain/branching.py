@@ -101,6 +101,7 @@ def _opened(path: Path, config: PretrainConfig, data: dict[str, str], num_sample
     # Scores, records and the best weights of the trunk stay there: this run has found none so far. That it writes
     # elsewhere is no change of the recipe.
     fresh: dict[str, Any] = {"best_heldout_ce": float("inf"), "evaluated_step": state.step, "heldout": ""}
+    fresh["scored_step"] = state.step
     recipe = state.recipe | {"output_dir": str(config.output_dir), "branch_from": str(path)}
     return Branch(path, replace(state, metrics_records=0, recipe=recipe, **fresh))
 

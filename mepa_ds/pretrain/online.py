@@ -80,6 +80,11 @@ class OnlineSets:
         return len(self.images) if self.unique_images is None else self.unique_images
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """By label; empty when the set does not say."""
+        return self.images.index.classes
+
+    @property
     def window(self) -> int | None:
         return self.images.window
 

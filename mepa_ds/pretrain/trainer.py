@@ -27,7 +27,7 @@ from mepa_ds.pretrain.bad_steps import BadSteps, check_divergence
 from mepa_ds.pretrain.branching import open_branch
 from mepa_ds.pretrain.checkpointing import BEST, BestWeights, Kept, Loaded, RunCheckpoints
 from mepa_ds.pretrain.data import Loader, data_identity, heldout_identity, stream_of
-from mepa_ds.pretrain.evaluation import Evaluations, StopError
+from mepa_ds.pretrain.evaluation.evaluations import Evaluations, StopError
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.pretrain.online import OnlineSets
 from mepa_ds.pretrain.recording.metrics import StepMetrics
@@ -66,7 +66,7 @@ class PretrainRun:
         self.checkpoints = RunCheckpoints(self.engine, config.output_dir, kept, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
         self.state = RunState(data=data, heldout=heldout_identity(config.data.heldout_tokens), recipe=recipe)
-        self.evaluations = Evaluations(config, self.engine, self.inputs, self._beat_or_stop)
+        self.evaluations = Evaluations(config, self.engine, self.inputs, sets.class_names, self._beat_or_stop)
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.best: BestWeights | None = None
@@ -109,7 +109,8 @@ class PretrainRun:
 
     def train(self) -> bool:
         """Trains to the end of the recipe, or until the run is stopped. Returns whether the run is finished."""
-        stop = self._evaluate_if_due()  # a stopped run saves at once and leaves a due evaluation to the next start
+        # A stopped run saves at once and leaves what is due to the next start.
+        stop = self._evaluate_if_due() or self._score_if_due()
         self._export_best()
         self._open_stream()
         while self.state.step < self.num_steps and not stop:
@@ -119,7 +120,7 @@ class PretrainRun:
                 if stop:  # otherwise the next start would read the same images again
                     self._save()
                 continue
-            stop = stop or self._evaluate_if_due() or self._draw_if_due()
+            stop = stop or self._evaluate_if_due() or self._score_if_due() or self._draw_if_due()
             if stop or self._save_is_due():
                 self._save()
             else:
@@ -229,7 +230,7 @@ class PretrainRun:
         self.metrics.restart(self.state.window)
         self._open_stream()
 
-    # Work that is due between two steps. `_evaluate_if_due` and `_draw_if_due` return whether a rank was asked to stop.
+    # Work that is due between two steps. `_..._if_due` return whether a rank was asked to stop.
 
     def _beat_or_stop(self) -> None:
         """Reports progress during an evaluation; raises StopError on all ranks when one rank is asked to stop."""
@@ -254,6 +255,19 @@ class PretrainRun:
             self.best = BestWeights(step, scores["ce"])
         self.evaluations.record(self.recorder, step, scores, is_best)
         self.state.evaluated_step = step
+        return False
+
+    def _score_if_due(self) -> bool:
+        """Scores generated images if it is due. An interrupted scoring is left to the next start."""
+        step, every = self.state.step, self.config.log.score_every
+        due = every is not None and step > 0 and (step % every == 0 or step == self.num_steps)
+        if not due or self.state.scored_step == step:
+            return False
+        try:
+            self.evaluations.score(self.recorder, step)
+        except StopError:
+            return True
+        self.state.scored_step = step
         return False
 
     def _draw_if_due(self) -> bool:

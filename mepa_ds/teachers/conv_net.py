@@ -1,5 +1,5 @@
 """Teachers that need no download and know more than texture: a small convolutional network, trained on the user's own
-images. `contrastive` learns without labels (SimCLR, arXiv 2002.05709), `classifier` from the images' classes.
+images. `contrastive` learns without labels (SimCLR, arXiv 2002.05709), `supervised` from the images' classes.
 
 Shape legend: B batch, H image height, W image width, N cells (row-major), C teacher width.
 """
@@ -20,8 +20,8 @@ from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
-Kind = Literal["contrastive", "classifier"]
-KINDS: tuple[Kind, ...] = ("contrastive", "classifier")
+Kind = Literal["contrastive", "supervised"]
+KINDS: tuple[Kind, ...] = ("contrastive", "supervised")
 _STEM = 32
 """Channels of the first convolution; every halving of the side doubles them, up to the teacher's width."""
 

@@ -16,10 +16,13 @@ from mepa_ds.weights.state_dict_files import read_state_dict
 from mepa_ds.weights.state_dicts import Wanted
 
 
-def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Module:
+def load_lpips(
+    network: Literal["vgg", "alex"], backbone_weights: Path, what: str = "loss.perceptual.backbone_weights"
+) -> nn.Module:
     """A frozen module of two batches of images (B, 3, H, W) in [-1, 1] to distances (B, 1, 1, 1).
 
-    LPIPS's own linear weights ship with the package; `backbone_weights` is torchvision's vgg16 or alexnet.
+    LPIPS's own linear weights ship with the package; `backbone_weights` is torchvision's vgg16 or alexnet, which the
+    setting `what` names.
 
     Raises:
         UserError: the package is not installed, or the weights cannot be read or are another network's.
@@ -28,7 +31,7 @@ def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Mo
         lpips = importlib.import_module("lpips")
     except ImportError as error:
         raise UserError(
-            "loss.perceptual needs the package lpips: pip install 'mepa_ds[perceptual]', or set loss.perceptual: null"
+            f"{what} needs the package lpips: pip install 'mepa_ds[perceptual]', or leave it out"
         ) from error
     with warnings.catch_warnings():  # lpips calls torchvision in a way that is being retired
         warnings.simplefilter("ignore", UserWarning)
@@ -37,7 +40,7 @@ def load_lpips(network: Literal["vgg", "alex"], backbone_weights: Path) -> nn.Mo
     # Names that both networks have.
     wanted = Wanted(f"torchvision's {network}", ("features.0.weight", "features.0.bias", "features.10.weight"))
     state = read_state_dict(backbone_weights, "features.", wanted)
-    load_strict(module.net, _by_slice(module.net, state), f"loss.perceptual.backbone_weights: {backbone_weights}")
+    load_strict(module.net, _by_slice(module.net, state), f"{what}: {backbone_weights}")
     return module.requires_grad_(False).eval()
 
 

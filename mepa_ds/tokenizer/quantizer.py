@@ -6,7 +6,7 @@ scales, V codebook size, N = B * l.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,11 +145,18 @@ class MultiScaleQuantizer(nn.Module):
     @torch.no_grad()
     def f_hat_of(self, tokens_BL: Tensor) -> Tensor:
         """The quantised latent (B, C, H, W) that tokens (B, L) stand for."""
+        for f_hat_BCHW in self.f_hats_of(tokens_BL):
+            last_BCHW = f_hat_BCHW
+        return last_BCHW
+
+    @torch.no_grad()
+    def f_hats_of(self, tokens_BL: Tensor) -> Iterator[Tensor]:
+        """The sum (B, C, H, W) after each scale."""
         tokens_BL = self._checked(tokens_BL)
         f_hat_BCHW = self.empty_f_hat(len(tokens_BL))
         for k, tokens_Bl in enumerate(self.schedule.split(tokens_BL)):
             f_hat_BCHW = self.add_scale(f_hat_BCHW, tokens_Bl, k)
-        return f_hat_BCHW
+            yield f_hat_BCHW
 
     @torch.no_grad()
     def inputs_from_tokens(self, tokens_BL: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shape legend: B batch, H = W the image's side, L tokens over all scales, C code 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -141,6 +141,12 @@ class Tokenizer(nn.Module):
     def decode_f_hat(self, f_hat_BChw: Tensor) -> Tensor:
         """The quantised latent (B, C, h, w) to images (B, 3, H, H) in [-1, 1]."""
         return self.reconstruct(f_hat_BChw).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_scales(self, tokens_BL: Tensor) -> Iterator[Tensor]:
+        """The images (B, 3, H, H) in [-1, 1] of the token maps up to each scale; the last is `decode`'s."""
+        for f_hat_BChw in self.quantizer.f_hats_of(tokens_BL):
+            yield self.decode_f_hat(f_hat_BChw)
 
     def reconstruct(self, f_hat_BChw: Tensor) -> Tensor:
         """The decoder with gradients and without clamping, for training."""

@@ -27,6 +27,7 @@ from mepa_ds.data.shards.index import images_identity
 from mepa_ds.distributed import sum_over_ranks
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.images.pictures import save_png
 from mepa_ds.runtime.metrics import MetricsWriter
 from mepa_ds.runtime.output import owned
 from mepa_ds.runtime.recorder import RunStatus, write_status
@@ -35,7 +36,7 @@ from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped, undisturb
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
 from mepa_ds.train_tokenizer.checkpoint import read_checkpoint, write_checkpoint
-from mepa_ds.train_tokenizer.evaluation import evaluate_tokenizer, save_image
+from mepa_ds.train_tokenizer.evaluation import evaluate_tokenizer, reconstruction_sheet
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
 from mepa_ds.weights.directories import load_strict
 from mepa_ds.weights.state_dict_files import WEIGHTS_NAME
@@ -196,12 +197,15 @@ class _Loop:
         )
         if evaluated is None:
             return False
-        metrics, grid = evaluated
+        metrics, shown = evaluated
         self._write("heldout", metrics)
         if distributed.is_main():
             try:
-                save_image(grid, self.config.output_dir / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
-                save_image(grid, self.config.output_dir / "reconstructions.png")
+                title = f"step {self.trainer.step_index}, held-out PSNR {metrics['psnr']:.2f} dB"
+                picture = reconstruction_sheet(shown, title)
+                directory = self.config.output_dir
+                save_png(picture, directory / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
+                save_png(picture, directory / "reconstructions.png")
             except Exception as error:  # a picture that fails does not end a run
                 progress.write(f"warning: a picture could not be written ({error})")
             progress.write(

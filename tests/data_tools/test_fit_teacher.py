@@ -23,7 +23,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("fit") / "images")
 
 
-@pytest.mark.parametrize("kind", ["contrastive", "classifier"])
+@pytest.mark.parametrize("kind", ["contrastive", "supervised"])
 def test_a_network_is_fitted_kept_and_gives_features(images: Path, tmp_path: Path, kind: str, capsys: Any) -> None:
     out = str(tmp_path / "teacher")
     command = ["fit-teacher", kind, str(images), "--out", out, *SMALL]
@@ -48,7 +48,7 @@ def test_options_and_images_that_do_not_fit(images: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="--steps: fit-teacher patch-pca has no steps"):
         FitTeacher("patch-pca", images, tmp_path / "t", steps=8)()
     with pytest.raises(UserError, match="pixels_per_cell must be 4, 8 or 16"):
-        FitTeacher("classifier", images, tmp_path / "t", pixels_per_cell=6)()
+        FitTeacher("supervised", images, tmp_path / "t", pixels_per_cell=6)()
     unlabelled = ShardWriter(
         tmp_path / "none", Manifest(kind="images", shard_names=("a.tar",), classes=(), made_by=MadeBy(name="test"))
     )
@@ -56,4 +56,4 @@ def test_options_and_images_that_do_not_fit(images: Path, tmp_path: Path) -> Non
     unlabelled.write_shard("a.tar", [(f"{key}{n}", {"png": members["png"]}) for n in range(4)])
     unlabelled.finish()
     with pytest.raises(UserError, match="no labels of at least two classes to learn from"):
-        FitTeacher("classifier", tmp_path / "none", tmp_path / "t", grid_side=4, pixels_per_cell=4, steps=2)()
+        FitTeacher("supervised", tmp_path / "none", tmp_path / "t", grid_side=4, pixels_per_cell=4, steps=2)()

@@ -252,15 +252,15 @@ def test_contact_sheet(derived: Path) -> None:
         derived / "images", derived / "tokens", derived / "tokenizer", derived / "features", count=3, side=32
     )
     sheet = contact_sheet(show)
-    assert sheet.shape == (16 + 3 * 36, 110 + 6 * 36, 3)
+    assert [len(row) for row in sheet.places] == [6, 6, 6]
     tokenizer = Tokenizer.load(derived / "tokenizer")
-    tiles = [[sheet[16 + row * 36 :][:32, 110 + column * 36 :][:, :32] for column in range(6)] for row in range(3)]
+    tiles = [[sheet.pixels_HW3[top : top + 32, left : left + 32] for top, left in row] for row in sheet.places]
     images = torch.from_numpy(np.stack([row[0] for row in tiles])).permute(0, 3, 1, 2).float() / 127.5 - 1
     rebuilt = tokenizer.decode(tokenizer.encode(images)).add(1).mul(127.5).add(0.5).byte().permute(0, 2, 3, 1)
     for row in range(3):
         assert np.abs(tiles[row][4].astype(int) - rebuilt[row].numpy()).max() <= 1
         assert tiles[row][5].std() > 10
-    assert contact_sheet(replace(show, tokens=None, features=None)).shape == (16 + 3 * 36, 110 + 36, 3)
+    assert [len(row) for row in contact_sheet(replace(show, tokens=None, features=None)).places] == [1, 1, 1]
     with pytest.raises(UserError, match="--tokenizer: the tokens were made by 'tokenizer'"):
         contact_sheet(replace(show, tokenizer=None))
     with pytest.raises(UserError, match="--count: expected at least 1, got 0"):

@@ -219,7 +219,7 @@ def test_a_tokenizer_that_is_being_trained_is_planned_by_its_recipe(folder: Path
     (line,) = plan.assumed
     assert line == f"the tokenizer that {tmp_path}/resolved.yaml describes: its training has not finished"
     size = sum(tensor.nbytes for tensor in done.state_dict().values())
-    assert plan.backward["tokenizer of sample grids"] == size
+    assert plan.backward["tokenizer of samples"] == size
 
 
 def test_the_buffers_of_all_to_alls_are_a_part_of_their_own() -> None:

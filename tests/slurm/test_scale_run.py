@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from mepa_ds.cli.results.ablate import main as ablate
 from mepa_ds.cli.scale.run import main
+from mepa_ds.errors import UserError
 from mepa_ds.scaling.study.plan import read_plan, read_study
 from tests import tiny_run
+from tests.ablation.studies import ablation_file
 from tests.scaling.study.studies import study_values
 from tests.slurm import stand_ins
 
@@ -70,3 +73,10 @@ def test_branches_wait_for_the_checkpoint_of_their_trunk(cluster: Path, capsys: 
     run(cluster, study)
     assert arrays(cluster) == ["--array=0-1%3"], "the two trunks"
     assert "2 runs wait for others" in capsys.readouterr().out
+
+
+def test_an_ablation_is_one_array_too(cluster: Path) -> None:
+    ablate([str(ablation_file(cluster, seeds=2)), "--slurm", str(cluster / "fake.env"), "--limit", "4"])
+    assert arrays(cluster) == ["--array=0-5%4"]
+    with pytest.raises(UserError, match="--limit belongs to --slurm"):
+        ablate([str(cluster / "ablation.yaml"), "--limit", "4"])

@@ -34,7 +34,7 @@ def stripes(count: int = 96) -> tuple[Tensor, Tensor]:
 
 def fit(kind: Kind, config: ConvNetConfig = CONFIG) -> ConvTeacher:
     pixels, labels = stripes()
-    return fit_conv_teacher(kind, pixels, labels if kind == "classifier" else None, config, CPU)
+    return fit_conv_teacher(kind, pixels, labels if kind == "supervised" else None, config, CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -57,21 +57,21 @@ def test_same_images_give_the_same_weights() -> None:
     first, second = fit("contrastive"), fit("contrastive")
     assert first.identity == second.identity
     assert first.identity != fit("contrastive", CONFIG.model_copy(update={"seed": 1})).identity
-    assert first.identity != fit("classifier").identity
+    assert first.identity != fit("supervised").identity
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    teacher = fit("classifier")
+    teacher = fit("supervised")
     teacher.save(tmp_path / "teacher")
-    loaded = build_teacher("classifier", tmp_path / "teacher")
+    loaded = build_teacher("supervised", tmp_path / "teacher")
     assert (loaded.identity, loaded.width, loaded.grid_side, loaded.has_cls) == (teacher.identity, 16, 4, True)
     images = stripes(4)[0].float() / 127.5 - 1
     assert torch.equal(loaded.patch_features(images), teacher.patch_features(images))
     assert loaded.patch_features(images, grid=(4, 6)).shape == (4, 24, 16)
-    with pytest.raises(UserError, match="expected a contrastive, but config.json says it holds 'classifier'"):
+    with pytest.raises(UserError, match="expected a contrastive, but config.json says it holds 'supervised'"):
         build_teacher("contrastive", tmp_path / "teacher")
-    with pytest.raises(UserError, match="fit-teacher classifier"):
-        build_teacher("classifier", None)
+    with pytest.raises(UserError, match="fit-teacher supervised"):
+        build_teacher("supervised", None)
 
 
 def test_nt_xent_by_hand() -> None:
@@ -104,6 +104,6 @@ def test_what_cannot_be_learnt_from_is_refused() -> None:
         fit_conv_teacher("contrastive", pixels[:8], None, CONFIG, CPU)
     for none in (None, labels * 0):
         with pytest.raises(UserError, match="no labels of at least two classes.*fit-teacher contrastive"):
-            fit_conv_teacher("classifier", pixels, none, CONFIG, CPU)
+            fit_conv_teacher("supervised", pixels, none, CONFIG, CPU)
     with pytest.raises(UserError, match="pixels_per_cell must be 4, 8 or 16"):
         validate(ConvNetConfig, {"pixels_per_cell": 5}, "config.json")

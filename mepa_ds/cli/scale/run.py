@@ -12,10 +12,10 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
-from mepa_ds.scaling.running.members import Member, member_of, set_stale_aside
-from mepa_ds.scaling.running.run import plan_if_needed, run_study
+from mepa_ds.scaling.running.members import Member
+from mepa_ds.scaling.running.run import Fleet, FleetRunner, fleet_of, log_path, plan_if_needed
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import read_plan, read_study
+from mepa_ds.scaling.study.plan import read_study
 
 
 @dataclass
@@ -53,49 +53,32 @@ def main(argv: list[str]) -> None:
         if getattr(options, name) != getattr(defaults, name):
             raise UserError(f"--{name.replace('_', '-')} belongs to --slurm; mepa scale plan shows what would run here")
     log.make_stdout_a_log()
-    members = run_study(study, options.jobs)
-    _tell_end(study, list(members.values()))
+    plan_if_needed(study)
+    members = FleetRunner(fleet_of(study), options.jobs).run()
+    if not end_of(fleet_of(study), list(members.values()), f"mepa scale run {study.output_dir}"):
+        sys.exit(1)
+    print(f"all {len(members)} runs are finished; next: mepa scale report {study.output_dir}")
 
 
-def _tell_end(study: StudyConfig, members: Sequence[Member]) -> None:
+def end_of(fleet: Fleet, members: Sequence[Member], again: str) -> bool:
+    """Returns whether all runs are finished; names those that are not, and the command that tries `again`."""
     bad = [member for member in members if member.state != "finished"]
-    if not bad:
-        print(f"all {len(members)} runs are finished; next: mepa scale report {study.output_dir}")
-        return
     for member in bad:
-        print(f"{member.name}: {member.state}; log: {study.output_dir / 'logs' / member.name}.log")
-    print(
-        f"{len(members) - len(bad)} of {len(members)} runs are finished; mepa scale run {study.output_dir} tries again"
-    )
-    sys.exit(1)
+        print(f"{member.name}: {member.state}; log: {log_path(fleet, member.name)}")
+    if bad:
+        print(f"{len(members) - len(bad)} of {len(members)} runs are finished; {again} tries again")
+    return not bad
 
 
 def _submit(study: StudyConfig, options: RunOptions) -> None:
-    from mepa_ds.scaling.running.learning_rates import replan_after_sweep
-    from mepa_ds.scaling.running.submission import manifest_of_ready
+    from mepa_ds.scaling.running.submission import Terms, submit_ready
     from mepa_ds.slurm.profile import read_profile, root
-    from mepa_ds.slurm.submit import Request, submit_recipe
 
     profile = read_profile(options.slurm)
     os.chdir(root())  # where the jobs start, and so what the recipes' paths are relative to
     plan_if_needed(study)
-    members = [member_of(row) for row in read_plan(study)]
-    if replan_after_sweep(study, members):
-        members = [member_of(row) for row in read_plan(study)]
-    manifest, waiting = manifest_of_ready(study, members)
-    for member in members if not options.dry_run else ():
-        set_stale_aside(member.row)
-    if manifest is not None:
-        request = Request(
-            manifest,
-            job="scaling-study",
-            nodes=options.nodes,
-            time=options.time,
-            limit=options.limit,
-            dry_run=options.dry_run,
-        )
-        submit_recipe(request, profile)
-    if waiting:
+    terms = Terms(options.nodes, options.time, options.limit, options.dry_run)
+    if waiting := submit_ready(fleet_of(study), profile, terms):
         print(
             f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this "
             "command again when those are done"

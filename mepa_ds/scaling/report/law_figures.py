@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mepa_ds.reports import style
 from mepa_ds.scaling.laws import ChinchillaFit, Fit, PowerFit
-from mepa_ds.scaling.report import style
 from mepa_ds.scaling.report.rows import envelope, finished, fitted_rows, size_name
 
 LOSS, SIZE, DATA, COMPUTE = "loss, nats a token", "N, matrix weights", "D, tokens", "C, model FLOPs"

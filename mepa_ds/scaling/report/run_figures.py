@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from mepa_ds.reports import style
 from mepa_ds.scaling.laws import ChinchillaFit, ScalesFit
 from mepa_ds.scaling.laws.minima import parabola
-from mepa_ds.scaling.report import style
 from mepa_ds.scaling.report.law_figures import COMPUTE, DATA, LOSS, SIZE
 from mepa_ds.scaling.report.rows import finished, fitted_rows, scale_columns, size_name, sweep_groups
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 import mepa_ds
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.reports import style
 from mepa_ds.scaling.fit_files import write_fits
 from mepa_ds.scaling.laws import FitOptions
-from mepa_ds.scaling.report import style
 from mepa_ds.scaling.report.analysis import Asked, analyse, study_laws
 from mepa_ds.scaling.report.document import FITS_NAME, REPORT_NAME, input_columns, law_of
 from mepa_ds.scaling.report.law_figures import compute_figure, laws_figure, residuals_figure

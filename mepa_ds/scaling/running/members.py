@@ -89,7 +89,10 @@ def branch_point(row: Mapping[str, Any]) -> Path:
 
 
 def is_current(row: Mapping[str, Any]) -> bool:
-    """Whether a run was done by today's recipe. Where the data lie, and what is logged, does not count."""
+    """Whether a run was done by today's recipe. Where the data lie, and what is logged, does not count.
+
+    The name of the feature set does: it says which teacher the features are of.
+    """
     resolved = Path(row["output_dir"]) / "resolved.yaml"
     try:
         return _what_counts(_recipe(resolved)) == _what_counts(_recipe(Path(row["recipe"])))
@@ -110,5 +113,7 @@ def recipe_hash(recipe: dict[str, Any]) -> str:
 
 def _what_counts(recipe: dict[str, Any]) -> dict[str, Any]:
     data = {key: recipe["data"].get(key) for key in ("unique_images", "on_damaged")}
+    if features := recipe["data"].get("features"):
+        data["features"] = Path(features).name
     kept = ("seed", "model", "objective", "optim", "train")
     return {"data": data} | {key: recipe.get(key) for key in kept}

@@ -1,10 +1,11 @@
-"""`mepa scale run`: trains what is left of a study on this machine, a few runs at a time."""
+"""Trains what is left of a set of planned runs on this machine, a few at a time: `mepa scale run`, `mepa ablate`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,38 @@ _MOST_FAILURES_IN_A_ROW = 3
 _STARTUP_SHARE = 0.1  # what a start takes, as a share of the mean run, for the estimate of the time left
 
 
-class StudyRunner:
-    """Runs what is left of a study. A run that fails is not tried again by the same runner, only by the next one."""
+def _never(members: Iterable[Member]) -> bool:
+    return False
 
-    def __init__(self, study: StudyConfig, jobs: int):
-        self._study = study
-        self._rows = read_plan(study)
+
+@dataclass(frozen=True)
+class Fleet:
+    """Runs that were planned together."""
+
+    name: str
+    output_dir: Path
+    ranks: int
+    """Processes of each run."""
+    rows: Callable[[], list[dict[str, Any]]]
+    """Reads the plan: a row for each run."""
+    replan: Callable[[Iterable[Member]], bool] = _never
+    """Writes a new plan if how the runs are doing asks for one; says whether it has."""
+
+    def members(self) -> list[Member]:
+        """Looks at every run."""
+        return [member_of(row) for row in self.rows()]
+
+
+class FleetRunner:
+    """Runs what is left of a fleet. A run that fails is not tried again by the same runner, only by the next one."""
+
+    def __init__(self, fleet: Fleet, jobs: int):
+        if jobs < 1:
+            raise UserError(f"--jobs {jobs}: expected at least 1")
+        self._fleet = fleet
+        self._rows = fleet.rows()
         self._members = {row["run"]: member_of(row) for row in self._rows}
-        self._slots = slots(jobs, study.budget.ranks)
+        self._slots = slots(jobs, fleet.ranks)
         self._workers: dict[str, Worker] = {}
         self._tried: set[str] = set()
         self._failures_in_a_row = 0
@@ -43,13 +68,13 @@ class StudyRunner:
             UserError: the first runs all failed, so something is wrong with all of them.
             Interrupted: this process was asked to stop; the runs have saved by then.
         """
-        bar = tqdm(total=100.0, desc=self._study.name, unit="%", disable=None, bar_format=_BAR)
+        bar = tqdm(total=100.0, desc=self._fleet.name, unit="%", disable=None, bar_format=_BAR)
         try:
             while True:
                 self._look()
                 self._collect_ended()
-                if replan_after_sweep(self._study, self._members.values()):
-                    self._rows = read_plan(self._study)
+                if self._fleet.replan(self._members.values()):
+                    self._rows = self._fleet.rows()
                     self._members = {row["run"]: member_of(row) for row in self._rows}
                 self._fill_slots()
                 _show(bar, self._members.values())
@@ -91,7 +116,7 @@ class StudyRunner:
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= _MOST_FAILURES_IN_A_ROW:
             raise UserError(
-                f"{self._study.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
+                f"{self._fleet.name}: {self._failures_in_a_row} runs in a row have failed; mend that (the last "
                 "messages are above) and run again: what is finished is kept"
             )
 
@@ -104,9 +129,9 @@ class StudyRunner:
         for member in left[: len(self._slots)]:
             self._tried.add(member.name)
             set_stale_aside(member.row)
-            output = self._study.output_dir / "logs" / f"{member.name}.log"
-            ranks, recipe = self._study.budget.ranks, Path(member.row["recipe"])
-            self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), ranks, output)
+            output = log_path(self._fleet, member.name)
+            recipe = Path(member.row["recipe"])
+            self._workers[member.name] = start(member.name, recipe, self._slots.pop(0), self._fleet.ranks, output)
 
     def _stop_all(self) -> None:
         """Asks all runs to save, and waits until they have."""
@@ -117,11 +142,16 @@ class StudyRunner:
             worker.ended()
 
 
+def log_path(fleet: Fleet, name: str) -> Path:
+    """What a run says goes there."""
+    return fleet.output_dir / "logs" / f"{name}.log"
+
+
 _BAR = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
 
 
 def _show(bar: Any, members: Iterable[Member]) -> None:
-    """Moves the progress bar, whose unit is a hundredth of the study's FLOPs and starts."""
+    """Moves the progress bar, whose unit is a hundredth of the FLOPs and starts of all runs."""
     found = list(members)
     mean = sum(m.row["paid_flops"] for m in found) / len(found)
     weights = [m.row["paid_flops"] + _STARTUP_SHARE * mean for m in found]
@@ -135,12 +165,15 @@ def _show(bar: Any, members: Iterable[Member]) -> None:
     bar.set_postfix_str(", ".join(f"{count} {state}" for state, count in counts.items() if count), refresh=False)
 
 
-def run_study(study: StudyConfig, jobs: int) -> dict[str, Member]:
-    """Plans the study if it is not planned yet, and trains what is left of it, `jobs` runs at a time."""
-    if jobs < 1:
-        raise UserError(f"--jobs {jobs}: expected at least 1")
-    plan_if_needed(study)
-    return StudyRunner(study, jobs).run()
+def fleet_of(study: StudyConfig) -> Fleet:
+    """The runs of a scaling study that is planned."""
+    return Fleet(
+        study.name,
+        study.output_dir,
+        study.budget.ranks,
+        rows=lambda: read_plan(study),
+        replan=lambda members: replan_after_sweep(study, members),
+    )
 
 
 def plan_if_needed(study: StudyConfig) -> None:

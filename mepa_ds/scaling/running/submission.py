@@ -1,16 +1,55 @@
-"""Which runs of a study can be handed to SLURM now."""
+"""Hands the runs of a fleet that can start now to SLURM, as one array."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mepa_ds.scaling.running.members import Member
-from mepa_ds.scaling.study.config import StudyConfig
+from mepa_ds.scaling.running.members import Member, set_stale_aside
+from mepa_ds.scaling.running.run import Fleet
 from mepa_ds.scaling.study.plan import write_manifest
+from mepa_ds.slurm.profile import Profile
+from mepa_ds.slurm.submit import Request, submit_recipe
 
 
-def manifest_of_ready(study: StudyConfig, members: Sequence[Member]) -> tuple[Path | None, list[Member]]:
+@dataclass(frozen=True)
+class Terms:
+    """What a submission asks SLURM for."""
+
+    nodes: int = 1
+    time: str | None = None
+    limit: int = 8
+    """Runs at a time."""
+    dry_run: bool = False
+
+
+def submit_ready(fleet: Fleet, profile: Profile, terms: Terms) -> list[Member]:
+    """Submits the runs that can start now; returns those that wait for others.
+
+    Raises:
+        UserError: something does not fit the cluster; nothing was submitted.
+    """
+    members = fleet.members()
+    if fleet.replan(members):
+        members = fleet.members()
+    manifest, waiting = manifest_of_ready(fleet, members)
+    for member in members if not terms.dry_run else ():
+        set_stale_aside(member.row)
+    if manifest is not None:
+        request = Request(
+            manifest,
+            job="scaling-study",
+            nodes=terms.nodes,
+            time=terms.time,
+            limit=terms.limit,
+            dry_run=terms.dry_run,
+        )
+        submit_recipe(request, profile)
+    return waiting
+
+
+def manifest_of_ready(fleet: Fleet, members: Sequence[Member]) -> tuple[Path | None, list[Member]]:
     """Writes the manifest of the runs that can start now; returns its path and the runs that wait for others.
 
     Finished runs are left out, and so are diverged ones, which would diverge again. The path is None when nothing can
@@ -18,5 +57,5 @@ def manifest_of_ready(study: StudyConfig, members: Sequence[Member]) -> tuple[Pa
     """
     waiting = [member for member in members if member.state == "waiting"]
     left = [member for member in members if member.state not in ("waiting", "finished", "diverged")]
-    path = write_manifest(study, [member.name for member in left])
+    path = write_manifest(fleet.output_dir, fleet.name, [Path(member.row["recipe"]) for member in left])
     return (path if left else None), waiting

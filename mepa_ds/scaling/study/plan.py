@@ -116,17 +116,17 @@ def write_plan(plan: StudyPlan) -> None:
         if path.name not in names:
             path.unlink()
     write_text(study.output_dir / STUDY_NAME, dump_yaml(study))
-    write_manifest(study, [run.name for run in plan.ready()])
+    write_manifest(study.output_dir, study.name, [recipe_path(study, run.name) for run in plan.ready()])
     write_json(study.output_dir / PLAN_NAME, plan_facts(plan))
 
 
-def write_manifest(study: StudyConfig, names: Sequence[str]) -> Path:
-    """Writes a line for each run, as `mepa slurm submit --job scaling-study` reads them; returns the path.
+def write_manifest(output_dir: Path, name: str, recipes: Sequence[Path]) -> Path:
+    """Writes a line for each recipe, as `mepa slurm submit --job scaling-study` reads them; returns the path.
 
     The file has the study's name, and so have the jobs.
     """
-    path = study.output_dir / f"{study.name}.txt"
-    write_text(path, "".join(f"{recipe_path(study, name)}\n" for name in names))
+    path = output_dir / f"{name}.txt"
+    write_text(path, "".join(f"{recipe}\n" for recipe in recipes))
     return path
 
 

@@ -69,8 +69,10 @@ def main(argv: Sequence[str]) -> None:
         print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
     if scores != "-":
         from mepa_ds.evaluation.score_files import Comparison, score_files
+        from mepa_ds.evaluation.scorer import ScorerOptions
 
-        score_files(Comparison(Path(out), Path(reference), Path(inception)), Path(scores))
+        options = ScorerOptions(inception=Path(inception))
+        score_files(Comparison(Path(out), Path(reference), options), Path(scores))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mepa_ds.reports.style import count, power
 from mepa_ds.scaling.laws import noise_floor
 from mepa_ds.scaling.report.hold_out import comparison, verdict
 from mepa_ds.scaling.report.law_sections import named
 from mepa_ds.scaling.report.rows import POINT, SAME_FLOPS, clusters, envelope, sweep_groups
-from mepa_ds.scaling.report.style import count, power
 
 
 def table(rows: list[dict[str, object]]) -> pd.DataFrame:

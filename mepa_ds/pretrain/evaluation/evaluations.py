@@ -1,69 +1,21 @@
-"""Held-out scores and pictures of samples, made between two steps. They read the model and change nothing."""
+"""Held-out scores, scores and pictures of samples, made between two steps. They read the model and change nothing."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mepa_ds import distributed
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.lockstep import lockstep, report_damaged
-from mepa_ds.data.options import DEFAULTS, LoaderOptions
-from mepa_ds.data.training import evaluation_batches
+from mepa_ds.data.options import LoaderOptions
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.cross_entropy import token_scores
-from mepa_ds.objective.objective import ScaleScores, sum_scales
-from mepa_ds.objective.reports import add_up, score_report
+from mepa_ds.pretrain.evaluation.generated import GeneratedScores, line_of
+from mepa_ds.pretrain.evaluation.heldout import heldout_scores
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-
-
-def heldout_scores(
-    model: NextScaleTransformer,
-    inputs: InputMaker,
-    tokens: Path,
-    batch_size: int,
-    options: LoaderOptions = DEFAULTS,
-    on_batch: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Scores a token set in one pass: each image once over all ranks. For the result see `score_report`. Collective.
-
-    Args:
-        options: on_damaged="skip" leaves out images that cannot be read; the result then gives their number as
-            `damaged_samples`.
-        on_batch: called after every batch.
-
-    Raises:
-        UserError: on every rank, when one rank has a damaged image under "stop", or a label beyond the model's classes.
-    """
-    parts, num_damaged = [], 0
-    batches = evaluation_batches(
-        tokens,
-        None,
-        batch_size=batch_size,
-        ranks=distributed.ranks(),
-        options=replace(options, num_classes=model.config.num_classes),
-    )
-    for batch in lockstep(batches):
-        report_damaged(batch.damaged)
-        num_damaged += len(batch.damaged)
-        model_inputs = inputs.evaluation(batch)
-        logits_BLV = model(model_inputs.labels_B, model_inputs.inputs_BLZ).logits_BLV
-        ce_BL, hits_BL = token_scores(logits_BLV, model_inputs.tokens_BL)
-        parts.append(sum_scales(ce_BL, hits_BL, model.schedule, batch.weight_B.to(ce_BL.device)))
-        on_batch()
-    scores = add_up(parts)
-    sums = [scores.ce_sum_S, scores.correct_S, scores.tokens_S, scores.tokens_S.new_tensor([num_damaged])]
-    *summed, damaged = distributed.sums_over_ranks(sums)
-    report = score_report(ScaleScores(*summed))
-    return report if damaged == 0 else {**report, "damaged_samples": int(damaged)}
 
 
 class StopError(Exception):
@@ -81,17 +33,25 @@ class Evaluations:
         config: PretrainConfig,
         engine: PretrainEngine,
         inputs: InputMaker,
+        class_names: Sequence[str],
         on_batch: Callable[[], None],
     ):
         self._data, self._batch_size, self._output = config.data, config.log.evaluate_batch, config.output_dir
         self._engine, self._inputs, self._on_batch = engine, inputs, on_batch
         self._seconds = 0.0
         self._grids: SampleGrids | None = None
-        if config.log.sample_every is not None:
-            tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(engine.device)
+        self._generated: GeneratedScores | None = None
+        log = config.log
+        if log.sample_every is None and log.score_every is None:
+            return
+        tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(engine.device)
+        if log.score_every is not None:
+            assert log.score is not None
+            self._generated = GeneratedScores(log.score, tokenizer, config.model.num_classes, config.seed)
+        if log.sample_every is not None:
             alone = config.parallel.ep_size == 1
             samples = config.output_dir / "samples"
-            self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone)
+            self._grids = SampleGrids(tokenizer, samples, config.model.num_classes, config.seed, alone, class_names)
 
     def heldout_scores(self) -> dict[str, Any]:
         """Scores data.heldout_tokens, which the recipe must name. See the function `heldout_scores`."""
@@ -132,3 +92,19 @@ class Evaluations:
             where = str(path.relative_to(self._output))
             recorder.record("samples", step, {"path": where, "classes": self._grids.classes})
             recorder.say(f"step {step}  picture: {path}, {self._grids.shown}")
+
+    def score(self, recorder: Recorder, step: int) -> None:
+        """Scores images that the current model generates (log.score_every), and records the scores with their protocol.
+
+        A model whose logits are not finite is recorded, and does not end the run.
+        """
+        assert self._generated is not None
+        started = time.perf_counter()
+        try:
+            with self._engine.evaluating() as model:
+                scores = self._generated.take(model, self._on_batch)
+        except UserError as error:  # raised on every rank
+            recorder.warn("scores_failed", step, f"no scores of generated images: {error}")
+            return
+        recorder.record("score", step, {**scores, "seconds": time.perf_counter() - started})
+        recorder.say(f"step {step}  {self._generated.num_images} generated images: {line_of(scores)}")

@@ -1,4 +1,4 @@
-"""How the figures of a report look, and how they are written."""
+"""How figures look, and how they are written."""
 
 from __future__ import annotations
 
@@ -60,10 +60,14 @@ def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     return figure, list(np.ravel(figure.subplots(1, panels)))
 
 
+def save_png(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+
+
 def save(figure: Figure, path: Path) -> str:
     """Writes path.png and path.svg; returns the SVG as it can stand in a page, its ids made the figure's own."""
-    with atomic_path(path.with_suffix(".png")) as temporary:
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    save_png(figure, path.with_suffix(".png"))
     figure.set_layout_engine("none")  # it has found its places
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

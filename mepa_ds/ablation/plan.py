@@ -1,0 +1,205 @@
+"""From the file of an ablation to recipes and the table of runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mepa_ds
+from mepa_ds import shipped
+from mepa_ds.ablation.config import AblationConfig
+from mepa_ds.config.base import dump_yaml, load_config, read_yaml, set_key, validate
+from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.errors import UserError
+from mepa_ds.files import write_json, write_text
+from mepa_ds.models.summary import count_parameters
+from mepa_ds.objective.flops import image_flops
+from mepa_ds.scaling.running.run import Fleet
+from mepa_ds.scaling.study.plan import write_manifest
+
+FILE_NAME, PLAN_NAME = "ablation.yaml", "plan.json"
+_DIVERGED = 1.5  # times the cross-entropy of a model that has learnt nothing
+
+
+def read_ablation(path: Path) -> AblationConfig:
+    """Reads the file of an ablation, or the one in the output_dir of a planned ablation.
+
+    Raises:
+        UserError: the file cannot be read, or has unknown or wrong keys; each is named.
+    """
+    found = path / FILE_NAME if path.is_dir() else shipped.find(path)
+    if path.is_dir() and not found.is_file():
+        raise UserError(f"{path}: no {FILE_NAME} there; give the file of an ablation, or the output_dir of one")
+    return load_config(AblationConfig, found)
+
+
+def make_plan(ablation: AblationConfig) -> tuple[list[dict[str, Any]], dict[str, PretrainConfig]]:
+    """Multiplies the ablation out and checks it: a row for each run, and the recipes by run. Writes nothing.
+
+    Seeds come first, so that a part of the runs already compares all arms.
+
+    Raises:
+        UserError: a recipe is wrong, two arms are the same, or an arm has other active FLOPs than the baseline.
+    """
+    base = read_yaml(shipped.find(ablation.base))
+    rows: list[dict[str, Any]] = []
+    recipes: dict[str, PretrainConfig] = {}
+    for number in range(ablation.seeds):
+        for arm in ablation.arms:
+            name = f"{arm}-s{number}"
+            recipes[name] = config = _recipe(ablation, base, arm, number)
+            rows.append(_row(ablation, name, arm, config))
+    _check_arms(ablation, {row["arm"]: (row, recipes[row["run"]]) for row in rows[: len(ablation.arms)]})
+    return rows, recipes
+
+
+def _recipe(ablation: AblationConfig, base: dict[str, Any], arm: str, number: int) -> PretrainConfig:
+    where = f"{ablation.name}: arm {arm}"
+    values: dict[str, Any] = json.loads(json.dumps(base))
+    for key, value in ablation.arms[arm].set.items():
+        set_key(values, key, value, f"{where}: {key}")
+    values["seed"] = int(base.get("seed", 0)) + number
+    values["output_dir"] = str(ablation.output_dir / "runs" / f"{arm}-s{number}")
+    config = validate(PretrainConfig, values, where)
+    if config.data.heldout_tokens is None:
+        raise UserError(f"{ablation.base}: data.heldout_tokens: arms are compared on held-out images; name their set")
+    steps = config.train.num_steps(_num_samples(config))
+    log = {"evaluate_every": steps, "checkpoint_every": min(config.log.checkpoint_every, steps)}
+    if config.log.score is not None:
+        log["score_every"] = steps
+    values["log"] = (values.get("log") or {}) | log
+    limit = config.guards.diverged_above or _DIVERGED * math.log(config.model.codebook_size)
+    values["guards"] = (values.get("guards") or {}) | {"diverged_above": limit}
+    return validate(PretrainConfig, values, where)
+
+
+def _num_samples(config: PretrainConfig) -> int:
+    """Images of an epoch; only a length in epochs needs them."""
+    if config.train.epochs is None:
+        return 1
+    found = config.data.tokens or config.data.images
+    assert found is not None
+    return config.data.unique_images or ShardIndex.read(found).num_samples
+
+
+def _row(ablation: AblationConfig, name: str, arm: str, config: PretrainConfig) -> dict[str, Any]:
+    counts, of_image = count_parameters(config.model), sum(image_flops(config.model).values())
+    steps = config.train.num_steps(_num_samples(config))
+    samples = steps * config.train.global_batch
+    return {
+        "run": name,
+        "arm": arm,
+        "role": "fit",
+        "seed": config.seed,
+        "steps": steps,
+        "samples": samples,
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "flops_image": of_image,
+        "paid_flops": of_image * samples,
+        "first_step": 0,
+        "branches_off": None,
+        "waits_for_sweep": False,
+        "recipe": str(ablation.output_dir / "recipes" / f"{name}.yaml"),
+        "output_dir": str(config.output_dir),
+    }
+
+
+def _check_arms(ablation: AblationConfig, first: dict[str, tuple[dict[str, Any], PretrainConfig]]) -> None:
+    """`first`: the first run of each arm."""
+    wanted = first[ablation.baseline][0]["flops_image"]
+    seen: dict[str, str] = {}
+    for arm, (row, config) in first.items():
+        ratio = row["flops_image"] / wanted
+        if abs(ratio - 1) > ablation.flops_tolerance:
+            raise UserError(
+                f"{ablation.name}: arm {arm}: its active FLOPs are {ratio:.3f} of {ablation.baseline}'s, and "
+                f"flops_tolerance is {ablation.flops_tolerance}; with top_k experts and a shared one, "
+                "model.moe.expert_ratio: ffn_ratio / (top_k + 1) costs what a dense FFN costs"
+            )
+        key = config.model_dump_json(exclude={"output_dir", "seed", "log"})
+        if key in seen:
+            raise UserError(f"{ablation.name}: the arms {seen[key]} and {arm} are the same: leave one of them out")
+        seen[key] = arm
+
+
+def write_plan(ablation: AblationConfig) -> None:
+    """Writes the ablation's file, a recipe for each run, the manifest and plan.json to its output_dir.
+
+    Raises:
+        UserError: see `make_plan`; or the directory holds another ablation.
+    """
+    out = ablation.output_dir
+    check_directory(ablation)
+    rows, recipes = make_plan(ablation)
+    for row in rows:
+        path, text = Path(row["recipe"]), dump_yaml(recipes[row["run"]])
+        if not path.is_file() or path.read_text() != text:
+            write_text(path, text)
+    names = {Path(row["recipe"]).name for row in rows}
+    for path in (out / "recipes").glob("*.yaml"):  # of an earlier plan of this ablation
+        if path.name not in names:
+            path.unlink()
+    write_text(out / FILE_NAME, dump_yaml(ablation))
+    write_manifest(out, ablation.name, [Path(row["recipe"]) for row in rows])
+    facts = {"ablation": ablation.name, "ablation_hash": ablation_hash(ablation), "code_version": mepa_ds.__version__}
+    write_json(out / PLAN_NAME, {**facts, "runs": rows})
+
+
+def check_directory(ablation: AblationConfig) -> None:
+    """Raises UserError when output_dir holds another ablation, or anything else that has runs."""
+    out = ablation.output_dir
+    path = out / FILE_NAME
+    if path.is_file():
+        name = read_yaml(path).get("name")
+        if name != ablation.name:
+            raise UserError(
+                f"{out}: holds the ablation {name!r}, and this one is {ablation.name!r}; give it an output_dir of "
+                "its own"
+            )
+    elif out.is_dir() and any((out / name).exists() for name in ("runs", PLAN_NAME)):
+        raise UserError(f"{out}: has runs, but no {FILE_NAME}; choose an empty output_dir")
+
+
+def ablation_hash(ablation: AblationConfig) -> str:
+    """Returns a hash of what the runs are; where they are written, titles and comparisons do not count."""
+    content = json.loads(ablation.model_dump_json(include={"name", "seeds", "flops_tolerance"}))
+    content["arms"] = {name: arm.set for name, arm in ablation.arms.items()}
+    content["base"] = read_yaml(shipped.find(ablation.base))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_plan(ablation: AblationConfig) -> list[dict[str, Any]]:
+    """Returns the rows of the plan in the ablation's output_dir.
+
+    Raises:
+        UserError: there is none, or the file of the ablation has changed since.
+    """
+    check_directory(ablation)
+    path = ablation.output_dir / PLAN_NAME
+    if not path.is_file():
+        raise UserError(f"{path}: the ablation is not planned yet; run mepa ablate on its file first")
+    facts = json.loads(path.read_text())
+    if facts["ablation_hash"] != ablation_hash(ablation):
+        raise UserError(f"{path}: the ablation's file has changed since it was planned; run mepa ablate on it again")
+    rows: list[dict[str, Any]] = facts["runs"]
+    return rows
+
+
+def plan_if_needed(ablation: AblationConfig) -> None:
+    """Writes the plan unless the output_dir has this very plan."""
+    check_directory(ablation)
+    with suppress(UserError):
+        read_plan(ablation)
+        return
+    write_plan(ablation)
+
+
+def fleet_of(ablation: AblationConfig) -> Fleet:
+    """The runs of an ablation that is planned."""
+    return Fleet(ablation.name, ablation.output_dir, ablation.ranks, rows=lambda: read_plan(ablation))

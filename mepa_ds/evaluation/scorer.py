@@ -1,0 +1,370 @@
+"""Scores of images in memory or on disk: prepared once for a reference, then asked as often as wanted.
+
+Shapes: B images of a batch, N samples, M reference images, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mepa_ds import distributed, log
+from mepa_ds.errors import UserError
+from mepa_ds.evaluation.classifier import PROBS, Classifier, ClassifierSpace
+from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace, StoredFeatures, open_feature_space
+from mepa_ds.evaluation.formulas.checks import as_rows
+from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
+from mepa_ds.evaluation.inception import LOGITS, SPATIAL
+from mepa_ds.evaluation.measures import Measures, nearest_to_training
+from mepa_ds.evaluation.references import Images, Reference, ShardImages
+from mepa_ds.weights.directories import write_safetensors
+
+Order = Literal["shuffled", "file"]
+AGREEMENT = "agreement.probs"
+"""The key of the classifier's probabilities among features."""
+_BATCH = 256  # images in memory at a time
+_EXTRAS = {INCEPTION: (SPATIAL,)}
+"""Spaces beside the main one that have statistics of their own."""
+
+
+@dataclass(frozen=True)
+class ScorerOptions:
+    """What is computed. features: as `open_feature_space` reads them. classifier: a directory that `Classifier.save`
+    wrote. train, heldout: shard sets for the test of memorisation, in the first of the spaces. cache: a directory for
+    the reference's features (None: they are computed anew). seed: of every draw."""
+
+    features: tuple[str, ...] = (INCEPTION,)
+    inception: Path | None = None
+    classifier: Path | None = None
+    train: Path | None = None
+    heldout: Path | None = None
+    cache: Path | None = None
+    order: Order = "shuffled"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SpaceReference:
+    """The reference in one space. frechet: None for a reference of fewer than 2 images; features_MD: None where there
+    are statistics alone."""
+
+    frechet: FrechetTo
+    features_MD: Tensor | None
+    source: str
+
+
+class Scorer:
+    """`features` of images on every rank, `score` where all are gathered; see `score_images` for one process.
+
+    Attributes: `spaces`, `classifier`, and `reference` (None for a rank that computes features only).
+    """
+
+    def __init__(self, spaces: Sequence[FeatureSpace], classifier: Classifier | None, options: ScorerOptions):
+        self.spaces, self.classifier, self.options = list(spaces), classifier, options
+        self.reference: Reference | None = None
+        self._spaces: dict[str, SpaceReference] = {}
+        self._training: tuple[Tensor, Tensor] | None = None
+        self._device = torch.device("cpu")
+        names = [space.name for space in self.spaces]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"--features: {', '.join(twice)} is given twice; give each feature space once")
+
+    @classmethod
+    def open(
+        cls,
+        reference: Reference | Path | None,
+        options: ScorerOptions,
+        image_side: int | None = None,
+        device: torch.device | None = None,
+    ) -> Scorer:
+        """Opens and checks everything, then computes the reference's features, or reads them from the cache.
+
+        Args:
+            reference: None on ranks that only compute features.
+            image_side: of the samples: a shard set's images are cropped and resized to it.
+            device: None is this rank's.
+
+        Raises:
+            UserError: a reference, a space or a classifier that cannot be used.
+        """
+        if isinstance(reference, Path):
+            reference = Reference(reference, image_side)
+        device = device or distributed.device_of(distributed.read_launch())
+        spaces = [open_feature_space(spec, device, options.inception) for spec in options.features]
+        classifier = None if options.classifier is None else Classifier.load(options.classifier, device)
+        scorer = cls(spaces, classifier, options)
+        scorer._device = device
+        if reference is not None:
+            scorer.reference = reference
+            for space in scorer.spaces:
+                scorer._take_reference(space, reference)
+            scorer._training = scorer._training_features(image_side)
+        return scorer
+
+    def features(self, pixels_BHW3: NDArray[np.uint8], first: int = 0, what: str = "samples") -> dict[str, Tensor]:
+        """All that `score` needs of these images, a row each, on the CPU. A row depends on its image alone.
+
+        Args:
+            first, what: number of the first image and name of the set, for messages.
+
+        Raises:
+            UserError: features that are not finite.
+        """
+        found: dict[str, Tensor] = {}
+        for space in self.spaces:
+            if not isinstance(space, StoredFeatures):
+                found |= space.outputs(pixels_BHW3)
+        if self.classifier is not None:
+            found[AGREEMENT] = ClassifierSpace(self.classifier).outputs(pixels_BHW3)[PROBS]
+        for name, values in found.items():
+            finite_B = values.isfinite().all(1)
+            if not finite_B.all():
+                number = first + int(finite_B.logical_not().nonzero()[0])
+                raise UserError(
+                    f"{what}: image {number} has features ({name}) that are not finite; the network's weights are "
+                    "damaged, or not those that belong to it"
+                )
+        return found
+
+    def features_of_all(
+        self, batches: Iterable[NDArray[np.uint8]], what: str = "samples", on_batch: Callable[[int], object] = int
+    ) -> dict[str, Tensor]:
+        """`features` of many batches; `on_batch` is called with the number of images of each."""
+        parts, done = list[dict[str, Tensor]](), 0
+        for pixels_BHW3 in batches:
+            parts.append(self.features(pixels_BHW3, done, what))
+            done += len(pixels_BHW3)
+            on_batch(len(pixels_BHW3))
+        if not done:
+            raise UserError(f"{what}: there are no images to score")
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def score(self, features: dict[str, Tensor], labels: Sequence[int] | Tensor | None = None) -> dict[str, Any]:
+        """All scores by name, with their standard errors and intervals, and `protocol`.
+
+        Args:
+            features: of all samples, as `features` gave them; rows in the order of the samples.
+            labels: the classes asked for, one for each sample.
+
+        Raises:
+            UserError: too few samples, or labels that do not fit.
+        """
+        assert self.reference is not None, "opened without a reference"
+        measures = Measures(self.options.seed, self._device)
+        count = None
+        for space in self.spaces:
+            samples_ND = space.samples_ND if isinstance(space, StoredFeatures) else features[space.name]
+            if count not in (None, len(samples_ND)):
+                raise UserError(f"{space.name}: features of {len(samples_ND)} images, but {count} samples")
+            count = len(samples_ND)
+            mine = self._spaces[space.name]
+            names = _names_of(space.name)
+            measures.add_space(names, samples_ND, mine.frechet, mine.features_MD)
+            if space.name == INCEPTION:
+                if SPATIAL in self._spaces:
+                    measures.add_frechet("sfid", features[SPATIAL], self._spaces[SPATIAL].frechet)
+                else:
+                    measures.leave_out("sfid", "the reference has mu and sigma, but no mu_s and sigma_s")
+                measures.add_inception_score(features[LOGITS], self.options.order)
+        if self._training is not None:
+            train_TD, heldout_HD = self._training
+            name = self.spaces[0].name
+            measures.add(**nearest_to_training(features[name], train_TD, heldout_HD, self._device))
+        given = None if labels is None else np.asarray(labels, np.int64)
+        if given is not None and len(given) != count:
+            raise UserError(f"{len(given)} labels for {count} samples; give one for each")
+        self._add_agreement(measures, features, given)
+        return {**measures.scores, "protocol": self._protocol(measures, count or 0, given)}
+
+    def _add_agreement(self, measures: Measures, features: dict[str, Tensor], labels: NDArray[np.int64] | None) -> None:
+        if self.classifier is None:
+            return
+        measures.add(classifier_heldout_accuracy=self.classifier.heldout_accuracy)
+        if labels is None:
+            measures.leave_out("class_agreement", "the samples have no labels")
+        elif labels.min() < 0 or labels.max() >= self.classifier.config.num_classes:
+            raise UserError(
+                f"labels from {labels.min()} to {labels.max()}, but the classifier knows classes 0.."
+                f"{self.classifier.config.num_classes - 1}; give the classifier of this data set"
+            )
+        else:
+            agrees_N = torch.from_numpy(features[AGREEMENT].argmax(1).numpy() == labels)
+            measures.add_share("class_agreement", agrees_N.double())
+
+    def _take_reference(self, space: FeatureSpace, reference: Reference) -> None:
+        stored = {name: reference.statistics[name] for name in (space.name, *_EXTRAS.get(space.name, ()))
+                  if name in reference.statistics}  # fmt: skip
+        identity = reference.identities.get(space.name)
+        if space.name in stored and (
+            identity not in (None, space.identity) or _width(stored[space.name]) != space.width
+        ):
+            raise UserError(
+                f"{reference.path}: its statistics of {space.name} ({_width(stored[space.name])} features, identity "
+                f"{identity}) are of other weights than the {space.name} given ({space.width}, {space.identity}); make "
+                "the reference again"
+            )
+        if isinstance(space, StoredFeatures):
+            gaussian = Gaussian.of(space.reference_ND)
+            self._spaces[space.name] = SpaceReference(
+                FrechetTo(gaussian, self._device), space.reference_ND, "the features given"
+            )
+            return
+        if reference.images is None and space.name not in stored:
+            raise UserError(
+                f"{reference.path}: has statistics of {', '.join(reference.statistics)} and no images, so it has "
+                f"nothing to compare {space.name} with; give a reference with images"
+            )
+        rows = {} if reference.images is None else self._cached(space, reference.images, reference.fingerprint())
+        for name in (space.name, *_EXTRAS.get(space.name, ())):
+            if name in stored:
+                source = "statistics in the reference"
+                gaussian = stored[name]
+            elif name in rows and (name == space.name or space.name not in stored):
+                source, gaussian = f"statistics of the reference's {len(rows[name])} images", Gaussian.of(rows[name])
+            else:
+                continue
+            kept = rows.get(name) if name == space.name else None
+            self._spaces[name] = SpaceReference(FrechetTo(gaussian, self._device), kept, source)
+
+    def _cached(self, space: FeatureSpace, images: Images, fingerprint: str) -> dict[str, Tensor]:
+        """Features of the reference's images, by name."""
+        wanted = (space.name, *_EXTRAS.get(space.name, ()))
+        path = None
+        if self.options.cache is not None:
+            facts = repr((fingerprint, space.name, space.identity, space.preprocessing, self._device.type))
+            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+            path = self.options.cache / f"{space.name}-{digest}.safetensors"
+            if path.exists():
+                try:
+                    return load_file(path)
+                except (OSError, SafetensorError) as error:
+                    log.note(f"warning: {path}: cannot be read ({error}); the reference's features are computed again")
+        parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        done = 0
+        with tqdm(total=len(images), desc=f"reference: {space.name}", unit="image", disable=None) as bar:
+            for pixels_BHW3 in images.batches(_BATCH):
+                outputs = space.outputs(pixels_BHW3)
+                for name in wanted:
+                    parts[name].append(_finite(outputs[name], done, name))
+                done += len(pixels_BHW3)
+                bar.update(len(pixels_BHW3))
+        found = {name: torch.cat(rows) for name, rows in parts.items()}
+        if path is not None:
+            try:
+                write_safetensors(path, found, {"space": space.name})
+            except OSError as error:
+                log.note(f"{path}: the reference's features are not kept ({error.strerror or error})")
+        return found
+
+    def _training_features(self, side: int | None) -> tuple[Tensor, Tensor] | None:
+        """Of training and held-out images, in the first space."""
+        if self.options.train is None and self.options.heldout is None:
+            return None
+        if self.options.train is None or self.options.heldout is None:
+            raise UserError("--train and --heldout: give both, or neither: one is judged by the other")
+        space = self.spaces[0]
+        if isinstance(space, StoredFeatures):
+            raise UserError(f"--train: features of images are needed, and {space.name} is a file; name another first")
+        found = []
+        for shards in (self.options.train, self.options.heldout):
+            opened = Reference(shards, side)
+            if not isinstance(opened.images, ShardImages):
+                raise UserError(f"{shards}: expected a shard set (a directory with index.json)")
+            found.append(self._cached(space, opened.images, opened.fingerprint())[space.name])
+        return found[0], found[1]
+
+    def _protocol(self, measures: Measures, count: int, labels: NDArray[np.int64] | None) -> dict[str, Any]:
+        assert self.reference is not None
+        images = self.reference.images
+        return {
+            "num_samples": count,
+            "reference": str(self.reference.path),
+            "reference_kind": self.reference.kind,
+            "num_reference": 0 if images is None else len(images),
+            "image_side": None if images is None else list(images.shape[1:3]),
+            "spaces": {
+                space.name: {**space.facts(), "statistics": self._spaces[space.name].source} for space in self.spaces
+            },
+            "classifier": None if self.classifier is None else self.classifier.identity,
+            "classes": _balance(labels),
+            "order": self.options.order,
+            "seed": self.options.seed,
+            "device": self._device.type,
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+            "left_out": measures.left_out,
+            "remarks": measures.remarks,
+        }
+
+
+def score_images(
+    pixels: Iterable[NDArray[np.uint8]], labels: Sequence[int] | Tensor | None, scorer: Scorer
+) -> dict[str, Any]:
+    """Scores of images in one process.
+
+    Args:
+        pixels: batches (B, H, W, 3) uint8, all of one size.
+        labels: the class asked for of each image; None: unknown.
+
+    Returns:
+        JSON numbers by name, and `protocol`: how they came about.
+    """
+    return scorer.score(scorer.features_of_all(pixels), labels)
+
+
+def gather_features(features: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+    """Rows of all ranks, in the order of the images' numbers, on every rank. Collective.
+
+    Args:
+        features: this rank's, as `Scorer.features` gives them; {} where it has no images.
+        numbers: which image each of its rows is of, among all.
+    """
+    everyone = distributed.of_all((features, list(numbers)))
+    order = np.argsort([number for _, mine in everyone for number in mine], kind="stable")
+    parts = [found for found, mine in everyone if mine]
+    return {name: torch.cat([part[name] for part in parts])[order] for name in (parts[0] if parts else {})}
+
+
+def _names_of(space: str) -> Callable[[str], str]:
+    """Score -> its name. Inception's have the names that papers give them."""
+    if space == INCEPTION:
+        return lambda score: {"fd": "fid", "fd_infinity": "fid_infinity"}.get(score, score)
+    return lambda score: f"{space}.{score}"
+
+
+def _width(gaussian: Gaussian) -> int:
+    return len(gaussian.mean)
+
+
+def _finite(rows: Tensor, first: int, name: str) -> Tensor:
+    finite_B = rows.isfinite().all(1)
+    if not finite_B.all():
+        number = first + int(finite_B.logical_not().nonzero()[0])
+        raise UserError(
+            f"the reference: image {number} has features ({name}) that are not finite; the network's weights are "
+            "damaged, or not those that belong to it"
+        )
+    return as_rows(rows, "the reference")
+
+
+def _balance(labels: NDArray[np.int64] | None) -> dict[str, Any] | None:
+    """How many samples each class has; unbalanced classes are named."""
+    if labels is None or not len(labels):
+        return None
+    counts_C = np.bincount(labels[labels >= 0])
+    present = counts_C[counts_C > 0]
+    facts: dict[str, Any] = {"num_classes": len(counts_C), "per_class": [int(present.min()), int(present.max())]}
+    if empty := np.flatnonzero(counts_C == 0).tolist():
+        facts["empty"] = empty[:20]
+    facts["balanced"] = bool((counts_C == counts_C[0]).all())
+    return facts
