@@ -24,7 +24,6 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry

@@ -32,7 +32,7 @@ class ConvNetConfig(Section):
     grid_side: PositiveInt = 16
     """Cells along one side of an image."""
     pixels_per_cell: PositiveInt = 8
-    """Images are resized so that a cell has this many pixels along one side: 4, 8 or 16, one halving each factor of 2."""
+    """Images are resized so that a cell has this many pixels along one side: 4, 8 or 16."""
     width: PositiveInt = 128
     """C, the features of a cell."""
     seed: Annotated[int, Field(ge=0)] = 0

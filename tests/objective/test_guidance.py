@@ -1,4 +1,4 @@
-"""Semantic guidance checked for itself: aggregates, scale sets, what its gradient reaches, its strength, teachers' widths.
+"""Semantic guidance for itself: aggregates, scale sets, what its gradient reaches, its strength, teachers' widths.
 
 Legend: B images, L positions, P teacher width, G teacher cells along a side.
 """
@@ -107,7 +107,7 @@ def made(teacher_width: int = 6, block: int = 1, **config: float) -> tuple[Pretr
 
 @pytest.mark.parametrize("block", [0, 1, 3])
 def test_the_gradient_reaches_the_blocks_up_to_the_tap(block: int) -> None:
-    """And the words, positions and classes before them, and the projector; later blocks and the head get exactly none."""
+    """And words, positions and classes before them, and the projector; later blocks and the head get exactly none."""
     objective, inputs = made(block=block, ce_weight=0.0, balance_weight=0.0)
     objective(inputs).total.backward()
     reached = {n for n, p in objective.named_parameters() if p.grad is not None and p.grad.any()}

@@ -37,8 +37,8 @@ SETTINGS = [
     "model.head_init=5.0", "model.adaln_gamma_init=1.0", "model.class_dropout=0.2", "model.drop_path=0.4",
     "model.moe.every=2", "model.moe.bias_rate=0.02",
     "objective.ce_weight=1.5", "objective.alignment.weight=0.7", "objective.alignment.until=0.75",
-    "objective.balance_weight=0.3", "objective.router_z_weight=0.1", "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3",
-    "optim.weight_decay=0.5", "optim.warmup=0.25", "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
+    "objective.balance_weight=0.3", "objective.router_z_weight=0.1",
+    "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3", "optim.weight_decay=0.5", "optim.warmup=0.25", "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
     f"log.evaluate_every={STEPS}", f"log.checkpoint_every={STEPS}",
 ]  # fmt: skip
 PEAK = 0.32 * BATCH / 256
@@ -104,7 +104,9 @@ def train_by_hand(folder: Path, mup: bool) -> tuple[list[dict[str, Any]], AdamW,
             "balance": 4 * (counts_E / counts_E.sum() * probs_E).sum(),
             "router_z": z,
         }
-        loss = 1.5 * terms["ce"] + 0.7 * strength * terms["alignment"] + 0.3 * terms["balance"] + 0.1 * terms["router_z"]
+        loss = (
+            1.5 * terms["ce"] + 0.7 * strength * terms["alignment"] + 0.3 * terms["balance"] + 0.1 * terms["router_z"]
+        )
         norm, lr = optimizer.step(loss, PEAK * rates[step]), PEAK * rates[step]
         applied = bool(np.isfinite(norm))
         if applied:

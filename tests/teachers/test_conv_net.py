@@ -68,7 +68,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
     images = stripes(4)[0].float() / 127.5 - 1
     assert torch.equal(loaded.patch_features(images), teacher.patch_features(images))
     assert loaded.patch_features(images, grid=(4, 6)).shape == (4, 24, 16)
-    with pytest.raises(UserError, match="expected a contrastive, but config.json says it holds 'supervised'"):
+    with pytest.raises(UserError, match=r"expected a contrastive, but config\.json says it holds 'supervised'"):
         build_teacher("contrastive", tmp_path / "teacher")
     with pytest.raises(UserError, match="fit-teacher supervised"):
         build_teacher("supervised", None)
@@ -103,7 +103,7 @@ def test_what_cannot_be_learnt_from_is_refused() -> None:
     with pytest.raises(UserError, match="8 images, but a batch has 16"):
         fit_conv_teacher("contrastive", pixels[:8], None, CONFIG, CPU)
     for none in (None, labels * 0):
-        with pytest.raises(UserError, match="no labels of at least two classes.*fit-teacher contrastive"):
+        with pytest.raises(UserError, match=r"no labels of at least two classes.*fit-teacher contrastive"):
             fit_conv_teacher("supervised", pixels, none, CONFIG, CPU)
     with pytest.raises(UserError, match="pixels_per_cell must be 4, 8 or 16"):
         validate(ConvNetConfig, {"pixels_per_cell": 5}, "config.json")
