@@ -38,7 +38,8 @@ SETTINGS = [
     "model.moe.every=2", "model.moe.bias_rate=0.02",
     "objective.ce_weight=1.5", "objective.alignment.weight=0.7", "objective.alignment.until=0.75",
     "objective.balance_weight=0.3", "objective.router_z_weight=0.1",
-    "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3", "optim.weight_decay=0.5", "optim.warmup=0.25", "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
+    "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3", "optim.weight_decay=0.5", "optim.warmup=0.25",
+    "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
     f"log.evaluate_every={STEPS}", f"log.checkpoint_every={STEPS}",
 ]  # fmt: skip
 PEAK = 0.32 * BATCH / 256
