@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -75,7 +76,7 @@ def _compared(objective: PretrainingObjective, inputs: ModelInputs) -> str:
     shared = {name: p for name, p in objective.named_parameters() if name.startswith("transformer.")}
     gradients: list[dict[str, Tensor]] = []
     for ce_weight, weight in ((0.0, alignment.weight), (1.0, 0.0)):
-        update = {"ce_weight": ce_weight, "balance_weight": 0.0, "router_z_weight": 0.0}
+        update: dict[str, Any] = {"ce_weight": ce_weight, "balance_weight": 0.0, "router_z_weight": 0.0}
         update["alignment"] = alignment.model_copy(update={"weight": weight})
         objective.config = whole.model_copy(update=update)
         losses = objective(inputs)
