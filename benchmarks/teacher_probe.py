@@ -77,7 +77,10 @@ class Probe:
 
 
 def _accuracy(
-    train_ND: NDArray[np.float32], labels_N: NDArray[np.int64], test_ND: NDArray[np.float32], wanted_N: NDArray[np.int64]
+    train_ND: NDArray[np.float32],
+    labels_N: NDArray[np.int64],
+    test_ND: NDArray[np.float32],
+    wanted_N: NDArray[np.int64],
 ) -> float:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -36,9 +36,9 @@ _BATCH = 64
 class FitTeacher:
     """Makes a teacher that needs no download from the images themselves."""
 
-    kind: tyro.conf.Positional[Literal["patch-pca", "contrastive", "classifier"]]
+    kind: tyro.conf.Positional[Literal["patch-pca", "contrastive", "supervised"]]
     """patch-pca: whitened PCA of local image patches. A small convolutional network: contrastive, trained without
-    labels to know an image again in two crops; classifier, trained on the images' classes."""
+    labels to know an image again in two crops; supervised, trained on the images' classes."""
     images: tyro.conf.Positional[Path]
     """Directory of the image set (the training images)."""
     out: Path
@@ -54,12 +54,12 @@ class FitTeacher:
     max_images: int = 10_000
     """Fit on this many images, spread evenly over the set. A network holds them in memory."""
     steps: int | None = None
-    """A network: training steps of 128 images [default: 300]."""
+    """A network: training steps of 128 images, or of all if there are fewer [default: 300]."""
 
     def __call__(self) -> None:
         images = open_images(self.images)
         samples = spread(len(images), self.max_images)
-        config = self._config(f"{len(samples)} images of {images_identity(images.index)}")
+        config = self._config(len(samples), images_identity(images.index))
         if (self.out / CONFIG_NAME).exists():
             if read_config(self.out, type(config), self.kind) != config:
                 raise UserError(
@@ -72,7 +72,7 @@ class FitTeacher:
             f"{self.out}: {teacher.name} of width {teacher.width}, fitted on {len(samples)} images, {teacher.identity}"
         )
 
-    def _config(self, fitted_on: str) -> Section:
+    def _config(self, num_images: int, identity: str) -> Section:
         """Raises UserError for values that make no teacher, and for options of the other kind."""
         is_pca = self.kind == PATCH_PCA
         foreign, value = ("steps", self.steps) if is_pca else ("window", self.window)
@@ -80,7 +80,10 @@ class FitTeacher:
             raise UserError(f"--{foreign}: fit-teacher {self.kind} has no {foreign}; leave it out")
         given = {"width": self.width, "window": self.window, "steps": self.steps}
         settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        settings |= {"grid_side": self.grid_side, "pixels_per_cell": self.pixels_per_cell, "fitted_on": fitted_on}
+        settings |= {"grid_side": self.grid_side, "pixels_per_cell": self.pixels_per_cell}
+        settings["fitted_on"] = f"{num_images} images of {identity}"
+        if not is_pca:
+            settings["batch"] = min(ConvNetConfig().batch, num_images)
         return validate(PatchPcaConfig if is_pca else ConvNetConfig, settings, f"fit-teacher {self.kind}")
 
     def _fit(self, images: ShardSet, samples: list[int], config: Section) -> Teacher:

@@ -24,7 +24,6 @@ import torch
 import tyro
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
@@ -111,7 +110,7 @@ class Features:
     images: tyro.conf.Positional[Path]
     """Directory of the image set."""
     teacher: str
-    """patch-pca, contrastive, classifier (fit-teacher makes these), dinov2-s|b|l|g[-reg],
+    """patch-pca, contrastive, supervised (fit-teacher makes these), dinov2-s|b|l|g[-reg],
     dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
     weights: PathOrName | None = None
     """Local checkpoint of the teacher (the directory that fit-teacher wrote), or `hub` to let timm download it."""

@@ -20,9 +20,10 @@ class OnlineTeacher(Section):
     """The teacher that runs beside the model."""
 
     name: str
-    """As for data_tools/precompute.py: patch-pca, dinov2-s|b|l|g[-reg], dinov3-..., or any plain ViT of timm."""
+    """As for data_tools/precompute.py: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
+    made."""
     weights: PathOrHub
-    """Local checkpoint (for patch-pca, its directory), or `hub` to let timm download it."""
+    """Local checkpoint (the directory that fit-teacher wrote), or `hub` to let timm download it."""
 
 
 class DataConfig(Section):

@@ -98,7 +98,10 @@ def projector_flops(
 
 
 def step_flops(config: PretrainConfig, teacher_width: int | None, num_scales: int | None = None) -> float:
-    """One optimizer step over all ranks, forward and backward, of the first scales (None: all)."""
+    """One optimizer step over all ranks, forward and backward, of the first scales (None: all).
+
+    With guidance, also where alignment.until has ended it: the projector is then not computed, but counted.
+    """
     forward = forward_flops(config.model, num_scales)
     if config.objective.alignment is not None and teacher_width is not None:
         forward += projector_flops(config.model, config.objective.alignment, teacher_width, num_scales)

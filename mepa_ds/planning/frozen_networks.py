@@ -19,9 +19,8 @@ from mepa_ds.config.tokenizer import TokenizerConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.planning.memory_trace import LiveBytes, materialise
-from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.teachers.registry import TIMM_NAMES, build_teacher
+from mepa_ds.teachers.registry import FITTED, TIMM_NAMES, build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights.directories import CONFIG_NAME
@@ -89,11 +88,11 @@ def _stored(features: Path | None, assumed: list[str]) -> tuple[int, int]:
 
 def _outline(teacher: OnlineTeacher, assumed: list[str]) -> Teacher:
     """The teacher of that name, without its weights."""
-    if teacher.name == patch_pca.KIND:
+    if teacher.name in FITTED:
         if Path(teacher.weights).exists() and not is_unfinished(Path(teacher.weights)):
             return build_teacher(teacher.name, teacher.weights)
         assumed.append(f"{teacher.name} of its default size (no {teacher.weights} to read it from)")
-        return patch_pca.PatchPca(patch_pca.PatchPcaConfig())
+        return FITTED[teacher.name]()
     import timm
 
     model_name = TIMM_NAMES.get(teacher.name, teacher.name)

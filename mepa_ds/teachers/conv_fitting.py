@@ -28,22 +28,22 @@ def fit_conv_teacher(
 
     Args:
         images_N3HW: uint8, of the teacher's input side (grid_side x pixels_per_cell).
-        labels_N: the classes, for `classifier`.
+        labels_N: the classes, for `supervised`.
 
     Raises:
-        UserError: fewer images than a batch, or a classifier without labels or with one class.
+        UserError: fewer images than a batch, or `supervised` without labels or with one class.
     """
     if len(images_N3HW) < config.batch:
         raise UserError(
             f"fit-teacher {kind}: {len(images_N3HW)} images, but a batch has {config.batch}; give more images"
         )
-    if kind == "classifier" and (labels_N is None or len(labels_N.unique()) < 2):
+    if kind == "supervised" and (labels_N is None or len(labels_N.unique()) < 2):
         raise UserError(
-            "fit-teacher classifier: the images have no labels of at least two classes to learn from; use "
+            "fit-teacher supervised: the images have no labels of at least two classes to learn from; use "
             "`fit-teacher contrastive`, which needs none"
         )
     teacher = ConvTeacher(kind, config).to(device)
-    num_outputs = int(labels_N.max()) + 1 if kind == "classifier" and labels_N is not None else _HEAD_WIDTH
+    num_outputs = int(labels_N.max()) + 1 if kind == "supervised" and labels_N is not None else _HEAD_WIDTH
     head = _head(kind, config.width, num_outputs).to(device)
     networks = nn.ModuleDict({"net": teacher.net, "head": head})
     _draw_weights(networks, config.seed)
@@ -54,7 +54,7 @@ def fit_conv_teacher(
     for step, rows_B in enumerate(progress):
         optimizer.param_groups[0]["lr"] = config.lr * _rate(step, config.steps)
         pixels_B3HW = images_N3HW[rows_B].to(device).float().mul_(2 / 255).sub_(1)
-        if kind == "classifier":
+        if kind == "supervised":
             assert labels_N is not None
             pooled_BC = teacher.net(augmented(pixels_B3HW, augmenting, least_area=0.6)).mean((2, 3))
             loss = F.cross_entropy(head(pooled_BC), labels_N[rows_B].to(device))
@@ -90,7 +90,7 @@ def augmented(images_B3HW: Tensor, draws: torch.Generator, least_area: float) ->
 
 
 def _head(kind: Kind, width: int, num_outputs: int) -> nn.Module:
-    if kind == "classifier":
+    if kind == "supervised":
         return nn.Linear(width, num_outputs)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, num_outputs))
 

@@ -1,5 +1,5 @@
 """Teachers that need no download and know more than texture: a small convolutional network, trained on the user's own
-images. `contrastive` learns without labels (SimCLR, arXiv 2002.05709), `classifier` from the images' classes.
+images. `contrastive` learns without labels (SimCLR, arXiv 2002.05709), `supervised` from the images' classes.
 
 Shape legend: B batch, H image height, W image width, N cells (row-major), C teacher width.
 """
@@ -20,8 +20,8 @@ from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
-Kind = Literal["contrastive", "classifier"]
-KINDS: tuple[Kind, ...] = ("contrastive", "classifier")
+Kind = Literal["contrastive", "supervised"]
+KINDS: tuple[Kind, ...] = ("contrastive", "supervised")
 _STEM = 32
 """Channels of the first convolution; every halving of the side doubles them, up to the teacher's width."""
 
@@ -32,7 +32,7 @@ class ConvNetConfig(Section):
     grid_side: PositiveInt = 16
     """Cells along one side of an image."""
     pixels_per_cell: PositiveInt = 8
-    """Images are resized so that a cell has this many pixels along one side: 4, 8 or 16, one halving each factor of 2."""
+    """Images are resized so that a cell has this many pixels along one side: 4, 8 or 16."""
     width: PositiveInt = 128
     """C, the features of a cell."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mepa_ds.errors import UserError
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.teachers.conv_net import KINDS, ConvTeacher, Kind
-from mepa_ds.teachers.patch_pca import PatchPca
+from mepa_ds.teachers.conv_net import KINDS, ConvNetConfig, ConvTeacher, Kind
+from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.timm_vit import TimmVit
 
 Loader = Callable[[str, str | Path | None, int | None], Teacher]
@@ -58,6 +59,12 @@ TIMM_NAMES = {
     "dinov3-7b": "vit_7b_patch16_dinov3",
 }
 """Our short name of a ViT -> its name in timm."""
+
+FITTED: dict[str, Callable[[], Teacher]] = {
+    patch_pca.KIND: lambda: PatchPca(PatchPcaConfig()),
+    **{kind: partial(ConvTeacher, kind, ConvNetConfig()) for kind in KINDS},
+}
+"""Teachers that `fit-teacher` makes -> one of the default size, without weights."""
 
 TEACHERS: dict[str, Loader] = {
     patch_pca.KIND: _fitted(PatchPca.load),

@@ -83,8 +83,10 @@ def test_kills_and_signals_at_any_moment_change_nothing(folder: Path) -> None:
 
 
 def test_a_progressive_run_resumes_where_it_was(folder: Path) -> None:
-    """Scales 1-2 for the first half of the steps, then all 3; the number is a function of the step."""
-    settings = ["train.progressive=0.5", "train.steps=12", "log.evaluate_every=100", "log.keep_checkpoints=99"]
+    """Scales 1-2 for the first half of the steps, then all 3; guidance falls over the first three quarters. Both are
+    functions of the step."""
+    settings = ["train.progressive=0.5", "objective.alignment.until=0.75", "train.steps=12"]
+    settings += ["log.evaluate_every=100", "log.keep_checkpoints=99"]
     finish(arguments(folder, "progressive", *settings), 2, folder / "progressive.log")
     output, checkpoint = folder / "progressive_cut", Path("checkpoints") / checkpoint_name(4)
     shutil.copytree(folder / "progressive" / checkpoint, output / checkpoint)
@@ -93,6 +95,7 @@ def test_a_progressive_run_resumes_where_it_was(folder: Path) -> None:
     output = folder / "progressive"
     records = [r for r in read_metrics(output / "metrics.jsonl") if r["event"] == "train"]
     assert [record["scales"] for record in records] == [2] * 6 + [3] * 6
+    assert [record["alignment"] == 0 for record in records] == [False] * 9 + [True] * 3
     assert [record["ce_last"] == "nan" for record in records] == [True] * 6 + [False] * 6
     plain = next(r["step_flops"] for r in read_metrics(output / "metrics.jsonl") if r["event"] == "start")
     rates = [record["flops_per_second"] * record["step_seconds"] / plain for record in records]

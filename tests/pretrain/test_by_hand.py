@@ -36,9 +36,10 @@ SETTINGS = [
     f"seed={SEED}", f"train.steps={STEPS}", "data.on_damaged=skip",
     "model.head_init=5.0", "model.adaln_gamma_init=1.0", "model.class_dropout=0.2", "model.drop_path=0.4",
     "model.moe.every=2", "model.moe.bias_rate=0.02",
-    "objective.ce_weight=1.5", "objective.alignment.weight=0.7", "objective.balance_weight=0.3",
-    "objective.router_z_weight=0.1", "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3",
-    "optim.weight_decay=0.5", "optim.warmup=0.25", "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
+    "objective.ce_weight=1.5", "objective.alignment.weight=0.7", "objective.alignment.until=0.75",
+    "objective.balance_weight=0.3", "objective.router_z_weight=0.1",
+    "optim.base_lr=0.32", "optim.betas=[0.8,0.9]", "optim.eps=1e-3", "optim.weight_decay=0.5", "optim.warmup=0.25",
+    "optim.warmup_start=0.1", "optim.clip=0.5", "optim.ema=0.75",
     f"log.evaluate_every={STEPS}", f"log.checkpoint_every={STEPS}",
 ]  # fmt: skip
 PEAK = 0.32 * BATCH / 256
@@ -95,13 +96,18 @@ def train_by_hand(folder: Path, mup: bool) -> tuple[list[dict[str, Any]], AdamW,
         biases = [0.02 * steps_E]
         out = forward(model, labels_B, inputs, scales=SCALES, num_heads=2, biases=biases, kept_D2B=kept_D2B)
         ((counts_E, probs_E, z),) = out.layers
+        strength = max(1 - step / 6, 0)  # of guidance, whose last two steps have none
         terms = {
             "ce": F.cross_entropy(out.logits_BLV.flatten(0, 1), tokens_BL.flatten()),
-            "alignment": alignment(weights, out.hidden_BLC[1], features_BNP, SCALES, {2, 3}),
+            "alignment": alignment(weights, out.hidden_BLC[1], features_BNP, SCALES, {2, 3})
+            if strength
+            else 0 * sum(w.sum() for n, w in weights.items() if n.startswith("projector.")),
             "balance": 4 * (counts_E / counts_E.sum() * probs_E).sum(),
             "router_z": z,
         }
-        loss = 1.5 * terms["ce"] + 0.7 * terms["alignment"] + 0.3 * terms["balance"] + 0.1 * terms["router_z"]
+        loss = (
+            1.5 * terms["ce"] + 0.7 * strength * terms["alignment"] + 0.3 * terms["balance"] + 0.1 * terms["router_z"]
+        )
         norm, lr = optimizer.step(loss, PEAK * rates[step]), PEAK * rates[step]
         applied = bool(np.isfinite(norm))
         if applied:
