@@ -55,8 +55,8 @@ def pretend(ablation: AblationConfig, effects: dict[str, float], noise: float = 
         records: list[dict[str, Any]] = [
             {"event": "train", **end, "mean_step_seconds": 0.5},
             {"event": "heldout", **end, "ce": ce, "ce_last": ce + 1, "accuracy": 0.1, "ce_scale": [ce - 1, ce, ce + 1]},
-            {"event": "score", **end, "patch-pca.fd": 10 * ce, "patch-pca.fd_low": 9 * ce, "class_agreement": 1 / ce, "seconds": 1.0,
-             "protocol": {"images": 9}},
+            {"event": "score", **end, "patch-pca.fd": 10 * ce, "patch-pca.fd_low": 9 * ce,
+             "class_agreement": 1 / ce, "seconds": 1.0, "protocol": {"images": 9}},
         ]  # fmt: skip
         if row["arm"] != "dense":
             layer = {"load_variance_scale": [4.0, 2.0, 0.0], "entropy_scale": [1.0, 1.0, 1.0]}
