@@ -48,8 +48,8 @@ class ImageFiles:
             self._names = _images_in(path)
             if not self._names:
                 self._names, self.labels, self.classes = _class_folders(path)
-            elif all(labels := [_LABELLED.match(name.name) for name in self._names]):
-                self.labels = np.array([int(label[1]) for label in labels if label], np.int64)
+            else:
+                self.labels = _labels_of(self._names)
             self.shape: tuple[int, ...] = (len(self._names), *read_pixels(self._names[0]).shape)
             return
         with _open_member(path) as file:
@@ -112,6 +112,12 @@ def _class_folders(directory: Path) -> tuple[list[Path], NDArray[np.int64], tupl
     return names, np.array(labels, np.int64), tuple(folder.name for folder in folders)
 
 
+def _labels_of(names: Sequence[Path]) -> NDArray[np.int64] | None:
+    """As the names of files give them, if all do."""
+    found = [match[1] for name in names if (match := _LABELLED.match(name.name))]
+    return np.array(found, np.int64) if len(found) == len(names) else None
+
+
 def _labels_in(path: Path, count: int) -> NDArray[np.int64] | None:
     """`arr_1` of an .npz, as ADM's samples have it; None where there is none."""
     try:
@@ -143,7 +149,8 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
 
 
 def write_npz(path: Path, images: Sequence[Path]) -> None:
-    """The images as `arr_0` of `path`, one by one: never more than one of them is in memory.
+    """The images as `arr_0` of `path`, one by one: never more than one of them is in memory; and as `arr_1` the labels,
+    if all names have one (`class0003_00012.png`).
 
     Raises:
         UserError: an image cannot be read or has another size than the first.
@@ -158,6 +165,10 @@ def write_npz(path: Path, images: Sequence[Path]) -> None:
         np.lib.format.write_array_header_2_0(file, header)  # type: ignore[arg-type]
         for name in tqdm(images, desc="packing", unit="image", disable=None):
             file.write(_sized(name, first.shape, images[0]).tobytes())
+        if (labels := _labels_of(images)) is not None:
+            file.close()
+            with archive.open(f"{_LABELS}.npy", "w") as file:
+                np.lib.format.write_array(file, labels, allow_pickle=False)
 
 
 def _sized(name: Path, shape: tuple[int, ...], model: Path) -> NDArray[np.uint8]:

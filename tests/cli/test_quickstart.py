@@ -38,7 +38,8 @@ KEYS = {
     "active_parameters",
     "expert_load_per_scale",
     "class_agreement",
-    "svc_heldout_accuracy",
+    "classifier_heldout_accuracy",
+    "classifier.fd",
 }
 
 
@@ -69,12 +70,12 @@ def test_quickstart_runs_reports_and_resumes(directory: Path) -> None:
     assert (report["world_size"], report["ep_size"], report["zero_stage"]) == (2, 2, 2)
     assert [len(row) for row in report["expert_load_per_scale"]] == [8] * 4
     assert 0 <= report["class_agreement"] <= 1
-    assert report["svc_heldout_accuracy"] > 0.95
+    assert report["classifier_heldout_accuracy"] > 0.95
     assert set(report["stage_seconds"]) == {
-        *("shards", "tokenizer", "precompute", "pretraining", "samples", "report", "total")
+        *("shards", "tokenizer", "precompute", "pretraining", "samples", "scores", "report", "total")
     }
     assert report["stage_peak_memory"].keys() == {
-        f"{name}_bytes" for name in ("shards", "tokenizer", "precompute", "pretraining", "samples", "report")
+        f"{name}_bytes" for name in ("shards", "tokenizer", "precompute", "pretraining", "samples", "scores", "report")
     }
     assert all(50e6 < peak < 4e9 for peak in report["stage_peak_memory"].values())
     assert (directory / "runs/quickstart/samples.png").stat().st_size > 1000

@@ -57,5 +57,5 @@ def test_what_cannot_teach_is_refused(tmp_path: Path) -> None:
     for images, message in cases:
         with pytest.raises(UserError, match=message):
             Classifier.fit(images, good, 10, trained_on="ours")
-    with pytest.raises(UserError, match="no config.json here"):
+    with pytest.raises(UserError, match=r"no config.json here"):
         Classifier.load(tmp_path)

@@ -59,7 +59,7 @@ def test_every_kind_gives_the_same_images(tmp_path: Path) -> None:
 
 def test_statistics_alone_and_beside_images(tmp_path: Path) -> None:
     stored = statistics()
-    np.savez(tmp_path / "alone.npz", **stored)
+    np.savez(tmp_path / "alone.npz", **stored)  # type: ignore[arg-type]
     reference = Reference(tmp_path / "alone.npz")
     assert (reference.kind, reference.images) == ("statistics alone", None)
     np.testing.assert_array_equal(reference.statistics[SPATIAL].covariance, stored["sigma_s"])
@@ -93,16 +93,16 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     np.savez(path, images=digits(0, 6))
     with pytest.raises(UserError, match=r"neither images \(arr_0.*\) nor statistics \(mu, sigma\) among images"):
         Reference(path)
-    np.savez(path, digits(0, 6), **stored)
+    np.savez(path, digits(0, 6), **stored)  # type: ignore[arg-type]
     whole = path.read_bytes()
     for place in (2000, len(whole) // 2):  # in the images, in a covariance
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-        with pytest.raises(UserError, match=".* is damaged .*copy or download the file again"):
+        with pytest.raises(UserError, match=r".* is damaged .*copy or download the file again"):
             Reference(path)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged, or not an .npz"):
+    with pytest.raises(UserError, match=r"damaged, or not an .npz"):
         Reference(path)
-    with pytest.raises(UserError, match="none.npz: cannot read the reference: No such file"):
+    with pytest.raises(UserError, match=r"none.npz: cannot read the reference: No such file"):
         Reference(tmp_path / "none.npz")
 
 

@@ -67,7 +67,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         with pytest.raises(DamagedError, match=rf"{name}: {message}"):
             read_pixels(tmp_path / name)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no image files in this directory; expected a directory of image files"):
+    with pytest.raises(
+        UserError,
+        match="empty: no image files in this directory or in its folders; expected a directory of image files",
+    ):
         ImageFiles(tmp_path / "empty")
 
 

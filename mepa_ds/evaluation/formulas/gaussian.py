@@ -150,13 +150,10 @@ class RunningGaussian:
 class FrechetTo:
     """Distances of many sets of samples to one reference: what is of the reference alone is computed once.
 
-    Raises:
-        UserError: at construction, for statistics that are no Gaussian's.
+    The reference is as `Gaussian.of` makes one: what comes from a file is checked where the file is read.
     """
 
     def __init__(self, reference: Gaussian, device: torch.device | str | None = None):
-        if (fault := covariance_fault(reference.covariance)) is not None:
-            raise UserError(f"sigma of the reference {fault}: the statistics are damaged")
         self.reference = reference
         self._mean_D = torch.from_numpy(reference.mean).to(device or "cpu")
         self._covariance_DD = torch.from_numpy(reference.covariance).to(self._mean_D.device)
@@ -178,27 +175,30 @@ class FrechetTo:
                 f"samples of {samples_ND.shape[1]} features, but the reference has {len(self._mean_D)}: both must come "
                 "from the same feature space"
             )
-        if self._root_DD is None:
-            self._root_DD = root_of(self._covariance_DD, "sigma of the reference")
         N = len(samples_ND)
         mean_D = samples_ND.mean(0, dtype=torch.float64)
         difference_D = mean_D - self._mean_D
         centred_ND = samples_ND.double() - mean_D
         squares_N, toward_N = centred_ND.square().sum(1), centred_ND @ difference_D
-        roots, transported_N = _transport(centred_ND @ self._root_DD)
+        roots, transported_N = self._transport(centred_ND)
         distance = float(difference_D @ difference_D + self._covariance_DD.trace())
         distance += float(squares_N.sum() / (N - 1)) - 2 * roots / (N - 1) ** 0.5
         influence_N = 2 * toward_N + squares_N - transported_N * (N - 1) ** 0.5
         return distance, float((influence_N - influence_N.mean()).square().sum().sqrt()) / N
 
+    def _transport(self, centred_ND: Tensor) -> tuple[float, Tensor]:
+        """Of B = A R2, A the centred samples: tr (B B^T)^(1/2), and the diagonal of (B B^T)^(1/2).
 
-def _transport(moved_ND: Tensor) -> tuple[float, Tensor]:
-    """Of B: tr (B B^T)^(1/2), and the diagonal of (B B^T)^(1/2); by the smaller of B B^T and B^T B."""
-    if moved_ND.shape[0] <= moved_ND.shape[1]:
-        values_N, vectors_NN = torch.linalg.eigh(moved_ND @ moved_ND.T)
-        roots_N = without_rounding(values_N).sqrt()
-        return float(roots_N.sum()), (vectors_NN.square() * roots_N).sum(1)
-    values_D, vectors_DD = torch.linalg.eigh(moved_ND.T @ moved_ND)
-    roots_D = without_rounding(values_D).sqrt()
-    inverse_D = torch.where(roots_D > 0, 1 / roots_D, 0)
-    return float(roots_D.sum()), ((moved_ND @ vectors_DD).square() * inverse_D).sum(1)
+        By the smaller of B B^T, for which the root is not needed, and B^T B.
+        """
+        if centred_ND.shape[0] <= centred_ND.shape[1]:
+            values_N, vectors_NN = torch.linalg.eigh(centred_ND @ self._covariance_DD @ centred_ND.T)
+            roots_N = without_rounding(values_N).sqrt()
+            return float(roots_N.sum()), (vectors_NN.square() * roots_N).sum(1)
+        if self._root_DD is None:
+            self._root_DD = root_of(self._covariance_DD, "sigma of the reference")
+        moved_ND = centred_ND @ self._root_DD
+        values_D, vectors_DD = torch.linalg.eigh(moved_ND.T @ moved_ND)
+        roots_D = without_rounding(values_D).sqrt()
+        inverse_D = torch.where(roots_D > 0, 1 / roots_D, 0)
+        return float(roots_D.sum()), ((moved_ND @ vectors_DD).square() * inverse_D).sum(1)

@@ -158,5 +158,5 @@ def test_infinity_takes_the_bias_away() -> None:
     assert np.mean(seen) > 0.25
     assert abs(np.mean(extrapolated)) < 0.02
     assert fd_infinity(mean, sigma, samples_ND, seed=3) == fd_infinity(mean, sigma, samples_ND.numpy(), seed=3)
-    with pytest.raises(UserError, match="150 images of 20 features are too few .*; at least 160"):
+    with pytest.raises(UserError, match=r"150 images of 20 features are too few .*; at least 160"):
         fd_infinity(mean, sigma, samples_ND[:150])

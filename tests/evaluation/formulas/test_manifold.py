@@ -28,7 +28,9 @@ def naive(real_MD: Tensor, fake_ND: Tensor, k: int) -> tuple[tuple[float, float]
     of_real, of_fake = radii(real), radii(fake)
     distances = [[square(sample, image) for image in real] for sample in fake]
     in_real = [[d <= radius for d, radius in zip(row, of_real, strict=True)] for row in distances]
-    in_fake = [[row[image] <= radius for row, radius in zip(distances, of_fake, strict=True)] for image in range(len(real))]
+    in_fake = [
+        [row[image] <= radius for row, radius in zip(distances, of_fake, strict=True)] for image in range(len(real))
+    ]
     covered = [any(row[image] for row in in_real) for image in range(len(real))]
     return (
         (sum(map(any, in_real)) / len(fake), sum(map(any, in_fake)) / len(real)),

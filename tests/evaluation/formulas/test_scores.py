@@ -32,7 +32,7 @@ def test_what_is_no_probability() -> None:
     with pytest.raises(UserError, match="add up to 1"):
         inception_score(3 * half_NK)
     with pytest.raises(UserError, match="add up to 1"):
-        inception_score(half_NK + [[1, -1]])
+        inception_score(half_NK + np.array([1, -1]))
     with pytest.raises(UserError, match=r"splits: \[5, 2\] do not add up to the 6 images"):
         inception_score(half_NK, [5, 2])
     with pytest.raises(UserError, match="image 0 has features that are not finite"):
