@@ -48,16 +48,20 @@ def specialisation(
     Classes are exchanged between whole images, since the tokens of an image are not independent of each other: a
     correction that counts tokens, as Miller's and Madow's, would be too small.
     """
-    classes, class_B = np.unique(labels_B, return_inverse=True)
-    one_hot_CB = np.eye(len(classes))[:, class_B]
-    found = _mutual_information(one_hot_CB @ counts_BE)
+    by_class_B = labels_B.argsort(kind="stable")
+    starts_C = np.flatnonzero(np.diff(labels_B[by_class_B], prepend=labels_B.min() - 1))
+
+    def table(order_B: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(C, E) counts, if the images came in this order, class after class."""
+        return np.add.reduceat(counts_BE[order_B].astype(np.float64), starts_C)
+
+    table_CE = table(by_class_B)
+    found = _mutual_information(table_CE)
     rng = np.random.default_rng(seed)
-    exchanged_P = np.array(
-        [_mutual_information(one_hot_CB[:, rng.permutation(len(labels_B))] @ counts_BE) for _ in range(_PERMUTATIONS)]
-    )
+    exchanged_P = np.array([_mutual_information(table(rng.permutation(len(labels_B)))) for _ in range(_PERMUTATIONS)])
     chance = float(exchanged_P.mean())
-    mass_C = one_hot_CB @ counts_BE.sum(1)
-    room = min(_entropy(mass_C / mass_C.sum()), math.log(counts_BE.shape[1] / num_choices)) - chance
+    most = min(_entropy(table_CE.sum(1) / table_CE.sum()), math.log(counts_BE.shape[1] / num_choices))
+    room = most - chance
     share = (found - chance) / room if room > 0 else 0.0
     p_value = (1 + int((exchanged_P >= found - 1e-12).sum())) / (1 + _PERMUTATIONS)
     return Specialisation(found, chance, found - chance, share, p_value)

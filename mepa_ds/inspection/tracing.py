@@ -134,6 +134,8 @@ class SampledInputs:
         self._parts: list[Tensor] = []
 
     def __call__(self, scale: int, f_hat: Tensor) -> None:
+        if not self._parts:  # the first scale has no input from the codebook
+            self._parts.append(f_hat.new_empty(len(f_hat), 0, f_hat.shape[1]))
         if scale < self._last:
             self._parts.append(self._quantizer.next_input(f_hat, scale))
 
@@ -151,7 +153,7 @@ def trace_samples(
         gathered = SampledInputs(subject)
         images = draw(subject, part, sampling, start, on_scale=gathered)
         labels_B = torch.tensor(part, device=subject.device)
-        layers = trace(subject.model, labels_B, gathered.inputs_BLZ()) if subject.model.schedule.num_scales > 1 else {}
+        layers = trace(subject.model, labels_B, gathered.inputs_BLZ())
         parts.append(Traced(f"samples, {sampling}", np.array(part), to_uint8(images), layers))
         on_images(len(part))
     return _joined(parts)

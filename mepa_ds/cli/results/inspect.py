@@ -106,7 +106,7 @@ class _Parts:
     def __init__(self, options: InspectOptions, subject: Subject, out: Path):
         from mepa_ds.cli.sample import parse_classes
         from mepa_ds.generation.class_names import spread_classes
-        from mepa_ds.inspection.tracing import Sampling
+        from mepa_ds.inspection.tracing import Sampling, check_maker, held_out_tokens
 
         self._options, self._subject, self._out = options, subject, out
         count = subject.model.config.num_classes
@@ -114,8 +114,11 @@ class _Parts:
         self._classes = spread_classes(count, _MOST_CLASSES) if given is None else parse_classes(given, count)
         self._sampling = Sampling(options.cfg, options.top_k, options.top_p, options.seed, options.batch_size)
         self._traced: Traced | None = None
-        self.notes: list[str] = []
+        self._tokens, line = (options.tokens, None) if options.tokens else held_out_tokens(subject)
+        self.notes = [line] if line and subject.blocks else []
         """Lines to say beside those of parts that are left out."""
+        if self._tokens is not None and subject.blocks:
+            check_maker(subject, self._tokens)  # before anything is drawn
 
     def all(self) -> list[Callable[[], Drawn]]:
         wanted = self._options.only
@@ -162,12 +165,8 @@ class _Parts:
 
         if self._traced is None and self._subject.blocks:
             count, size = self._options.images, self._options.batch_size
-            tokens = self._options.tokens
-            if tokens is None:
-                tokens, line = tracing.held_out_tokens(self._subject)
-                self.notes += [line] if line else []
+            tokens = self._tokens
             if tokens is not None:
-                tracing.check_maker(self._subject, tokens)
                 labels_N = tracing.labels_of(tokens, self._subject.model.config.num_classes)
                 numbers = tracing.choose_images(labels_N, self._classes, count)
                 with _progress("routing", len(numbers)) as bar:

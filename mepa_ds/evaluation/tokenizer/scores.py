@@ -32,7 +32,7 @@ class TokenizerScores:
     """What `score_tokenizer` found."""
 
     scores: dict[str, Any]
-    """`ReconstructionScores.report`, and `rfid` for the space inception, `rfd NAME` for any other; of each score that
+    """`ReconstructionScores.report`, and `rfid` for the space inception, `NAME.rfd` for any other; of each score that
     is of images also its standard error and 95 % interval over images, `NAME_error`, `NAME_low` and `NAME_high`."""
     spaces: dict[str, dict[str, object]]
     """The facts of the feature spaces, by name."""
@@ -60,6 +60,9 @@ def score_tokenizer(
     device = next(tokenizer.parameters()).device
     gathered = ReconstructionScores(tokenizer, lpips)
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {space.name: ([], []) for space in spaces}
+    if len(features) < len(spaces):
+        names = ", ".join(space.name for space in spaces)
+        raise UserError(f"--features: two spaces have one name ({names}); score them one after the other")
     left, shown = max_images, list[Tensor]()
     for batch in batches:
         images_B3HW = batch.to(device).images_B3HW[:left]
@@ -83,7 +86,7 @@ def score_tokenizer(
         _add_error(scores, name, float(values_N.mean()), float(values_N.std()) / len(values_N) ** 0.5)
     for space in spaces:
         originals_ND, copies_ND = (torch.cat(parts).to(device) for parts in features[space.name])
-        name = "rfid" if space.name == INCEPTION else f"rfd {space.name}"
+        name = "rfid" if space.name == INCEPTION else f"{space.name}.rfd"
         _add_error(scores, name, *FrechetTo(Gaussian.of(originals_ND), device).distance(copies_ND))
         if len(originals_ND) <= space.width:
             notes.append(

@@ -59,7 +59,7 @@ def test_scores_are_those_of_all_images_at_once(
         assert scores["psnr"] == pytest.approx(float(values.mean()), rel=1e-6)
         assert scores["psnr_high"] - scores["psnr"] == pytest.approx(1.96 * float(values.std()) / 24**0.5, rel=1e-4)
         assert scores["num_images"] == 24
-    assert parts["rfd patch-pca"] == pytest.approx(whole["rfd patch-pca"], rel=1e-4)
+    assert parts["patch-pca.rfd"] == pytest.approx(whole["patch-pca.rfd"], rel=1e-4)
     teacher = PatchPca.load(folder / "teacher")
     originals, rebuilt = (
         teacher.patch_features(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1)
@@ -67,11 +67,11 @@ def test_scores_are_those_of_all_images_at_once(
     )
     vectors = [torch.cat([cells.mean(1), cells.std(1, correction=0)], 1) for cells in (originals, rebuilt)]
     expected, _ = FrechetTo(Gaussian.of(vectors[0])).distance(vectors[1])
-    assert whole["rfd patch-pca"] == pytest.approx(expected, rel=1e-4)
+    assert whole["patch-pca.rfd"] == pytest.approx(expected, rel=1e-4)
     assert whole["notes"] == ["ssim: needs images of at least 11 pixels"]
     assert whole["protocol"]["tokenizer"]["identity"] == tokenizer.identity
     said = capsys.readouterr().out
-    assert "rfd patch-pca" in said
+    assert "patch-pca.rfd" in said
     assert "codes in use" in said
     with Image.open(tmp_path / "24" / "reconstructions.png") as sheet:
         assert sheet.width > 4 * 64, "the original and three scales"
@@ -105,6 +105,7 @@ def test_mistakes_are_named_before_the_first_image(folder: Path, tmp_path: Path)
         (["--max-images", "1"], "1 images: at least 2 are needed"),
         (["--features", "inception"], "needs --inception FILE"),
         (["--features", "nothing"], "no such feature space"),
+        (["--features", *[f"patch-pca:{folder / 'teacher'}"] * 2], "two spaces have one name"),
     ]:
         with pytest.raises(UserError, match=message):
             command.main([*words, *options])
