@@ -142,7 +142,7 @@ class Classifier:
 
     def _train(self, pixels_NSS3: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> None:
         rng = np.random.default_rng(self.config.seed)
-        epochs = int(np.clip(round(_IMAGES_SEEN / len(labels_N)), *_EPOCHS))
+        epochs = min(max(round(_IMAGES_SEEN / len(labels_N)), _EPOCHS[0]), _EPOCHS[1])
         batch = min(_BATCH, len(labels_N))
         steps = epochs * (len(labels_N) // batch)
         optimizer = torch.optim.AdamW(self.network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
@@ -215,8 +215,8 @@ def _shifted(pixels_BSS3: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
     """The batch, moved by a few pixels in one direction; the edge is repeated."""
     side = pixels_BSS3.shape[1]
     largest = round(side * _SHIFT)
-    rows, columns = (np.arange(side) + int(rng.integers(-largest, largest + 1)) for _ in range(2))
-    return pixels_BSS3[:, rows.clip(0, side - 1)][:, :, columns.clip(0, side - 1)]
+    rows, columns = (np.clip(np.arange(side) + int(rng.integers(-largest, largest + 1)), 0, side - 1) for _ in range(2))
+    return pixels_BSS3[:, rows][:, :, columns]
 
 
 def _check_labels(what: str, count: int, labels: NDArray[np.int64], num_classes: int) -> None:
