@@ -33,7 +33,7 @@ _WIDTH, _WIDEST = 32, 128
 _LARGE, _SMALLEST_MAP = 16, 4  # sides: of images that the first layer halves, of the last map
 _BATCH = 128
 _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 4e-3, 0.02, 0.1
-_IMAGES_SEEN, _EPOCHS = 150_000, (2, 20)  # the latter limit the former
+_IMAGES_SEEN, _EPOCHS = 150_000, (2, 12)  # the latter limit the former
 _SHIFT = 1 / 32  # of the side, the largest random shift while training
 
 
