@@ -14,7 +14,7 @@ COMMANDS = {
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
-    "evaluate": "FID, sFID, inception score, precision and recall of images",
+    "evaluate": "scores of images: FID, precision, recall, class agreement and others",
     "evaluate-tokenizer": "PSNR, SSIM, LPIPS, rFID and the use of the codebook of a tokenizer",
     "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",

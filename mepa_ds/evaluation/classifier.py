@@ -33,7 +33,7 @@ _WIDTH, _WIDEST = 32, 128
 _LARGE, _SMALLEST_MAP = 16, 4  # sides: of images that the first layer halves, of the last map
 _BATCH = 128
 _LEARNING_RATE, _WEIGHT_DECAY, _SMOOTHING = 4e-3, 0.02, 0.1
-_IMAGES_SEEN, _EPOCHS = 150_000, (2, 20)  # the latter limit the former
+_IMAGES_SEEN, _EPOCHS = 150_000, (2, 12)  # the latter limit the former
 _SHIFT = 1 / 32  # of the side, the largest random shift while training
 
 
@@ -142,7 +142,7 @@ class Classifier:
 
     def _train(self, pixels_NSS3: NDArray[np.uint8], labels_N: NDArray[np.int64]) -> None:
         rng = np.random.default_rng(self.config.seed)
-        epochs = int(np.clip(round(_IMAGES_SEEN / len(labels_N)), *_EPOCHS))
+        epochs = min(max(round(_IMAGES_SEEN / len(labels_N)), _EPOCHS[0]), _EPOCHS[1])
         batch = min(_BATCH, len(labels_N))
         steps = epochs * (len(labels_N) // batch)
         optimizer = torch.optim.AdamW(self.network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
@@ -215,8 +215,8 @@ def _shifted(pixels_BSS3: NDArray[np.uint8], rng: np.random.Generator) -> NDArra
     """The batch, moved by a few pixels in one direction; the edge is repeated."""
     side = pixels_BSS3.shape[1]
     largest = round(side * _SHIFT)
-    rows, columns = (np.arange(side) + int(rng.integers(-largest, largest + 1)) for _ in range(2))
-    return pixels_BSS3[:, rows.clip(0, side - 1)][:, :, columns.clip(0, side - 1)]
+    rows, columns = (np.clip(np.arange(side) + int(rng.integers(-largest, largest + 1)), 0, side - 1) for _ in range(2))
+    return pixels_BSS3[:, rows][:, :, columns]
 
 
 def _check_labels(what: str, count: int, labels: NDArray[np.int64], num_classes: int) -> None:

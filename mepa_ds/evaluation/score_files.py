@@ -17,6 +17,7 @@ from mepa_ds.images.sets import ImageFiles
 
 _LEAST_IMAGES = 5
 _PUBLISHED_IMAGES = 50_000
+_OF_INTERVALS = ("_error", "_low", "_high")
 _BATCH = 256  # images in memory at a time
 _CACHE = ".mepa_features"
 
@@ -61,7 +62,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     """A line a score with its interval, then what was left out and what to mind."""
     protocol = scores["protocol"]
     for name, value in scores.items():
-        if isinstance(value, (int, float)) and not name.endswith(("_error", "_low", "_high")):
+        if isinstance(value, (int, float)) and not name.startswith("num_") and not name.endswith(_OF_INTERVALS):
             interval = ""
             if f"{name}_low" in scores:
                 interval = f"   ({_shown(scores[f'{name}_low'])} to {_shown(scores[f'{name}_high'])})"

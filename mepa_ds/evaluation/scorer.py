@@ -185,7 +185,9 @@ class Scorer:
         if given is not None and len(given) != count:
             raise UserError(f"{len(given)} labels for {count} samples; give one for each")
         self._add_agreement(measures, features, given)
-        return {**measures.scores, "protocol": self._protocol(measures, count or 0, given)}
+        protocol = self._protocol(measures, count or 0, given)
+        counts = {name: protocol[name] for name in ("num_samples", "num_reference")}
+        return {**counts, **measures.scores, "protocol": protocol}
 
     def _add_agreement(self, measures: Measures, features: dict[str, Tensor], labels: NDArray[np.int64] | None) -> None:
         if self.classifier is None:

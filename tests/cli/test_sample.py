@@ -70,6 +70,31 @@ def test_a_directory_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: 
             run(folder, tmp_path / "torn", *options, *other)
 
 
+def test_a_file_that_is_not_whole_is_no_finished_image(folder: Path, tmp_path: Path) -> None:
+    """Empty or cut, as a full disk or a broken copy leaves it."""
+    options = ["--classes", "1,4", "--per-class", "2", "--batch-size", "2", *SCALES]
+    run(folder, tmp_path / "images", *options)
+    paths = sorted((tmp_path / "images").iterdir())
+    whole = [path.read_bytes() for path in paths]
+    for damaged in (b"", whole[0][: len(whole[0]) // 2], b"text"):
+        for path in (paths[0], paths[3]):
+            path.write_bytes(damaged)
+        run(folder, tmp_path / "images", *options)
+        assert [path.read_bytes() for path in paths] == whole
+
+
+@pytest.mark.slow
+def test_two_halves_of_500_images_are_one_run(folder: Path) -> None:
+    """To the bit: image i is a function of the seed and i."""
+    model, tokenizer = NextScaleTransformer.load(folder / "model.d2"), Tokenizer.load(folder / "tokenizer")
+    labels = [label for label in range(10) for _ in range(50)]
+    whole = sample(model, tokenizer, labels, batch_size=50)
+    halves = [sample(model, tokenizer, labels[n : n + 250], batch_size=50, first_index=n) for n in (0, 250)]
+    assert torch.equal(torch.cat(halves), whole)
+    part = sample(model, tokenizer, labels[120:163], batch_size=43, first_index=120)
+    assert np.array_equal(to_uint8(part), to_uint8(whole[120:163])), "of another batch size too"
+
+
 def test_a_directory_is_of_one_kind(folder: Path, tmp_path: Path) -> None:
     """Jobs that draw other classes with other seeds share it; nothing else may lie there, under whatever name."""
     out = tmp_path / "images"

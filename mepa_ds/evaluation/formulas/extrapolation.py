@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.formulas.checks import Array, as_rows
@@ -44,7 +45,7 @@ def fd_infinity(
         )
     order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(samples_ND))).to(samples_ND.device)
     inverses, distances = [], []
-    for pieces in PIECES:
+    for pieces in tqdm(PIECES, "extrapolating", unit="size", delay=5, leave=False, disable=None):
         size = len(samples_ND) // pieces
         found = []
         for piece in range(pieces):

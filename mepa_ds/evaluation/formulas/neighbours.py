@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from mepa_ds.precision import full_fp32
 
@@ -66,7 +67,8 @@ class Distances:
     def blocks(self) -> Iterator[tuple[range, Tensor, Tensor]]:
         """(numbers of points, distances (n, M), error (n, 1)) block by block."""
         rows = max(1, _PAIRS // len(self.centres))
-        for first in range(0, len(self.points), rows):
+        starts = range(0, len(self.points), rows)
+        for first in tqdm(starts, "distances", unit="block", delay=5, leave=False, disable=None):
             part = range(first, min(first + rows, len(self.points)))
             quick_nD = self.points.quick_ND[part.start : part.stop]
             squares_n = self.points.squares_N[part.start : part.stop]
