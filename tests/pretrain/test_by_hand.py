@@ -101,7 +101,7 @@ def train_by_hand(folder: Path, mup: bool) -> tuple[list[dict[str, Any]], AdamW,
             "ce": F.cross_entropy(out.logits_BLV.flatten(0, 1), tokens_BL.flatten()),
             "alignment": alignment(weights, out.hidden_BLC[1], features_BNP, SCALES, {2, 3})
             if strength
-            else 0 * sum(w.sum() for n, w in weights.items() if n.startswith("projector.")),
+            else 0 * torch.stack([w.sum() for n, w in weights.items() if n.startswith("projector.")]).sum(),
             "balance": 4 * (counts_E / counts_E.sum() * probs_E).sum(),
             "router_z": z,
         }
