@@ -188,7 +188,7 @@ def overrides_of(variant: str, world_size: int) -> list[str]:
     return VARIANTS[variant] + alone
 
 
-def make_batch(step: int) -> dict[str, Tensor]:
+def make_batch(step: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(step)
     return {
         "labels_B": torch.randint(CLASSES, (GLOBAL_BATCH,), generator=generator),

@@ -124,7 +124,7 @@ def test_all_tools_say_what_they_leave_out(tmp_path: Path, capsys: pytest.Captur
     assert all(reason in printed for reason in reasons[1:])
     batches = list(images_once(tmp_path / "in", batch_size=2, image_side=16))
     assert batches[0].keys == ("0", "d/1")
-    assert contact_sheet(ShowOptions(tmp_path / "in", count=2, side=16)).size
+    assert contact_sheet(ShowOptions(tmp_path / "in", count=2, side=16)).pixels_HW3.size
 
 
 def test_two_images_in_a_sample_are_refused_everywhere(tmp_path: Path) -> None:
