@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mepa_ds.config.base import Section
 from mepa_ds.config.values import PositiveInt
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation.feature_spaces import CLASSIFIER, FeatureSpace
+from mepa_ds.evaluation.space import CLASSIFIER, FeatureSpace
 from mepa_ds.files import identity_of_weights
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace
+from mepa_ds.evaluation.space import INCEPTION, FeatureSpace
 from mepa_ds.files import sha256_of_file
 from mepa_ds.weights.state_dict_files import read_state_dict
 from mepa_ds.weights.state_dicts import Wanted

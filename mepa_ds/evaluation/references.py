@@ -21,9 +21,9 @@ from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation.feature_spaces import INCEPTION
 from mepa_ds.evaluation.formulas.gaussian import Gaussian, covariance_fault
 from mepa_ds.evaluation.inception import POOL_WIDTH, SPATIAL, SPATIAL_WIDTH
+from mepa_ds.evaluation.space import INCEPTION
 from mepa_ds.images.resizing import adm_center_crop
 from mepa_ds.images.sets import ImageFiles
 from mepa_ds.machine import usable_cpus

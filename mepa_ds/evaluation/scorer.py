@@ -22,12 +22,13 @@ from tqdm import tqdm
 from mepa_ds import distributed, log
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import PROBS, Classifier, ClassifierSpace
-from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace, StoredFeatures, open_feature_space
+from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_space
 from mepa_ds.evaluation.formulas.checks import as_rows
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
 from mepa_ds.evaluation.inception import LOGITS, SPATIAL
 from mepa_ds.evaluation.measures import Measures, nearest_to_training
 from mepa_ds.evaluation.references import Images, Reference, ShardImages
+from mepa_ds.evaluation.space import INCEPTION
 from mepa_ds.weights.directories import write_safetensors
 
 Order = Literal["shuffled", "file"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from mepa_ds.evaluation.feature_spaces import PATCH_PCA, FeatureSpace
+from mepa_ds.evaluation.space import PATCH_PCA, FeatureSpace
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.registry import build_teacher
 
