@@ -12,7 +12,7 @@ from typing import Any
 import mepa_ds
 from mepa_ds import shipped
 from mepa_ds.ablation.config import AblationConfig
-from mepa_ds.config.base import dump_yaml, load_config, read_yaml, set_key, validate
+from mepa_ds.config.base import dump_yaml, read_yaml, set_key, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.errors import UserError
@@ -20,22 +20,16 @@ from mepa_ds.files import write_json, write_text
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.flops import image_flops
 from mepa_ds.scaling.running.run import Fleet
+from mepa_ds.scaling.study import directory
 from mepa_ds.scaling.study.plan import write_manifest
 
-FILE_NAME, PLAN_NAME = "ablation.yaml", "plan.json"
+FILE_NAME = "ablation.yaml"
 _DIVERGED = 1.5  # times the cross-entropy of a model that has learnt nothing
 
 
 def read_ablation(path: Path) -> AblationConfig:
-    """Reads the file of an ablation, or the one in the output_dir of a planned ablation.
-
-    Raises:
-        UserError: the file cannot be read, or has unknown or wrong keys; each is named.
-    """
-    found = path / FILE_NAME if path.is_dir() else shipped.find(path)
-    if path.is_dir() and not found.is_file():
-        raise UserError(f"{path}: no {FILE_NAME} there; give the file of an ablation, or the output_dir of one")
-    return load_config(AblationConfig, found)
+    """Reads the file of an ablation, or the one in the output_dir of a planned one; see `directory.read_file`."""
+    return directory.read_file(AblationConfig, path, FILE_NAME, "ablation")
 
 
 def make_plan(ablation: AblationConfig) -> tuple[list[dict[str, Any]], dict[str, PretrainConfig]]:
@@ -137,33 +131,16 @@ def write_plan(ablation: AblationConfig) -> None:
     out = ablation.output_dir
     check_directory(ablation)
     rows, recipes = make_plan(ablation)
-    for row in rows:
-        path, text = Path(row["recipe"]), dump_yaml(recipes[row["run"]])
-        if not path.is_file() or path.read_text() != text:
-            write_text(path, text)
-    names = {Path(row["recipe"]).name for row in rows}
-    for path in (out / "recipes").glob("*.yaml"):  # of an earlier plan of this ablation
-        if path.name not in names:
-            path.unlink()
+    directory.write_recipes(out, recipes, set(recipes))
     write_text(out / FILE_NAME, dump_yaml(ablation))
     write_manifest(out, ablation.name, [Path(row["recipe"]) for row in rows])
     facts = {"ablation": ablation.name, "ablation_hash": ablation_hash(ablation), "code_version": mepa_ds.__version__}
-    write_json(out / PLAN_NAME, {**facts, "runs": rows})
+    write_json(out / directory.PLAN_NAME, {**facts, "runs": rows})
 
 
 def check_directory(ablation: AblationConfig) -> None:
     """Raises UserError when output_dir holds another ablation, or anything else that has runs."""
-    out = ablation.output_dir
-    path = out / FILE_NAME
-    if path.is_file():
-        name = read_yaml(path).get("name")
-        if name != ablation.name:
-            raise UserError(
-                f"{out}: holds the ablation {name!r}, and this one is {ablation.name!r}; give it an output_dir of "
-                "its own"
-            )
-    elif out.is_dir() and any((out / name).exists() for name in ("runs", PLAN_NAME)):
-        raise UserError(f"{out}: has runs, but no {FILE_NAME}; choose an empty output_dir")
+    directory.check_directory(ablation.output_dir, ablation.name, FILE_NAME, "ablation")
 
 
 def ablation_hash(ablation: AblationConfig) -> str:
@@ -181,14 +158,7 @@ def read_plan(ablation: AblationConfig) -> list[dict[str, Any]]:
         UserError: there is none, or the file of the ablation has changed since.
     """
     check_directory(ablation)
-    path = ablation.output_dir / PLAN_NAME
-    if not path.is_file():
-        raise UserError(f"{path}: the ablation is not planned yet; run mepa ablate on its file first")
-    facts = json.loads(path.read_text())
-    if facts["ablation_hash"] != ablation_hash(ablation):
-        raise UserError(f"{path}: the ablation's file has changed since it was planned; run mepa ablate on it again")
-    rows: list[dict[str, Any]] = facts["runs"]
-    return rows
+    return directory.read_rows(ablation.output_dir, ablation_hash(ablation), "ablation", "mepa ablate")
 
 
 def plan_if_needed(ablation: AblationConfig) -> None:

@@ -25,7 +25,8 @@ from mepa_ds.scaling.report.rows import finished
 from mepa_ds.scaling.report.run_figures import experts_figure, isoflop_figure, scales_figure, sweeps_figure
 from mepa_ds.scaling.running.collect import TABLE_NAME
 from mepa_ds.scaling.study.config import StudyConfig
-from mepa_ds.scaling.study.plan import PLAN_NAME, STUDY_NAME, study_hash
+from mepa_ds.scaling.study.directory import PLAN_NAME
+from mepa_ds.scaling.study.plan import STUDY_NAME, study_hash
 
 PAGE_NAME = "report.html"
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import mepa_ds
 from mepa_ds import shipped
-from mepa_ds.config.base import dump_yaml, load_config, read_yaml, validate
+from mepa_ds.config.base import dump_yaml, read_yaml, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
-from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
+from mepa_ds.scaling.study import directory
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.costs import check_budget, hours_of, memory_of
 from mepa_ds.scaling.study.design import check_design, check_different, warnings_of
@@ -23,7 +23,7 @@ from mepa_ds.scaling.study.expected import expected_intervals
 from mepa_ds.scaling.study.points import points_of
 from mepa_ds.scaling.study.runs import RunMaker, StudyRun, recipe_path, run_directory, with_branches
 
-STUDY_NAME, PLAN_NAME, LR_LAW_NAME = "study.yaml", "plan.json", "lr_law.json"
+STUDY_NAME, LR_LAW_NAME = "study.yaml", "lr_law.json"
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,8 @@ class StudyPlan:
 
 
 def read_study(path: Path) -> StudyConfig:
-    """Reads a study file, or the study file in the output_dir of a planned study.
-
-    Raises:
-        UserError: the file cannot be read, or has unknown or wrong keys; each is named.
-    """
-    found = path / STUDY_NAME if path.is_dir() else shipped.find(path)
-    if path.is_dir() and not found.is_file():
-        raise UserError(f"{path}: no {STUDY_NAME} there; give a study file, or the output_dir of a planned study")
-    return load_config(StudyConfig, found)
+    """Reads a study file, or the study file in the output_dir of a planned study; see `directory.read_file`."""
+    return directory.read_file(StudyConfig, path, STUDY_NAME, "study")
 
 
 def make_plan(study: StudyConfig, with_memory: bool = True) -> StudyPlan:
@@ -90,34 +83,18 @@ def read_lr_law(study: StudyConfig) -> dict[str, Any] | None:
 
 def check_directory(study: StudyConfig) -> None:
     """Raises UserError when output_dir holds another study."""
-    path = study.output_dir / STUDY_NAME
-    if path.is_file():
-        name = read_yaml(path).get("name")
-        if name != study.name:
-            raise UserError(
-                f"{study.output_dir}: holds the study {name!r}, and this one is {study.name!r}; give it an "
-                "output_dir of its own"
-            )
-    elif study.output_dir.is_dir() and any((study.output_dir / name).exists() for name in ("runs", PLAN_NAME)):
-        raise UserError(f"{study.output_dir}: has runs, but no {STUDY_NAME}; choose an empty output_dir")
+    directory.check_directory(study.output_dir, study.name, STUDY_NAME, "study")
 
 
 def write_plan(plan: StudyPlan) -> None:
     """Writes study.yaml, a recipe for each run that is ready, the manifest and plan.json to the study's output_dir."""
     study = plan.study
     check_directory(study)
-    for run in plan.ready():
-        text = dump_yaml(run.config)
-        path = recipe_path(study, run.name)
-        if not path.is_file() or path.read_text() != text:
-            write_text(path, text)
-    names = {f"{run.name}.yaml" for run in plan.runs}
-    for path in (study.output_dir / "recipes").glob("*.yaml"):  # of an earlier plan of this study
-        if path.name not in names:
-            path.unlink()
+    recipes = {run.name: run.config for run in plan.ready()}
+    directory.write_recipes(study.output_dir, recipes, {run.name for run in plan.runs})
     write_text(study.output_dir / STUDY_NAME, dump_yaml(study))
     write_manifest(study.output_dir, study.name, [recipe_path(study, run.name) for run in plan.ready()])
-    write_json(study.output_dir / PLAN_NAME, plan_facts(plan))
+    write_json(study.output_dir / directory.PLAN_NAME, plan_facts(plan))
 
 
 def write_manifest(output_dir: Path, name: str, recipes: Sequence[Path]) -> Path:
@@ -208,14 +185,7 @@ def read_plan(study: StudyConfig) -> list[dict[str, Any]]:
         UserError: there is none, or it is of another study, or the study file has changed since.
     """
     check_directory(study)
-    path = study.output_dir / PLAN_NAME
-    if not path.is_file():
-        raise UserError(f"{path}: the study is not planned yet; run mepa scale plan first")
-    facts = json.loads(path.read_text())
-    if facts["study_hash"] != study_hash(study):
-        raise UserError(f"{path}: the study file has changed since it was planned; run mepa scale plan again")
-    rows: list[dict[str, Any]] = facts["runs"]
-    return rows
+    return directory.read_rows(study.output_dir, study_hash(study), "study", "mepa scale plan")
 
 
 def resolved(row: Mapping[str, Any]) -> PretrainConfig:
