@@ -213,9 +213,12 @@ def _batches(count: int, batch: int, epochs: int, rng: np.random.Generator) -> I
 
 def _shifted(pixels_BSS3: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
     """The batch, moved by a few pixels in one direction; the edge is repeated."""
-    side = pixels_BSS3.shape[1]
+    side = int(pixels_BSS3.shape[1])
     largest = round(side * _SHIFT)
-    rows, columns = (np.clip(np.arange(side) + int(rng.integers(-largest, largest + 1)), 0, side - 1) for _ in range(2))
+    rows, columns = (
+        [min(max(place + shift, 0), side - 1) for place in range(side)]
+        for shift in rng.integers(-largest, largest + 1, 2).tolist()
+    )
     return pixels_BSS3[:, rows][:, :, columns]
 
 

@@ -57,18 +57,19 @@ def make_reference(
         raise UserError(f"--features {stored[0]}: features from a file make no reference; name a network")
     statistics: dict[str, RunningGaussian] = {}
     kept_rows = set(np.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().astype(int).tolist())
-    kept, labels, done = list[NDArray[np.uint8]](), list[int](), 0
+    kept_KHW3 = np.empty((len(kept_rows), *images.shape[1:]), np.uint8)  # 2 GB of 256 pixels
+    labels, done = list[int](), 0
     with tqdm(total=len(images), desc="reference", unit="image", disable=None) as bar:
         for pixels_BHW3, labels_B in images.labelled_batches(_BATCH):
             for space in spaces:
                 _add(statistics, space, pixels_BHW3)
             for row in range(len(labels_B)):
                 if done + row in kept_rows:
-                    kept.append(pixels_BHW3[row])
+                    kept_KHW3[len(labels)] = pixels_BHW3[row]
                     labels.append(int(labels_B[row]))
             done += len(labels_B)
             bar.update(len(labels_B))
-    arrays: dict[str, Any] = {"arr_0": np.stack(kept)}
+    arrays: dict[str, Any] = {"arr_0": kept_KHW3}
     if min(labels) >= 0:
         arrays["arr_1"] = np.array(labels, np.int64)
     for name, running in statistics.items():
@@ -77,7 +78,7 @@ def make_reference(
         arrays |= {mu: gaussian.mean, sigma: gaussian.covariance}
     arrays |= {f"identity@{space.name}": np.array(space.identity) for space in spaces}
     _write_npz(out, arrays)
-    return {"num_images": done, "num_kept": len(kept)}
+    return {"num_images": done, "num_kept": len(labels)}
 
 
 def _add(statistics: dict[str, RunningGaussian], space: FeatureSpace, pixels_BHW3: NDArray[np.uint8]) -> None:

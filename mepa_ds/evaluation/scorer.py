@@ -300,7 +300,7 @@ class Scorer:
                 space.name: {**space.facts(), "statistics": self._spaces[space.name].source} for space in self.spaces
             },
             "classifier": None if self.classifier is None else self.classifier.identity,
-            "classes": _balance(labels),
+            "classes": _balance(labels, 0 if self.classifier is None else self.classifier.config.num_classes),
             "order": self.options.order,
             "seed": self.options.seed,
             "device": self._device.type,
@@ -360,11 +360,11 @@ def _finite(rows: Tensor, first: int, name: str) -> Tensor:
     return as_rows(rows, "the reference")
 
 
-def _balance(labels: NDArray[np.int64] | None) -> dict[str, Any] | None:
-    """How many samples each class has; unbalanced classes are named."""
+def _balance(labels: NDArray[np.int64] | None, num_classes: int) -> dict[str, Any] | None:
+    """How many samples each class has, and which have none; `num_classes`: 0 if only the labels tell."""
     if labels is None or not len(labels):
         return None
-    counts_C = np.bincount(labels[labels >= 0])
+    counts_C = np.bincount(labels[labels >= 0], minlength=num_classes)
     present = counts_C[counts_C > 0]
     facts: dict[str, Any] = {"num_classes": len(counts_C), "per_class": [int(present.min()), int(present.max())]}
     if empty := np.flatnonzero(counts_C == 0).tolist():

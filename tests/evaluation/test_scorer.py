@@ -71,6 +71,8 @@ def test_scores_are_the_formulas(folder: Path) -> None:
     assert protocol["spaces"]["patch-pca"]["identity"] == space.identity
     assert protocol["classes"]["balanced"] is False
     assert protocol["left_out"] == {}
+    few = score_images([digits(0, 8)], [0, 0, 1, 1, 3, 3, 4, 4], scorer)["protocol"]["classes"]
+    assert few == {"num_classes": 10, "per_class": [2, 2], "empty": [2, 5, 6, 7, 8, 9], "balanced": False}
 
 
 def test_neither_batches_nor_ranks_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mepa_ds.evaluation.formulas.checks import Array, as_pair
-from mepa_ds.evaluation.formulas.neighbours import Points, balls_around, neighbour_distances, prepare
+from mepa_ds.evaluation.formulas.neighbours import Points, in_balls, neighbour_distances, prepare
 
 PRECISION_K, DENSITY_K = 3, 5
 
@@ -77,16 +77,14 @@ def manifold(
 
 
 def _counted(real: Points, fake: Points, precision_k: int, density_k: int) -> Manifold:
-    radii_N2 = neighbour_distances(real, (precision_k, density_k))
-    radii_M1 = neighbour_distances(fake, (precision_k,))
-    device = radii_N2.device
-    precision_M, density_M = torch.zeros(2, len(fake), dtype=torch.float64, device=device)
-    covered_N = torch.zeros(len(real), dtype=torch.bool, device=device)
-    for part, (near_nN, dense_nN) in balls_around(fake, real, radii_N2):
-        precision_M[part.start : part.stop] = near_nN.any(1).double()
-        density_M[part.start : part.stop] = dense_nN.sum(1).double() / density_k
-        covered_N |= dense_nN.any(0)
-    recall_N = torch.zeros(len(real), dtype=torch.float64, device=device)
-    for part, (inside_nM,) in balls_around(real, fake, radii_M1):
-        recall_N[part.start : part.stop] = inside_nM.any(1).double()
-    return Manifold(precision_M.cpu(), recall_N.cpu(), density_M.cpu(), covered_N.double().cpu())
+    ks = (precision_k,) if density_k == precision_k else (precision_k, density_k)
+    radii_NR = neighbour_distances(real, ks)
+    own_M = neighbour_distances(fake, (precision_k,))[:, 0]
+    precision_M, density_M = torch.zeros(2, len(fake), dtype=torch.float64, device=own_M.device)
+    covered_N, recalled_N = torch.zeros(2, len(real), dtype=torch.bool, device=own_M.device)
+    for part, inside, holds_mN in in_balls(fake, real, radii_NR, own_M):
+        precision_M[part.start : part.stop] = inside[0].any(1).double()
+        density_M[part.start : part.stop] = inside[-1].sum(1).double() / density_k
+        covered_N |= inside[-1].any(0)
+        recalled_N |= holds_mN.any(0)
+    return Manifold(precision_M.cpu(), recalled_N.double().cpu(), density_M.cpu(), covered_N.double().cpu())

@@ -118,39 +118,41 @@ def neighbour_distances(points: Points, ks: tuple[int, ...]) -> Tensor:
         bound_n = distances.unscaled(near_nC[:, -1:] - error_n1)[:, 0]
         # Nothing is nearer than an equal point.
         unsure_n = (exact_nC[:, largest - 1] > bound_n) & (exact_nC[:, largest - 1] > 0)
-        for row in rows_n[unsure_n | ~near_nC[:, -1].isfinite()].tolist():
+        for row in rows_n[unsure_n].tolist():
             all_M = distances.exact_row(row)
             all_M[row] = torch.inf
             found_NK[row] = all_M.topk(largest, largest=False, sorted=True).values
     return found_NK[:, [k - 1 for k in ks]]
 
 
-def balls_around(points: Points, centres: Points, radii_MR: Tensor) -> Iterator[tuple[range, list[Tensor]]]:
-    """For blocks of points, and each column of squared radii: whether (n, M) a point lies in the ball of a centre.
+def in_balls(
+    points: Points, centres: Points, radii_MR: Tensor, own_N: Tensor
+) -> Iterator[tuple[range, list[Tensor], Tensor]]:
+    """For blocks of points: which of them lie in the balls of which centres, and which centres in theirs.
 
     Points on a ball's surface lie in it.
+
+    Args:
+        radii_MR: squared radii of the centres' balls; for each column there is an (n, M) answer.
+        own_N: squared radii of the points' balls.
     """
     distances = Distances(points, centres)
-    scaled_MR = distances.scaled(radii_MR)
     for part, d_nM, error_n1 in distances.blocks():
-        yield (
-            part,
-            [
-                _within(distances, part, d_nM, error_n1, radii_M, exact_M)
-                for radii_M, exact_M in zip(scaled_MR.T, radii_MR.T, strict=True)
-            ],
-        )
+        inside = [_within(distances, part, d_nM, error_n1, radii_M[None]) for radii_M in radii_MR.T]
+        yield part, inside, _within(distances, part, d_nM, error_n1, own_N[part.start : part.stop, None])
 
 
-def _within(
-    distances: Distances, part: range, d_nM: Tensor, error_n1: Tensor, radii_M: Tensor, exact_M: Tensor
-) -> Tensor:
-    # The radius, in fp32, is rounded too.
-    gap_nM = d_nM - radii_M.to(d_nM.dtype)
+def _within(distances: Distances, part: range, d_nM: Tensor, error_n1: Tensor, radii: Tensor) -> Tensor:
+    """(n, M) whether distances are at most the squared radii, (1, M) or (n, 1), which are not scaled."""
+    gap_nM = d_nM - distances.scaled(radii).to(d_nM.dtype)
     inside_nM = gap_nM <= 0
-    unsure = (gap_nM.abs_() <= 2 * error_n1).logical_or_(~gap_nM.isfinite()).nonzero()
-    row_P, column_P = unsure[:, 0], unsure[:, 1]
-    inside_nM[row_P, column_P] = distances.exact(row_P + part.start, column_P) <= exact_M[column_P]
+    # The radius, in fp32, is rounded too.
+    unsure_nM = gap_nM.abs_() <= 2 * error_n1
+    row_K = unsure_nM.any(1).nonzero()[:, 0]  # few: `nonzero` of all would take as long as the product
+    of_K, column_P = unsure_nM[row_K].nonzero(as_tuple=True)
+    row_P = row_K[of_K]
+    radii_P = radii.expand(d_nM.shape)[row_P, column_P]
+    inside_nM[row_P, column_P] = distances.exact(row_P + part.start, column_P) <= radii_P
     return inside_nM
 
 
