@@ -47,7 +47,7 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
         sets = OnlineSets.open(config)
         check_subset(unique, sets.images, sets.window)
     else:
-        sets = open_training_sets(config.data.tokens, config.data.features)
+        sets = open_training_sets(config.data.tokens, _features_of(config))
         _check_fit(config.model, sets, "data.tokens")
         _check_maker(config.tokenizer, config.model.scales, sets, "data.tokens")
         check_subset(unique, sets.tokens, sets.window)
@@ -57,6 +57,11 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
         heldout = _open_heldout(config.data.heldout_tokens, config.model, training)
         _check_maker(config.tokenizer, config.model.scales, heldout, "data.heldout_tokens")
     return sets
+
+
+def _features_of(config: PretrainConfig) -> Path | None:
+    """The feature set, which semantic guidance alone reads."""
+    return config.data.features if config.objective.alignment is not None else None
 
 
 def check_made_sets(config: PretrainConfig) -> None:
@@ -71,7 +76,8 @@ def check_made_sets(config: PretrainConfig) -> None:
         if training is not None:
             check_subset(data.unique_images, training, training.window)
     elif data.tokens is not None and _is_made(data.tokens):
-        sets = open_training_sets(data.tokens, data.features if _is_made(data.features) else None)
+        features = _features_of(config)
+        sets = open_training_sets(data.tokens, features if _is_made(features) else None)
         _check_fit(config.model, sets, "data.tokens")
         training = sets.tokens
         check_subset(data.unique_images, training, sets.window)
@@ -211,7 +217,7 @@ def stream_of(config: PretrainConfig, sets: TrainingSets | OnlineSets) -> Stream
     if isinstance(sets, OnlineSets):
         return lambda position: sets.batches(options, micro_batch, seed, position)
     assert data.tokens is not None
-    tokens, features = data.tokens, data.features if config.objective.alignment is not None else None
+    tokens, features = data.tokens, _features_of(config)
 
     def stored(position: int) -> Iterator[TrainingBatch]:
         return training_batches(
