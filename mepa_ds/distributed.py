@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.machine import keep_freed_memory
 
 FactT = TypeVar("FactT")
+_ASK_SECONDS = 1.0
 ACCELERATOR = "MEPA_ACCELERATOR"
 """The environment's word on what ranks compute with: cuda or cpu (a cluster's profile sets it)."""
 
@@ -250,6 +252,38 @@ def of_main(mine: FactT) -> FactT:
     shared = [mine]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def wait_for_main(work: Callable[[], FactT], on_wait: Callable[[], object]) -> FactT | None:
+    """What `work` returns on the main rank, which alone does it; None on the others. Collective.
+
+    The ranks ask each other every second whether it is done: a single collective, which the others would enter at
+    once, has a time-out. `on_wait` is called as often, and must not raise.
+
+    Raises:
+        UserError: on every rank, when `work` raises one.
+    """
+    done = threading.Event()
+    found: list[FactT] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:  # raised again below, by the thread that waits
+            errors.append(error)
+        finally:
+            done.set()
+
+    if is_main():
+        threading.Thread(target=run, daemon=True, name="main-rank-work").start()
+    while not of_main(is_main() and done.wait(_ASK_SECONDS)):
+        on_wait()
+    error = errors[0] if errors else None
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    agree(error)
+    return found[0] if found else None
 
 
 def of_all(mine: FactT) -> list[FactT]:

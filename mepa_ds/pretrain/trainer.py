@@ -66,7 +66,9 @@ class PretrainRun:
         self.checkpoints = RunCheckpoints(self.engine, config.output_dir, kept, self.watchdog.beat)
         recipe = json.loads(config.model_dump_json())
         self.state = RunState(data=data, heldout=heldout_identity(config.data.heldout_tokens), recipe=recipe)
-        self.evaluations = Evaluations(config, self.engine, self.inputs, sets.class_names, self._beat_or_stop)
+        self.evaluations = Evaluations(
+            config, self.engine, self.inputs, sets.class_names, self._beat_or_stop, self.watchdog.beat
+        )
         self.requests, self.agreement = requests, Agreement(requests)
         self.bad_steps = BadSteps(config.guards.max_bad_steps, config.output_dir / "bad_batches")
         self.best: BestWeights | None = None

@@ -59,7 +59,7 @@ def take(folder: Path, rank: int, count: int, port: int, results: Any) -> None:
     if count > 1:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     score = ScoreConfig.model_validate(settings(folder), strict=False)
-    generated = GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, seed=3)
+    generated = GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, 3, lambda: None)
     results.put((count, rank, generated.take(model_of(), lambda: None)))
     distributed.stop()
 
@@ -114,4 +114,4 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(folder: Path) -> No
     assert "needs log.score.inception" in inception
     bad = ScoreConfig.model_validate(settings(folder, reference=str(folder / "nowhere")), strict=False)
     with pytest.raises(UserError, match=r"log\.score: .*nowhere"):
-        GeneratedScores(bad, Tokenizer.load(folder / "tokenizer"), CLASSES, 0)
+        GeneratedScores(bad, Tokenizer.load(folder / "tokenizer"), CLASSES, 0, lambda: None)

@@ -26,6 +26,7 @@ class Evaluations:
     """Held-out scores and pictures of samples, made between two steps. All methods are collective.
 
     `on_batch` is called after every batch and every row of a picture; it may raise StopError, on all ranks.
+    `beat` says that the process makes progress.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Evaluations:
         inputs: InputMaker,
         class_names: Sequence[str],
         on_batch: Callable[[], None],
+        beat: Callable[[], None],
     ):
         self._data, self._batch_size, self._output = config.data, config.log.evaluate_batch, config.output_dir
         self._engine, self._inputs, self._on_batch = engine, inputs, on_batch
@@ -47,7 +49,7 @@ class Evaluations:
         tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(engine.device)
         if log.score_every is not None:
             assert log.score is not None
-            self._generated = GeneratedScores(log.score, tokenizer, config.model.num_classes, config.seed)
+            self._generated = GeneratedScores(log.score, tokenizer, config.model.num_classes, config.seed, beat)
         if log.sample_every is not None:
             alone = config.parallel.ep_size == 1
             samples = config.output_dir / "samples"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +27,13 @@ class GeneratedScores:
     Image i is a function of the weights, the run's seed and i. Batches are the same whatever the number of ranks, and
     so are the scores.
 
+    `beat` is called while the main rank works alone: the others wait, and none of them hangs.
+
     Raises:
         UserError: at construction, on every rank: the reference, a feature space or the classifier cannot be used.
     """
 
-    def __init__(self, score: ScoreConfig, tokenizer: Tokenizer, num_classes: int, seed: int):
+    def __init__(self, score: ScoreConfig, tokenizer: Tokenizer, num_classes: int, seed: int, beat: Callable[[], None]):
         self._score, self._tokenizer, self._seed = score, tokenizer, seed
         self._labels = [number * num_classes // score.images for number in range(score.images)]
         options = ScorerOptions(
@@ -39,15 +43,20 @@ class GeneratedScores:
             cache=cache_beside(score.reference),
             seed=seed,
         )
-        self.num_images = score.images
+        self.num_images, self._beat = score.images, beat
+        side = tokenizer.config.image_side
         error: UserError | None = None
         try:
             # The main rank alone compares; the others only need what turns images into features.
-            reference = score.reference if distributed.is_main() else None
-            self._scorer = Scorer.open(reference, options, tokenizer.config.image_side)
+            if not distributed.is_main():
+                self._scorer = Scorer.open(None, options, side)
         except UserError as raised:
             error = UserError(f"log.score: {raised}")
         distributed.agree(error)
+        # The features of a large reference take minutes.
+        opened = distributed.wait_for_main(partial(_open, score.reference, options, side), beat)
+        if opened is not None:
+            self._scorer = opened
 
     def take(self, model: NextScaleTransformer, on_batch: Callable[[], None]) -> dict[str, Any]:
         """The scores by name and their `protocol`, on the main rank; {} on the others. Collective, since experts may
@@ -70,19 +79,15 @@ class GeneratedScores:
             if distributed.is_main():
                 found += everyone[: len(batches) - first]
             on_batch()
-        scores: dict[str, Any] = {}
-        error = None
-        if distributed.is_main():
-            try:
-                joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-                scores = self._scorer.score(joined, self._labels)
-            except UserError as raised:
-                error = raised
-        distributed.agree(error)
+        scores = distributed.wait_for_main(partial(self._compare, found), self._beat) or {}
         if scores:
             kept = ("images", "cfg", "top_k", "top_p", "batch")
             scores["protocol"] |= {"sampling": self._score.model_dump(include=set(kept)), "seed": self._seed}
         return scores
+
+    def _compare(self, parts: list[dict[str, Tensor]]) -> dict[str, Any]:
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return self._scorer.score(joined, self._labels)
 
     def _features(self, model: NextScaleTransformer, batch: range) -> tuple[dict[str, Tensor], UserError | None]:
         score = self._score
@@ -100,6 +105,13 @@ class GeneratedScores:
             return self._scorer.features(to_uint8(images_B3HW), batch.start, "generated images"), None
         except UserError as error:
             return {}, error
+
+
+def _open(reference: Path, options: ScorerOptions, side: int) -> Scorer:
+    try:
+        return Scorer.open(reference, options, side)
+    except UserError as error:
+        raise UserError(f"log.score: {error}") from error
 
 
 def line_of(scores: dict[str, Any]) -> str:
