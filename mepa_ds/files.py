@@ -90,6 +90,13 @@ def check_writable(directory: Path, option: str) -> None:
         ) from error
 
 
+def check_file_writable(path: Path, option: str) -> None:
+    """`check_writable` of where a file is to be. Raises UserError also where a directory has its name."""
+    if path.is_dir():
+        raise UserError(f"{option}: {path} is a directory; give the name of a file")
+    check_writable(path.parent, option)
+
+
 @contextmanager
 def naming_full_disks(path: Path) -> Iterator[None]:
     """For tools: a full disk or quota met while `path` is written becomes a UserError that says what to do."""

@@ -160,7 +160,7 @@ def test_bad_input(folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             scorer.score(found, asked)
-    with pytest.raises(UserError, match="patch-pca is given twice"):
+    with pytest.raises(UserError, match="two spaces have the name patch-pca"):
         Scorer.open(folder / "real", options(folder, *[f"patch-pca:{folder / 'pca'}"] * 2))
     for spec, message in (
         ("dino", "--features dino: no such feature space; expected inception, teacher:NAME"),
