@@ -91,9 +91,11 @@ def check_writable(directory: Path, option: str) -> None:
 
 
 def check_file_writable(path: Path, option: str) -> None:
-    """`check_writable` of where a file is to be. Raises UserError also where a directory has its name."""
-    if path.is_dir():
-        raise UserError(f"{option}: {path} is a directory; give the name of a file")
+    """`check_writable` of where a file is to be. Raises UserError also where its name is a directory's or a device's,
+    which would be replaced."""
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise UserError(f"{option}: {path} is {kind}; give the name of a file")
     check_writable(path.parent, option)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import ScoreConfig
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.feature_spaces import StoredFeatures
 from mepa_ds.evaluation.score_files import cache_beside
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
 from mepa_ds.generation.sampling import sample
@@ -45,9 +46,22 @@ class GeneratedScores:
             # The main rank alone compares; the others only need what turns images into features.
             reference = score.reference if distributed.is_main() else None
             self._scorer = Scorer.open(reference, options, tokenizer.config.image_side)
+            self._check(tokenizer.config.image_side)
         except UserError as raised:
             error = UserError(f"log.score: {raised}")
         distributed.agree(error)
+
+    def _check(self, side: int) -> None:
+        """Raises UserError for what could not be scored, or not rightly, once images are generated."""
+        if stored := [space.name for space in self._scorer.spaces if isinstance(space, StoredFeatures)]:
+            raise UserError(f"features: {stored[0]} is a file of features, which are not of the images generated here")
+        self._scorer.check_samples(len(self._labels), self._labels)
+        real = self._scorer.reference and self._scorer.reference.images
+        if real is not None and real.shape[1:3] != (side, side):
+            raise UserError(
+                f"{self._score.reference}: images of {real.shape[1]} x {real.shape[2]} pixels, but this run generates "
+                f"{side} x {side}; give a reference of that size, or a shard set"
+            )
 
     def take(self, model: NextScaleTransformer, on_batch: Callable[[], None]) -> dict[str, Any]:
         """The scores by name and their `protocol`, on the main rank; {} on the others. Collective, since experts may
