@@ -52,8 +52,8 @@ def _check_protocols(members: Sequence[Member]) -> None:
         if changed := [key for key in _OF_PROTOCOL if mine.get(key) != first[1].get(key)]:
             raise UserError(
                 f"{member.name} and {first[0]} were scored in two ways ({', '.join(changed)} differ): log.score has "
-                "changed in between. Restore it; or remove the directories of the runs that were scored the old way (in "
-                f"{Path(member.row['output_dir']).parent}), and run the ablation again"
+                "changed in between. Restore it; or remove the directories of the runs that were scored the old way "
+                f"(in {Path(member.row['output_dir']).parent}), and run the ablation again"
             )
 
 

@@ -132,8 +132,8 @@ class Scorer:
         known = None if self.classifier is None else self.classifier.config.num_classes
         if known is not None and (given.min() < 0 or given.max() >= known):
             raise UserError(
-                f"labels from {given.min()} to {given.max()}, but the classifier knows classes 0..{known - 1}; give the "
-                "classifier of this data set"
+                f"labels from {given.min()} to {given.max()}, but the classifier knows classes 0..{known - 1}; give "
+                "the classifier of this data set"
             )
 
     def features(self, pixels_BHW3: NDArray[np.uint8], first: int = 0, what: str = "samples") -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def test_features_of_ones_own(folder: Path, tmp_path: Path) -> None:
     assert score_images([digits(0, 30)], None, scorer)["protocol"]["remarks"][0].startswith(remark)
     np.save(tmp_path / "huge.npy", rng.normal(size=(40, 4)) * 1e200)
     scorer = Scorer.open(folder / "real", options(folder, f"{tmp_path}/mine.npy:{tmp_path}/huge.npy"))
-    with pytest.raises(UserError, match="the reference images have features as large as .*e.200"):
+    with pytest.raises(UserError, match=r"the reference images have features as large as .*e.200"):
         score_images([digits(0, 30)], None, scorer)
     np.save(tmp_path / "objects.npy", np.array([None] * 3), allow_pickle=True)
     np.save(tmp_path / "narrow.npy", np.zeros((9, 3)))

@@ -56,7 +56,7 @@ class GeneratedScores:
         if stored := [space.name for space in self._scorer.spaces if isinstance(space, StoredFeatures)]:
             raise UserError(f"features: {stored[0]} is a file of features, which are not of the images generated here")
         self._scorer.check_samples(len(self._labels), self._labels)
-        real = self._scorer.reference and self._scorer.reference.images
+        real = None if self._scorer.reference is None else self._scorer.reference.images
         if real is not None and real.shape[1:3] != (side, side):
             raise UserError(
                 f"{self._score.reference}: images of {real.shape[1]} x {real.shape[2]} pixels, but this run generates "
