@@ -5,7 +5,6 @@ Shapes: B images of a batch, N samples, M reference images, D features, C classe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,30 +13,23 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from mepa_ds import distributed, log
+from mepa_ds import distributed
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import PROBS, Classifier, ClassifierSpace
 from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_spaces
-from mepa_ds.evaluation.formulas.checks import as_rows
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
 from mepa_ds.evaluation.inception import LOGITS, SPATIAL
+from mepa_ds.evaluation.kept_features import EXTRAS, KeptFeatures
 from mepa_ds.evaluation.measures import Measures, nearest_to_training
-from mepa_ds.evaluation.references import Images, Reference, ShardImages
+from mepa_ds.evaluation.references import Reference, ShardImages
 from mepa_ds.evaluation.space import INCEPTION
-from mepa_ds.weights.directories import write_safetensors
 
 Order = Literal["shuffled", "file"]
 AGREEMENT = "agreement.probs"
 """The key of the classifier's probabilities among features."""
-_BATCH = 256  # images in memory at a time
-_EXTRAS = {INCEPTION: (SPATIAL,)}
-"""Spaces beside the main one that have statistics of their own."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +224,7 @@ class Scorer:
             measures.add_share("class_agreement", agrees_N.double())
 
     def _take_reference(self, space: FeatureSpace, reference: Reference) -> None:
-        stored = {name: reference.statistics[name] for name in (space.name, *_EXTRAS.get(space.name, ()))
+        stored = {name: reference.statistics[name] for name in (space.name, *EXTRAS.get(space.name, ()))
                   if name in reference.statistics}  # fmt: skip
         identity = reference.identities.get(space.name)
         if space.name in stored and (
@@ -257,8 +249,8 @@ class Scorer:
                 f"{reference.path}: has statistics of {', '.join(reference.statistics)} and no images, so it has "
                 f"nothing to compare {space.name} with; give a reference with images"
             )
-        rows = {} if reference.images is None else self._cached(space, reference.images, reference.fingerprint())
-        for name in (space.name, *_EXTRAS.get(space.name, ())):
+        rows = {} if reference.images is None else self._features_of(space, reference)
+        for name in (space.name, *EXTRAS.get(space.name, ())):
             count = None
             if name in stored:
                 source = "statistics in the reference"
@@ -271,35 +263,11 @@ class Scorer:
             kept = rows.get(name) if name == space.name else None
             self._spaces[name] = SpaceReference(FrechetTo(gaussian, self._device), kept, source, count)
 
-    def _cached(self, space: FeatureSpace, images: Images, fingerprint: str) -> dict[str, Tensor]:
-        """Features of the reference's images, by name."""
-        wanted = (space.name, *_EXTRAS.get(space.name, ()))
-        path = None
-        if self.options.cache is not None:
-            facts = repr((fingerprint, space.name, space.identity, space.preprocessing, self._device.type))
-            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-            path = self.options.cache / f"{space.name}-{digest}.safetensors"
-            if path.exists():
-                try:
-                    return _kept(path, wanted, len(images))
-                except (OSError, SafetensorError, ValueError) as error:
-                    log.note(f"warning: {path}: cannot be used ({error}); the reference's features are computed again")
-        parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        done = 0
-        with tqdm(total=len(images), desc=f"reference: {space.name}", unit="image", disable=None) as bar:
-            for pixels_BHW3 in images.batches(_BATCH):
-                outputs = space.outputs(pixels_BHW3)
-                for name in wanted:
-                    parts[name].append(_finite(outputs[name], done, name))
-                done += len(pixels_BHW3)
-                bar.update(len(pixels_BHW3))
-        found = {name: torch.cat(rows) for name, rows in parts.items()}
-        if path is not None:
-            try:
-                write_safetensors(path, found, {"space": space.name})
-            except OSError as error:
-                log.note(f"{path}: the reference's features are not kept ({error.strerror or error})")
-        return found
+    def _features_of(self, space: FeatureSpace, reference: Reference) -> dict[str, Tensor]:
+        """Of the reference's images, by name."""
+        assert reference.images is not None
+        kept = KeptFeatures(self.options.cache, reference.fingerprint(), self._device.type)
+        return kept.read_or_compute(space, reference.images)
 
     def _training_sets(self, side: int | None) -> tuple[Reference, Reference] | None:
         """The training set and the held-out one, opened."""
@@ -323,7 +291,7 @@ class Scorer:
         space, rows, facts = self.spaces[0], list[Tensor](), dict[str, Any]()
         for name, shards in (("train", train), ("heldout", heldout)):
             assert isinstance(shards.images, ShardImages)
-            rows.append(self._cached(space, shards.images, shards.fingerprint())[space.name])
+            rows.append(self._features_of(space, shards)[space.name])
             facts[name] = {"path": str(shards.path), "images": len(rows[-1]), "of": shards.images.num_available}
         self._training, self._training_facts = (rows[0], rows[1]), facts
 
@@ -388,25 +356,6 @@ def _names_of(space: str) -> Callable[[str], str]:
 
 def _width(gaussian: Gaussian) -> int:
     return len(gaussian.mean)
-
-
-def _finite(rows: Tensor, first: int, name: str) -> Tensor:
-    finite_B = rows.isfinite().all(1)
-    if not finite_B.all():
-        number = first + int(finite_B.logical_not().nonzero()[0])
-        raise UserError(
-            f"the reference: image {number} has features ({name}) that are not finite; the network's weights are "
-            "damaged, or not those that belong to it"
-        )
-    return as_rows(rows, "the reference")
-
-
-def _kept(path: Path, wanted: Sequence[str], count: int) -> dict[str, Tensor]:
-    """Features from the cache. Raises ValueError for those of something else, or other errors of a damaged file."""
-    found = load_file(path)
-    if any(name not in found or found[name].ndim != 2 or len(found[name]) != count for name in wanted):
-        raise ValueError(f"it does not hold {' and '.join(wanted)} of {count} images")
-    return found
 
 
 def _balance(labels: NDArray[np.int64] | None, num_classes: int) -> dict[str, Any] | None:
