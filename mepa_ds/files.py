@@ -90,6 +90,15 @@ def check_writable(directory: Path, option: str) -> None:
         ) from error
 
 
+def check_file_writable(path: Path, option: str) -> None:
+    """`check_writable` of where a file is to be. Raises UserError also where its name is a directory's or a device's,
+    which would be replaced."""
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise UserError(f"{option}: {path} is {kind}; give the name of a file")
+    check_writable(path.parent, option)
+
+
 @contextmanager
 def naming_full_disks(path: Path) -> Iterator[None]:
     """For tools: a full disk or quota met while `path` is written becomes a UserError that says what to do."""

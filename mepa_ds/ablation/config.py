@@ -62,6 +62,9 @@ class AblationConfig(Section):
         for name in (self.baseline, *(name for pair in self.compare for name in pair)):
             if name not in self.arms:
                 raise ValueError(f"no arm {name!r}; arms are {', '.join(self.arms)}")
+        for pair in self.compare:
+            if pair[0] == pair[1] or self.compare.count(pair) > 1:
+                raise ValueError(f"compare: {pair[0]} with {pair[1]}: name two arms, and each pair once")
         for name, arm in self.arms.items():
             for key in arm.set:
                 if any(key == own or key.startswith(f"{own}.") for own in _OWNED):

@@ -37,8 +37,10 @@ def write_report(ablation: AblationConfig, members: Sequence[Member], into: Path
     """
     table = table_of(members)
     if not (table["state"] == "finished").any():
-        raise UserError(f"{ablation.output_dir}: no run is finished yet; mepa ablate says why above")
-    page = _page_around(into) if into is not None else None
+        raise UserError(
+            f"{ablation.output_dir}: no run is finished yet; mepa ablate trains them, and their logs are in its logs"
+        )
+    page = page_around(into) if into is not None else None
     folder = ablation.output_dir / REPORT
     with atomic_path(folder / TABLE) as temporary:
         table.to_csv(temporary, index=False)
@@ -57,7 +59,8 @@ def write_report(ablation: AblationConfig, members: Sequence[Member], into: Path
     return folder / "ablation.md"
 
 
-def _page_around(path: Path) -> tuple[str, str]:
+def page_around(path: Path) -> tuple[str, str]:
+    """What stands before and behind the marks in a page. Raises UserError where they are not there."""
     try:
         text = path.read_text()
     except OSError as error:
@@ -218,5 +221,5 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
     return [
         f"| {' | '.join(head)} |",
         f"|---|{'---|' * (len(head) - 1)}",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
     ]

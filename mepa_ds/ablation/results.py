@@ -16,6 +16,8 @@ from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.scaling.running.members import Member
 
 _KEPT = ("run", "arm", "seed", "steps", "samples", "params_total", "params_active", "flops_image")
+_OF_PROTOCOL = ("sampling", "reference", "num_reference", "spaces", "classifier", "order")
+"""What scores of generated images must share to be compared."""
 LOAD_VARIANCE = "load_variance"
 """Variance over experts of their load in percent (0 when even), mean over layers and scales, at the last record."""
 
@@ -34,7 +36,25 @@ def table_of(members: Sequence[Member]) -> pd.DataFrame:
         if member.state == "finished":
             row |= _measured(member.row)
         rows.append(row)
+    _check_protocols(members)
     return pd.DataFrame(rows)
+
+
+def _check_protocols(members: Sequence[Member]) -> None:
+    """Raises UserError where log.score has changed since a part of the runs was scored."""
+    first: tuple[str, dict[str, Any]] | None = None
+    for member in members:
+        mine = {key: value for key, value in protocol_of([member]).items() if key in _OF_PROTOCOL}
+        if mine and first is None:
+            first = member.name, mine
+        if first is None or not mine:
+            continue
+        if changed := [key for key in _OF_PROTOCOL if mine.get(key) != first[1].get(key)]:
+            raise UserError(
+                f"{member.name} and {first[0]} were scored in two ways ({', '.join(changed)} differ): log.score has "
+                "changed in between. Restore it; or remove the directories of the runs that were scored the old way "
+                f"(in {Path(member.row['output_dir']).parent}), and run the ablation again"
+            )
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:

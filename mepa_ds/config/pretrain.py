@@ -123,7 +123,7 @@ class ScoreConfig(Section):
 
     reference: UserPath
     """Real images to compare with: an .npz, a folder of images or a shard set."""
-    images: PositiveInt = 1000
+    images: Annotated[int, Field(ge=5)] = 1000
     """Images that are generated, the same number of each class as far as it divides."""
     features: Annotated[tuple[str, ...], Field(min_length=1)] = ("inception",)
     """Feature spaces of the Frechet distance: inception, teacher:NAME[:WEIGHTS], patch-pca:DIR, classifier:DIR."""

@@ -194,6 +194,20 @@ def images_once(
     return _run(_ImageDataset(opened, None, image_side, 0, "stop"), tasks, num_workers)
 
 
+def evenly(batches: Iterator[ImageBatch], there: int, count: int) -> Iterator[ImageBatch]:
+    """`count` of the `there` images of a pass, evenly over it; batches may get shorter."""
+    chosen_N = np.linspace(0, there - 1, count).round().astype(np.int64)
+    first = 0
+    for batch in batches:
+        rows = chosen_N[(chosen_N >= first) & (chosen_N < first + len(batch.keys))] - first
+        first += len(batch.keys)
+        if len(rows) == len(batch.keys):
+            yield batch
+        elif len(rows):
+            keys = tuple(batch.keys[row] for row in rows)
+            yield replace(batch, pixels_B3HW=batch.pixels_B3HW[rows], labels_B=batch.labels_B[rows], keys=keys)
+
+
 image_batches = takes_old_keywords(image_batches, single_pass=images_once)
 
 

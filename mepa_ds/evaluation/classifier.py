@@ -49,6 +49,8 @@ class ClassifierConfig(Section):
     num_heldout: PositiveInt
     trained_on: str = ""
     seed: int = 0
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in their order; empty where the training set has none."""
 
 
 class Classifier:
@@ -79,6 +81,7 @@ class Classifier:
         seed: int = 0,
         trained_on: str = "",
         device: torch.device | str = "cpu",
+        classes: tuple[str, ...] = (),
     ) -> Classifier:
         """Trains on images (N, S, S, 3) of one side with labels (N,), and measures the accuracy on held-out ones.
 
@@ -97,7 +100,7 @@ class Classifier:
             )
         config = ClassifierConfig(
             num_classes=num_classes, side=images[0].shape[1], heldout_accuracy=0, num_heldout=len(heldout[1]),
-            trained_on=trained_on, seed=seed,
+            trained_on=trained_on, seed=seed, classes=classes,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -5,6 +5,7 @@ Shapes: B images of a call, N of a file, D features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mepa_ds.config.paths import given_path
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import Classifier, ClassifierSpace
 from mepa_ds.evaluation.formulas.checks import as_rows
@@ -19,7 +21,7 @@ from mepa_ds.evaluation.inception import Inception
 from mepa_ds.evaluation.space import CLASSIFIER, INCEPTION, PATCH_PCA, TEACHER, FeatureSpace
 from mepa_ds.evaluation.teacher_space import TeacherSpace
 
-__all__ = ["FeatureSpace", "StoredFeatures", "open_feature_space"]
+__all__ = ["FeatureSpace", "StoredFeatures", "open_feature_space", "open_feature_spaces"]
 
 KNOWN = (
     "inception, teacher:NAME[:WEIGHTS], patch-pca:DIR, classifier:DIR, or SAMPLES.npy:REFERENCE.npy (features that you "
@@ -44,6 +46,21 @@ class StoredFeatures(FeatureSpace):
         raise UserError(f"{self.name}: features from a file are of the images that they were computed from only")
 
 
+def open_feature_spaces(
+    specs: Sequence[str], device: torch.device | str, inception: Path | None = None
+) -> list[FeatureSpace]:
+    """`open_feature_space` of each. Raises UserError as it does, and for two of one name, of which a score or a
+    statistic could not be told apart."""
+    spaces = [open_feature_space(spec, device, inception) for spec in specs]
+    names = [space.name for space in spaces]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(
+            f"--features: two spaces have the name {', '.join(twice)}; give it once, or one after the other in two "
+            "commands"
+        )
+    return spaces
+
+
 def open_feature_space(spec: str, device: torch.device | str, inception: Path | None = None) -> FeatureSpace:
     """The space that `spec` names, its weights read and checked.
 
@@ -56,6 +73,7 @@ def open_feature_space(spec: str, device: torch.device | str, inception: Path | 
     """
     device = torch.device(device)
     kind, _, rest = spec.partition(":")
+    what = f"--features {spec}"
     if spec == INCEPTION:
         if inception is None:
             raise UserError(
@@ -65,17 +83,17 @@ def open_feature_space(spec: str, device: torch.device | str, inception: Path | 
         return Inception(inception, device)
     if kind == TEACHER and rest:
         name, _, weights = rest.partition(":")
-        return TeacherSpace.open(name, weights or None, device)
+        return TeacherSpace.open(name, str(given_path(weights, what)) if weights else None, device)
     if kind == PATCH_PCA and rest:
-        return TeacherSpace.open(PATCH_PCA, rest, device)
+        return TeacherSpace.open(PATCH_PCA, str(given_path(rest, what)), device)
     if kind == CLASSIFIER and rest:
-        return ClassifierSpace(Classifier.load(Path(rest), device))
+        return ClassifierSpace(Classifier.load(given_path(rest, what), device))
     if spec.endswith(".npy"):
         first, separator, second = spec.partition(".npy:")
         if not separator:
-            raise UserError(f"--features {spec}: give two files, SAMPLES.npy:REFERENCE.npy")
-        return StoredFeatures(Path(f"{first}.npy"), Path(second))
-    raise UserError(f"--features {spec}: no such feature space; expected {KNOWN}")
+            raise UserError(f"{what}: give two files, SAMPLES.npy:REFERENCE.npy")
+        return StoredFeatures(given_path(f"{first}.npy", what), given_path(second, what))
+    raise UserError(f"{what}: no such feature space; expected {KNOWN}")
 
 
 def _read_features(path: Path) -> Tensor:

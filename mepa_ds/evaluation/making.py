@@ -20,11 +20,11 @@ from mepa_ds.data.images import images_once
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import LARGEST_SIDE, Classifier, as_input
-from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_space
+from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_spaces
 from mepa_ds.evaluation.formulas.gaussian import Gaussian, RunningGaussian
 from mepa_ds.evaluation.inception import SPATIAL
 from mepa_ds.evaluation.references import ADM_NAMES, ShardImages
-from mepa_ds.files import atomic_path, check_writable
+from mepa_ds.files import atomic_path, check_file_writable, check_writable
 
 REFERENCE_IMAGES = 10_000
 """Images that a reference file holds, as ADM's."""
@@ -47,12 +47,12 @@ def make_reference(
     Raises:
         UserError: no set of images, fewer than 2 of them, a damaged one, or a space that cannot be opened.
     """
-    check_writable(out.parent, "--out")
+    check_file_writable(out, "--out")
     images = ShardImages(shards, side, most=None)
     if len(images) < 2:
         raise UserError(f"{shards}: {len(images)} images; statistics need at least 2")
     device = distributed.device_of(distributed.read_launch())
-    spaces = [open_feature_space(spec, device, inception) for spec in features]
+    spaces = open_feature_spaces(features, device, inception)
     if stored := [space.name for space in spaces if isinstance(space, StoredFeatures)]:
         raise UserError(f"--features {stored[0]}: features from a file make no reference; name a network")
     statistics: dict[str, RunningGaussian] = {}
@@ -108,7 +108,12 @@ def fit_classifier(
         UserError: no set of images with labels, a class without images, or a damaged image.
     """
     check_writable(out, "--out")
-    classes = len(ShardSet(shards, "--fit-classifier").index.classes)
+    names = tuple(ShardSet(shards, "--fit-classifier").index.classes)
+    if heldout is not None and (others := tuple(ShardSet(heldout, "--heldout").index.classes)) != names:
+        raise UserError(
+            f"--heldout: {heldout} has other classes ({', '.join(others[:3])}, ...; {len(others)}) than {shards} "
+            f"({', '.join(names[:3])}, ...; {len(names)}), or has them in another order; build both sets alike"
+        )
     side = side or ShardImages(shards).shape[1]
     images = _read(shards, side)
     if heldout is None:
@@ -117,9 +122,9 @@ def fit_classifier(
         images = (images[0][~chosen_N], images[1][~chosen_N])
     else:
         judged = _read(heldout, side)
-    classes = classes or int(max(images[1].max(), judged[1].max())) + 1
+    classes = len(names) or int(max(images[1].max(), judged[1].max())) + 1
     device = distributed.device_of(distributed.read_launch())
-    classifier = Classifier.fit(images, judged, classes, seed, str(shards), device)
+    classifier = Classifier.fit(images, judged, classes, seed, str(shards), device, names)
     classifier.save(out)
     return classifier
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.formulas.checks import LARGEST
 from mepa_ds.evaluation.formulas.extrapolation import fd_infinity, least_samples
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo
 from mepa_ds.evaluation.formulas.inception_score import adm_splits, inception_score
@@ -63,6 +64,12 @@ class Measures:
     ) -> None:
         """All scores of one space. `named`: score -> the name that it gets."""
         count, width = samples_ND.shape
+        for rows_ND, what in ((samples_ND, "samples"), (reference_MD, "reference images")):
+            if rows_ND is not None and len(rows_ND) and LARGEST < float(rows_ND.abs().max()) < torch.inf:
+                raise UserError(
+                    f"{named('fd')}: the {what} have features as large as {float(rows_ND.abs().max()):g}, beyond "
+                    f"{LARGEST:g}, where no score is a number; scale the features, or see where such values come from"
+                )
         samples_ND = samples_ND.to(self._device)
         self.add_frechet(named("fd"), samples_ND, frechet)
         if count <= width:

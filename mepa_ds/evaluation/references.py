@@ -21,6 +21,7 @@ from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.formulas.checks import LARGEST
 from mepa_ds.evaluation.formulas.gaussian import Gaussian, covariance_fault
 from mepa_ds.evaluation.inception import POOL_WIDTH, SPATIAL, SPATIAL_WIDTH
 from mepa_ds.evaluation.space import INCEPTION
@@ -209,10 +210,12 @@ def _gaussian(path: Path, found: dict[str, NDArray[Any]], mu: str, sigma: str, w
     for name, shape in ((mu, (size,)), (sigma, (size, size))):
         array = found[name]
         fault = None
-        if array.shape != shape:
+        if array.shape != shape or not size:
             fault = f"has shape {array.shape}"
         elif not np.isfinite(array).all():
             fault = "has values that are not finite"
+        elif float(np.abs(array).max()) > LARGEST**2:
+            fault = f"has values beyond {LARGEST**2:g}"
         elif array.ndim == 2:
             fault = covariance_fault(array.astype(np.float64))
         if fault is not None:

@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.classifier import Classifier
 from mepa_ds.evaluation.references import Images, Reference
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
-from mepa_ds.files import check_writable, write_json
-from mepa_ds.images.sets import ImageFiles
+from mepa_ds.files import check_file_writable, write_json
+from mepa_ds.images.sets import ImageFiles, is_numbered
 
 _LEAST_IMAGES = 5
 _PUBLISHED_IMAGES = 50_000
@@ -38,7 +39,7 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
         UserError: a file is missing or no set of images, or the two sets cannot be compared.
     """
     if json is not None:
-        check_writable(json.parent, "--json")
+        check_file_writable(json, "--json")
     samples = ImageFiles(comparison.samples)
     height, width = samples.shape[1:3]
     if height != width and (comparison.reference / "index.json").exists():
@@ -47,15 +48,41 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     _check_sizes(comparison, samples, reference.images)
     device = distributed.device_of(distributed.read_launch())
     scorer = Scorer.open(reference, comparison.options, height, device)
+    labels = _labels(comparison.samples, samples, scorer.classifier)
+    scorer.check_samples(len(samples), labels)
     with tqdm(total=len(samples), desc="samples", unit="image", disable=None) as bar:
         features = scorer.features_of_all(samples.batches(_BATCH), str(comparison.samples), bar.update)
     print("distances and neighbours ...", flush=True)
-    labels = None if samples.labels is None else samples.labels.tolist()
     scores = {**scorer.score(features, labels), "samples": str(comparison.samples)}
     print_scores(scores)
     if json is not None:
         write_json(json, scores)
     return scores
+
+
+def _labels(path: Path, samples: ImageFiles, classifier: Classifier | None) -> list[int] | None:
+    """The samples' classes, as the classifier numbers them: class folders and its classes are matched by name.
+
+    Raises:
+        UserError: folders that are neither named as its classes nor numbered.
+    """
+    if samples.labels is None:
+        return None
+    labels: list[int] = samples.labels.tolist()
+    known = () if classifier is None else classifier.config.classes
+    if not known or not samples.classes:
+        return labels
+    if strange := sorted(set(samples.classes) - set(known)):
+        if is_numbered(samples.classes):
+            return labels
+        raise UserError(
+            f"{path}: the folders {', '.join(strange[:3])}{', ...' if len(strange) > 3 else ''} are none of the "
+            f"classifier's {len(known)} classes ({', '.join(known[:3])}, ...); name them as its classes, or by their "
+            "numbers"
+        )
+    numbers = [int(name) for name in samples.classes] if is_numbered(samples.classes) else range(len(samples.classes))
+    names = dict(zip(numbers, samples.classes, strict=True))
+    return [known.index(names[label]) for label in labels]
 
 
 def print_scores(scores: dict[str, Any]) -> None:

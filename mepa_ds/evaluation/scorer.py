@@ -5,7 +5,6 @@ Shapes: B images of a batch, N samples, M reference images, D features, C classe
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,34 +13,28 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
-from mepa_ds import distributed, log
+from mepa_ds import distributed
+from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import PROBS, Classifier, ClassifierSpace
-from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_space
-from mepa_ds.evaluation.formulas.checks import as_rows
+from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_spaces
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
 from mepa_ds.evaluation.inception import LOGITS, SPATIAL
+from mepa_ds.evaluation.kept_features import EXTRAS, KeptFeatures
 from mepa_ds.evaluation.measures import Measures, nearest_to_training
-from mepa_ds.evaluation.references import Images, Reference, ShardImages
+from mepa_ds.evaluation.references import Reference, ShardImages
 from mepa_ds.evaluation.space import INCEPTION
-from mepa_ds.weights.directories import write_safetensors
 
 Order = Literal["shuffled", "file"]
 AGREEMENT = "agreement.probs"
 """The key of the classifier's probabilities among features."""
-_BATCH = 256  # images in memory at a time
-_EXTRAS = {INCEPTION: (SPATIAL,)}
-"""Spaces beside the main one that have statistics of their own."""
 
 
 @dataclass(frozen=True)
 class ScorerOptions:
-    """What is computed. features: as `open_feature_space` reads them. classifier: a directory that `Classifier.save`
+    """What is computed. features: as `open_feature_spaces` reads them. classifier: a directory that `Classifier.save`
     wrote. train, heldout: shard sets for the test of memorisation, in the first of the spaces. cache: a directory for
     the reference's features (None: they are computed anew). seed: of every draw."""
 
@@ -63,6 +56,8 @@ class SpaceReference:
     frechet: FrechetTo
     features_MD: Tensor | None
     source: str
+    num_images: int | None = None
+    """That the statistics are of; None where a file has the statistics."""
 
 
 class Scorer:
@@ -76,10 +71,8 @@ class Scorer:
         self.reference: Reference | None = None
         self._spaces: dict[str, SpaceReference] = {}
         self._training: tuple[Tensor, Tensor] | None = None
+        self._training_facts: dict[str, Any] | None = None
         self._device = torch.device("cpu")
-        names = [space.name for space in self.spaces]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"--features: {', '.join(twice)} is given twice; give each feature space once")
 
     @classmethod
     def open(
@@ -102,16 +95,38 @@ class Scorer:
         if isinstance(reference, Path):
             reference = Reference(reference, image_side)
         device = device or distributed.device_of(distributed.read_launch())
-        spaces = [open_feature_space(spec, device, options.inception) for spec in options.features]
+        spaces = open_feature_spaces(options.features, device, options.inception)
         classifier = None if options.classifier is None else Classifier.load(options.classifier, device)
         scorer = cls(spaces, classifier, options)
         scorer._device = device
         if reference is not None:
             scorer.reference = reference
+            training = scorer._training_sets(image_side)
             for space in scorer.spaces:
                 scorer._take_reference(space, reference)
-            scorer._training = scorer._training_features(image_side)
+            if training is not None:
+                scorer._take_training(*training)
         return scorer
+
+    def check_samples(self, count: int, labels: Sequence[int] | Tensor | NDArray[np.int64] | None) -> None:
+        """Raises UserError for what can be known of so many samples with these labels before their features are."""
+        for space in self.spaces:
+            if isinstance(space, StoredFeatures) and len(space.samples_ND) != count:
+                raise UserError(
+                    f"{space.name}: features of {len(space.samples_ND)} images, but there are {count} samples; give a "
+                    "row for each"
+                )
+        if labels is None:
+            return
+        given = np.asarray(labels, np.int64)
+        if len(given) != count:
+            raise UserError(f"{len(given)} labels for {count} samples; give one for each")
+        known = None if self.classifier is None else self.classifier.config.num_classes
+        if known is not None and (given.min() < 0 or given.max() >= known):
+            raise UserError(
+                f"labels from {given.min()} to {given.max()}, but the classifier knows classes 0..{known - 1}; give "
+                "the classifier of this data set"
+            )
 
     def features(self, pixels_BHW3: NDArray[np.uint8], first: int = 0, what: str = "samples") -> dict[str, Tensor]:
         """All that `score` needs of these images, a row each, on the CPU. A row depends on its image alone.
@@ -163,15 +178,19 @@ class Scorer:
         """
         assert self.reference is not None, "opened without a reference"
         measures = Measures(self.options.seed, self._device)
-        count = None
+        stored = [len(space.samples_ND) for space in self.spaces if isinstance(space, StoredFeatures)]
+        count = next((len(rows) for rows in features.values()), stored[0] if stored else 0)
+        self.check_samples(count, labels)
         for space in self.spaces:
             samples_ND = space.samples_ND if isinstance(space, StoredFeatures) else features[space.name]
-            if count not in (None, len(samples_ND)):
-                raise UserError(f"{space.name}: features of {len(samples_ND)} images, but {count} samples")
-            count = len(samples_ND)
             mine = self._spaces[space.name]
             names = _names_of(space.name)
             measures.add_space(names, samples_ND, mine.frechet, mine.features_MD)
+            if mine.num_images is not None and mine.num_images <= space.width:
+                measures.remarks.append(
+                    f"{names('fd')}: the {mine.num_images} images of the reference are fewer than the covariance of "
+                    f"{space.width} features needs ({space.width + 1}); compare only with scores by the same reference"
+                )
             if space.name == INCEPTION:
                 if SPATIAL in self._spaces:
                     measures.add_frechet("sfid", features[SPATIAL], self._spaces[SPATIAL].frechet)
@@ -182,11 +201,15 @@ class Scorer:
             train_TD, heldout_HD = self._training
             name = self.spaces[0].name
             measures.add(**nearest_to_training(features[name], train_TD, heldout_HD, self._device))
+            facts = (self._training_facts or {})["train"]
+            if facts["images"] < facts["of"]:
+                measures.remarks.append(
+                    f"memorisation: samples are compared with {facts['images']} of the {facts['of']} training images; "
+                    "copies of the others are not seen"
+                )
         given = None if labels is None else np.asarray(labels, np.int64)
-        if given is not None and len(given) != count:
-            raise UserError(f"{len(given)} labels for {count} samples; give one for each")
         self._add_agreement(measures, features, given)
-        protocol = self._protocol(measures, count or 0, given)
+        protocol = self._protocol(measures, count, given)
         counts = {name: protocol[name] for name in ("num_samples", "num_reference")}
         return {**counts, **measures.scores, "protocol": protocol}
 
@@ -196,17 +219,12 @@ class Scorer:
         measures.add(classifier_heldout_accuracy=self.classifier.heldout_accuracy)
         if labels is None:
             measures.leave_out("class_agreement", "the samples have no labels")
-        elif labels.min() < 0 or labels.max() >= self.classifier.config.num_classes:
-            raise UserError(
-                f"labels from {labels.min()} to {labels.max()}, but the classifier knows classes 0.."
-                f"{self.classifier.config.num_classes - 1}; give the classifier of this data set"
-            )
         else:
             agrees_N = torch.from_numpy(features[AGREEMENT].argmax(1).numpy() == labels)
             measures.add_share("class_agreement", agrees_N.double())
 
     def _take_reference(self, space: FeatureSpace, reference: Reference) -> None:
-        stored = {name: reference.statistics[name] for name in (space.name, *_EXTRAS.get(space.name, ()))
+        stored = {name: reference.statistics[name] for name in (space.name, *EXTRAS.get(space.name, ()))
                   if name in reference.statistics}  # fmt: skip
         identity = reference.identities.get(space.name)
         if space.name in stored and (
@@ -220,7 +238,10 @@ class Scorer:
         if isinstance(space, StoredFeatures):
             gaussian = Gaussian.of(space.reference_ND)
             self._spaces[space.name] = SpaceReference(
-                FrechetTo(gaussian, self._device), space.reference_ND, "the features given"
+                FrechetTo(gaussian, self._device),
+                space.reference_ND,
+                f"the {len(space.reference_ND)} features given",
+                len(space.reference_ND),
             )
             return
         if reference.images is None and space.name not in stored:
@@ -228,64 +249,51 @@ class Scorer:
                 f"{reference.path}: has statistics of {', '.join(reference.statistics)} and no images, so it has "
                 f"nothing to compare {space.name} with; give a reference with images"
             )
-        rows = {} if reference.images is None else self._cached(space, reference.images, reference.fingerprint())
-        for name in (space.name, *_EXTRAS.get(space.name, ())):
+        rows = {} if reference.images is None else self._features_of(space, reference)
+        for name in (space.name, *EXTRAS.get(space.name, ())):
+            count = None
             if name in stored:
                 source = "statistics in the reference"
                 gaussian = stored[name]
             elif name in rows and (name == space.name or space.name not in stored):
-                source, gaussian = f"statistics of the reference's {len(rows[name])} images", Gaussian.of(rows[name])
+                count = len(rows[name])
+                source, gaussian = f"statistics of the reference's {count} images", Gaussian.of(rows[name])
             else:
                 continue
             kept = rows.get(name) if name == space.name else None
-            self._spaces[name] = SpaceReference(FrechetTo(gaussian, self._device), kept, source)
+            self._spaces[name] = SpaceReference(FrechetTo(gaussian, self._device), kept, source, count)
 
-    def _cached(self, space: FeatureSpace, images: Images, fingerprint: str) -> dict[str, Tensor]:
-        """Features of the reference's images, by name."""
-        wanted = (space.name, *_EXTRAS.get(space.name, ()))
-        path = None
-        if self.options.cache is not None:
-            facts = repr((fingerprint, space.name, space.identity, space.preprocessing, self._device.type))
-            digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
-            path = self.options.cache / f"{space.name}-{digest}.safetensors"
-            if path.exists():
-                try:
-                    return load_file(path)
-                except (OSError, SafetensorError) as error:
-                    log.note(f"warning: {path}: cannot be read ({error}); the reference's features are computed again")
-        parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        done = 0
-        with tqdm(total=len(images), desc=f"reference: {space.name}", unit="image", disable=None) as bar:
-            for pixels_BHW3 in images.batches(_BATCH):
-                outputs = space.outputs(pixels_BHW3)
-                for name in wanted:
-                    parts[name].append(_finite(outputs[name], done, name))
-                done += len(pixels_BHW3)
-                bar.update(len(pixels_BHW3))
-        found = {name: torch.cat(rows) for name, rows in parts.items()}
-        if path is not None:
-            try:
-                write_safetensors(path, found, {"space": space.name})
-            except OSError as error:
-                log.note(f"{path}: the reference's features are not kept ({error.strerror or error})")
-        return found
+    def _features_of(self, space: FeatureSpace, reference: Reference) -> dict[str, Tensor]:
+        """Of the reference's images, by name."""
+        assert reference.images is not None
+        kept = KeptFeatures(self.options.cache, reference.fingerprint(), self._device.type)
+        return kept.read_or_compute(space, reference.images)
 
-    def _training_features(self, side: int | None) -> tuple[Tensor, Tensor] | None:
-        """Of training and held-out images, in the first space."""
-        if self.options.train is None and self.options.heldout is None:
+    def _training_sets(self, side: int | None) -> tuple[Reference, Reference] | None:
+        """The training set and the held-out one, opened."""
+        given = {"--train": self.options.train, "--heldout": self.options.heldout}
+        if not any(given.values()):
             return None
-        if self.options.train is None or self.options.heldout is None:
-            raise UserError("--train and --heldout: give both, or neither: one is judged by the other")
+        found = []
+        for name, shards in given.items():
+            if shards is None:
+                raise UserError("--train and --heldout: give both, or neither: one is judged by the other")
+            if not (shards / INDEX_NAME).exists():
+                raise UserError(f"{name}: {shards}: expected a shard set (a directory with {INDEX_NAME})")
+            found.append(Reference(shards, side))
         space = self.spaces[0]
         if isinstance(space, StoredFeatures):
             raise UserError(f"--train: features of images are needed, and {space.name} is a file; name another first")
-        found = []
-        for shards in (self.options.train, self.options.heldout):
-            opened = Reference(shards, side)
-            if not isinstance(opened.images, ShardImages):
-                raise UserError(f"{shards}: expected a shard set (a directory with index.json)")
-            found.append(self._cached(space, opened.images, opened.fingerprint())[space.name])
         return found[0], found[1]
+
+    def _take_training(self, train: Reference, heldout: Reference) -> None:
+        """Features of both, in the first space."""
+        space, rows, facts = self.spaces[0], list[Tensor](), dict[str, Any]()
+        for name, shards in (("train", train), ("heldout", heldout)):
+            assert isinstance(shards.images, ShardImages)
+            rows.append(self._features_of(space, shards)[space.name])
+            facts[name] = {"path": str(shards.path), "images": len(rows[-1]), "of": shards.images.num_available}
+        self._training, self._training_facts = (rows[0], rows[1]), facts
 
     def _protocol(self, measures: Measures, count: int, labels: NDArray[np.int64] | None) -> dict[str, Any]:
         assert self.reference is not None
@@ -300,6 +308,7 @@ class Scorer:
                 space.name: {**space.facts(), "statistics": self._spaces[space.name].source} for space in self.spaces
             },
             "classifier": None if self.classifier is None else self.classifier.identity,
+            "memorisation": self._training_facts,
             "classes": _balance(labels, 0 if self.classifier is None else self.classifier.config.num_classes),
             "order": self.options.order,
             "seed": self.options.seed,
@@ -347,17 +356,6 @@ def _names_of(space: str) -> Callable[[str], str]:
 
 def _width(gaussian: Gaussian) -> int:
     return len(gaussian.mean)
-
-
-def _finite(rows: Tensor, first: int, name: str) -> Tensor:
-    finite_B = rows.isfinite().all(1)
-    if not finite_B.all():
-        number = first + int(finite_B.logical_not().nonzero()[0])
-        raise UserError(
-            f"the reference: image {number} has features ({name}) that are not finite; the network's weights are "
-            "damaged, or not those that belong to it"
-        )
-    return as_rows(rows, "the reference")
 
 
 def _balance(labels: NDArray[np.int64] | None, num_classes: int) -> dict[str, Any] | None:

@@ -52,7 +52,8 @@ class FeatureSpace(ABC):
                 filled[:count] = part_BHW3
                 part_BHW3 = filled
             with full_fp32():  # TF32 moves FID
-                found = self._compute(np.ascontiguousarray(part_BHW3))
+                # A copy: PyTorch warns of arrays that cannot be written, as those from files are.
+                found = self._compute(np.array(part_BHW3, order="C"))
             parts.append({name: values[:count].float().cpu() for name, values in found.items()})
         if not parts:
             return {self.name: torch.empty(0, self.width)}

@@ -20,7 +20,8 @@ from mepa_ds.files import atomic_path, read_file, why_unreadable
 from mepa_ds.images.decoding import decode_image, is_image_name
 
 _MEMBER, _LABELS = "arr_0.npy", "arr_1"
-_LABELLED = re.compile(r"class(\d+)_")
+_MOST_DIGITS = 6  # of a class's number; longer ones, such as dates and WordNet's numbers, are names
+_LABELLED = re.compile(rf"class(\d{{1,{_MOST_DIGITS}}})_")
 _WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
 _SHOWN = 5
 # Encrypted archives and unknown compression raise RuntimeError.
@@ -99,7 +100,7 @@ def _images_in(directory: Path) -> list[Path]:
 def _class_folders(directory: Path) -> tuple[list[Path], NDArray[np.int64], tuple[str, ...]]:
     """Images, their labels, and the names of the folders, those without images too."""
     folders = sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
-    numbered = bool(folders) and all(folder.name.isdecimal() for folder in folders)
+    numbered = is_numbered([folder.name for folder in folders])
     if numbered:
         folders.sort(key=lambda folder: int(folder.name))
     names, labels = list[Path](), list[int]()
@@ -110,6 +111,11 @@ def _class_folders(directory: Path) -> tuple[list[Path], NDArray[np.int64], tupl
     if not names:
         raise UserError(f"{directory}: no image files in this directory or in its folders; {_WANTED}")
     return names, np.array(labels, np.int64), tuple(folder.name for folder in folders)
+
+
+def is_numbered(names: Sequence[str]) -> bool:
+    """Whether class folders are named by the numbers of their classes."""
+    return bool(names) and all(name.isdecimal() and len(name) <= _MOST_DIGITS for name in names)
 
 
 def _labels_of(names: Sequence[Path]) -> NDArray[np.int64] | None:
@@ -131,6 +137,11 @@ def _labels_in(path: Path, count: int) -> NDArray[np.int64] | None:
         raise UserError(
             f"{path}: {_LABELS} is {labels.dtype} of shape {labels.shape}; expected one whole number for each of the "
             f"{count} images, its class"
+        )
+    if labels.min() < 0 or labels.max() >= 10**_MOST_DIGITS:
+        raise UserError(
+            f"{path}: {_LABELS} has classes from {labels.min()} to {labels.max()}; expected numbers from 0 on. Leave "
+            f"{_LABELS} out if the classes are not known"
         )
     return labels.astype(np.int64)
 

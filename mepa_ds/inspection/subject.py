@@ -99,6 +99,11 @@ def open_subject(
         model, step = NextScaleTransformer.open(source, scales), step_of_weights(source)
     if tokenizer is None and recipe is None:
         raise UserError(f"--tokenizer: {source} does not tell its tokenizer; give its directory, or VAR's file")
+    if tokenizer is None and recipe is not None and not recipe.tokenizer.exists():
+        raise UserError(
+            f"--tokenizer: {recipe.tokenizer}, which the run names, is not there; start in the directory where the run "
+            "was started, or give it"
+        )
     opened = Tokenizer.open(tokenizer or recipe.tokenizer, model.config.scales)  # type: ignore[union-attr]
     names, line = _class_names(recipe)
     notes += [line] if line else []
@@ -136,7 +141,8 @@ def _recipe(run: Path, checkpoint: Path | None) -> tuple[PretrainConfig | None, 
     try:
         return load_config(PretrainConfig, run / RECIPE_NAME), []
     except UserError as error:  # of a tokenizer's training, or of another version
-        return None, [f"the run of {run}: its recipe is not of pretraining here ({error})"]
+        said = " ".join(str(error).split())
+        return None, [f"the run of {run}: its recipe is not of pretraining here ({said})"]
 
 
 def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | None]:

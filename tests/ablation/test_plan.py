@@ -73,3 +73,6 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         ablation_of(tmp_path, baseline="full")
     with pytest.raises(UserError, match="no arm 'full'"):
         ablation_of(tmp_path, compare=[["full", "dense"]])
+    for compare in ([["smoe", "smoe"]], [["smoe", "stmoe"]] * 2):
+        with pytest.raises(UserError, match=r"compare: smoe with .*: name two arms, and each pair once"):
+            ablation_of(tmp_path, compare=compare)

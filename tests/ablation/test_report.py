@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from mepa_ds.ablation.plan import fleet_of
-from mepa_ds.ablation.report import BEGIN, END, write_report
+from mepa_ds.ablation.report import BEGIN, END, markdown_table, write_report
 from mepa_ds.cli.results.ablate import main
 from mepa_ds.errors import UserError
 from tests.ablation.studies import ablation_file, ablation_of, pretend
@@ -43,6 +43,20 @@ def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
     text = write_report(ablation, fleet_of(ablation).members()).read_text()
     assert "Not finished, and left out of everything below: smoe-s1 (diverged)." in text
     assert "8 of 9 runs" in text
+
+
+def test_scores_of_two_protocols_are_not_mixed(tmp_path: Path) -> None:
+    ablation = ablation_of(tmp_path)
+    pretend(ablation, {})
+    for run, reference in (("dense-s0", "one"), ("smoe-s1", "another")):
+        path = tmp_path / f"ablation/runs/{run}/metrics.jsonl"
+        path.write_text(path.read_text().replace('"protocol": {', f'"protocol": {{"reference": "{reference}", '))
+    with pytest.raises(UserError, match=r"smoe-s1 and dense-s0 were scored in two ways \(reference differ\)"):
+        write_report(ablation, fleet_of(ablation).members())
+
+
+def test_a_title_may_have_what_divides_cells() -> None:
+    assert markdown_table(["a", "b"], [["x | y", "1"]])[-1] == r"| x \| y | 1 |"
 
 
 def test_the_page_is_renewed_between_its_marks(tmp_path: Path) -> None:

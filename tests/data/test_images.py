@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mepa_ds.data.images import ImageBatch, image_batches, images_once
+from mepa_ds.data.images import ImageBatch, evenly, image_batches, images_once
 from mepa_ds.data.options import grouped
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.writer import Manifest, ShardWriter
@@ -211,3 +211,19 @@ def test_bad_settings(images: Path, tmp_path: Path) -> None:
         image_batches(tmp_path / "nowhere", batch_size=2, image_side=8)
     with pytest.raises(UserError, match="seed"):
         image_batches(images, batch_size=2, image_side=8, seed=-1)
+
+
+def test_a_part_is_spread_evenly() -> None:
+    """Also where less than two images of three are dropped."""
+    pixels = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 2, 2)
+    batches = [
+        ImageBatch(
+            pixels[first : first + 4], torch.arange(10)[first : first + 4], tuple("abcdefghij"[first : first + 4]), 0
+        )
+        for first in (0, 4, 8)
+    ]
+    found = list(evenly(iter(batches), 10, 6))
+    assert torch.cat([batch.labels_B for batch in found]).tolist() == [0, 2, 4, 5, 7, 9]
+    assert "".join(key for batch in found for key in batch.keys) == "acefhj"
+    assert all(torch.equal(batch.pixels_B3HW[:, 0, 0, 0], batch.labels_B.byte()) for batch in found)
+    assert list(evenly(iter(batches), 10, 10)) == batches

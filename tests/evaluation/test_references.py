@@ -81,6 +81,8 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
         ({"mu_s": np.array([None] * SPATIAL_WIDTH)}, "damaged, or not an .npz of plain arrays"),
         ({"sigma": asymmetric}, "sigma is no covariance"),
         ({"sigma_s": negative}, "sigma_s is no covariance"),
+        ({"mu@x": np.zeros(0), "sigma@x": np.zeros((0, 0))}, r"mu@x has shape \(0,\)"),
+        ({"mu": np.full(POOL, 1e200)}, "mu has values beyond"),
         ({"arr_0": np.zeros((3, 8, 8, 3))}, "arr_0 is float64"),
         ({"arr_0": np.asfortranarray(digits(0, 6))}, "arr_0 is in Fortran order; save numpy.ascontiguousarray"),
         ({"arr_1": np.zeros(4)}, "arr_1 is float64 of shape .* one whole number for each of the 6 images"),

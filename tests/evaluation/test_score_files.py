@@ -92,6 +92,28 @@ def test_class_agreement(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "warning: classes are unbalanced: " in capsys.readouterr().out
 
 
+def test_class_folders_are_matched_by_name(folder: Path, tmp_path: Path) -> None:
+    """A folder that is missing does not move the others to other classes."""
+    names = tuple(f"digit {number}" for number in range(10))
+    images = (digits(0, 60)[:, ::4, ::4], labels(0, 60))
+    fitted = classifier.Classifier.fit(images, images, 10, classes=names)
+    fitted.save(tmp_path / "classifier")
+    for number, (pixels, label) in enumerate(zip(digits(100, 12), labels(100, 12), strict=True)):
+        if label > 2:
+            path = tmp_path / f"samples/digit {label}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    words = ["--features", f"patch-pca:{folder / 'pca'}", "--classifier", str(tmp_path / "classifier")]
+    asked = labels(100, 12)
+    agrees = fitted.probs(digits(100, 12)).argmax(1).numpy()[asked > 2] == asked[asked > 2]
+    scores = evaluate(tmp_path, "samples", str(folder / "real.npz"), *words)
+    assert scores["class_agreement"] == pytest.approx(agrees.mean())
+    assert scores["protocol"]["classes"]["empty"][:3] == [0, 1, 2]
+    (tmp_path / "samples/digit 3").rename(tmp_path / "samples/three")
+    with pytest.raises(UserError, match="the folders three are none of the classifier's 10 classes"):
+        evaluate(tmp_path, "samples", str(folder / "real.npz"), *words)
+
+
 def test_bad_input(folder: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "small.npz", digits(0, 6)[:, ::2, ::2])
     np.savez(tmp_path / "few.npz", digits(0, 3))
@@ -122,6 +144,14 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
         (["--fit-classifier", "x"], "--out: give what --fit-classifier is to write"),
         (["--fit-classifier", "x", "--out", "y", "--image-side", "0"], "--image-side: expected at least 1"),
         (["--make-reference", str(folder / "pca"), "--out", str(tmp_path / "r.npz"), *space], "pca"),
+        (["--make-reference", "x", "--out", "y", "--classifier", "z"], "--classifier does not belong to --make-ref"),
+        (
+            ["--make-reference", "x", "--out", str(tmp_path), *space],
+            "--out: .* is a directory; give the name of a file",
+        ),
+        (["--make-reference", str(folder / "train"), "--out", str(tmp_path / "r"), *space, space[1]], "two spaces"),
+        ([str(folder / "samples"), "--reference", "x", "--features"], "--features: name at least one"),
+        ([str(folder / "samples"), "--reference", "x", "--json", "/dev/null"], "/dev/null is no regular file"),
     ):
         with pytest.raises(UserError, match=message):
             main(words)

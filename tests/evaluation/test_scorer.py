@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation import references
 from mepa_ds.evaluation.classifier import Classifier
 from mepa_ds.evaluation.feature_spaces import open_feature_space
 from mepa_ds.evaluation.formulas import (
@@ -99,9 +101,11 @@ def test_the_reference_is_computed_once(folder: Path, tmp_path: Path, monkeypatc
     kept.write_bytes(b"cut")
     assert score_images([digits(700, 20)], None, Scorer.open(folder / "real", with_cache)) == first
     assert kept.stat().st_size > 1000
+    save_file({"something": torch.zeros(50, 2)}, kept)
+    assert score_images([digits(700, 20)], None, Scorer.open(folder / "real", with_cache)) == first
 
 
-def test_copies_of_training_images_are_seen(folder: Path) -> None:
+def test_copies_of_training_images_are_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = options(folder, train=folder / "train", heldout=folder / "heldout")
     scorer = Scorer.open(folder / "real", given, 32)
     copies = score_images([digits(0, 30)], None, scorer)
@@ -112,6 +116,10 @@ def test_copies_of_training_images_are_seen(folder: Path) -> None:
     rows_ND = torch.randn(50, 3)
     with pytest.raises(UserError, match="of different feature spaces"):
         nearest_to_training(rows_ND, rows_ND[:, :2], rows_ND, CPU)
+    assert copies["protocol"]["memorisation"]["train"] == {"path": str(folder / "train"), "images": 60, "of": 60}
+    monkeypatch.setattr(references.ShardImages.__init__, "__defaults__", (None, 30))
+    few = score_images([digits(0, 30)], None, Scorer.open(folder / "real", given, 32))
+    assert "samples are compared with 30 of the 60 training images" in few["protocol"]["remarks"][-1]
     with pytest.raises(UserError, match="--train and --heldout: give both"):
         Scorer.open(folder / "real", options(folder, train=folder / "train"))
 
@@ -119,12 +127,22 @@ def test_copies_of_training_images_are_seen(folder: Path) -> None:
 def test_features_of_ones_own(folder: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.save(tmp_path / "mine.npy", np.asfortranarray(rng.normal(size=(30, 4)).astype(np.float16)))
-    np.save(tmp_path / "real.npy", rng.normal(size=(40, 4)))
+    np.save(tmp_path / "real.npy", rng.normal(size=(40, 4)).astype(">f8"))
     spec = f"{tmp_path}/mine.npy:{tmp_path}/real.npy"
     scorer = Scorer.open(folder / "real", options(folder, spec))
     scores = score_images([digits(0, 30)], None, scorer)
     samples, real = np.load(tmp_path / "mine.npy"), np.load(tmp_path / "real.npy")
     assert scores["mine.precision"] == precision_recall(real, samples)[0]
+    with pytest.raises(UserError, match="mine: features of 30 images, but there are 29 samples"):
+        scorer.check_samples(29, None)
+    np.save(tmp_path / "few.npy", rng.normal(size=(4, 4)))
+    scorer = Scorer.open(folder / "real", options(folder, f"{tmp_path}/mine.npy:{tmp_path}/few.npy"))
+    remark = "mine.fd: the 4 images of the reference are fewer than the covariance of 4 features needs (5)"
+    assert score_images([digits(0, 30)], None, scorer)["protocol"]["remarks"][0].startswith(remark)
+    np.save(tmp_path / "huge.npy", rng.normal(size=(40, 4)) * 1e200)
+    scorer = Scorer.open(folder / "real", options(folder, f"{tmp_path}/mine.npy:{tmp_path}/huge.npy"))
+    with pytest.raises(UserError, match=r"the reference images have features as large as .*e.200"):
+        score_images([digits(0, 30)], None, scorer)
     np.save(tmp_path / "objects.npy", np.array([None] * 3), allow_pickle=True)
     np.save(tmp_path / "narrow.npy", np.zeros((9, 3)))
     np.save(tmp_path / "nan.npy", np.full((9, 4), np.nan))
@@ -162,12 +180,13 @@ def test_bad_input(folder: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             scorer.score(found, asked)
-    with pytest.raises(UserError, match="patch-pca is given twice"):
+    with pytest.raises(UserError, match="two spaces have the name patch-pca"):
         Scorer.open(folder / "real", options(folder, *[f"patch-pca:{folder / 'pca'}"] * 2))
     for spec, message in (
         ("dino", "--features dino: no such feature space; expected inception, teacher:NAME"),
         ("inception", "needs --inception FILE"),
         ("a.npy", "give two files, SAMPLES.npy:REFERENCE.npy"),
+        ("patch-pca:~nobody_at_all/x", "no home directory of ~nobody_at_all"),
         ("teacher:dinov2-l", "teacher 'dinov2-l' needs weights"),
         ("teacher:dino9:x", "teacher 'dino9' is unknown"),
     ):

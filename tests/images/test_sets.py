@@ -74,6 +74,20 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         ImageFiles(tmp_path / "empty")
 
 
+def test_numbers_that_are_no_classes(tmp_path: Path) -> None:
+    """Dates as names of folders and files, and labels that no class has."""
+    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "days/20240101000000000000/a.png", "us")
+    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "named/class20240101000000000000_0.png", "us")
+    days = ImageFiles(tmp_path / "days")
+    assert days.labels is not None
+    assert (days.labels.tolist(), days.classes) == ([0], ("20240101000000000000",))
+    assert ImageFiles(tmp_path / "named").labels is None
+    for label in (-1, 10**12):
+        np.savez(tmp_path / "labels.npz", np.zeros((2, 4, 4, 3), np.uint8), np.array([0, label]))
+        with pytest.raises(UserError, match="arr_1 has classes from"):
+            ImageFiles(tmp_path / "labels.npz")
+
+
 def test_files_that_do_not_say_who_made_them(tmp_path: Path) -> None:
     save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "ours.png", "us")
     assert made_by_of(tmp_path / "ours.png") == "us"

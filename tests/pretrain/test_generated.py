@@ -112,6 +112,16 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(folder: Path) -> No
     assert "nowhere" in refused(folder, "nowhere", every, nowhere, pca)
     inception = refused(folder, "inception", every, f"log.score.reference={folder / 'real'}")
     assert "needs log.score.inception" in inception
+    rng = np.random.default_rng(0)
+    np.savez(folder / "small.npz", rng.integers(0, 256, (9, 7, 7, 3), dtype=np.uint8))
+    np.save(folder / "rows.npy", rng.normal(size=(11, 4)))
+    for changes, message in (
+        ({"reference": str(folder / "small.npz")}, r"small.npz: images of 7 x 7 pixels, but this run generates"),
+        ({"features": [f"{folder}/rows.npy:{folder}/rows.npy"]}, "rows is a file of features, which are not of the"),
+    ):
+        score = ScoreConfig.model_validate(settings(folder, **changes), strict=False)
+        with pytest.raises(UserError, match=message):
+            GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, 0)
     bad = ScoreConfig.model_validate(settings(folder, reference=str(folder / "nowhere")), strict=False)
     with pytest.raises(UserError, match=r"log\.score: .*nowhere"):
         GeneratedScores(bad, Tokenizer.load(folder / "tokenizer"), CLASSES, 0, lambda: None)

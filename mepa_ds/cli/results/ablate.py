@@ -32,7 +32,8 @@ class AblateOptions:
     jobs: int = 1
     """Runs at a time on this machine, each on its own share of the cores, or its own GPUs."""
     dry_run: bool = False
-    """Check everything, print the runs (with --slurm: the sbatch lines), train nothing."""
+    """Check the recipes, not whether their data are there; print the runs (with --slurm: the sbatch lines), train
+    nothing."""
     report_only: bool = False
     """Write the report of the runs that are finished, train nothing."""
     write_into: Path | None = None
@@ -65,9 +66,11 @@ def main(argv: list[str]) -> None:
 
 
 def _run(ablation: AblationConfig, options: AblateOptions) -> None:
-    from mepa_ds.ablation.report import write_report
+    from mepa_ds.ablation.report import page_around, write_report
 
     log.make_stdout_a_log()
+    if options.write_into is not None:
+        page_around(options.write_into)  # before an hour of training
     plan_if_needed(ablation)
     fleet, is_whole = fleet_of(ablation), True
     if not options.report_only:

@@ -60,6 +60,10 @@ class EvaluateOptions:
     """Pixels, for --make-reference and --fit-classifier of a set whose images are larger than the model's."""
 
 
+_TAKEN = {"--make-reference": ("features", "inception"), "--fit-classifier": ("heldout",)}
+"""Options of scoring that the other tasks take as well."""
+
+
 def main(argv: list[str]) -> None:
     options = tyro.cli(EvaluateOptions, prog="mepa evaluate", args=argv)
     _check(options)
@@ -88,6 +92,13 @@ def _check(options: EvaluateOptions) -> None:
         raise UserError(f"--out: give what {given[0]} is to write")
     if options.samples is not None and (options.out is not None or options.image_side is not None):
         raise UserError("--out and --image-side belong to --make-reference and --fit-classifier; scores go to --json")
+    if options.samples is None:
+        taken = _TAKEN[given[0]]
+        for name in ("reference", "features", "inception", "classifier", "train", "heldout", "order", "json"):
+            if name not in taken and getattr(options, name) != getattr(EvaluateOptions, name):
+                raise UserError(f"--{name} does not belong to {given[0]}; leave it out")
+    if not options.features:
+        raise UserError("--features: name at least one feature space (--help lists them)")
 
 
 def _make_reference(options: EvaluateOptions, shards: Path) -> None:

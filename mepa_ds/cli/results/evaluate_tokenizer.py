@@ -57,9 +57,9 @@ def main(argv: list[str]) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     log.make_stdout_a_log()
-    from mepa_ds.data.images import images_once
+    from mepa_ds.data.images import evenly, images_once
     from mepa_ds.data.shard_set import ShardSet
-    from mepa_ds.evaluation.feature_spaces import open_feature_space
+    from mepa_ds.evaluation.feature_spaces import open_feature_spaces
     from mepa_ds.evaluation.tokenizer.scores import score_tokenizer, tokenizer_sheet
     from mepa_ds.images.pictures import save_png
     from mepa_ds.tokenizer.perceptual import load_lpips
@@ -69,13 +69,14 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer.open(options.tokenizer, options.scales).to(device)
     there = len(ShardSet(options.shards, "images"))
     count = min(options.max_images or there, there)
-    spaces = [open_feature_space(spec, device, options.inception) for spec in options.features]
+    spaces = open_feature_spaces(options.features, device, options.inception)
     lpips = options.lpips and load_lpips(options.lpips_network, options.lpips, "--lpips").to(device)
     check_writable(options.out, "--out")
     side = tokenizer.config.image_side
-    # Every n-th image: what rank 0 of n would read.
+    # Every n-th image is read, which is what rank 0 of n would read; of them all but `count` are dropped.
     every = distributed.Ranks(0, there // count)
     batches = images_once(options.shards, batch_size=options.batch_size, image_side=side, ranks=every)
+    batches = evenly(batches, -(-there // every.world_size), count)
     progress = tqdm(total=count, desc="reconstructing", unit="image", disable=None)
     with progress as bar, naming_full_gpus(options.batch_size):
         found = score_tokenizer(tokenizer, batches, count, spaces, lpips or None, options.shown, bar.update)

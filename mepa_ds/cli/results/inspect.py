@@ -73,6 +73,8 @@ def main(argv: list[str]) -> None:
     for name, value in (("images", options.images), ("batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
+    if not options.only:
+        raise UserError(f"--only: name at least one of {', '.join(get_args(Part))}")
     log.make_stdout_a_log()
     from mepa_ds.inspection.subject import open_subject, write_index
 

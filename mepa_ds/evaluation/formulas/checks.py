@@ -16,6 +16,8 @@ from mepa_ds.errors import UserError
 
 Array = NDArray[Any] | Tensor
 _ROWS = 4096
+LARGEST = 1e20
+"""Features beyond this are refused where all scores are asked for: the sums of KID's error have the twelfth power."""
 
 
 def as_rows(values: Array, what: str, least: int = 1) -> Tensor:
@@ -56,7 +58,7 @@ def as_numbers(values: Array, what: str) -> Tensor:
             raise UserError(f"{what}: of type {values.dtype}, expected numbers")
         if values.dtype.kind != "f" or values.dtype.itemsize > 8:
             values = values.astype(np.float64)
-        return torch.from_numpy(np.array(values, order="C"))
+        return torch.from_numpy(np.array(values, values.dtype.newbyteorder("="), order="C"))
     if not isinstance(values, Tensor) or values.is_complex() or values.dtype == torch.bool:
         raise UserError(f"{what}: expected an array or a tensor of numbers, got {type(values).__name__}")
     return values.detach()

@@ -60,9 +60,6 @@ def score_tokenizer(
     device = next(tokenizer.parameters()).device
     gathered = ReconstructionScores(tokenizer, lpips)
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {space.name: ([], []) for space in spaces}
-    if len(features) < len(spaces):
-        names = ", ".join(space.name for space in spaces)
-        raise UserError(f"--features: two spaces have one name ({names}); score them one after the other")
     left, shown = max_images, list[Tensor]()
     for batch in batches:
         images_B3HW = batch.to(device).images_B3HW[:left]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from mepa_ds import distributed
 from mepa_ds.config.pretrain import ScoreConfig
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.feature_spaces import StoredFeatures
 from mepa_ds.evaluation.score_files import cache_beside
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
 from mepa_ds.generation.sampling import sample
@@ -54,7 +54,7 @@ class GeneratedScores:
             error = UserError(f"log.score: {raised}")
         distributed.agree(error)
         # The features of a large reference take minutes.
-        opened = distributed.wait_for_main(partial(_open, score.reference, options, side), beat)
+        opened = distributed.wait_for_main(partial(self._open, options), beat)
         if opened is not None:
             self._scorer = opened
 
@@ -85,6 +85,24 @@ class GeneratedScores:
             scores["protocol"] |= {"sampling": self._score.model_dump(include=set(kept)), "seed": self._seed}
         return scores
 
+    def _open(self, options: ScorerOptions) -> Scorer:
+        """On the main rank. Raises UserError for what could not be scored, or not rightly, once images are there."""
+        reference, side = self._score.reference, self._tokenizer.config.image_side
+        try:
+            scorer = Scorer.open(reference, options, side)
+            if stored := [space.name for space in scorer.spaces if isinstance(space, StoredFeatures)]:
+                raise UserError(f"features: {stored[0]} is a file of features, which are not of images generated here")
+            scorer.check_samples(len(self._labels), self._labels)
+            real = None if scorer.reference is None else scorer.reference.images
+            if real is not None and real.shape[1:3] != (side, side):
+                raise UserError(
+                    f"{reference}: images of {real.shape[1]} x {real.shape[2]} pixels, but this run generates {side} x "
+                    f"{side}; give a reference of that size, or a shard set"
+                )
+        except UserError as error:
+            raise UserError(f"log.score: {error}") from error
+        return scorer
+
     def _compare(self, parts: list[dict[str, Tensor]]) -> dict[str, Any]:
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return self._scorer.score(joined, self._labels)
@@ -105,13 +123,6 @@ class GeneratedScores:
             return self._scorer.features(to_uint8(images_B3HW), batch.start, "generated images"), None
         except UserError as error:
             return {}, error
-
-
-def _open(reference: Path, options: ScorerOptions, side: int) -> Scorer:
-    try:
-        return Scorer.open(reference, options, side)
-    except UserError as error:
-        raise UserError(f"log.score: {error}") from error
 
 
 def line_of(scores: dict[str, Any]) -> str:

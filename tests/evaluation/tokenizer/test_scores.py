@@ -105,7 +105,7 @@ def test_mistakes_are_named_before_the_first_image(folder: Path, tmp_path: Path)
         (["--max-images", "1"], "1 images: at least 2 are needed"),
         (["--features", "inception"], "needs --inception FILE"),
         (["--features", "nothing"], "no such feature space"),
-        (["--features", *[f"patch-pca:{folder / 'teacher'}"] * 2], "two spaces have one name"),
+        (["--features", *[f"patch-pca:{folder / 'teacher'}"] * 2], "two spaces have the name patch-pca"),
     ]:
         with pytest.raises(UserError, match=message):
             command.main([*words, *options])
