@@ -121,7 +121,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(folder: Path) -> No
     ):
         score = ScoreConfig.model_validate(settings(folder, **changes), strict=False)
         with pytest.raises(UserError, match=message):
-            GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, 0)
+            GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, 0, lambda: None)
     bad = ScoreConfig.model_validate(settings(folder, reference=str(folder / "nowhere")), strict=False)
     with pytest.raises(UserError, match=r"log\.score: .*nowhere"):
         GeneratedScores(bad, Tokenizer.load(folder / "tokenizer"), CLASSES, 0, lambda: None)
