@@ -117,7 +117,7 @@ def test_what_cannot_be_scored_is_said_before_the_first_step(folder: Path) -> No
     np.save(folder / "rows.npy", rng.normal(size=(11, 4)))
     for changes, message in (
         ({"reference": str(folder / "small.npz")}, r"small.npz: images of 7 x 7 pixels, but this run generates"),
-        ({"features": [f"{folder}/rows.npy:{folder}/rows.npy"]}, "rows is a file of features, which are not of the"),
+        ({"features": [f"{folder}/rows.npy:{folder}/rows.npy"]}, "rows is a file of features, which are not of images"),
     ):
         score = ScoreConfig.model_validate(settings(folder, **changes), strict=False)
         with pytest.raises(UserError, match=message):
