@@ -158,6 +158,13 @@ def _read_file(path: Path) -> bytes:
         os.close(descriptor)
 
 
+def check_regular(path: Path) -> None:
+    """Raises OSError for a pipe or a device, which some readers would wait for without end. What is not there passes:
+    opening it says so."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def why_unreadable(path: Path, error: OSError) -> str:
     """What to tell of a file that could not be read: of a link, where it leads to."""
     if isinstance(error, FileNotFoundError) and path.is_symlink():

@@ -20,6 +20,7 @@ from mepa_ds.evaluation.formulas.checks import as_rows
 from mepa_ds.evaluation.inception import Inception
 from mepa_ds.evaluation.space import CLASSIFIER, INCEPTION, PATCH_PCA, TEACHER, FeatureSpace
 from mepa_ds.evaluation.teacher_space import TeacherSpace
+from mepa_ds.files import check_regular, why_unreadable
 
 __all__ = ["FeatureSpace", "StoredFeatures", "open_feature_space", "open_feature_spaces"]
 
@@ -98,9 +99,10 @@ def open_feature_space(spec: str, device: torch.device | str, inception: Path | 
 
 def _read_features(path: Path) -> Tensor:
     try:
+        check_regular(path)
         values = np.load(path, allow_pickle=False)
     except OSError as error:
-        raise UserError(f"{path}: cannot read the features: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot read the features: {why_unreadable(path, error)}") from error
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: no .npy file of plain numbers ({error}); write it with numpy.save") from error
     if not isinstance(values, np.ndarray):

@@ -25,6 +25,7 @@ from mepa_ds.evaluation.formulas.checks import LARGEST
 from mepa_ds.evaluation.formulas.gaussian import Gaussian, covariance_fault
 from mepa_ds.evaluation.inception import POOL_WIDTH, SPATIAL, SPATIAL_WIDTH
 from mepa_ds.evaluation.space import INCEPTION
+from mepa_ds.files import check_regular, why_unreadable
 from mepa_ds.images.resizing import adm_center_crop
 from mepa_ds.images.sets import ImageFiles
 from mepa_ds.machine import usable_cpus
@@ -174,11 +175,12 @@ class Reference:
 def _checked_members(path: Path) -> list[str]:
     """Names of the arrays. The whole file is read, so that damage is found now."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             damaged = archive.testzip()
     except OSError as error:
-        raise UserError(f"{path}: cannot read the reference: {error.strerror or error}") from error
+        raise UserError(f"{path}: cannot read the reference: {why_unreadable(path, error)}") from error
     except Exception as error:  # damaged bytes raise almost anything: BadZipFile, zlib.error, ...
         raise UserError(_foreign(path, error)) from error
     if damaged is not None:

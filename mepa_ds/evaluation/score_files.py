@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mepa_ds import distributed
+from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import Classifier
 from mepa_ds.evaluation.references import Images, Reference
@@ -40,9 +41,14 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     """
     if json is not None:
         check_file_writable(json, "--json")
+    if (comparison.samples / INDEX_NAME).exists():
+        raise UserError(
+            f"{comparison.samples}: a shard set can be a reference, and is no set of samples; give a directory of "
+            "image files or an .npz, such as --make-reference makes of shards"
+        )
     samples = ImageFiles(comparison.samples)
     height, width = samples.shape[1:3]
-    if height != width and (comparison.reference / "index.json").exists():
+    if height != width and (comparison.reference / INDEX_NAME).exists():
         raise UserError(f"{comparison.samples}: images of {height} x {width}; a shard set is cropped to squares only")
     reference = Reference(comparison.reference, height)
     _check_sizes(comparison, samples, reference.images)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.errors import DamagedError, UserError
-from mepa_ds.files import atomic_path, read_file, why_unreadable
+from mepa_ds.files import atomic_path, check_regular, read_file, why_unreadable
 from mepa_ds.images.decoding import decode_image, is_image_name
 
 _MEMBER, _LABELS = "arr_0.npy", "arr_1"
@@ -191,7 +191,10 @@ def _sized(name: Path, shape: tuple[int, ...], model: Path) -> NDArray[np.uint8]
 
 def _open_member(path: Path) -> IO[bytes]:
     try:
+        check_regular(path)
         return zipfile.ZipFile(path).open(_MEMBER)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {why_unreadable(path, error)}; {_WANTED}") from error
     except (*_UNREADABLE, KeyError) as error:
         raise UserError(f"{path}: {error}; {_WANTED}") from error
 

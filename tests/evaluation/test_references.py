@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,9 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path) -> None:
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"damaged, or not an .npz"):
         Reference(path)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match=r"pipe.npz: cannot read the reference: not a regular file"):
+        Reference(tmp_path / "pipe.npz")
     with pytest.raises(UserError, match=r"none.npz: cannot read the reference: No such file"):
         Reference(tmp_path / "none.npz")
 

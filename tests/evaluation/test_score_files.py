@@ -133,6 +133,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
         "other.npz": "no item named 'arr_0.npy'",
         "text.npz": "not a zip file",
         "empty": "no image files",
+        str(folder / "train"): "a shard set can be a reference, and is no set of samples",
         "cut": r"class\d+_\d+.png: not a readable image|z.png: \(16, 32, 3\), but",
     }.items():
         with pytest.raises(UserError, match=message):

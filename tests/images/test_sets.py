@@ -66,6 +66,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     for name, message in cases.items():
         with pytest.raises(DamagedError, match=rf"{name}: {message}"):
             read_pixels(tmp_path / name)
+    with pytest.raises(UserError, match=r"pipe.png: cannot be read: not a regular file; expected a directory of image"):
+        ImageFiles(tmp_path / "pipe.png")
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError,

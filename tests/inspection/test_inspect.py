@@ -106,6 +106,12 @@ def test_weights_alone_show_what_they_can(run: Path, tmp_path: Path, capsys: pyt
     shutil.copytree(run / "best", weights)
     with pytest.raises(UserError, match=r"--tokenizer: .*weights does not tell its tokenizer; give its directory"):
         command.main([str(weights)])
+    shutil.copy(run / "resolved.yaml", weights.parent)
+    recipe = weights.parent / "resolved.yaml"
+    recipe.write_text(recipe.read_text().replace(str(run.parent / "tokenizer"), "runs/tokenizer"))
+    with pytest.raises(UserError, match=r"--tokenizer: runs/tokenizer, which the run names, is not there; start in"):
+        command.main([str(weights)])
+    recipe.unlink()
     tokenizer = ["--tokenizer", str(run.parent / "tokenizer")]
     command.main([str(weights), *tokenizer, "--out", str(out), *ALL])
     left_out = listed(out)["left_out"]
@@ -133,6 +139,7 @@ def test_what_cannot_be_inspected(run: Path, tmp_path: Path) -> None:
     for options, message in [
         ([str(tmp_path / "nothing"), "--tokenizer", str(run.parent / "tokenizer")], "nothing"),
         ([str(run), "--images", "0"], "--images: expected at least 1, got 0"),
+        ([str(run), "--only"], "--only: name at least one of scales, routing"),
         ([str(run), "--classes", "9", "--out", str(tmp_path)], "goes beyond the model's classes 0..2"),
     ]:
         with pytest.raises(UserError, match=message):
