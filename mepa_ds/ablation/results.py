@@ -81,7 +81,7 @@ def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"seconds": seconds}
 
 
-_INTERVAL = ("_error", "_low", "_high")
+_INTERVAL, _COUNTS = ("_error", "_low", "_high"), ("step", "seconds", "num_samples", "num_reference")
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -89,7 +89,7 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in record.items()
-        if isinstance(value, (int, float)) and key not in ("step", "seconds") and not key.endswith(_INTERVAL)
+        if isinstance(value, (int, float)) and key not in _COUNTS and not key.endswith(_INTERVAL)
     }
 
 

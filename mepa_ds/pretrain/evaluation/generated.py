@@ -14,7 +14,7 @@ from mepa_ds.config.pretrain import ScoreConfig
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.feature_spaces import StoredFeatures
 from mepa_ds.evaluation.score_files import cache_beside
-from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
+from mepa_ds.evaluation.scorer import Scorer, ScorerOptions, gather_features
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -70,16 +70,19 @@ class GeneratedScores:
         size, ranks = self._score.batch, distributed.ranks()
         batches = [range(start, min(start + size, len(self._labels))) for start in range(0, len(self._labels), size)]
         found: list[dict[str, Tensor]] = []
+        numbers: list[int] = []
         for first in range(0, len(batches), ranks.world_size):
-            # A rank that has none left takes part with the last batch, which does not count twice.
+            # A rank that has none left takes part with the last batch, which is another rank's.
             mine = batches[min(first + ranks.rank, len(batches) - 1)]
             features, error = self._features(model, mine)
             distributed.agree(error)
-            everyone = distributed.of_all(features)
-            if distributed.is_main():
-                found += everyone[: len(batches) - first]
+            if first + ranks.rank < len(batches):
+                found.append(features)
+                numbers += mine
             on_batch()
-        scores = distributed.wait_for_main(partial(self._compare, found), self._beat) or {}
+        names = found[0] if found else {}
+        gathered = gather_features({name: torch.cat([part[name] for part in found]) for name in names}, numbers)
+        scores = distributed.wait_for_main(partial(self._scorer.score, gathered, self._labels), self._beat) or {}
         if scores:
             kept = ("images", "cfg", "top_k", "top_p", "batch")
             scores["protocol"] |= {"sampling": self._score.model_dump(include=set(kept)), "seed": self._seed}
@@ -102,10 +105,6 @@ class GeneratedScores:
         except UserError as error:
             raise UserError(f"log.score: {error}") from error
         return scorer
-
-    def _compare(self, parts: list[dict[str, Tensor]]) -> dict[str, Any]:
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return self._scorer.score(joined, self._labels)
 
     def _features(self, model: NextScaleTransformer, batch: range) -> tuple[dict[str, Tensor], UserError | None]:
         score = self._score
