@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def write_report(ablation: AblationConfig, members: Sequence[Member], into: Path
     names = _draw(ablation, members, table, folder)
     text = "\n".join(_lines(ablation, members, table, [f"{name}.png" for name in names]))
     write_text(folder / "ablation.md", text + "\n")
-    write_json(folder / "ablation.json", _facts(ablation, table))
+    write_json(folder / "ablation.json", {**_facts(ablation, table), "protocol": protocol_of(members)})
     if into is not None and page is not None:
         figures = into.parent / "figures"
         prefix = f"ablation_{ablation.name}_"
@@ -196,10 +195,18 @@ def _limits(
         "It says nothing about larger models, longer training or other images: experts and guidance are reported to "
         "help at 300M parameters and 100 epochs of ImageNet, far from here.",
     ]
-    if protocol:
-        lines += ["", "Generated images were scored by this protocol:", "", "```json"]
-        lines += [*json.dumps(protocol, indent=1, sort_keys=True).splitlines(), "```"]
-    return lines
+    return [*lines, "", _how_scored(protocol)] if protocol else lines
+
+
+def _how_scored(protocol: dict[str, Any]) -> str:
+    sampling = protocol.get("sampling", {})
+    spaces = [f"{name} ({facts['identity']})" for name, facts in protocol.get("spaces", {}).items()]
+    return (
+        f"**How images were scored.** {protocol.get('num_samples')} a run, sampled with the run's seed, cfg "
+        f"{sampling.get('cfg')}, top-k {sampling.get('top_k')}, top-p {sampling.get('top_p')}; against "
+        f"{protocol.get('num_reference')} images of `{protocol.get('reference')}`; feature spaces: "
+        f"{', '.join(spaces)}; classifier: {protocol.get('classifier')}. The whole protocol is in `ablation.json`."
+    )
 
 
 def _facts(ablation: AblationConfig, table: pd.DataFrame) -> dict[str, Any]:
