@@ -25,8 +25,8 @@ def badly() -> str:
 
 
 def take(rank: int, port: int, results: Any) -> None:
-    place = {"init_method": f"tcp://127.0.0.1:{port}", "rank": rank, "world_size": 2}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=3), **place)
+    place = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=place, timeout=timedelta(seconds=3), rank=rank, world_size=2)
     waits: list[int] = []
     found = distributed.wait_for_main(slowly, lambda: waits.append(1))
     try:
