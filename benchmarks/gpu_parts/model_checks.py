@@ -112,7 +112,7 @@ def nano(batch: int) -> tuple[PretrainConfig, PretrainingObjective, ModelInputs]
 
 
 def moved(inputs: ModelInputs, device: torch.device) -> ModelInputs:
-    there: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in vars(inputs).items()}
+    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(inputs).items()}
     return ModelInputs(**there)
 
 

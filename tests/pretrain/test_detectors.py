@@ -338,7 +338,7 @@ def sleep_in_rank_1() -> None:
         original = InputMaker.training
 
         def training(maker: InputMaker, *arguments: Any) -> ModelInputs:
-            time.sleep(0.3)  # more than what other work on the machine takes from rank 0
+            time.sleep(0.5)  # more than what other work on the machine takes from rank 0
             return original(maker, *arguments)
 
         InputMaker.training = training  # type: ignore[assignment, method-assign]
