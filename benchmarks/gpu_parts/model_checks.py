@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,8 +113,8 @@ def nano(batch: int) -> tuple[PretrainConfig, PretrainingObjective, ModelInputs]
 
 
 def moved(inputs: ModelInputs, device: torch.device) -> ModelInputs:
-    there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(inputs).items()}
-    return ModelInputs(**there)
+    tensors: dict[str, Any] = {name: value for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
+    return replace(inputs, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def losses_and_gradients(
