@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.command_line import entry
-from mepa_ds.evaluation.formulas import Gaussian, fd_infinity, frechet_distance, kid, precision_recall
+from mepa_ds.evaluation import Gaussian, fd_infinity, frechet_distance, kid, precision_recall
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo
 from mepa_ds.evaluation.formulas.manifold import manifold
 from mepa_ds.files import write_json

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
-from mepa_ds.data.shard_set import LABEL_EXTENSION
+from mepa_ds.data.shard_set import LABEL_EXTENSION, spread
 from mepa_ds.data.views import CENTRE, Views
-from mepa_ds.data_tools.precompute_sets import RunOptions, batches_of, open_images, spread, stored_square, to_device
+from mepa_ds.data_tools.precompute_sets import RunOptions, batches_of, open_images, stored_square, to_device
 from mepa_ds.distributed import device_of, read_launch
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.base import Teacher, resize

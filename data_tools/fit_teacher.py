@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.config.base import Section, validate
-from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, spread
 from mepa_ds.data.shards.index import images_identity
 from mepa_ds.data.shards.offset_index import label_number
 from mepa_ds.data.views import CENTRE, Views
-from mepa_ds.data_tools.precompute_sets import RunOptions, batches_of, open_images, spread, stored_square, to_device
+from mepa_ds.data_tools.precompute_sets import RunOptions, batches_of, open_images, stored_square, to_device
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.base import Teacher, resize
 from mepa_ds.teachers.conv_fitting import fit_conv_teacher

@@ -30,7 +30,7 @@ from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.data.codecs import codec_named, pca_components
-from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet
+from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, spread
 from mepa_ds.data.shards.index import Kind, MadeBy, ShardIndex, images_identity
 from mepa_ds.data.shards.writer import Manifest, ShardWriter, npy_bytes
 from mepa_ds.data.training_sets import TOKENS_EXT
@@ -45,7 +45,6 @@ from mepa_ds.data_tools.precompute_sets import (
     batches_of,
     derive_set,
     open_images,
-    spread,
     stored_square,
     to_device,
 )

@@ -98,11 +98,6 @@ def stored_square(images: ShardSet) -> int:
     return height
 
 
-def spread(size: int, count: int) -> list[int]:
-    """At most `count` sample numbers, evenly over a set of `size`."""
-    return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(int)).tolist()
-
-
 def to_device(items: list[Item], device: torch.device) -> Tensor:
     """(B * K, 3, H, W) float32 in [-1, 1]. Raises UserError for images of different sizes."""
     shapes = {item.pixels_KHW3.shape for item in items}

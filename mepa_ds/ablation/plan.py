@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from mepa_ds.objective.flops import image_flops
 from mepa_ds.scaling.running.run import Fleet
 from mepa_ds.scaling.study import directory
 from mepa_ds.scaling.study.plan import write_manifest
+from mepa_ds.scaling.study.runs import diverged_above
 
 FILE_NAME = "ablation.yaml"
-_DIVERGED = 1.5  # times the cross-entropy of a model that has learnt nothing
 
 
 def read_ablation(path: Path) -> AblationConfig:
@@ -67,7 +66,7 @@ def _recipe(ablation: AblationConfig, base: dict[str, Any], arm: str, number: in
     if config.log.score is not None:
         log["score_every"] = steps
     values["log"] = (values.get("log") or {}) | log
-    limit = config.guards.diverged_above or _DIVERGED * math.log(config.model.codebook_size)
+    limit = config.guards.diverged_above or diverged_above(config.model)
     values["guards"] = (values.get("guards") or {}) | {"diverged_above": limit}
     return validate(PretrainConfig, values, where)
 

@@ -11,12 +11,12 @@ import pandas as pd
 
 from mepa_ds.ablation.config import AblationConfig
 from mepa_ds.ablation.figures import differences_figure, load_figure, scales_figure
-from mepa_ds.ablation.results import LOAD_VARIANCE, protocol_of, routing_by_scale, scores_by_arm, table_of
+from mepa_ds.ablation.results import LOAD_VARIANCE, Results, read_results, scores_by_arm
 from mepa_ds.ablation.scores import Score, of_scales, shown
 from mepa_ds.ablation.statistics import Difference, differences, noise_of
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json, write_text
-from mepa_ds.reports.style import drawing, save
+from mepa_ds.reports.style import drawing, save_png
 from mepa_ds.scaling.running.members import Member
 
 REPORT, TABLE = "report", "table.csv"
@@ -34,7 +34,8 @@ def write_report(ablation: AblationConfig, members: Sequence[Member], into: Path
     Raises:
         UserError: no run is finished, or `into` has no such lines.
     """
-    table = table_of(members)
+    results = read_results(members)
+    table = results.table
     if not (table["state"] == "finished").any():
         raise UserError(
             f"{ablation.output_dir}: no run is finished yet; mepa ablate trains them, and their logs are in its logs"
@@ -43,17 +44,17 @@ def write_report(ablation: AblationConfig, members: Sequence[Member], into: Path
     folder = ablation.output_dir / REPORT
     with atomic_path(folder / TABLE) as temporary:
         table.to_csv(temporary, index=False)
-    names = _draw(ablation, members, table, folder)
-    text = "\n".join(_lines(ablation, members, table, [f"{name}.png" for name in names]))
+    names = _draw(ablation, results, folder)
+    text = "\n".join(_lines(ablation, results, [f"{name}.png" for name in names]))
     write_text(folder / "ablation.md", text + "\n")
-    write_json(folder / "ablation.json", {**_facts(ablation, table), "protocol": protocol_of(members)})
+    write_json(folder / "ablation.json", {**_facts(ablation, table), "protocol": results.protocol})
     if into is not None and page is not None:
         figures = into.parent / "figures"
         prefix = f"ablation_{ablation.name}_"
         for name in names:
             with atomic_path(figures / f"{prefix}{name}.png") as temporary:
                 temporary.write_bytes((folder / f"{name}.png").read_bytes())
-        body = "\n".join(_lines(ablation, members, table, [f"figures/{prefix}{name}.png" for name in names]))
+        body = "\n".join(_lines(ablation, results, [f"figures/{prefix}{name}.png" for name in names]))
         write_text(into, f"{page[0]}{BEGIN}\n\n{body}\n\n{END}{page[1]}")
     return folder / "ablation.md"
 
@@ -73,8 +74,8 @@ def page_around(path: Path) -> tuple[str, str]:
     return head, tail
 
 
-def _draw(ablation: AblationConfig, members: Sequence[Member], table: pd.DataFrame, folder: Path) -> list[str]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _draw(ablation: AblationConfig, results: Results, folder: Path) -> list[str]:
+    table = results.table
     figures = {}
     with drawing():
         # Not the load of experts, which the baseline may not have; load_figure shows it.
@@ -82,14 +83,15 @@ def _draw(ablation: AblationConfig, members: Sequence[Member], table: pd.DataFra
         scores = [score for score in shown(list(table.columns)) if score.column not in left_out][:_FIGURE_SCORES]
         figures["differences"] = differences_figure(table, ablation, scores)
         figures["scales"] = scales_figure(table, ablation)
-        if variance := routing_by_scale(members):
-            figures["load"] = load_figure(variance, ablation)
+        if results.load_variance:
+            figures["load"] = load_figure(results.load_variance, ablation)
         for name, figure in figures.items():
-            save(figure, folder / name)
+            save_png(figure, folder / f"{name}.png")
     return list(figures)
 
 
-def _lines(ablation: AblationConfig, members: Sequence[Member], table: pd.DataFrame, figures: list[str]) -> list[str]:
+def _lines(ablation: AblationConfig, results: Results, figures: list[str]) -> list[str]:
+    table = results.table
     scores = shown(list(table.columns))
     done = int((table["state"] == "finished").sum())
     first = table.iloc[0]
@@ -119,7 +121,7 @@ def _lines(ablation: AblationConfig, members: Sequence[Member], table: pd.DataFr
         f"![cross-entropy by scale]({figures[1]})",
         "",
         *([f"![expert load by scale]({figures[2]})", ""] if len(figures) > 2 else []),
-        *_limits(ablation, table, scores, protocol_of(members)),
+        *_limits(ablation, table, scores, results.protocol),
     ]
     return lines
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mepa_ds.ablation.statistics import Scores
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation.measures import INTERVAL
 from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.scaling.running.collect import heldout_of, training_seconds
 from mepa_ds.scaling.running.members import Member
 
 _KEPT = ("run", "arm", "seed", "steps", "samples", "params_total", "params_active", "flops_image")
@@ -22,66 +25,81 @@ LOAD_VARIANCE = "load_variance"
 """Variance over experts of their load in percent (0 when even), mean over layers and scales, at the last record."""
 
 
-def table_of(members: Sequence[Member]) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Results:
+    """What was read from the records of the runs."""
+
+    table: pd.DataFrame
     """A row for each run of the plan: facts of the plan, `state`, and of finished runs the held-out scores of the last
     weights (`ce`, `ce_last`, `accuracy`, `ce_scale_1`, ...), every number of the record `score`, `load_variance`,
-    `entropy` of the routers (nats), and `seconds` in training steps.
+    `entropy` of the routers (nats), and `seconds` in training steps."""
+    protocol: dict[str, Any]
+    """How generated images were scored; empty where none were."""
+    load_variance: dict[str, NDArray[np.float64]]
+    """By arm: (runs, scales) variance of the experts' load in percent, mean over layers; arms without experts are left
+    out."""
+
+
+def read_results(members: Sequence[Member]) -> Results:
+    """Reads the records of all finished runs.
 
     Raises:
-        UserError: a finished run lacks the score of its last weights.
+        UserError: a finished run lacks the score of its last weights, or images were scored in two ways.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    protocols: dict[str, dict[str, Any]] = {}
+    variance: dict[str, list[NDArray[np.float64]]] = {}
     for member in members:
         row = {key: member.row[key] for key in _KEPT} | {"state": member.state}
-        if member.state == "finished":
-            row |= _measured(member.row)
         rows.append(row)
-    _check_protocols(members)
-    return pd.DataFrame(rows)
-
-
-def _check_protocols(members: Sequence[Member]) -> None:
-    """Raises UserError where log.score has changed since a part of the runs was scored."""
-    first: tuple[str, dict[str, Any]] | None = None
-    for member in members:
-        mine = {key: value for key, value in protocol_of([member]).items() if key in _OF_PROTOCOL}
-        if mine and first is None:
-            first = member.name, mine
-        if first is None or not mine:
+        if member.state != "finished":
             continue
-        if changed := [key for key in _OF_PROTOCOL if mine.get(key) != first[1].get(key)]:
+        records = list(read_metrics(Path(member.row["output_dir"]) / "metrics.jsonl"))
+        row |= _measured(member.row, records)
+        scores = [record for record in records if record["event"] == "score" and record["step"] == row["steps"]]
+        if scores:
+            row |= scores_of(scores[-1])
+            protocols[member.name] = scores[-1].get("protocol", {})
+        if routing := [record for record in records if record["event"] == "routing"]:
+            layers = routing[-1]["layers"].values()
+            variance_S = np.mean([layer["load_variance_scale"] for layer in layers], axis=0)
+            variance.setdefault(str(member.row["arm"]), []).append(variance_S)
+            row[LOAD_VARIANCE] = float(variance_S.mean())
+            row["entropy"] = float(np.mean([layer["entropy_scale"] for layer in layers]))
+    _check_protocols(protocols, members)
+    return Results(
+        pd.DataFrame(rows),
+        next(iter(protocols.values()), {}),
+        {arm: np.stack(rows_S) for arm, rows_S in variance.items()},
+    )
+
+
+def _check_protocols(protocols: Mapping[str, Mapping[str, Any]], members: Sequence[Member]) -> None:
+    """Raises UserError where log.score has changed since a part of the runs was scored."""
+    told = {name: protocol for name, protocol in protocols.items() if protocol.keys() & set(_OF_PROTOCOL)}
+    for name, protocol in told.items():
+        first, expected = next(iter(told.items()))
+        if changed := [key for key in _OF_PROTOCOL if protocol.get(key) != expected.get(key)]:
             raise UserError(
-                f"{member.name} and {first[0]} were scored in two ways ({', '.join(changed)} differ): log.score has "
-                "changed in between. Restore it; or remove the directories of the runs that were scored the old way "
-                f"(in {Path(member.row['output_dir']).parent}), and run the ablation again"
+                f"{name} and {first} were scored in two ways ({', '.join(changed)} differ): log.score has changed in "
+                "between. Restore it; or remove the directories of the runs that were scored the old way (in "
+                f"{Path(members[0].row['output_dir']).parent}), and run the ablation again"
             )
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
-    path = Path(row["output_dir"]) / "metrics.jsonl"
-    records = list(read_metrics(path))
-    at_end = {record["event"]: record for record in records if record["step"] == row["steps"]}
-    if "heldout" not in at_end:
+def _measured(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    heldout = heldout_of(row, records)
+    if heldout is None:
         raise UserError(
-            f"{path}: the run is finished, but there is no held-out score of step {row['steps']}, its last; remove "
-            f"{path.parent} and run the ablation again"
+            f"{row['output_dir']}: the run is finished, but metrics.jsonl has no held-out score of step "
+            f"{row['steps']}, its last; remove the directory and run the ablation again"
         )
-    heldout = at_end["heldout"]
     values = {"ce": heldout["ce"], "ce_last": heldout["ce_last"], "accuracy": heldout["accuracy"]}
     values |= {f"ce_scale_{scale}": ce for scale, ce in enumerate(heldout["ce_scale"], start=1)}
-    values |= scores_of(at_end.get("score", {}))
-    if routing := [record for record in records if record["event"] == "routing"][-1:]:
-        layers = routing[0]["layers"].values()
-        values[LOAD_VARIANCE] = float(np.mean([layer["load_variance_scale"] for layer in layers]))
-        values["entropy"] = float(np.mean([layer["entropy_scale"] for layer in layers]))
-    train, before, seconds = [r for r in records if r["event"] == "train"], 0, 0.0
-    for record in train:
-        seconds += record["mean_step_seconds"] * max(record["step"] - before, 0)
-        before = record["step"]
-    return values | {"seconds": seconds}
+    return values | {"seconds": training_seconds(row, records)}
 
 
-_INTERVAL, _COUNTS = ("_error", "_low", "_high"), ("step", "seconds", "num_samples", "num_reference")
+_COUNTS = ("step", "seconds", "num_samples", "num_reference")
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -89,19 +107,8 @@ def scores_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: float(value)
         for key, value in record.items()
-        if isinstance(value, (int, float)) and key not in _COUNTS and not key.endswith(_INTERVAL)
+        if isinstance(value, (int, float)) and key not in _COUNTS and not key.endswith(INTERVAL)
     }
-
-
-def protocol_of(members: Sequence[Member]) -> dict[str, Any]:
-    """How the first finished run's images were scored; empty where none was."""
-    for member in members:
-        if member.state == "finished":
-            for record in read_metrics(Path(member.row["output_dir"]) / "metrics.jsonl"):
-                if record["event"] == "score":
-                    protocol: dict[str, Any] = json.loads(json.dumps(record.get("protocol", {})))
-                    return protocol
-    return {}
 
 
 def scores_by_arm(table: pd.DataFrame, column: str) -> Scores:
@@ -111,18 +118,3 @@ def scores_by_arm(table: pd.DataFrame, column: str) -> Scores:
         if value is not None and np.isfinite(value):
             found.setdefault(str(arm), {})[int(seed)] = float(value)
     return found
-
-
-def routing_by_scale(members: Sequence[Member]) -> dict[str, np.ndarray]:
-    """By arm: (runs, scales) variance of the experts' load in percent, mean over layers; arms without experts are left
-    out."""
-    found: dict[str, list[np.ndarray]] = {}
-    for member in members:
-        if member.state != "finished":
-            continue
-        records = [r for r in read_metrics(Path(member.row["output_dir"]) / "metrics.jsonl") if r["event"] == "routing"]
-        if records:
-            layers = records[-1]["layers"].values()
-            variance_S = np.mean([layer["load_variance_scale"] for layer in layers], axis=0)
-            found.setdefault(str(member.row["arm"]), []).append(variance_S)
-    return {arm: np.stack(rows) for arm, rows in found.items()}

@@ -26,7 +26,7 @@ from mepa_ds.data.options import DEFAULTS, LoaderOptions, takes_old_keywords
 from mepa_ds.data.order import BatchTask, OrderedStream, SampleOrder, rank_batches
 from mepa_ds.data.remote.fetched_ahead import fetched_ahead, fetched_in_order
 from mepa_ds.data.remote.shard_cache import ShardCache
-from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shard_set import ShardSet, parse_label, spread
 from mepa_ds.data.shards.damaged import OnDamaged, first_readable
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION, image_extension
 from mepa_ds.distributed import ALONE, Ranks, read_launch, uses_gpu
@@ -196,7 +196,7 @@ def images_once(
 
 def evenly(batches: Iterator[ImageBatch], there: int, count: int) -> Iterator[ImageBatch]:
     """`count` of the `there` images of a pass, evenly over it; batches may get shorter."""
-    chosen_N = np.linspace(0, there - 1, count).round().astype(np.int64)
+    chosen_N = np.array(spread(there, count), np.int64)
     first = 0
     for batch in batches:
         rows = chosen_N[(chosen_N >= first) & (chosen_N < first + len(batch.keys))] - first

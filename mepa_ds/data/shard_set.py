@@ -261,3 +261,8 @@ def parse_label(data: bytes, num_classes: int, where: Callable[[], str]) -> int:
     if num_classes and label >= num_classes:
         raise DamagedError(f"{where()}: label {label} is out of range, the set has {num_classes} classes; {REMEDY}")
     return label
+
+
+def spread(size: int, count: int) -> list[int]:
+    """At most `count` different sample numbers, evenly over a set of `size`."""
+    return np.linspace(0, size - 1, min(size, count)).round().astype(int).tolist()

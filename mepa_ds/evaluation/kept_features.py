@@ -17,10 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mepa_ds import log
-from mepa_ds.errors import UserError
 from mepa_ds.evaluation.inception import SPATIAL
 from mepa_ds.evaluation.references import Images
-from mepa_ds.evaluation.space import INCEPTION, FeatureSpace
+from mepa_ds.evaluation.space import INCEPTION, FeatureSpace, check_finite
 from mepa_ds.weights.directories import write_safetensors
 
 EXTRAS = {INCEPTION: (SPATIAL,)}
@@ -79,19 +78,10 @@ def _compute(space: FeatureSpace, images: Images, wanted: Sequence[str]) -> dict
     with tqdm(total=len(images), desc=f"reference: {space.name}", unit="image", disable=None) as bar:
         for pixels_BHW3 in images.batches(_BATCH):
             outputs = space.outputs(pixels_BHW3)
-            for name in wanted:
-                parts[name].append(_finite(outputs[name], done, name))
+            found = {name: outputs[name] for name in wanted}
+            check_finite(found, "the reference", done)
+            for name, rows in found.items():
+                parts[name].append(rows)
             done += len(pixels_BHW3)
             bar.update(len(pixels_BHW3))
     return {name: torch.cat(rows) for name, rows in parts.items()}
-
-
-def _finite(rows_BD: Tensor, first: int, name: str) -> Tensor:
-    finite_B = rows_BD.isfinite().all(1)
-    if not finite_B.all():
-        number = first + int(finite_B.logical_not().nonzero()[0])
-        raise UserError(
-            f"the reference: image {number} has features ({name}) that are not finite; the network's weights are "
-            "damaged, or not those that belong to it"
-        )
-    return rows_BD

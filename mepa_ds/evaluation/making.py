@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.data.images import images_once
-from mepa_ds.data.shard_set import ShardSet
+from mepa_ds.data.shard_set import ShardSet, spread
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import LARGEST_SIDE, Classifier, as_input
 from mepa_ds.evaluation.feature_spaces import FeatureSpace, StoredFeatures, open_feature_spaces
@@ -56,7 +56,7 @@ def make_reference(
     if stored := [space.name for space in spaces if isinstance(space, StoredFeatures)]:
         raise UserError(f"--features {stored[0]}: features from a file make no reference; name a network")
     statistics: dict[str, RunningGaussian] = {}
-    kept_rows = set(np.linspace(0, len(images) - 1, min(REFERENCE_IMAGES, len(images))).round().astype(int).tolist())
+    kept_rows = set(spread(len(images), REFERENCE_IMAGES))
     kept_KHW3 = np.empty((len(kept_rows), *images.shape[1:]), np.uint8)  # 2 GB of 256 pixels
     labels, done = list[int](), 0
     with tqdm(total=len(images), desc="reference", unit="image", disable=None) as bar:

@@ -20,6 +20,8 @@ from mepa_ds.evaluation.formulas.kernel import kid
 from mepa_ds.evaluation.formulas.manifold import DENSITY_K, manifold
 from mepa_ds.evaluation.formulas.neighbours import nearest_distances
 
+INTERVAL = ("_error", "_low", "_high")
+"""What the names of a score's standard error and of the ends of its 95 % interval end with."""
 _Z = 1.959964  # of a 95 % interval
 _SHUFFLE_SEED = 0  # of the inception score's splits
 _KID_IMAGES = 10_000
@@ -46,9 +48,7 @@ class Measures:
         self.left_out[name] = why
 
     def add_with_error(self, name: str, value: float, error: float) -> None:
-        self.scores |= {
-            name: value, f"{name}_error": error, f"{name}_low": value - _Z * error, f"{name}_high": value + _Z * error
-        }  # fmt: skip
+        self.scores |= with_error(name, value, error)
 
     def add_share(self, name: str, hits_N: Tensor) -> None:
         """A share of images; its interval is Wilson's, which stays within 0 and 1."""
@@ -119,6 +119,13 @@ class Measures:
         mean, deviation = inception_score(probs_NK)
         self.add_with_error("inception_score", mean, _inception_error(probs_NK))
         self.add(inception_score_std=deviation)
+
+
+def with_error(name: str, value: float, error: float) -> dict[str, float]:
+    """A score under its name, with its standard error and 95 % interval."""
+    return {
+        name: value, f"{name}_error": error, f"{name}_low": value - _Z * error, f"{name}_high": value + _Z * error
+    }  # fmt: skip
 
 
 def _inception_error(probs_NK: Tensor) -> float:

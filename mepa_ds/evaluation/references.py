@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.data.images import decode_sample, where_of
-from mepa_ds.data.shard_set import ShardSet, parse_label
+from mepa_ds.data.shard_set import ShardSet, parse_label, spread
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.shards.samples import IMAGE_EXTENSIONS, LABEL_EXTENSION
 from mepa_ds.errors import UserError
@@ -69,7 +69,7 @@ class ShardImages:
         if not count:
             raise UserError(f"{path}: this set is empty")
         most = count if most is None else min(most, count)
-        self._samples = np.linspace(0, count - 1, most).round().astype(np.int64)
+        self._samples = spread(count, most)
         self.num_available = count
         self.classes = tuple(self._set.index.classes)
         first = decode_sample(self._set, *self._set.read(0))
@@ -89,7 +89,7 @@ class ShardImages:
         """Pixels (B, S, S, 3) and labels (B,), -1 where there are none."""
         with ThreadPoolExecutor(usable_cpus()) as pool:
             for first in range(0, len(self), size):
-                read = list(pool.map(self._read, self._samples[first : first + size].tolist()))
+                read = list(pool.map(self._read, self._samples[first : first + size]))
                 yield np.stack([pixels for pixels, _ in read]), np.array([label for _, label in read], np.int64)
 
     def _read(self, sample: int) -> tuple[NDArray[np.uint8], int]:

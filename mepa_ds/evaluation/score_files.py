@@ -12,6 +12,7 @@ from mepa_ds import distributed
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import Classifier
+from mepa_ds.evaluation.measures import INTERVAL
 from mepa_ds.evaluation.references import Images, Reference
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
 from mepa_ds.files import check_file_writable, write_json
@@ -19,7 +20,6 @@ from mepa_ds.images.sets import ImageFiles, is_numbered
 
 _LEAST_IMAGES = 5
 _PUBLISHED_IMAGES = 50_000
-_OF_INTERVALS = ("_error", "_low", "_high")
 _BATCH = 256  # images in memory at a time
 _CACHE = ".mepa_features"
 
@@ -95,7 +95,7 @@ def print_scores(scores: dict[str, Any]) -> None:
     """A line a score with its interval, then what was left out and what to mind."""
     protocol = scores["protocol"]
     for name, value in scores.items():
-        if isinstance(value, (int, float)) and not name.startswith("num_") and not name.endswith(_OF_INTERVALS):
+        if isinstance(value, (int, float)) and not name.startswith("num_") and not name.endswith(INTERVAL):
             interval = ""
             if f"{name}_low" in scores:
                 interval = f"   ({_shown(scores[f'{name}_low'])} to {_shown(scores[f'{name}_high'])})"

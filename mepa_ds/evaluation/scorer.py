@@ -25,7 +25,7 @@ from mepa_ds.evaluation.inception import LOGITS, SPATIAL
 from mepa_ds.evaluation.kept_features import EXTRAS, KeptFeatures
 from mepa_ds.evaluation.measures import Measures, nearest_to_training
 from mepa_ds.evaluation.references import Reference, ShardImages
-from mepa_ds.evaluation.space import INCEPTION
+from mepa_ds.evaluation.space import INCEPTION, check_finite
 
 Order = Literal["shuffled", "file"]
 AGREEMENT = "agreement.probs"
@@ -143,14 +143,7 @@ class Scorer:
                 found |= space.outputs(pixels_BHW3)
         if self.classifier is not None:
             found[AGREEMENT] = ClassifierSpace(self.classifier).outputs(pixels_BHW3)[PROBS]
-        for name, values in found.items():
-            finite_B = values.isfinite().all(1)
-            if not finite_B.all():
-                number = first + int(finite_B.logical_not().nonzero()[0])
-                raise UserError(
-                    f"{what}: image {number} has features ({name}) that are not finite; the network's weights are "
-                    "damaged, or not those that belong to it"
-                )
+        check_finite(found, what, first)
         return found
 
     def features_of_all(

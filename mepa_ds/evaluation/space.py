@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mepa_ds.errors import UserError
 from mepa_ds.precision import full_fp32
 
 INCEPTION, TEACHER, PATCH_PCA, CLASSIFIER = "inception", "teacher", "patch-pca", "classifier"
@@ -33,11 +34,7 @@ class FeatureSpace(ABC):
     chunk: int = 32
 
     def __call__(self, pixels_BHW3: NDArray[np.uint8]) -> Tensor:
-        """(B, D) float32 on the CPU, of uint8 images of any one size.
-
-        Raises:
-            UserError: features that are not finite.
-        """
+        """(B, D) float32 on the CPU, of uint8 images of any one size."""
         return self.outputs(pixels_BHW3)[self.name]
 
     @torch.inference_mode()
@@ -66,3 +63,19 @@ class FeatureSpace(ABC):
     def facts(self) -> dict[str, object]:
         """What a protocol says of the space."""
         return {"identity": self.identity, "width": self.width, "preprocessing": self.preprocessing}
+
+
+def check_finite(outputs: dict[str, Tensor], what: str, first: int) -> None:
+    """Raises UserError for features of a network that are not finite, with the number of the image.
+
+    Args:
+        what, first: name of the set of images, and the number of the first of these.
+    """
+    for name, values in outputs.items():
+        finite_B = values.isfinite().all(1)
+        if not finite_B.all():
+            number = first + int(finite_B.logical_not().nonzero()[0])
+            raise UserError(
+                f"{what}: image {number} has features ({name}) that are not finite; the network's weights are "
+                "damaged, or not those that belong to it"
+            )

@@ -32,6 +32,11 @@ def to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
     return images_B3HW.mul(255).add(0.5).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def signed_to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
+    """[-1, 1], as networks have them -> (B, H, W, 3) uint8."""
+    return to_uint8(images_B3HW.float().add(1).div(2))
+
+
 def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = None) -> None:
     """`made_by` is kept in the file: see `made_by_of`."""
     information = PngInfo()

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,13 +21,12 @@ from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.training import read_samples
 from mepa_ds.images.decoding import Colour
-from mepa_ds.images.pictures import save_png, to_uint8
+from mepa_ds.images.pictures import save_png, signed_to_uint8
 from mepa_ds.images.resizing import fit_image
 from mepa_ds.images.sheets import Pixels, draw_sheet, resized
 from mepa_ds.inspection.scales import save_arrays
 from mepa_ds.inspection.subject import Drawn, Picture, Subject
-from mepa_ds.objective.alignment import NORM_EPS, Projector, aggregates
-from mepa_ds.scales import ScaleSchedule
+from mepa_ds.objective.alignment import Projector, cosine_maps
 from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.weights.directories import load_strict
 
@@ -115,21 +113,10 @@ def cosines(subject: Subject, projector: Projector, images: GuidedImages, block:
     inputs_BLZ = subject.tokenizer.inputs_from_tokens(images.tokens_BL)
     hidden_BLC = subject.model(images.labels_B, inputs_BLZ, hidden_after=block).hidden_BLC
     assert hidden_BLC is not None
-    return cosine_maps(projector(hidden_BLC), images.features_BNP, subject.model.schedule).cpu().numpy()
-
-
-def cosine_maps(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule) -> Tensor:
-    """(B, S, N) from the projected hidden states of all positions, as the loss has it for the scales that it aligns."""
-    teacher_BNP = F.normalize(features_BNP.float(), dim=-1)
-    grid_side = round(features_BNP.shape[1] ** 0.5)
+    schedule = subject.model.schedule
     scales = range(1, schedule.num_scales + 1)
-    return torch.stack(
-        [
-            (z_BNP * teacher_BNP).sum(-1) / torch.linalg.vector_norm(z_BNP, dim=-1).clamp_min(NORM_EPS)
-            for z_BNP in aggregates(z_BLP, schedule, grid_side, list(scales))
-        ],
-        dim=1,
-    )
+    maps = cosine_maps(projector(hidden_BLC), images.features_BNP, schedule, scales)
+    return torch.stack(list(maps), dim=1).cpu().numpy()
 
 
 def _draw(
@@ -142,7 +129,7 @@ def _draw(
 ) -> Picture:
     assert recipe.objective.alignment is not None
     aligned, schedule = recipe.objective.alignment.scales, subject.model.schedule
-    pixels_BHW3 = to_uint8(subject.tokenizer.decode(images.tokens_BL).add(1).div(2))
+    pixels_BHW3 = signed_to_uint8(subject.tokenizer.decode(images.tokens_BL))
     labels = images.labels_B.tolist()
     columns = ["image"]
     for scale, mean in enumerate(cosine_BSN.mean((0, 2)), start=1):

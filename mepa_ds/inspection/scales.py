@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mepa_ds.files import atomic_path
-from mepa_ds.images.pictures import save_png, to_uint8
+from mepa_ds.images.pictures import save_png, signed_to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet
 from mepa_ds.inspection.subject import Drawn, Picture, Subject
 from mepa_ds.inspection.tracing import Sampling, draw
@@ -50,7 +50,7 @@ def sampled_scales(subject: Subject, labels: list[int], sampling: Sampling, firs
     steps: list[NDArray[np.uint8]] = []
 
     def keep(scale: int, f_hat: Tensor) -> None:
-        steps.append(to_uint8(subject.tokenizer.decode_f_hat(f_hat).float().add(1).div(2)))
+        steps.append(signed_to_uint8(subject.tokenizer.decode_f_hat(f_hat)))
 
     with torch.no_grad():
         draw(subject, labels, sampling, first_index, keep)

@@ -23,7 +23,7 @@ from mepa_ds.data.training import check_labels, read_samples
 from mepa_ds.data.training_sets import open_training_sets
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sampling import sample
-from mepa_ds.images.pictures import to_uint8
+from mepa_ds.images.pictures import signed_to_uint8, to_uint8
 from mepa_ds.inspection.subject import Subject
 from mepa_ds.models.block import Block
 from mepa_ds.models.moe.routing import Routing
@@ -188,7 +188,7 @@ def trace_tokens(
     for start in range(0, len(numbers), batch_size):
         batch = read_samples(tokens, None, numbers[start : start + batch_size]).to(subject.device)
         layers = trace(subject.model, batch.labels_B, subject.tokenizer.inputs_from_tokens(batch.tokens_BL))
-        pixels = to_uint8(subject.tokenizer.decode(batch.tokens_BL).add(1).div(2))
+        pixels = signed_to_uint8(subject.tokenizer.decode(batch.tokens_BL))
         parts.append(Traced(f"images of {tokens.name}", batch.labels_B.cpu().numpy(), pixels, layers))
         on_images(len(batch.labels_B))
     return _joined(parts)

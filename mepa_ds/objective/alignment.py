@@ -44,18 +44,29 @@ def aggregates(z_BLP: Tensor, schedule: ScaleSchedule, grid_side: int, scales: S
         yield total_BNP
 
 
+def cosine_maps(
+    z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: Sequence[int]
+) -> Iterator[Tensor]:
+    """cos(g^n, z_j^n) over channels for each 1-based j of `scales`, in growing order: (B, N) fp32, without autocast.
+
+    Arguments as of `alignment_loss`.
+    """
+    grid_side = round(features_BNP.shape[1] ** 0.5)
+    assert grid_side * grid_side == features_BNP.shape[1], "teacher patches must form a square grid"
+    teacher_BNP = F.normalize(features_BNP.float(), dim=-1)
+    for z_BNP in aggregates(z_BLP, schedule, grid_side, scales):
+        length_BN = torch.linalg.vector_norm(z_BNP, dim=-1).clamp_min(NORM_EPS)
+        yield (z_BNP * teacher_BNP).sum(-1) / length_BN
+
+
 def alignment_loss(z_BLP: Tensor, features_BNP: Tensor, schedule: ScaleSchedule, scales: Sequence[int]) -> Tensor:
     """L_SG = -mean over images and patches of sum_{j in F} cos(g^n, z_j^n), cosine over channels, in fp32.
 
     z_BLP: projected hidden states of all positions (those past max(F) are not read). features_BNP: the teacher's
     patch map, N a square number. scales: F, 1-based. Range [-|F|, |F|].
     """
-    grid_side = round(features_BNP.shape[1] ** 0.5)
-    assert grid_side * grid_side == features_BNP.shape[1], "teacher patches must form a square grid"
-    teacher_BNP = F.normalize(features_BNP.float(), dim=-1)
     cosine = z_BLP.new_zeros((), dtype=torch.float32)
     with torch.autocast(z_BLP.device.type, enabled=False):
-        for z_BNP in aggregates(z_BLP, schedule, grid_side, scales):
-            length_BN = torch.linalg.vector_norm(z_BNP, dim=-1).clamp_min(NORM_EPS)
-            cosine = cosine + ((z_BNP * teacher_BNP).sum(-1) / length_BN).mean()
+        for cosine_BN in cosine_maps(z_BLP, features_BNP, schedule, scales):
+            cosine = cosine + cosine_BN.mean()
     return -cosine

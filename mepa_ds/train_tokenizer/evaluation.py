@@ -12,7 +12,7 @@ from mepa_ds import distributed
 from mepa_ds.data.images import ImageBatch
 from mepa_ds.distributed import sum_over_ranks
 from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores
-from mepa_ds.images.pictures import to_uint8
+from mepa_ds.images.pictures import signed_to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet
 from mepa_ds.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def evaluate_tokenizer(
 
 def reconstruction_sheet(shown_2B3HW: Tensor, title: str) -> Pixels:
     """A picture that alternates rows of eight images and rows of their reconstructions, both in [-1, 1]."""
-    originals, copies = (list(to_uint8(images_B3HW.add(1).div(2))) for images_B3HW in shown_2B3HW)
+    originals, copies = (list(signed_to_uint8(images_B3HW)) for images_B3HW in shown_2B3HW)
     tiles, captions = [], []
     for start in range(0, len(originals), _COLUMNS):
         tiles += [originals[start : start + _COLUMNS], copies[start : start + _COLUMNS]]

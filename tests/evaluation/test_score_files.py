@@ -13,9 +13,8 @@ from PIL import Image
 
 from mepa_ds.cli.results.evaluate import main
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation import classifier
+from mepa_ds.evaluation import classifier, precision_recall
 from mepa_ds.evaluation import inception as inception_module
-from mepa_ds.evaluation.formulas import precision_recall
 from mepa_ds.evaluation.inception import Inception
 from tests.evaluation.formulas.test_gaussian import of_few
 from tests.evaluation.images import digits, labels, write_folder, write_pca, write_shards

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from mepa_ds.errors import UserError
-from mepa_ds.evaluation import references
-from mepa_ds.evaluation.classifier import Classifier
-from mepa_ds.evaluation.feature_spaces import open_feature_space
-from mepa_ds.evaluation.formulas import (
+from mepa_ds.evaluation import (
     Gaussian,
     density_coverage,
     fd_infinity,
     frechet_distance,
     kid,
     precision_recall,
+    references,
 )
+from mepa_ds.evaluation.classifier import Classifier
+from mepa_ds.evaluation.feature_spaces import open_feature_space
 from mepa_ds.evaluation.measures import Measures, nearest_to_training
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions, gather_features, score_images
 from tests.evaluation.images import digits, labels, write_folder, write_pca, write_shards

@@ -23,7 +23,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.generation.class_names import caption, names_beside, spread_classes
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.pictures import to_uint8
-from mepa_ds.inspection.guidance import cosine_maps, draw_guidance, guided_images
+from mepa_ds.inspection.guidance import draw_guidance, guided_images
 from mepa_ds.inspection.routing import expert_colours, routing_tiles
 from mepa_ds.inspection.scales import sampled_scales
 from mepa_ds.inspection.subject import Subject, open_subject
@@ -43,7 +43,7 @@ from mepa_ds.inspection.tracing import (
 from mepa_ds.models.block import Block, modulate
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.objective.alignment import Projector, alignment_loss
+from mepa_ds.objective.alignment import Projector, alignment_loss, cosine_maps
 from mepa_ds.scales import ScaleSchedule
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from tests.ranks import finish
@@ -278,7 +278,7 @@ def test_samples_are_routed_with_their_own_tokens(subject: Subject) -> None:
 def test_cosines_are_the_losses(subject: Subject) -> None:
     schedule = subject.model.schedule
     z, features = torch.randn(2, schedule.num_tokens, 6), torch.randn(2, 9, 6)
-    maps = cosine_maps(z, features, schedule)
+    maps = torch.stack(list(cosine_maps(z, features, schedule, range(1, len(SCALES) + 1))), dim=1)
     assert maps.shape == (2, len(SCALES), 9)
     loss = alignment_loss(z, features, schedule, [2, 3])
     torch.testing.assert_close(-maps[:, 1:].mean((0, 2)).sum(), loss)

@@ -17,7 +17,7 @@ from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.pictures import save_png, to_uint8
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.pretrain.evaluation.generated import GeneratedScores, line_of
+from mepa_ds.pretrain.evaluation.generated import GeneratedScores
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -60,7 +60,8 @@ def take(folder: Path, rank: int, count: int, port: int, results: Any) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count)
     score = ScoreConfig.model_validate(settings(folder), strict=False)
     generated = GeneratedScores(score, Tokenizer.load(folder / "tokenizer"), CLASSES, 3, lambda: None)
-    results.put((count, rank, generated.take(model_of(), lambda: None)))
+    scores = generated.take(model_of(), lambda: None)
+    results.put((count, rank, scores, generated.line(scores)))
     distributed.stop()
 
 
@@ -70,7 +71,8 @@ def test_scores_do_not_depend_on_the_number_of_ranks(folder: Path) -> None:
     processes = [CONTEXT.Process(target=take, args=(folder, *place, results), daemon=True) for place in ranks]
     for process in processes:
         process.start()
-    found = {(count, rank): scores for count, rank, scores in (results.get(timeout=200) for _ in ranks)}
+    told = [results.get(timeout=200) for _ in ranks]
+    found = {(count, rank): scores for count, rank, scores, _ in told}
     for process in processes:
         process.join()
     assert found[1, 0] == found[2, 0]
@@ -88,7 +90,7 @@ def test_scores_do_not_depend_on_the_number_of_ranks(folder: Path) -> None:
     }
     assert scores["protocol"]["sampling"] == {"images": 11, "batch": 4, "cfg": 1.0, "top_k": 0, "top_p": 0.0}
     assert scores["protocol"]["classes"]["balanced"] is False
-    assert "patch-pca.fd" in line_of(scores)
+    assert all("patch-pca.fd" in line for _, rank, _, line in told if rank == 0)
 
 
 def test_a_run_records_its_scores_once_a_step(folder: Path) -> None:

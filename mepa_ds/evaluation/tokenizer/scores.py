@@ -18,13 +18,13 @@ from mepa_ds.data.images import ImageBatch
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.feature_spaces import INCEPTION, FeatureSpace
 from mepa_ds.evaluation.formulas.gaussian import FrechetTo, Gaussian
+from mepa_ds.evaluation.measures import with_error
 from mepa_ds.evaluation.tokenizer.reconstruction import ReconstructionScores, psnr
-from mepa_ds.images.pictures import to_uint8
+from mepa_ds.images.pictures import signed_to_uint8
 from mepa_ds.images.sheets import Pixels, draw_sheet, resized
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 _LEAST_IMAGES = 2
-_Z = 1.959964  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def score_tokenizer(
         for space in spaces:
             originals, copies = features[space.name]
             originals.append(space(batch.pixels_B3HW[:left].permute(0, 2, 3, 1).numpy()))
-            copies.append(space(to_uint8(copies_B3HW.add(1).div(2))))
+            copies.append(space(signed_to_uint8(copies_B3HW)))
         shown.append(images_B3HW[: max(num_shown - sum(map(len, shown)), 0)].cpu())
         left -= len(images_B3HW)
         on_images(len(images_B3HW))
@@ -80,11 +80,11 @@ def score_tokenizer(
         raise UserError(f"{max_images - left} images: at least {_LEAST_IMAGES} are needed for scores")
     scores, notes = gathered.report(), list[str]()
     for name, values_N in gathered.of_image.items():
-        _add_error(scores, name, float(values_N.mean()), float(values_N.std()) / len(values_N) ** 0.5)
+        scores |= with_error(name, float(values_N.mean()), float(values_N.std()) / len(values_N) ** 0.5)
     for space in spaces:
         originals_ND, copies_ND = (torch.cat(parts).to(device) for parts in features[space.name])
         name = "rfid" if space.name == INCEPTION else f"{space.name}.rfd"
-        _add_error(scores, name, *FrechetTo(Gaussian.of(originals_ND), device).distance(copies_ND))
+        scores |= with_error(name, *FrechetTo(Gaussian.of(originals_ND), device).distance(copies_ND))
         if len(originals_ND) <= space.width:
             notes.append(
                 f"{name}: {len(originals_ND)} images are fewer than the covariance of {space.width} features needs "
@@ -104,15 +104,6 @@ def _check_finite(copies_B3HW: Tensor, first: int) -> None:
         )
 
 
-def _add_error(scores: dict[str, Any], name: str, value: float, error: float) -> None:
-    scores |= {
-        name: value,
-        f"{name}_error": error,
-        f"{name}_low": value - _Z * error,
-        f"{name}_high": value + _Z * error,
-    }
-
-
 @torch.no_grad()
 def reconstruction_scales(tokenizer: Tokenizer, images_B3HW: Tensor) -> tuple[NDArray[np.uint8], list[float]]:
     """(S, B, H, W, 3): what is decoded of the token maps up to each scale; and the mean PSNR of each scale in dB."""
@@ -120,7 +111,7 @@ def reconstruction_scales(tokenizer: Tokenizer, images_B3HW: Tensor) -> tuple[ND
     images_B3HW = images_B3HW.to(device)
     steps, quality = [], []
     for copies_B3HW in tokenizer.decode_scales(tokenizer.encode(images_B3HW)):
-        steps.append(to_uint8(copies_B3HW.add(1).div(2)))
+        steps.append(signed_to_uint8(copies_B3HW))
         quality.append(float(psnr(images_B3HW, copies_B3HW).mean()))
     return np.stack(steps), quality
 
@@ -128,7 +119,7 @@ def reconstruction_scales(tokenizer: Tokenizer, images_B3HW: Tensor) -> tuple[ND
 def tokenizer_sheet(tokenizer: Tokenizer, shown_B3HW: Tensor, title: str, least_side: int = 64) -> Pixels:
     """A row for each image in [-1, 1]: the original, then what each scale adds; the last one is the reconstruction."""
     steps_SBHW3, quality = reconstruction_scales(tokenizer, shown_B3HW)
-    columns = [list(to_uint8(shown_B3HW.add(1).div(2))), *map(list, steps_SBHW3)]
+    columns = [list(signed_to_uint8(shown_B3HW)), *map(list, steps_SBHW3)]
     sides = tokenizer.schedule.sides
     titles = ["original", *(f"to {side} x {side}\n{mean:.1f} dB" for side, mean in zip(sides, quality, strict=True))]
     most = 128

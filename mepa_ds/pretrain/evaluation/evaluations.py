@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.options import LoaderOptions
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
 from mepa_ds.generation.sample_grids import SampleGrids, UnwrittenError
-from mepa_ds.pretrain.evaluation.generated import GeneratedScores, line_of
 from mepa_ds.pretrain.evaluation.heldout import heldout_scores
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mepa_ds.pretrain.evaluation.generated import GeneratedScores
 
 
 class StopError(Exception):
@@ -48,6 +50,9 @@ class Evaluations:
             return
         tokenizer = Tokenizer.open(config.tokenizer, config.model.scales).to(engine.device)
         if log.score_every is not None:
+            # Networks and formulas that other runs need not wait for.
+            from mepa_ds.pretrain.evaluation.generated import GeneratedScores
+
             assert log.score is not None
             self._generated = GeneratedScores(log.score, tokenizer, config.model.num_classes, config.seed, beat)
         if log.sample_every is not None:
@@ -109,4 +114,4 @@ class Evaluations:
             recorder.warn("scores_failed", step, f"no scores of generated images: {error}")
             return
         recorder.record("score", step, {**scores, "seconds": time.perf_counter() - started})
-        recorder.say(f"step {step}  {self._generated.num_images} generated images: {line_of(scores)}")
+        recorder.say(f"step {step}  {self._generated.line(scores)}")

@@ -43,7 +43,7 @@ class GeneratedScores:
             cache=cache_beside(score.reference),
             seed=seed,
         )
-        self.num_images, self._beat = score.images, beat
+        self._beat = beat
         side = tokenizer.config.image_side
         error: UserError | None = None
         try:
@@ -123,8 +123,8 @@ class GeneratedScores:
         except UserError as error:
             return {}, error
 
-
-def line_of(scores: dict[str, Any]) -> str:
-    """The scores that a person looks at first, for the log."""
-    first = [name for name in scores if name in ("fid", "class_agreement") or name.endswith(".fd")]
-    return ", ".join(f"{name} {scores[name]:.4g}" for name in first if scores[name] is not None)
+    def line(self, scores: dict[str, Any]) -> str:
+        """The scores that a person looks at first, for the log."""
+        first = [name for name in scores if name in ("fid", "class_agreement") or name.endswith(".fd")]
+        shown = ", ".join(f"{name} {scores[name]:.4g}" for name in first if scores[name] is not None)
+        return f"{self._score.images} generated images: {shown}"

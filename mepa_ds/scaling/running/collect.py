@@ -126,9 +126,7 @@ def _of_records(directory: Path, config: PretrainConfig, row: Mapping[str, Any])
         values |= {"ranks": starts[-1]["world_size"], "device": starts[-1].get("device")}
         values["flops_projector"] = projector * row["steps"]
     if train := [record for record in records if record["event"] == "train"]:
-        steps_before = [row["first_step"], *(record["step"] for record in train)]
-        spans = zip(train, steps_before, strict=False)
-        values["seconds"] = sum(record["mean_step_seconds"] * (record["step"] - before) for record, before in spans)
+        values["seconds"] = training_seconds(row, records)
         values["train_loss"] = train[-1]["ce"]
     heldout = heldout_of(row, records)
     if heldout is not None:
@@ -139,6 +137,14 @@ def _of_records(directory: Path, config: PretrainConfig, row: Mapping[str, Any])
         ):
             values |= {f"loss_scale_{scale}": ce, f"accuracy_scale_{scale}": accuracy}
     return values
+
+
+def training_seconds(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> float:
+    """Returns the seconds of a run's own training steps, all starts."""
+    train = [record for record in records if record["event"] == "train"]
+    steps_before = [row["first_step"], *(record["step"] for record in train)]
+    spans = zip(train, steps_before, strict=False)
+    return float(sum(record["mean_step_seconds"] * (record["step"] - before) for record, before in spans))
 
 
 def heldout_of(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]] | None = None) -> Mapping[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import Any
 from mepa_ds import shipped
 from mepa_ds.checkpoint.files import checkpoint_name
 from mepa_ds.config.base import read_yaml, set_key, validate
-from mepa_ds.config.model import preset_values
+from mepa_ds.config.model import ModelConfig, preset_values
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.models.summary import ParameterCounts, count_parameters
@@ -122,7 +122,7 @@ class RunMaker:
         values["output_dir"] = str(run_directory(study, point.name))
         # Of the last weights, once: the same for all lengths, and the study's losses are of these weights.
         values["log"] = (values.get("log") or {}) | {"evaluate_every": steps, "checkpoint_every": min(1000, steps)}
-        limit = study.diverged_above or _DIVERGED * math.log(config.model.codebook_size)
+        limit = study.diverged_above or diverged_above(config.model)
         values["guards"] = (values.get("guards") or {}) | {"diverged_above": limit}
         config = validate(PretrainConfig, values, where)
         if config.data.heldout_tokens is None:
@@ -190,6 +190,11 @@ class RunMaker:
         if key not in self._counts:
             self._counts[key] = count_parameters(config.model)
         return self._counts[key]
+
+
+def diverged_above(model: ModelConfig) -> float:
+    """The mean cross-entropy above which a run counts as diverged, where the study does not say."""
+    return _DIVERGED * math.log(model.codebook_size)
 
 
 def _without_preset(base: dict[str, Any], study: StudyConfig) -> dict[str, Any]:
