@@ -15,6 +15,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from mepa_ds.distributed import uses_gpu
+from tests.browser import Browser, opened
 from tests.on_request import FULL
 
 HERE = Path(__file__).parent
@@ -75,3 +76,10 @@ def server(tmp_path: Path) -> Iterator[str]:
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium, one for all tests of a file."""
+    with opened() as started:
+        yield started
