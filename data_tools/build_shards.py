@@ -1,4 +1,4 @@
-"""Makes image shards from a dataset: `python data_tools/build_shards.py READER --out DIR ...` (see --help).
+"""Makes image shards from a dataset: `mepa data build READER --out DIR ...`, or `python data_tools/build_shards.py`.
 
 Which image stands where is decided before the first shard is written, from the listing alone: a permutation by
 `--shuffle-seed`, cut into shards. So shards can be written by any number of processes and jobs, in any order, and a
@@ -294,14 +294,14 @@ class Command:
     options: BuildOptions
 
 
-def parse(argv: Sequence[str] | None = None) -> Command:
+def parse(argv: Sequence[str] | None = None, prog: str = "build_shards.py") -> Command:
     """Parses the words of a command line (None: the process's own). Wrong words end the process with a message."""
     markers = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(Command, prog="build_shards.py", args=argv, description=__doc__, config=markers)
+    return tyro.cli(Command, prog=prog, args=argv, description=__doc__, config=markers)
 
 
-def main() -> None:
-    command = parse()
+def main(argv: Sequence[str] | None = None, prog: str = "build_shards.py") -> None:
+    command = parse(argv, prog)
     log.make_stdout_a_log()
     reader, options = command.reader, command.options
     index = build(reader, options)

@@ -1,4 +1,4 @@
-"""`precompute.py fit-teacher`: teachers that need no download, made from the training images themselves.
+"""`mepa data fit-teacher`: teachers that need no download, made from the training images themselves.
 
 Shape legend: N images, H image height, W image width.
 """

@@ -1,4 +1,4 @@
-"""Checks shard sets: `python data_tools/verify_shards.py IMAGES [TOKENS FEATURES ...]`; exit status 1 for any damage.
+"""Checks shard sets: `mepa data verify IMAGES [TOKENS FEATURES ...]`; exit status 1 for any damage.
 
 Of each set: sizes and checksums, offsets, keys (unique, and the same in all sets), labels (in range, and the same in
 images and tokens), every image, token map and feature map decoded. Prints a class histogram, and images that are
@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before all that takes long to import
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -181,7 +182,7 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     if first.damaged:
         raise UserError(
             f"--repair: {first.shards.directory} is damaged itself: remove the {len(first.damaged)} shards named above "
-            "and run build_shards.py with the settings in index.json again, then this"
+            "and run mepa data build with the settings in index.json again, then this"
         )
     for report in derived:
         if report.problems:
@@ -244,8 +245,8 @@ def _repaired(reports: list[SetReport], options: Options) -> bool:
     return all(report.is_whole for report in again)
 
 
-def main() -> None:
-    if not verify(tyro.cli(Options, prog="verify_shards.py", description=__doc__)):
+def main(argv: Sequence[str] | None = None, prog: str = "verify_shards.py") -> None:
+    if not verify(tyro.cli(Options, prog=prog, args=argv, description=__doc__)):
         sys.exit(1)
 
 

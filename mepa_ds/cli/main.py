@@ -11,6 +11,7 @@ from mepa_ds.command_line import entry
 
 COMMANDS = {
     "quickstart": "the whole system on real images, in minutes, on a CPU",
+    "data": "image, token and feature sets: build, precompute, verify, show, merge",
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",

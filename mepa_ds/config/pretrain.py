@@ -20,14 +20,14 @@ class OnlineTeacher(Section):
     """The teacher that runs beside the model."""
 
     name: str
-    """As for data_tools/precompute.py: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
+    """As for mepa data precompute: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
     made."""
     weights: PathOrHub
     """Local checkpoint (the directory that fit-teacher wrote), or `hub` to let timm download it."""
 
 
 class DataConfig(Section):
-    """Sibling shard sets that `data_tools/precompute.py` wrote (tokens, features), or images, encoded at every step."""
+    """Sibling shard sets that `mepa data precompute` wrote (tokens, features), or images, encoded at every step."""
 
     tokens: UserPath | None = None
     """Token maps of the training images (a directory with index.json). Give tokens or images."""

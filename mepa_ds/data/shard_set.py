@@ -93,7 +93,7 @@ class ShardSet:
         """An index of tars that came without one, and their offset indices."""
         left_out = LeftOut()
         paths = tar_files(self.directory, left_out)
-        progress = tqdm(paths, "reading headers (merge_index.py scan keeps them)", delay=5)
+        progress = tqdm(paths, "reading headers (mepa data scan keeps them)", delay=5)
         offset_indices = [read_offset_index(path, "images", foreign=True) for path in progress]
         for offset_index in offset_indices:
             left_out.update(offset_index.left_out)
