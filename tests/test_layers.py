@@ -20,7 +20,7 @@ LAYERS = (
     ("data", "models", "teachers", "tokenizer"),
     ("generation", "objective"),
     ("checkpoint", "data_tools", "evaluation", "reports"),
-    ("inspection",),
+    ("inspection", "model_cards", "serving"),
     ("engine",),
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins

@@ -140,11 +140,11 @@ def _nearest(plain: str, names: Sequence[str]) -> str:
     within = [other for other in by_fold if plain and plain in other]
     near = list(dict.fromkeys([*within, *difflib.get_close_matches(plain, by_fold, n=_NEAREST, cutoff=0.4)]))
     chosen = (near or sorted(by_fold, key=by_fold.__getitem__))[:_NEAREST]
-    shown = [f"{_written(names[by_fold[other]])} ({by_fold[other]})" for other in chosen]
+    shown = [f"{written_name(names[by_fold[other]])} ({by_fold[other]})" for other in chosen]
     return f"{'the nearest are' if near else 'the names begin with'} {', '.join(shown)}"
 
 
-def _written(name: str) -> str:
+def written_name(name: str) -> str:
     """The name as `parse_classes` reads it."""
     plain = name == name.strip() and name != "all" and "," not in name and not name.startswith('"')
     if plain and _RANGE.fullmatch(name) is None:
