@@ -12,13 +12,13 @@ from typing import Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks
+from mepa_ds.progress import Progress
 
 _DECIDES = ("per_class", "cfg", "top_k", "top_p", "seed", "smooth", "rng", "precision")
 _TOLD = ("num_heads", "depth", "phi_ratio")  # what foreign weights do not tell
@@ -111,8 +111,8 @@ def main(argv: list[str]) -> None:
     print(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
 
 
-def _progress(count: int) -> tqdm:
-    return tqdm(total=count, desc="sampling", unit="image", disable=None)
+def _progress(count: int) -> Progress:
+    return Progress(total=count, desc="sampling", unit="image")
 
 
 def _batches(count: int, options: SampleOptions) -> list[range]:
@@ -120,11 +120,11 @@ def _batches(count: int, options: SampleOptions) -> list[range]:
     return [range(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Callable[[range, tqdm], torch.Tensor]:  # type: ignore[no-untyped-def]
+def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Callable[[range, Progress], torch.Tensor]:  # type: ignore[no-untyped-def]
     """Draws the images of a range: (B, 3, H, W) in [0, 1] on the CPU."""
     from mepa_ds.generation.sampling import sample
 
-    def draw(part: range, bar: tqdm) -> torch.Tensor:
+    def draw(part: range, bar: Progress) -> torch.Tensor:
         try:
             images = sample(
                 model,
@@ -149,7 +149,7 @@ def _sampler(model, tokenizer, labels: list[int], options: SampleOptions) -> Cal
     return draw
 
 
-def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[range, tqdm], torch.Tensor]) -> int:
+def _fill_directory(labels: list[int], options: SampleOptions, draw: Callable[[range, Progress], torch.Tensor]) -> int:
     """One PNG for each image, batch by batch: 50 000 would not fit into memory. Returns how many were drawn.
 
     Batches that an earlier start has finished are left as they are; one with an empty or cut file is drawn again.
