@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 import numpy as np
 import tyro
 from PIL import Image, ImageColor
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
@@ -39,6 +38,7 @@ from mepa_ds.data_tools.readers.source import COPIED_FROM, CopyingReader, Reader
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
 from mepa_ds.images.resizing import crop_square, resize_shorter
+from mepa_ds.progress import Progress
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
@@ -171,7 +171,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     if len(todo) < len(mine):
         print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
     num_skipped = 0
-    with tqdm(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
+    with Progress(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
         for written in unordered_map(partial(_write_shard, maker), todo, options.workers):
             progress.update(written.num_samples + len(written.skipped))
             num_skipped += len(written.skipped)

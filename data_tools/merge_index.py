@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
@@ -49,6 +48,7 @@ from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
 from mepa_ds.data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
+from mepa_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Scan:
             if len(set(names)) < len(names):
                 raise UserError(f"{self.shards}: two of these shards have the same name; names in a set are unique")
             scan = unordered_map(partial(_scan_shard, out), names, self.workers)
-            scanned = list(tqdm(scan, "scanning", len(names)))
+            scanned = list(Progress(scan, "scanning", len(names)))
         found = {shard.entry.name: shard for shard in scanned}
         members: dict[str, Member] = {}
         for name in names:

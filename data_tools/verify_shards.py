@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
@@ -31,6 +30,7 @@ from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
 from mepa_ds.data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 
 _SHOWN = 20
 
@@ -77,7 +77,7 @@ def check_set(directory: Path, options: Options) -> SetReport:
         raise UserError(f"{directory}: its shards are remote; run this where they lie")
     reports = []
     total = sum(shard.bytes for shard in shards.index.shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:
+    with Progress(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:
         check = partial(check_shard, shards, options.decode)
         for report in unordered_map(check, range(len(shards.index.shards)), options.workers):
             reports.append(report)

@@ -19,7 +19,7 @@ LAYERS = (
     ("command_line", "images", "runtime", "weights"),
     ("data", "models", "teachers", "tokenizer"),
     ("generation", "objective"),
-    ("checkpoint", "data_tools", "evaluation", "reports"),
+    ("checkpoint", "data_tools", "evaluation", "reports", "watching"),
     ("inspection", "model_cards", "serving"),
     ("engine",),
     ("pretrain", "train_tokenizer"),

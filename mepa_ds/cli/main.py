@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "scores of images: FID, precision, recall, class agreement and others",
     "evaluate-tokenizer": "PSNR, SSIM, LPIPS, rFID and the use of the codebook of a tokenizer",
     "serve": "a local web page that draws images of a model",
+    "watch": "runs as they go on, in a terminal: loss, held-out score, speed, time left",
     "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
@@ -29,7 +30,9 @@ COMMANDS = {
 }
 
 
-_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report", "serve"), "results")
+_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report", "serve"), "results") | (
+    dict.fromkeys(("completion", "doctor", "sweep", "watch"), "tools")
+)
 """Folders of commands that are not in this one."""
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable
+from mepa_ds.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,8 +162,8 @@ def _fill(
         )
 
 
-def _progress(count: int) -> tqdm:
-    return tqdm(total=count, desc="sampling", unit="image", disable=None)
+def _progress(count: int) -> Progress:
+    return Progress(total=count, desc="sampling", unit="image")
 
 
 def _batches(count: int, options: SampleOptions) -> list[range]:
@@ -173,13 +173,13 @@ def _batches(count: int, options: SampleOptions) -> list[range]:
 
 def _sampler(
     model: NextScaleTransformer, tokenizer: Tokenizer, labels: list[int], options: SampleOptions
-) -> Callable[[range, tqdm], Tensor]:
+) -> Callable[[range, Progress], Tensor]:
     """Draws the images of a range: (B, 3, H, W) in [0, 1] on the CPU."""
     import torch
 
     from mepa_ds.generation.sampling import sample
 
-    def draw(part: range, bar: tqdm) -> Tensor:
+    def draw(part: range, bar: Progress) -> Tensor:
         try:
             images = sample(
                 model,

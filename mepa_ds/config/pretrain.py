@@ -172,8 +172,13 @@ class LogConfig(Section):
     """Checkpoints of every such step stay for good; a multiple of checkpoint_every. null: none."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (offline unless WANDB_MODE says otherwise)."""
+    trackio_project: str | None = None
+    """Also log to this project of trackio (needs the trackio package): a database and a dashboard on this machine."""
     tensorboard: bool = False
     """Also write <output_dir>/tensorboard (needs the tensorboard package)."""
+    tracked: Literal["short", "all"] = "short"
+    """What wandb, trackio and TensorBoard get: the numbers that say how a run is doing, or all of metrics.jsonl. Sample
+    pictures and heat maps of the experts' load come with both."""
 
     @model_validator(mode="after")
     def _check_milestones(self) -> Self:

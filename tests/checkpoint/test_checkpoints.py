@@ -471,7 +471,7 @@ def test_a_disk_that_is_full_is_found_before_training(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, unlimited[1]))
     try:
         message = r"full_before: cannot write there: .*; make room, or choose another one"
-        with pytest.raises(UserError, match=message), prepared_output(config.output_dir, False):
+        with pytest.raises(UserError, match=message), prepared_output(config.output_dir, config.log):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus
+from mepa_ds.progress import Progress
 
 if TYPE_CHECKING:
     from mepa_ds.inspection.subject import Drawn, Subject
@@ -188,8 +188,8 @@ class _Parts:
         return [classes[number % len(classes)] for number in range(count)]
 
 
-def _progress(what: str, count: int) -> tqdm:
-    return tqdm(total=count, desc=what, unit="image", disable=None)
+def _progress(what: str, count: int) -> Progress:
+    return Progress(total=count, desc=what, unit="image")
 
 
 if __name__ == "__main__":
