@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mepa_ds.checkpoint.weights import read_projector, read_weights
+from mepa_ds.checkpoint.state import read_state
+from mepa_ds.checkpoint.weights import export_checkpoint, read_projector, read_weights
 from mepa_ds.cli.results import inspect as command
 from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
@@ -288,10 +289,14 @@ def test_cosines_are_the_losses(subject: Subject) -> None:
     torch.testing.assert_close(-maps[:, 1:].mean((0, 2)).sum(), loss)
 
 
-def test_weights_in_a_run_know_its_data(run: Path) -> None:
+def test_weights_in_a_run_know_its_data(run: Path, tmp_path: Path) -> None:
     found, notes = open_subject(run / "best", None, None, CPU)
     assert (found.run, found.checkpoint, found.step, notes) == (run, None, 4, [])
     assert found.class_names == ("0", "1", "2")
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert read_state(checkpoint).class_names == ["0", "1", "2"]
+    export_checkpoint(checkpoint, tmp_path / "exported")
+    assert (tmp_path / "exported/config.json").read_bytes() == (run / "best/config.json").read_bytes()
     with pytest.raises(UserError, match="holds 'tokenizer'"):
         open_subject(run.parent / "tokenizer", run.parent / "tokenizer", None, CPU)
 

@@ -177,6 +177,35 @@ def test_few_wait_and_those_who_left_are_passed_over(project: Path) -> None:
     drawer.close()
 
 
+def test_a_reader_who_leaves_ends_the_drawing(project: Path) -> None:
+    httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
+    found = find_model(project, "best")
+    stops: list[threading.Event] = []
+
+    class Noted(SlowDrawer):
+        gate = threading.Event()
+
+        def _drawn(self, wish: Wish, tell: Any, stop: threading.Event) -> Any:
+            stops.append(stop)
+            tell({"event": "waiting", "ahead": 0})
+            return super()._drawn(wish, tell, stop)
+
+    drawer = Noted(found.open(), Tokenizer.open(found.tokenizer()), Shown("", "", None, ""))
+    socket_ = serving.listening("127.0.0.1", 0)
+    runner = uvicorn.Server(uvicorn.Config(serving.make_app(drawer), log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=runner.run, kwargs={"sockets": [socket_]}, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{socket_.getsockname()[1]}/draw"
+    with httpx.stream("POST", address, content='{"label": 0}', timeout=30) as answer:
+        assert next(answer.iter_lines()) == '{"event": "waiting", "ahead": 0}'
+        assert not stops[0].is_set()
+    assert stops[0].wait(10)
+    drawer.gate.set()
+    runner.should_exit = True
+    drawer.close()
+    thread.join(10)
+
+
 def test_ctrl_c_is_a_normal_end(project: Path) -> None:
     words = [sys.executable, "-m", "mepa_ds", "serve", "--run", str(project), "--port", "0", "--host", "0.0.0.0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
