@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mepa_ds.errors import UserError
@@ -38,7 +39,7 @@ class NonFiniteLogitsError(UserError):
 def sample(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
-    labels_B: Tensor | Sequence[int | str],
+    labels_B: Tensor | NDArray[Any] | Sequence[int | str],
     *,
     cfg: float = 1.5,
     top_k: int = 900,
@@ -223,7 +224,7 @@ class _SmoothDraw(_Draw):
         return weights @ codebook_VZ.float()
 
 
-def _as_labels(labels_B: Tensor | Sequence[int | str], names: Sequence[str]) -> Tensor:
+def _as_labels(labels_B: Tensor | NDArray[Any] | Sequence[int | str], names: Sequence[str]) -> Tensor:
     """(B,) int64."""
     if isinstance(labels_B, str):
         raise UserError(f"labels: expected a list with a class for each image, such as [{labels_B!r}], got a text")

@@ -82,13 +82,13 @@ def _front_matter(model: NextScaleTransformer, options: CardOptions) -> str:
 
     tags = ["image-generation", "class-conditional", "visual-autoregressive", "next-scale-prediction"]
     tags += ["mixture-of-experts"] if model.config.moe else []
-    on_hub = options.dataset is not None and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.dataset)
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.dataset or "")
     data = ModelCardData(
         license=options.license,
         library_name="mepa_ds",
         pipeline_tag="unconditional-image-generation",
         tags=tags,
-        datasets=[options.dataset] if on_hub else None,
+        datasets=[on_hub[0]] if on_hub else None,
     )
     to_fill_in = "" if options.license is not None else "# license: to be filled in, such as mit or cc-by-nc-4.0\n"
     return f"---\n{to_fill_in}{data.to_yaml().strip()}\n---"

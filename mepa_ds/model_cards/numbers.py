@@ -31,7 +31,7 @@ def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
     if not records:
         return {}, [f"numbers: {run / METRICS_NAME} has no records of this run; the card has none"]
     said, lines = {}, []
-    start = next((r for r in reversed(records) if r["event"] == "start"), {})
+    start = _of_step([r for r in records if r["event"] == "start"], step)
     train = _of_step([r for r in records if r["event"] == "train"], step)
     held_out = _of_step([r for r in records if r["event"] == "heldout"], step)
     if step is not None:

@@ -159,7 +159,7 @@ def test_mistakes_are_one_message(project: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     run = project / "runs" / "pretrain"
-    for words, message in [
+    mistakes: list[tuple[list[Path | str], str]] = [
         ([run, run / "best"], "best: holds what is exported; give another directory"),
         ([project / "nowhere", tmp_path / "x"], "nowhere: not there; give a checkpoint, a run, or exported weights"),
         ([project, tmp_path / "x", "--license", "mit"], "--license belongs to --card"),
@@ -171,7 +171,8 @@ def test_mistakes_are_one_message(project: Path, tmp_path: Path, monkeypatch: py
             r"nobody is logged in to the hub here; log in \(hf",
         ),
         ([project, tmp_path / "x", "--ema"], "no checkpoint"),
-    ]:
+    ]
+    for words, message in mistakes:
         with pytest.raises(UserError, match=message):
             command.main(list(map(str, words)))
     assert not (tmp_path / "x" / "config.json").exists()

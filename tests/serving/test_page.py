@@ -197,7 +197,8 @@ def test_a_reader_who_leaves_ends_the_drawing(project: Path) -> None:
     thread.start()
     address = f"http://127.0.0.1:{socket_.getsockname()[1]}/draw"
     with httpx.stream("POST", address, content='{"label": 0}', timeout=30) as answer:
-        assert next(answer.iter_lines()) == '{"event": "waiting", "ahead": 0}'
+        lines = answer.iter_lines()  # closes the connection when it is collected
+        assert next(lines) == '{"event": "waiting", "ahead": 0}'
         assert not stops[0].is_set()
     assert stops[0].wait(10)
     drawer.gate.set()
