@@ -60,15 +60,17 @@ class Reader(Protocol):
         """
 
 
-def heldout_mask(labels_N: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
-    """Which images are held out: `share` of each class, drawn once and for all by the listing alone.
+def num_heldout(count: int, share: float) -> int:
+    """Held-out images of a class of `count`: about `share` of them, at least one of two or more, and never all."""
+    return min(max(round(count * share), 1), count - 1)
 
-    A class of two images or more gives at least one and keeps at least one; a class of one image keeps it.
-    """
+
+def heldout_mask(labels_N: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """Which images are held out: `share` of each class, drawn once and for all by the listing alone."""
     mask_N = np.zeros(len(labels_N), bool)
     for label in np.unique(labels_N):
         members = np.flatnonzero(labels_N == label)
-        count = min(max(round(len(members) * share), 1), len(members) - 1)
+        count = num_heldout(len(members), share)
         mask_N[members[permutation(0, 0, len(members), stream=int(label))[:count]]] = True
     return mask_N
 

@@ -50,7 +50,10 @@ def _shards(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None
         options += ["--image-side", str(side)] + ([] if chosen.is_published else ["--format", "png"])
     splits: list[tuple[Sequence[str], Path]] = [(images.train_words, layout.train(images))]
     if chosen.heldout == "given":
-        splits.append((images.heldout_words, layout.heldout(images)))
+        words = images.heldout_words
+        if "--flat" in words:  # its folder has another name than the class
+            words = (*words, "--classes", str(layout.train(images)))
+        splits.append((words, layout.heldout(images)))
     elif chosen.heldout == "split":
         split = ("--hold-out", f"{chosen.heldout_share:g}", "--take")
         splits = [((*images.train_words, *split, "train"), layout.train(images))]

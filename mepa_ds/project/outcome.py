@@ -23,7 +23,7 @@ def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, fol
     """Writes `layout.report` and says where everything is; `folder` is the project's, as the user named it."""
     print(f"{place} report", flush=True)
     started = time.perf_counter()
-    code, peak = run_quietly(report_command(layout))
+    code, usage = run_quietly(report_command(layout))
     if code:
         raise UserError(f"mepa report {layout.pretrain} ended with status {code}; its own message is above")
     report: dict[str, Any] = {
@@ -31,7 +31,7 @@ def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, fol
         **_tokenizer_scores(chosen, layout),
         **_scores(chosen, layout),
     }
-    own = Spent(round(time.perf_counter() - started, 2), max(peak, peak_resident_bytes()))
+    own = Spent(round(time.perf_counter() - started, 2), max(usage.ru_maxrss * 1024, peak_resident_bytes()))
     stages = {**run.spent, "report": own}
     seconds = {name: stage.seconds for name, stage in stages.items()}
     report["stage_seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}

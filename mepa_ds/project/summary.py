@@ -12,7 +12,8 @@ def seen(images: ImageFacts) -> list[str]:
     """Lines on the images."""
     count = len(images.classes)
     classes = f"{count} classes ({few(images.classes)})" if count > 1 else f"one class ({few(images.classes)})"
-    each = f"{images.fewest}" if images.fewest == images.most else f"{images.fewest} to {images.most}"
+    fewest, most = min(images.counts), max(images.counts)
+    each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     smallest, median, largest = images.sides
     sides = f"{median}" if smallest == largest else f"{smallest} to {largest}, half of them {median} or more"
     sizes = ", ".join(f"{name}: {number}" for name, number in images.sizes.items())
@@ -33,8 +34,7 @@ def chose(images: ImageFacts, machine: MachineFacts, chosen: Choices) -> list[st
     on = f"{machine.gpus} GPUs of {machine.gpu_gigabytes:g} GB" if machine.gpus else (
         f"{machine.cores} CPU cores, {machine.gflops:g} GFLOP/s each"
     )  # fmt: skip
-    share = chosen.heldout_share if chosen.heldout == "split" else 0.0
-    num_train = train_images(images, share)
+    num_train = train_images(images, chosen.heldout, chosen.heldout_share)
     model = chosen.preset or (f"depth {chosen.size.depth}, width {chosen.size.width}, 8 experts" if chosen.size else "")
     length = f"{chosen.steps} steps" if chosen.steps is not None else f"{chosen.epochs} epochs"
     made = "VAR's published one" if chosen.is_published else f"trained here, {chosen.tokenizer_steps} steps"

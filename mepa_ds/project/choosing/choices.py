@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mepa_ds.data_tools.readers.source import num_heldout
 from mepa_ds.project.looking.facts import ImageFacts
 
+Heldout = Literal["given", "split", "none"]
 Teacher = Literal["none", "patch-pca", "contrastive", "dinov2-b"]
 
 HELDOUT_SHARE = 0.1
@@ -52,7 +54,7 @@ class Choices:
     threads: int
     ep_size: int
     precision: Literal["bf16", "fp32"]
-    heldout: Literal["given", "split", "none"]
+    heldout: Heldout
     heldout_share: float
     classifier: bool
     """Whether samples are judged by a classifier of the images themselves."""
@@ -72,16 +74,19 @@ class Choices:
         return self.multipliers is None
 
 
-def train_images(images: ImageFacts, share: float) -> int:
-    """How many are left to train on."""
-    return images.num_images if images.heldout_words else max(round(images.num_images * (1 - share)), 1)
-
-
-def heldout_of(images: ImageFacts) -> tuple[Literal["given", "split", "none"], float]:
+def heldout_of(images: ImageFacts) -> tuple[Heldout, float]:
+    """Where held-out images come from, and the share of each class that a split takes."""
     share = min(HELDOUT_SHARE, _MOST_HELDOUT / images.num_images)
     if images.heldout_words:
         return "given", share
-    return ("none" if images.most < 2 else "split"), share
+    return ("none" if max(images.counts) < 2 else "split"), share
+
+
+def train_images(images: ImageFacts, heldout: Heldout, share: float) -> int:
+    """How many are left to train on."""
+    if heldout != "split":
+        return images.num_images
+    return sum(count - num_heldout(count, share) for count in images.counts)
 
 
 def power_of_two(number: float) -> int:

@@ -15,7 +15,7 @@ _GPU_MFU = 0.3
 def choose_large(images: ImageFacts, machine: MachineFacts, side: int, minutes: float | None) -> Choices:
     """VAR's tokenizer and a preset, on GPUs."""
     heldout, share = heldout_of(images)
-    num_train = train_images(images, share if heldout == "split" else 0.0)
+    num_train = train_images(images, heldout, share)
     is_imagenet = num_train >= 1_000_000 and len(images.classes) >= 500 and side == 256
     depth, seen = (16, 128e6) if num_train >= 300_000 else (12, 40e6) if num_train >= 20_000 else (8, 10e6)
     ranks = min(machine.gpus, power_of_two(num_train))

@@ -16,11 +16,14 @@ DEFAULT_MINUTES = 12.0
 _TOKENIZER_EFFICIENCY, _MODEL_EFFICIENCY = 0.45, 0.28
 # Seconds that do not depend on lengths: starts of some ten commands, and the classifier on many images.
 _STARTS, _CLASSIFIER = 110.0, 60.0
-_TOKENIZER_SHARE = 0.4
+_TOKENIZER_SHARE = {32: 0.4, 64: 0.55}  # of the time of both trainings, by side
+_IMAGES_FOR_TEACHER = 50
 _STEPS, _TOKENIZER_STEPS = (200, 6000), (200, 2000)
 _EPOCHS_OF_GUIDANCE = 10
 """From so many passes over the images on, guidance holds back learning by heart (docs/guidance.md)."""
-_MOST_EPOCHS = 120
+_MOST_EPOCHS, _FEWEST_STEPS = 120, 400
+"""A longer run learns the images by heart; a shorter one learns nothing."""
+_MOST_TOKENIZER_EPOCHS = 300
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ _COARSE_UP_TO = 16
 
 
 SIZES = (Size(4, 128, 4), Size(6, 192, 6), Size(8, 256, 8))
-_STEPS_BEFORE_SIZE = 3000
+_STEPS_BEFORE_SIZE = 2000
 """A longer run is worth more in a larger model."""
 _IMAGES_FOR_SIZE = (0, 3000, 30_000)
 
@@ -61,7 +64,7 @@ def _judges(images: ImageFacts, heldout: str, num_train: int) -> bool:
 def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: float | None) -> Choices:
     """Networks that a CPU trains in minutes, with a tokenizer of their own."""
     heldout, share = heldout_of(images)
-    num_train = train_images(images, share if heldout == "split" else 0.0)
+    num_train = train_images(images, heldout, share)
     grid = GRIDS["fine-64" if side == 64 else "coarse-32" if images.side <= _COARSE_UP_TO else "fine-32"]
     ranks = min(machine.gpus or power_of_two(min(machine.cores, 4)), power_of_two(num_train))
     ranks = power_of_two(ranks)
@@ -74,16 +77,20 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
     trained = max(budget - starts, 0.2 * budget)
     speed = _speed(machine)
     tokenizer_image = FORWARD_AND_BACKWARD * grid.gflop / (speed * _TOKENIZER_EFFICIENCY)
-    tokenizer_steps = _rounded(_TOKENIZER_SHARE * trained / (tokenizer_image * tokenizer_batch), _TOKENIZER_STEPS)
+    limits = (
+        _TOKENIZER_STEPS[0],
+        min(_TOKENIZER_STEPS[1], max(_MOST_TOKENIZER_EPOCHS * num_train // tokenizer_batch, 200)),
+    )
+    tokenizer_steps = _rounded(_TOKENIZER_SHARE[side] * trained / (tokenizer_image * tokenizer_batch), limits)
     left = trained - tokenizer_steps * tokenizer_image * tokenizer_batch
-    most = min(_STEPS[1], _MOST_EPOCHS * num_train // batch)
+    most = min(_STEPS[1], max(_MOST_EPOCHS * num_train // batch, _FEWEST_STEPS))
     size, steps, model_image = _size_and_steps(
         grid, codebook, left * speed * _MODEL_EFFICIENCY / batch, most, num_train
     )
     epochs = steps * batch / num_train
     repeats = epochs >= _EPOCHS_OF_GUIDANCE
     model_seconds = steps * batch * model_image / (speed * _MODEL_EFFICIENCY)
-    teacher: Teacher = "patch-pca" if num_train >= 50 else "none"
+    teacher: Teacher = "patch-pca" if num_train >= _IMAGES_FOR_TEACHER else "none"
     seconds = {
         "shards": 15 + images.num_images / 1500,
         "tokenizer": 10 + tokenizer_steps * tokenizer_batch * tokenizer_image,
@@ -102,7 +109,7 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
         seconds=seconds,
         why={
             "side": f"half of the images have a shorter side of {images.side} pixels or more"
-            + ("" if machine.gpus else "; larger ones would take a CPU hours"),
+            + ("; larger ones would take a CPU hours" if images.side > 1.5 * side and not machine.gpus else ""),
             "scales": f"{sum(side * side for side in grid.scales)} tokens an image, "
             f"{side // grid.scales[-1]} x {side // grid.scales[-1]} pixels each at the finest scale",
             "codebook": "grey images need few codes" if codebook == 128 else "colours need more codes than grey images",
@@ -112,7 +119,9 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
             "guidance": "constant: where images repeat, it holds back learning them by heart (docs/guidance.md)"
             if repeats
             else "ends after a quarter: in a short run on fresh images it costs (docs/guidance.md)",
-            "teacher": "principal components of image patches: fitted in seconds, no download",
+            "teacher": "principal components of image patches: fitted in seconds, no download"
+            if num_train >= _IMAGES_FOR_TEACHER
+            else f"{num_train} images are too few to fit a teacher",
         },
     )  # fmt: skip
 

@@ -22,13 +22,8 @@ class ImageFacts:
     heldout_words: tuple[str, ...]
     """The same of images that are held out already; none: a share of the training images is to be held out."""
     classes: tuple[str, ...]
-    num_images: int
-    """To train on, before some are held out."""
-    fewest: int
-    """Images of the smallest class."""
-    most: int
-    singles: int
-    """Classes with one image, of which none can be held out."""
+    counts: tuple[int, ...]
+    """Images of each class that has some, to train on, before some are held out."""
     sides: tuple[int, int, int]
     """Shorter sides in pixels of the images that were opened: the smallest, the median, the largest."""
     sizes: dict[str, int]
@@ -39,6 +34,15 @@ class ImageFacts:
     """Of the opened ones: what is wrong, by file."""
     notes: tuple[str, ...] = ()
     """What else should be said of them."""
+
+    @property
+    def num_images(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def singles(self) -> int:
+        """Classes with one image, of which none can be held out."""
+        return self.counts.count(1)
 
     @property
     def side(self) -> int:

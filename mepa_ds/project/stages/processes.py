@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -17,8 +18,8 @@ from mepa_ds.project.stages.display import Display
 _LINE = re.compile(rb"[^\r\n]*[\r\n]")
 
 
-def run_python(command: str, display: Display, threads: int = 1) -> tuple[int, int]:
-    """Runs Python with these words; its exit status, and the bytes of memory of its largest process."""
+def run_python(command: str, display: Display, threads: int = 1) -> tuple[int, resource.struct_rusage]:
+    """Runs Python with these words; its exit status, and what it and the processes that it started have used."""
     # Threads that wait by spinning slow everything down several times when other programs want the cores too.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     if command.startswith("-m torch.distributed.run"):  # torchrun would set one, and say so in five lines
@@ -40,7 +41,7 @@ def run_python(command: str, display: Display, threads: int = 1) -> tuple[int, i
         process.returncode = os.waitstatus_to_exitcode(status)
         if reader is not None:
             reader.join(timeout=5)
-    return process.returncode, usage.ru_maxrss * 1024
+    return process.returncode, usage
 
 
 def _pass_on(stream: IO[bytes], display: Display) -> None:
@@ -58,9 +59,9 @@ def _pass_on(stream: IO[bytes], display: Display) -> None:
         display.say(rest.decode(errors="replace"))
 
 
-def run_quietly(command: str) -> tuple[int, int]:
+def run_quietly(command: str) -> tuple[int, resource.struct_rusage]:
     """Runs Python with these words, without what it prints to stdout; as `run_python` otherwise."""
     with subprocess.Popen([sys.executable, *shlex.split(command)], stdout=subprocess.DEVNULL) as process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, usage.ru_maxrss * 1024
+    return process.returncode, usage

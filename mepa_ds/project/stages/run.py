@@ -40,6 +40,8 @@ class Spent:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     """Peak memory of the largest process."""
+    processor_seconds: float = 0.0
+    """Of all its processes: less than cores x seconds where other programs had the cores."""
     done: bool = False
     work: str = ""
     """Hash of its commands and recipes at its last start."""
@@ -111,8 +113,9 @@ class StageRun:
         for command in stage.commands:
             display.say(f"      $ {as_typed(command)}")
             try:
-                code, peak = run_python(command, display, self._threads)
-                mine.peak_memory_bytes = max(mine.peak_memory_bytes, peak)
+                code, usage = run_python(command, display, self._threads)
+                mine.peak_memory_bytes = max(mine.peak_memory_bytes, usage.ru_maxrss * 1024)
+                mine.processor_seconds = round(mine.processor_seconds + usage.ru_utime + usage.ru_stime, 2)
             finally:  # an interrupted start counts too
                 mine.seconds = round(before + time.perf_counter() - started, 2)
                 self._write()
