@@ -1,4 +1,4 @@
-"""Makes image shards from a dataset: `python data_tools/build_shards.py READER --out DIR ...` (see --help).
+"""Makes image shards from a dataset: `mepa data build READER --out DIR ...`, or `python data_tools/build_shards.py`.
 
 Which image stands where is decided before the first shard is written, from the listing alone: a permutation by
 `--shuffle-seed`, cut into shards. So shards can be written by any number of processes and jobs, in any order, and a
@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 import numpy as np
 import tyro
 from PIL import Image, ImageColor
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
@@ -39,6 +38,7 @@ from mepa_ds.data_tools.readers.source import COPIED_FROM, CopyingReader, Half, 
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
 from mepa_ds.images.resizing import crop_square, resize_shorter
+from mepa_ds.progress import Progress
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64
@@ -184,7 +184,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     if len(todo) < len(mine):
         print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
     num_skipped = 0
-    with tqdm(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
+    with Progress(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
         for written in unordered_map(partial(_write_shard, maker), todo, options.workers):
             progress.update(written.num_samples + len(written.skipped))
             num_skipped += len(written.skipped)
@@ -309,14 +309,14 @@ class Command:
     options: BuildOptions
 
 
-def parse(argv: Sequence[str] | None = None) -> Command:
+def parse(argv: Sequence[str] | None = None, prog: str = "build_shards.py") -> Command:
     """Parses the words of a command line (None: the process's own). Wrong words end the process with a message."""
     markers = (tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(Command, prog="build_shards.py", args=argv, description=__doc__, config=markers)
+    return tyro.cli(Command, prog=prog, args=argv, description=__doc__, config=markers)
 
 
-def main() -> None:
-    command = parse()
+def main(argv: Sequence[str] | None = None, prog: str = "build_shards.py") -> None:
+    command = parse(argv, prog)
     log.make_stdout_a_log()
     reader, options = command.reader, command.options
     index = build(reader, options)

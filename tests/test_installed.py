@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import mepa_ds.cli.results
+import mepa_ds.cli
 from mepa_ds import shipped
 from mepa_ds.cli import quickstart
 from mepa_ds.config.pretrain import ParallelConfig
@@ -27,6 +27,8 @@ from mepa_ds.slurm.profile import read_profile
 from tests.slurm import stand_ins
 from tests.tiny_run import ROOT, make_run
 
+FOLDERS = ("results", "tools")
+"""Folders of commands, each a module."""
 # For each command of the quickstart: is the module there that it starts, and where are the recipes that it names?
 _STARTS = """
 import importlib.util, pathlib
@@ -45,8 +47,12 @@ for stage in stages(*project()):
 @pytest.mark.parametrize(
     "name",
     [
-        *(module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__) if module.name != "results"),
-        *(f"results.{module.name}" for module in pkgutil.iter_modules(mepa_ds.cli.results.__path__)),
+        *(module.name for module in pkgutil.iter_modules(mepa_ds.cli.__path__) if module.name not in FOLDERS),
+        *(
+            f"{folder}.{module.name}"
+            for folder in FOLDERS
+            for module in pkgutil.iter_modules([f"{path}/{folder}" for path in mepa_ds.cli.__path__])
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
