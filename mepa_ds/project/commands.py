@@ -14,7 +14,7 @@ from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.stages.display import Expected
 from mepa_ds.project.stages.run import Stage, as_typed, path_word
 
-_BUILD, _PRECOMPUTE = "-m mepa_ds.data_tools.build_shards", "-m mepa_ds.data_tools.precompute"
+_BUILD, _PRECOMPUTE = "-m mepa_ds data build", "-m mepa_ds data precompute"
 _ROWS = 20  # classes in the picture of samples
 _MOST_JUDGED, _JUDGED = 1000, 50  # samples in all, and of a class
 

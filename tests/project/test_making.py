@@ -69,8 +69,11 @@ def test_the_commands_are_words_that_the_shell_gives_back(tmp_path: Path) -> Non
     subprocess.run(["bash", "-n", str(project / "commands.sh")], check=True, timeout=20)
     sizes = []
     for command in stages(images, chosen, layout)[0].commands:
-        words = shlex.split(command)[2:]
-        assert shlex.split(next(line for line in script.splitlines() if line.endswith(command[35:])))[3:] == words
+        words = shlex.split(command)[4:]
+        assert (
+            shlex.split(next(line for line in script.splitlines() if line.endswith(command[len("-m mepa_ds") :])))[3:]
+            == words
+        )
         here = parse([*words, "--workers", "0"])
         index = build(here.reader, here.options.__class__(**{**vars(here.options), "out": project / here.options.out}))
         assert index is not None

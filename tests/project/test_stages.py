@@ -107,12 +107,11 @@ def test_what_is_finished_stays_as_it_is(small: Small, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("command", "typed"),
     [
-        ("-m mepa_ds.data_tools.build_shards digits --out x", "mepa data build digits --out x"),
-        ("-m mepa_ds.data_tools.precompute tokens x", "mepa data precompute tokens x"),
+        ("-m mepa_ds data build digits --out x", "mepa data build digits --out x"),
         ("-m mepa_ds sample --out x", "mepa sample --out x"),
         (
-            "-m torch.distributed.run --nproc-per-node 2 -m mepa_ds.data_tools.precompute tokens",
-            "torchrun --nproc-per-node 2 -m mepa_ds.data_tools.precompute tokens",
+            "-m torch.distributed.run --nproc-per-node 2 -m mepa_ds data precompute tokens",
+            "torchrun --nproc-per-node 2 -m mepa_ds data precompute tokens",
         ),
         ("-c pass", "python -c pass"),
     ],

@@ -49,7 +49,6 @@ class Spent:
 
 _TYPED = (
     (re.compile(r"-m torch\.distributed\.run "), "torchrun "),
-    (re.compile(r"-m mepa_ds\.data_tools\.(build|precompute|verify|show)(?:_shards)? "), r"mepa data \1 "),
     (re.compile(r"-m mepa_ds "), "mepa "),
 )
 
