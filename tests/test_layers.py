@@ -27,6 +27,7 @@ LAYERS = (
     ("slurm",),
     ("scaling",),
     ("ablation",),
+    ("project",),
     ("cli",),
     ("__main__",),
 )

@@ -10,6 +10,7 @@ import mepa_ds
 from mepa_ds.command_line import entry
 
 COMMANDS = {
+    "init": "from a folder of images to recipes and commands, or to a trained model",
     "quickstart": "the whole system on real images, in minutes, on a CPU",
     "data": "image, token and feature sets: build, precompute, verify, show, merge",
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
