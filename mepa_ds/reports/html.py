@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CSS = """
-:root { color-scheme: light; --ink: #222; --soft: #555; --faint: #666; --paper: #fff; --raised: #f6f6f6; --line: #e3e3e3;
-  --warn: #fff7e6; --bad: #fdf0e8; --good: #eaf6f1; --accent: #0072b2; --grid: #e8e8e8; --guard: #c4450c;
-  --change: #8a5a00; }
+:root { color-scheme: light; --ink: #222; --soft: #555; --faint: #666; --paper: #fff; --raised: #f6f6f6;
+  --line: #e3e3e3; --warn: #fff7e6; --bad: #fdf0e8; --good: #eaf6f1; --accent: #0072b2; --grid: #e8e8e8;
+  --guard: #c4450c; --change: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { DARK } }
 :root[data-theme=dark] { DARK }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;

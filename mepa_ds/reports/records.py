@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
-from mepa_ds.runtime.recorder import METRICS_NAME
+from mepa_ds.runtime.metrics import METRICS_NAME
 
 RunKind = Literal["pretraining", "tokenizer"]
 Column = NDArray[np.float64]
@@ -200,7 +200,8 @@ def _note_on(lost: list[int], last: int) -> str:
     if lost == [last]:
         return f"the last line of {METRICS_NAME} is cut short (the run was killed, or is writing now): it is left out"
     shown = ", ".join(map(str, lost[:_SHOWN_LINES])) + (", ..." if len(lost) > _SHOWN_LINES else "")
-    return f"{len(lost)} line{'s' if len(lost) > 1 else ''} of {METRICS_NAME} (number {shown}) are no records and are left out"
+    lines = "1 line" if len(lost) == 1 else f"{len(lost)} lines"
+    return f"{lines} of {METRICS_NAME} (number {shown}) hold no record: left out"
 
 
 def _why_not(directory: Path, events: list[dict[str, Any]]) -> str:

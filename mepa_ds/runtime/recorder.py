@@ -15,10 +15,9 @@ from tqdm import tqdm
 from mepa_ds import distributed
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
-from mepa_ds.runtime.metrics import MetricsWriter, finite, read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
 from mepa_ds.runtime.trackers import TensorBoard, Wandb
 
-METRICS_NAME = "metrics.jsonl"
 _STATUS_SECONDS = 1.0
 RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 

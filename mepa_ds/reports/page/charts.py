@@ -19,8 +19,10 @@ from mepa_ds.reports.records import Column, RunRecords, flat_numbers
 _PARTS = ("data", "inputs", "forward", "backward", "optimizer")
 _NOT_CHARTS = {  # places, the page's other parts, or another column once more
     "step", "images", "samples", "epoch", "steps", "applied", "mean_step_seconds", "step_seconds", "step_loss",
-    "ce_last", "accuracy_last", "tokens_per_second",
+    "ce_last", "accuracy_last", "tokens_per_second", "own_seconds",
 }  # fmt: skip
+_EXACT = {"lr", "scales", "skipped_steps", "replaced_samples", "peak_memory_bytes", "revived_codes", "guidance"}
+"""What is no measurement has no noise."""
 _GIB = 2.0**30
 
 
@@ -73,7 +75,7 @@ class Lines:
                 column = name.partition("/")[2]
                 values = table[column] / _divisor(column)
                 if source == "train":
-                    points = binned(values, edges).as_json()
+                    points = binned(values, edges).as_json(noise=column not in _EXACT)
                 else:  # each is a measurement of its own
                     points = {"line": rounded(values[middles(edges)])}
                     if f"{column}_low" in table:
@@ -117,7 +119,7 @@ def _planned(names: Sequence[str], kind: str) -> list[Chart]:
               tuple((f"train/{part}_seconds", part) for part in _PARTS),
               "Of the last step of each record; the parts add up to the step.", stack=True),
         Chart("waits", "Speed and memory", "Waiting, and the slowest rank", "seconds of a step",
-              (("train/loader_seconds", "reading images (this rank)"), ("train/all_to_all_seconds", "tokens on their way"),
+              (("train/loader_seconds", "reading images (rank 0)"), ("train/all_to_all_seconds", "tokens on their way"),
                ("train/own_seconds_fastest", "own work, fastest rank"),
                ("train/own_seconds_slowest", "own work, slowest rank"))),
         Chart("memory", "Speed and memory", "Peak memory", "GiB of the fullest rank",
@@ -132,8 +134,8 @@ def _planned(names: Sequence[str], kind: str) -> list[Chart]:
         Chart("accuracy", "Loss", "Accuracy", "share of tokens",
               (("train/accuracy", "training"), ("heldout/accuracy", "held-out"))),
         *per_scale,
-        Chart("alignment", "Guidance", "Alignment loss", "1 - cosine", (("train/alignment", "alignment"),),
-              "How far the aligned tokens are from the teacher's features, before its weight."),
+        Chart("alignment", "Guidance", "Alignment loss", "minus the cosine", (("train/alignment", "alignment"),),
+              "Between the aligned tokens and the teacher's features, before its weight; -1: the same direction."),
         Chart("guidance", "Guidance", "Strength of guidance", "factor", (("train/guidance", "guidance"),)),
         Chart("lr", "Optimisation", "Learning rate", "", (("train/lr", "rate"),)),
         Chart("grad_norm", "Optimisation", "Gradient norm", "before clipping", (("train/grad_norm", "norm"),)),
@@ -170,6 +172,10 @@ def _tokenizer(names: Sequence[str]) -> list[Chart]:
               (("train/codebook_use", "training"), ("heldout/codebook_use", "held-out"))),
         Chart("use_scale", "Codebook", "Codes in use by scale", "share of the codebook",
               _scales(names, "train/codebook_use_by_scale"), ordered=True),
+        Chart("heldout_use_scale", "Codebook", "Codes in use by scale, held-out", "share of the codebook",
+              _scales(names, "heldout/codebook_use_by_scale"), ordered=True),
+        Chart("heldout_perplexity_scale", "Codebook", "Perplexity by scale, held-out", "codes",
+              _scales(names, "heldout/perplexity_by_scale"), ordered=True),
         Chart("perplexity", "Codebook", "Perplexity of the codes", "codes",
               (("train/perplexity", "training"), ("heldout/perplexity", "held-out"))),
         Chart("revived", "Codebook", "Revived codes", "since the last record", (("train/revived_codes", "codes"),)),

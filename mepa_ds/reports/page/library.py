@@ -13,10 +13,10 @@ from mepa_ds.files import atomic_path
 
 PACKAGE = "vl-convert-python"
 NOTICE = (
-    "Charts are drawn by Vega and Vega-Lite, copyright 2015-2025 University of Washington Interactive Data Lab and "
-    "contributors, BSD 3-Clause License."
+    "Charts are drawn by Vega, Vega-Lite and Vega-Embed, copyright 2015-2025 University of Washington Interactive Data "
+    "Lab and contributors, BSD 3-Clause License."
 )
-_EXPORTED = "window.vega = vega; window.vegaLite = vegaLite;"
+_EXPORTED = "window.vegaEmbed = vegaEmbed;"  # it alone: the package gives no other way to the two libraries
 
 
 def chart_library() -> bytes:
@@ -37,7 +37,7 @@ def chart_library() -> bytes:
     kept = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mepa_ds" / f"vega-{version}.js.gz"
     with suppress(OSError, EOFError, ValueError):
         found = kept.read_bytes()
-        if _EXPORTED[:10] in gzip.decompress(found).decode():
+        if _EXPORTED[:16] in gzip.decompress(found).decode():
             return found
     made = gzip.compress(vl_convert.javascript_bundle(_EXPORTED).encode(), mtime=0)
     with suppress(OSError), atomic_path(kept) as temporary:  # without a home it is made anew each time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +23,14 @@ _QUALITY = 80
 
 @dataclass
 class Pictures:
-    """Pictures of one run: `steps` and `sources` (data: URIs) belong together. `notes` say what is not shown."""
+    """Pictures of one run: `steps` and `sources` (data: URIs) belong together.
+
+    `left_out` says that not all are shown, `notes` what is wrong with some.
+    """
 
     steps: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    left_out: str = ""
     notes: list[str] = field(default_factory=list)
 
 
@@ -42,24 +47,18 @@ def run_pictures(directory: Path, expected: Sequence[str], budget: int) -> Pictu
     missing = [name for name in expected if not (directory / name).is_file()]
     if missing:
         pictures.notes.append(_some(missing, "that the log names are not there"))
-    whole, broken = [], []
+    whole, broken = list[tuple[int, Path]](), list[tuple[int, Path]]()
     for item in found:
         (whole if _opens(item[1]) else broken).append(item)
-    width = _WIDTHS[-1]
-    while whole and (newest := _encoded(whole[-1][1], _WIDTHS[0])) is None:
+    while whole and (newest := _pixels(whole[-1][1])) is None:
         broken.append(whole.pop())
-    if whole:
-        size = len(newest or "")
-        for width in _WIDTHS:
-            size = len(_encoded(whole[-1][1], width) or "")
-            if size * min(len(whole), _FEWEST) <= budget:
-                break
-        count = max(min(_MOST, budget // max(size, 1)), 1)
-        chosen = [whole[number] for number in spread(range(len(whole)), count)]
+    if whole and newest is not None:
+        width, count = _fitting(newest, len(whole), budget)
+        chosen = spread(whole, count)
         if len(chosen) < len(whole):
-            pictures.notes.append(f"{len(chosen)} of {len(whole)} pictures are shown, evenly spread over the run.")
-        with ThreadPoolExecutor(4) as pool:  # Pillow computes without the interpreter's lock
-            encoded = list(pool.map(lambda item: _encoded(item[1], width), chosen))
+            pictures.left_out = f"{len(chosen)} of {len(whole)} pictures are shown, evenly spread over the run."
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow computes without the interpreter's lock
+            encoded = list(pool.map(lambda item: _encoded(_pixels(item[1]), width), chosen))
         for item, source in zip(chosen, encoded, strict=True):
             if source is None:
                 broken.append(item)
@@ -85,18 +84,34 @@ def _opens(path: Path) -> bool:
         return False
 
 
-def _encoded(path: Path, width: int) -> str | None:
-    """Returns the picture, at most `width` pixels wide, as a data: URI of WebP; None for a broken one."""
+def _fitting(newest: Image.Image, count: int, budget: int) -> tuple[int, int]:
+    """Returns the width of pictures and their number: as many as the budget has room for, wide if at least 5 fit."""
+    size = 1
+    for width in _WIDTHS:
+        size = len(_encoded(newest, width) or "")
+        if size * min(count, _FEWEST) <= budget:
+            break
+    return width, max(min(_MOST, count, budget // size), 1)
+
+
+def _pixels(path: Path) -> Image.Image | None:
+    """Returns None for a broken picture."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            pixels = image.convert("RGB")
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _encoded(pixels: Image.Image | None, width: int) -> str | None:
+    """Returns the picture, at most `width` pixels wide, as a data: URI of WebP."""
+    if pixels is None:
         return None
     if pixels.width > width:
         height = max(round(pixels.height * width / pixels.width), 1)
-        pixels = pixels.resize((width, height), Image.Resampling.BOX if pixels.width >= 2 * width else None)
+        pixels = pixels.resize((width, height), reducing_gap=2.0)
     buffer = io.BytesIO()
-    pixels.save(buffer, "WEBP", quality=_QUALITY, method=3)
+    pixels.save(buffer, "WEBP", quality=_QUALITY, method=1)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -16,7 +16,7 @@ _MATTERS = {
     "the training data": ("data.tokens", "data.images", "data.unique_images", "data.features"),
 }
 _WHY = {
-    "the schedule": "at the same step one run may be nearer to the end of its learning rate than the other: compare ends",
+    "the schedule": "at one step a run may be nearer to the end of its learning rate than another: compare ends",
     "the seed": "the order of images and the first weights differ, so small differences may be chance",
     "the tokenizer": "cross-entropy counts other tokens: losses of different tokenizers cannot be compared",
     "the held-out set": "held-out scores are of other images and cannot be compared",

@@ -101,9 +101,7 @@ def _warnings(runs: Sequence[RunOnPage], differing: Differing, kind: str) -> Ite
                     f"{of}{name} is not finite in {lost} of {len(run.records.steps)} records, first at step {at:,}: "
                     "its curve has gaps there."
                 )
-        for note in (*run.pictures.notes, run.load.note):
-            if note:
-                yield of + note
+        yield from (of + note for note in run.pictures.notes)
 
 
 def _controls(runs: Sequence[RunOnPage]) -> str:
@@ -124,7 +122,8 @@ def _controls(runs: Sequence[RunOnPage]) -> str:
         )
     )
     return (
-        f'<div id="controls"><span class="axes" role="radiogroup" aria-label="horizontal axis">{radios}</span>{switches}'
+        '<div id="controls"><span class="axes" role="radiogroup" aria-label="horizontal axis">'
+        f"{radios}</span>{switches}"
         '<button id="whole" type="button" hidden>whole run</button></div>'
     )
 
@@ -145,9 +144,11 @@ def _heat_maps(runs: Sequence[RunOnPage]) -> str:
         return ""
     number, run = having[0]
     choices = "".join(f'<option value="{number}">{html.text(run.name)}</option>' for number, run in having)
-    which = f'<label>run <select id="heat-run">{choices}</select></label>' if len(having) > 1 else (
-        f'<input type="hidden" id="heat-run" value="{number}">'
-    )  # fmt: skip
+    which = (
+        f'<label>run <select id="heat-run">{choices}</select></label>'
+        if len(having) > 1
+        else f'<input type="hidden" id="heat-run" value="{number}">'
+    )
     last = len(run.load.frames["steps"]) - 1 if run.load.frames else 0
     return (
         f'<div class="slider" id="heat">{which}<label>layer <select id="heat-layer"></select></label>'
@@ -158,6 +159,7 @@ def _heat_maps(runs: Sequence[RunOnPage]) -> str:
         "equal colours is an even load.</figcaption></figure>"
         '<figure class="chart heat" id="heat-layers"><h3>Load of experts by layer</h3><div class="plot"></div>'
         "<figcaption>Share of a layer's routed tokens, over all scales.</figcaption></figure></div>"
+        + _left_out(having, [run.load.note for _, run in having])
     )
 
 
@@ -168,7 +170,7 @@ def _pictures(runs: Sequence[RunOnPage], title: str) -> str:
     steps = sorted({step for _, run in having for step in run.pictures.steps})
     figures = "".join(
         f'<figure class="picture"><img data-run="{number}" alt="{html.text(title)} of {html.text(run.name)}">'
-        f'<figcaption>{html.text(run.name) + ", " if len(runs) > 1 else ""}<span></span></figcaption></figure>'
+        f"<figcaption>{html.text(run.name) + ', ' if len(runs) > 1 else ''}<span></span></figcaption></figure>"
         for number, run in having
     )
     last = len(steps) - 1
@@ -177,7 +179,13 @@ def _pictures(runs: Sequence[RunOnPage], title: str) -> str:
         f'<input type="range" id="picture-step" min="0" max="{last}" value="{last}" data-steps="{json.dumps(steps)}">'
         '<output id="picture-at"></output></label></div>'
     )
-    return html.section(title, slider, f'<div class="pictures">{figures}</div>')
+    left_out = _left_out(having, [run.pictures.left_out for _, run in having])
+    return html.section(title, slider, f'<div class="pictures">{figures}</div>', left_out)
+
+
+def _left_out(runs: Sequence[tuple[int, RunOnPage]], notes: Sequence[str]) -> str:
+    said = [(run.name, note) for (_, run), note in zip(runs, notes, strict=True) if note]
+    return "".join(html.paragraph(f"{name}: {note}" if len(runs) > 1 else note, "faint") for name, note in said)
 
 
 def _differences(runs: Sequence[RunOnPage], differing: Differing) -> str:
@@ -214,7 +222,8 @@ def _reading(runs: Sequence[RunOnPage], most: int) -> Iterator[str]:
     )
     yield html.paragraph(
         "Held-out scores are single measurements, drawn as points. Hours are those of training steps alone: "
-        "evaluations, checkpoints and waiting in a queue are not among them, nor steps that were taken again. FLOPs are "
-        "the model's own products, forward and backward, without what is computed again. Vertical lines: starts and "
-        "changes of the recipe, and what the guards saw. Drag over a chart to enlarge a part of the run in all of them."
+        "evaluations, checkpoints and waiting in a queue are not among them, nor steps that were taken again. FLOPs "
+        "are the model's own products, forward and backward, without what is computed again. Vertical lines: starts "
+        "and changes of the recipe. Ticks at the upper edge: what the guards saw. Drag over a chart to enlarge a part "
+        "of the run in all of them."
     )

@@ -39,11 +39,11 @@ class Binned:
     line: Column
     noise: Column | None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self, noise: bool = True) -> dict[str, Any]:
         found: dict[str, Any] = {"line": rounded(self.line), "low": rounded(self.low)}
         if not np.array_equal(self.low, self.high, equal_nan=True):
             found["high"] = rounded(self.high)
-        if self.noise is not None and (self.noise > 0).any():
+        if noise and self.noise is not None and (self.noise > 0).any():
             found["noise"] = rounded(self.noise, 3)
         return found
 
@@ -106,7 +106,7 @@ def noise_of(values_N: Column) -> Column | None:
 
 
 def final_value(values_N: Column) -> tuple[float, float | None]:
-    """Returns the mean of the last fiftieth of the records (at least one), and half its 95 % interval by their noise."""
+    """Returns the mean of the last fiftieth of the records (at least one), and half its 95 % interval by noise."""
     tail = values_N[-max(len(values_N) // WINDOW_SHARE, 1) :]
     tail = tail[np.isfinite(tail)]
     if not len(tail):

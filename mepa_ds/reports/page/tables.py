@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,16 @@ def _how_far(records: RunRecords, axes: RunAxes, status: dict[str, Any], start: 
     found["steps logged"] = f"{steps:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
     for name, label in (("images", "images"), ("hours", "hours of training"), ("flops", "model FLOPs")):
         if (total := axes.total(name)) is not None:
-            found[label] = html.number(total)
+            found[label] = f"{total:,.0f}" if name == "images" else html.number(total)
+            found[label] += f" ({_clock(total)})" if name == "hours" else ""
     if (epoch := records.last("epoch")) is not None:
         found["epochs"] = html.number(epoch)
     return found
+
+
+def _clock(hours: float) -> str:
+    minutes, seconds = divmod(round(3600 * hours), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _how_good(records: RunRecords) -> dict[str, str]:
@@ -81,12 +87,14 @@ def _how_good(records: RunRecords) -> dict[str, str]:
             found[label] = html.number(value) + ("" if half is None else f" ± {html.number(half, 2)}")
     heldout = records.of("heldout")
     if best := [record for record in heldout if record.get("best")]:
-        found["best held-out cross-entropy"] = f"{html.number(number_of(best[-1].get('ce')))} at step {best[-1]['step']:,}"
+        found["best held-out cross-entropy"] = (
+            f"{html.number(number_of(best[-1].get('ce')))} at step {best[-1]['step']:,}"
+        )
         found["its accuracy"] = html.number(number_of(best[-1].get("accuracy")))
     if heldout and records.kind == "tokenizer":
         for name in ("psnr", "ssim", "lpips", "codebook_use", "perplexity"):
-            if (value := number_of(heldout[-1].get(name))) is not None:
-                found[f"held-out {name.replace('_', ' ')}, last"] = html.number(value)
+            if (last_one := number_of(heldout[-1].get(name))) is not None:
+                found[f"held-out {name.replace('_', ' ')}, last"] = html.number(last_one)
     if scores := records.of("score"):
         last = scores[-1]
         for name in last:
@@ -129,8 +137,9 @@ def _how_large(start: dict[str, Any]) -> dict[str, str]:
 
 
 def _on_what(start: dict[str, Any], records: RunRecords) -> dict[str, str]:
-    words = ("device", "world_size", "precision", "ep_size", "zero_stage", "branch_from", "versions")
-    found = {key.replace("_", " "): html.text(start[key]) for key in words if key in start}
+    words = {"device": "device", "world_size": "ranks", "precision": "precision", "ep_size": "ep_size",
+             "zero_stage": "ZeRO stage", "branch_from": "branched from"}  # fmt: skip
+    found = {word: html.text(start[key]) for key, word in words.items() if key in start}
     found["directory"] = html.text(records.directory)
     return found
 
@@ -154,18 +163,23 @@ def events_table(runs: Sequence[tuple[str, Sequence[Happening]]], most: int) -> 
     """All events, run by run; at most `most` of each, the first and the last ones, and how many are not shown."""
     several = len(runs) > 1
     rows: list[list[str]] = []
-    row: Callable[[str, Happening], list[str]] = lambda name, event: [  # noqa: E731
-        f"{event.step:,}",
-        *([html.text(name)] if several else []),
-        f'<span class="kind {event.group}">{html.text(event.kind)}</span>',
-        f'<span class="long">{html.text(event.text)}</span>',
-    ]
+
+    def row(name: str, event: Happening, step: str = "") -> list[str]:
+        return [
+            step or f"{event.step:,}",
+            *([html.text(name)] if several else []),
+            f'<span class="kind {event.group}">{html.text(event.kind)}</span>',
+            f'<span class="long">{html.text(event.text)}</span>',
+        ]
+
     for name, events in runs:
         if len(events) <= most:
             rows += [row(name, event) for event in events]
             continue
         rows += [row(name, event) for event in events[: most // 2]]
-        left_out = Happening(0, "left out", f"{len(events) - 2 * (most // 2)} events between these, see metrics.jsonl", "")
-        rows += [["…", *row(name, left_out)[1:]], *(row(name, event) for event in events[-(most // 2) :])]
+        left_out = Happening(
+            0, "left out", f"{len(events) - 2 * (most // 2)} events between these, see metrics.jsonl", ""
+        )
+        rows += [row(name, left_out, "…"), *(row(name, event) for event in events[-(most // 2) :])]
     head = ("step", *(["run"] if several else []), "what", "")
-    return html.table(head, rows, wide=True) if rows else ""
+    return f'<div class="events">{html.table(head, rows, wide=True)}</div>' if rows else ""

@@ -47,7 +47,7 @@ def happenings(records: RunRecords) -> list[Happening]:
             starts += 1
             found.append(Happening(step, f"start {starts}", _start(record), "start"))
         elif event == "recipe_changed":
-            changes = record.get("changes")
+            changes = record.get("changes") or {}
             text = changes_in_words(changes) if _are_changes(changes) else json.dumps(changes)
             found.append(Happening(step, _WORDS[event], text, "change"))
         elif event == "damaged_sample":

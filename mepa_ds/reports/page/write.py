@@ -52,7 +52,9 @@ def write_page(runs: Sequence[RunRecords], path: Path) -> int:
     try:
         write_text(path, content)
     except OSError as error:
-        raise UserError(f"{path}: the page cannot be written there: {error.strerror or error}; give --out FILE") from error
+        raise UserError(
+            f"{path}: the page cannot be written there: {error.strerror or error}; give --out FILE"
+        ) from error
     return len(content.encode())
 
 

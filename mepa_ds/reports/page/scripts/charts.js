@@ -17,7 +17,7 @@ function seriesOf(chart) {
       const color = several ? kindColor(number) : chart.ordered ? orderedColor(index, lines.length) : kindColor(index);
       found.push({
         key: `${chart.id}/${several ? number : name}`, label: several ? run.name : label, color, xs, points,
-        single: !name.startsWith("train/"), secondary: !several && name.startsWith("heldout/"),
+        single: !name.startsWith("train/"), secondary: !several && name.startsWith("heldout/") && lines.some(([other]) => other.startsWith("train/")),
       });
     });
   });
@@ -86,7 +86,7 @@ function layersOf(chart, series, rows, log) {
   const limits = extent(rows, log);
   const y = {
     field: "y", type: "quantitative", scale: { zero: false, type: log ? "log" : "linear", nice: false, domain: limits },
-    axis: { title: null, tickCount: 5, labelOverlap: true },
+    axis: { title: null, tickCount: 5, labelOverlap: true, ...(limits && limits[1] >= 1e5 ? { format: ".3~s" } : {}) },
   };
   if (chart.stack && series.length > 1 && data.runs.length === 1) {
     const stacked = { ...y, scale: { zero: true }, stack: "zero" };
@@ -114,14 +114,21 @@ function layersOf(chart, series, rows, log) {
   }
   const sparse = new Set(series.filter((one) => one.single || one.xs.length <= 30).map((one) => one.key));
   const dots = rows.filter((row) => sparse.has(row.s) && row.y !== null);
-  if (dots.length && dots.length <= 400) {
+  if (dots.length && dots.length <= 40 * sparse.size) {
     layers.push({ data: { values: dots }, mark: { type: "point", filled: true, size: 22, clip: true, opacity: 1 },
       encoding: { x, y, color } });
   }
+  // Starts and changes cross the chart; what guards saw, which may be much, is a tick at its upper edge.
   const events = state.events ? eventRows() : [];
-  if (events.length) {
-    layers.push({ data: { values: events }, mark: { type: "rule", strokeDash: [2, 3], opacity: 0.8, clip: true },
-      encoding: { x, color: { field: "color", type: "nominal", scale: null, legend: null } } });
+  const hue = { field: "color", type: "nominal", scale: null, legend: null };
+  const [crossing, ticks] = [events.filter((row) => row.group !== "guard"), events.filter((row) => row.group === "guard")];
+  if (crossing.length) {
+    layers.push({ data: { values: crossing }, mark: { type: "rule", strokeDash: [2, 3], opacity: 0.8 },
+      encoding: { x, color: hue } });
+  }
+  if (ticks.length) {
+    layers.push({ data: { values: ticks }, mark: { type: "rule", strokeWidth: 1.5, opacity: 0.9 },
+      encoding: { x, y: { value: 0 }, y2: { value: 9 }, color: hue } });
   }
   return layers;
 }

@@ -18,6 +18,9 @@ let data = null;
 const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B07800", "#56B4E9", "#7B5EC6", "#6f6f6f"];
 const DARK = ["#58B0F0", "#FF8A3D", "#2FCB9B", "#F0A3CE", "#F2C14E", "#9AD8FF", "#B39DF3", "#b0b0b0"];
 
+const VIRIDIS = [[68, 1, 84], [71, 45, 123], [59, 82, 139], [44, 114, 142], [33, 144, 141], [39, 173, 129], [92, 200, 99],
+  [170, 220, 50], [253, 231, 37]];
+
 function isDark() {
   const chosen = root.dataset.theme;
   return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
@@ -33,7 +36,10 @@ function kindColor(index) {
 // Scales in order: dark to light on paper, the other end of the ramp on black.
 function orderedColor(index, count) {
   const share = count > 1 ? index / (count - 1) : 0.5;
-  return vega.scheme("viridis")(isDark() ? 0.25 + 0.75 * share : 0.85 * share);
+  const place = (isDark() ? 0.25 + 0.75 * share : 0.85 * share) * (VIRIDIS.length - 1);
+  const first = Math.min(Math.floor(place), VIRIDIS.length - 2);
+  const mixed = VIRIDIS[first].map((low, i) => Math.round(low + (place - first) * (VIRIDIS[first + 1][i] - low)));
+  return `rgb(${mixed.join(",")})`;
 }
 
 function shortNumber(value) {
@@ -121,10 +127,9 @@ function vegaConfig() {
 async function rendered(figure, spec) {
   const plot = figure.querySelector(".plot");
   const drawing = element("div", "drawing");
-  const quiet = vega.logger(vega.Error);
-  const compiled = vegaLite.compile({ ...spec, config: vegaConfig() }, { logger: quiet }).spec;
-  const view = new vega.View(vega.parse(compiled), { renderer: "svg", container: drawing, logLevel: vega.Error });
-  await view.runAsync();
+  const { view } = await vegaEmbed(drawing, { ...spec, config: vegaConfig() }, {
+    mode: "vega-lite", renderer: "svg", actions: false, tooltip: false, defaultStyle: false, logLevel: 1, ast: false,
+  });
   figure.view?.finalize();
   plot.querySelector(".drawing")?.remove();
   plot.prepend(drawing);
