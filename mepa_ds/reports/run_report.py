@@ -86,9 +86,9 @@ def _finite(records: RunRecords, name: str, chosen: Column) -> Column:
 def _starts(records: RunRecords) -> list[tuple[dict[str, Any], Column]]:
     """Each start with a mask of its training records. Records of steps that were taken again are not among them."""
     recorded = records.of("start")
-    ends = [float(start["step"]) for start in recorded[1:]] + [np.inf]
+    ends = [*(float(start["step"]) for start in recorded[1:]), np.inf]
     steps = records.steps
-    return [(start, (steps > start["step"]) & (steps <= end)) for start, end in zip(recorded, ends, strict=True)]
+    return [(start, (steps > start["step"]) & (steps <= end)) for start, end in zip(recorded, ends, strict=False)]
 
 
 def _summary(start: dict[str, Any], records: RunRecords, trained: Column) -> dict[str, Any]:

@@ -85,7 +85,7 @@ function layersOf(chart, series, rows, log) {
   };
   const limits = extent(rows, log);
   const y = {
-    field: "y", type: "quantitative", scale: { zero: false, type: log ? "log" : "linear", nice: false, domain: limits },
+    field: "y", type: "quantitative", scale: { ...(log ? { type: "log" } : { zero: false }), nice: false, domain: limits },
     axis: { title: null, tickCount: 5, labelOverlap: true, ...(limits && limits[1] >= 1e5 ? { format: ".3~s" } : {}) },
   };
   if (chart.stack && series.length > 1 && data.runs.length === 1) {
