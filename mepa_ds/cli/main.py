@@ -27,7 +27,7 @@ COMMANDS = {
     "ablate": "train every arm of an ablation with several seeds, and compare them",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
-    "report": "what a pretraining run did: report.json and a table",
+    "report": "what runs did: a table, and a page with curves, pictures and events",
 }
 
 
