@@ -10,6 +10,7 @@ import mepa_ds
 from mepa_ds.command_line import entry
 
 COMMANDS = {
+    "init": "from a folder of images to recipes and commands, or to a trained model",
     "quickstart": "the whole system on real images, in minutes, on a CPU",
     "data": "image, token and feature sets: build, precompute, verify, show, merge",
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
@@ -24,9 +25,10 @@ COMMANDS = {
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "ablate": "train every arm of an ablation with several seeds, and compare them",
+    "sweep": "train a recipe with many values of its keys, here or on SLURM, and sort what came out",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
-    "report": "what a pretraining run did: report.json and a table",
+    "report": "what runs did: a table, and a page with curves, pictures and events",
 }
 
 
