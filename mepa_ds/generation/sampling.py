@@ -229,10 +229,10 @@ def _as_labels(labels_B: Tensor | NDArray[Any] | Sequence[int | str], names: Seq
     if isinstance(labels_B, str):
         raise UserError(f"labels: expected a list with a class for each image, such as [{labels_B!r}], got a text")
     try:
-        if not isinstance(labels_B, (Tensor, np.ndarray)):
+        if isinstance(labels_B, np.ndarray) and labels_B.dtype.kind in "UO":
+            labels_B = labels_B.tolist()
+        if isinstance(labels_B, (list, tuple)):
             labels_B = labels_of(labels_B, names)
-        elif isinstance(labels_B, np.ndarray) and labels_B.dtype.kind in "UO":
-            labels_B = labels_of(labels_B.tolist(), names)
         labels = torch.as_tensor(labels_B)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"labels: expected a list of class numbers ({error})") from error

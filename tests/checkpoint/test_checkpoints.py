@@ -319,7 +319,7 @@ def fail_to_write_the_best_weights_of_step_4() -> None:
     original = checkpointing.convert_fragments
 
     def convert(
-        fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int, class_names: Sequence[str]
+        fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int, class_names: Sequence[str] = ()
     ) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
