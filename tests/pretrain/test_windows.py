@@ -140,6 +140,8 @@ def test_pictures_show_all_classes_or_say_which(tmp_path: Path, monkeypatch: pyt
     named = SampleGrids(tokenizer, tmp_path, 2, seed=0, alone=True, class_names=("Shirt", "1"))
     assert named.write(model, 1, lambda: None).exists()
     assert drawn == {"title": "step 1", "rows": ["0 Shirt", "class 1"]}
+    grids(1000).write(model, 1, lambda: None)
+    assert drawn["title"] == "step 1; 8 of 1000 classes"
     monkeypatch.setattr(sample_grids, "save_grid", lambda *_, **__: 1 / 0)
     with pytest.raises(UnwrittenError, match="division by zero"):
         grids(2).write(model, 1, lambda: None)
