@@ -93,7 +93,7 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
         grid, codebook, left * speed * _MODEL_EFFICIENCY / batch, most, num_train
     )
     epochs = steps * batch / num_train
-    repeats = epochs >= _EPOCHS_OF_GUIDANCE
+    repeats, part = epochs >= _EPOCHS_OF_GUIDANCE, max(steps // 5, 1)  # steps are whole fifties
     model_seconds = steps * batch * model_image / (speed * _MODEL_EFFICIENCY)
     teacher: Teacher = "patch-pca" if num_train >= _IMAGES_FOR_TEACHER else "none"
     seconds = {
@@ -110,7 +110,7 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
         guidance_until=None if repeats else 0.25, guidance_scales=(2, 3), ranks=ranks,
         threads=1 if machine.gpus else max(machine.cores // ranks, 1), ep_size=min(ranks, 2), precision="fp32",
         heldout=heldout, heldout_share=share, classifier=classifier, cfg=1.5, log_every=20,
-        evaluate_every=steps if epochs >= _EPOCHS_BY_HEART else _parts(steps, 4), checkpoint_every=_parts(steps, 4), sample_every=_parts(steps, 4),
+        evaluate_every=steps if epochs >= _EPOCHS_BY_HEART else part, checkpoint_every=part, sample_every=part,
         seconds=seconds,
         why=_why(images, machine, grid, codebook, (num_train, steps, batch, model_seconds)),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def _why(
     return {
         "side": f"half of the images have a shorter side of {images.side} pixels or more"
         + ("; larger ones would take a CPU hours" if large else ""),
-        "scales": f"{sum(side * side for side in grid.scales)} tokens an image, the finest of {pixels} x {pixels} pixels",
+        "scales": f"{sum(side * side for side in grid.scales)} tokens an image, the finest {pixels} x {pixels} pixels",
         "codebook": "grey images need few codes" if codebook == 128 else "colours need more codes than grey images",
         "steps": f"{epochs:.3g} passes over {num_train} images, in about {seconds / 60:.0f} min on {on}",
         "size": f"the largest of {len(SIZES)} sizes that gets enough images and steps",
@@ -175,8 +175,3 @@ def _gflop(size: Size, grid: Grid, codebook: int) -> float:
 def _base_lr(size: Size, batch: int) -> float:
     """At a batch of 256: 2e-3 at the run's own batch, for width 128, falling with the width."""
     return float(f"{2e-3 * 128 / size.width * 256 / batch:.2g}")
-
-
-def _parts(steps: int, count: int) -> int:
-    """Steps of one of `count` parts, a divisor of the length where it has one."""
-    return max(steps // count, 1)
