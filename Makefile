@@ -83,7 +83,7 @@ types: setup
 
 # The documentation as a site, in build/site; a link that leads nowhere is an error.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The pages that are written from the code: commands and recipe keys.
 reference: setup

@@ -26,7 +26,7 @@ LAYERS = (
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
     ("scaling",),
-    ("ablation",),
+    ("ablation", "sweep"),
     ("project",),
     ("cli",),
     ("__main__",),

@@ -25,9 +25,10 @@ COMMANDS = {
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "ablate": "train every arm of an ablation with several seeds, and compare them",
+    "sweep": "train a recipe with many values of its keys, here or on SLURM, and sort what came out",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
-    "report": "what a pretraining run did: report.json and a table",
+    "report": "what runs did: a table, and a page with curves, pictures and events",
 }
 
 

@@ -42,12 +42,12 @@ def push(directory: Path, repository: str, files: Sequence[str], private: bool) 
     if not sys.stderr.isatty():
         disable_progress_bars()
     api = huggingface_hub.HfApi(library_name="mepa_ds")
+    paths = sorted({path for pattern in files for path in directory.glob(pattern) if path.is_file()})
+    added = [huggingface_hub.CommitOperationAdd(str(path.relative_to(directory)), path) for path in paths]
     kept = f"{directory} is complete: the same command again goes on from there"
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=directory, allow_patterns=list(files), commit_message="Model by mepa_ds"
-        )
+        api.create_commit(repository, added, commit_message="Model by mepa_ds")
     except OfflineModeIsEnabled as error:
         raise UserError(f"--push-to-hub: HF_HUB_OFFLINE is set; unset it. {kept}") from error
     except HfHubHTTPError as error:
@@ -65,9 +65,9 @@ def push(directory: Path, repository: str, files: Sequence[str], private: bool) 
 
 
 def _unreachable() -> tuple[type[Exception], ...]:
-    """What the libraries below raise without a network: requests (an OSError) or httpx, by their version."""
-    try:
-        import httpx
-    except ImportError:
-        return (OSError,)
-    return (OSError, httpx.TransportError)
+    """What the libraries below raise without a network: hf_xet, requests (an OSError), httpx and its successor.
+
+    Which of them huggingface_hub uses depends on its version.
+    """
+    used = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (OSError, RuntimeError, *(module.TransportError for module in used))

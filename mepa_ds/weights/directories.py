@@ -139,7 +139,7 @@ def _named(class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     counts = Counter(class_names)
     return {
         ID_TO_LABEL: {str(label): name for label, name in enumerate(class_names)},
-        LABEL_TO_ID: {name: label for label, name in enumerate(class_names) if counts[name] == 1},
+        LABEL_TO_ID: {name: label for label, name in enumerate(class_names) if name and counts[name] == 1},
     }
 
 

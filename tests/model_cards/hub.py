@@ -118,9 +118,10 @@ def local_hub(patch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def point_to(address: str, patch: pytest.MonkeyPatch) -> None:
-    """huggingface_hub reads HF_ENDPOINT once, when it is imported."""
+    """huggingface_hub reads its settings once, when it is imported. The stand-in does not speak Xet's protocol."""
     from huggingface_hub import constants
 
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     patch.setattr(constants, "ENDPOINT", address)
     patch.setenv("HF_ENDPOINT", address)
     patch.setenv("HF_TOKEN", TOKEN)

@@ -148,6 +148,7 @@ def test_a_push_is_the_directory_and_no_more(
             UserError, match=r"refuses \(status 403, You may not\); log in .* to jane/shirts\. "
         ) as told:
             command.main(words)
+    point_to("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(UserError, match=r"the hub at http://127\.0\.0\.1:\d+ cannot be reached .*look at the network"):
         command.main(words)
     said = capsys.readouterr()
@@ -167,12 +168,10 @@ def test_mistakes_are_one_message(project: Path, tmp_path: Path, monkeypatch: py
         ([project, tmp_path / "x", "--push-to-hub", "a b/c"], "--push-to-hub: expected OWNER/NAME"),
         (
             [project, tmp_path / "x", "--push-to-hub", "jane/x"],
-            r"nobody is logged in to the hub here; log in \(hf auth",
+            r"nobody is logged in to the hub here; log in \(hf",
         ),
         ([project, tmp_path / "x", "--ema"], "no checkpoint"),
     ]:
         with pytest.raises(UserError, match=message):
             command.main(list(map(str, words)))
     assert not (tmp_path / "x" / "config.json").exists()
-    point_to("http://127.0.0.1:9", monkeypatch)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
