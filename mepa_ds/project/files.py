@@ -9,14 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from mepa_ds.data.shards.left_out import printable
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
-from mepa_ds.project.choosing.choices import Choices, Size
+from mepa_ds.project.choosing.choices import Choices
 from mepa_ds.project.looking.facts import ImageFacts, MachineFacts
 
 NAME = "project.json"
 _VERSION = 1
+_CHOICES = TypeAdapter(Choices)
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,14 @@ def read(out: Path) -> Written | None:
         data = json.loads(path.read_text())
         if data["version"] != _VERSION:
             raise ValueError(f"version {data['version']}")
-        return Written(data["asked"], data["images"], _choices(data["choices"]), data["files"])
+        return Written(
+            data["asked"], data["images"], _CHOICES.validate_json(json.dumps(data["choices"])), data["files"]
+        )
     except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{printable(str(path))}: cannot be read ({error}); remove it, and recipes are written anew"
+            f"{printable(str(path))}: cannot be read ({reason}); remove it, and recipes are written anew"
         ) from error
-
-
-def _choices(data: dict[str, Any]) -> Choices:
-    """JSON has lists for tuples, and a mapping for the size."""
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
-    if values["size"] is not None:
-        values["size"] = Size(**values["size"])
-    return Choices(**values)
 
 
 def edited(out: Path, written: Written) -> list[str]:

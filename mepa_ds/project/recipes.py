@@ -98,6 +98,7 @@ def pretrain_recipe(chosen: Choices, images: ImageFacts, layout: Layout) -> str:
         [
             "log:",
             f"  every: {chosen.log_every}",
+            *_comment(chosen.why.get("evaluate", ""), 2),
             f"  evaluate_every: {chosen.evaluate_every}",
             f"  checkpoint_every: {chosen.checkpoint_every}",
             *([f"  sample_every: {chosen.sample_every}  # pictures in samples/"] if chosen.sample_every else []),

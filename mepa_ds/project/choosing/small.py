@@ -18,10 +18,13 @@ _TOKENIZER_EFFICIENCY, _MODEL_EFFICIENCY = 0.45, 0.28
 _STARTS, _CLASSIFIER = 110.0, 60.0
 _TOKENIZER_SHARE = {32: 0.4, 64: 0.55}  # of the time of both trainings, by side
 _IMAGES_FOR_TEACHER = 50
+_EPOCHS_BY_HEART = 30
+"""From so many passes on, the held-out score is best long before the pictures are."""
+_TOKENIZER_BATCH = {32: 16, 64: 8}
 _STEPS, _TOKENIZER_STEPS = (200, 6000), (200, 2000)
 _EPOCHS_OF_GUIDANCE = 10
 """From so many passes over the images on, guidance holds back learning by heart (docs/guidance.md)."""
-_MOST_EPOCHS, _FEWEST_STEPS = 120, 400
+_MOST_EPOCHS, _FEWEST_STEPS = 40, 400
 """A longer run learns the images by heart; a shorter one learns nothing."""
 _MOST_TOKENIZER_EPOCHS = 300
 
@@ -70,25 +73,27 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
     ranks = power_of_two(ranks)
     codebook = 128 if images.colour == "grey" else 256
     batch = max(min(power_of_two(num_train), 32 if not machine.gpus else 256), ranks)
-    tokenizer_batch = max(min(power_of_two(num_train), 16 if not machine.gpus else 64), ranks)
+    usual = 64 if machine.gpus else _TOKENIZER_BATCH[side]
+    tokenizer_batch = max(min(power_of_two(num_train), usual), ranks)
     classifier = _judges(images, heldout, num_train)
     budget = 60 * (minutes or DEFAULT_MINUTES)
     starts = _STARTS + (_CLASSIFIER if classifier else 0) + images.num_images / 600
     trained = max(budget - starts, 0.2 * budget)
     speed = _speed(machine)
     tokenizer_image = FORWARD_AND_BACKWARD * grid.gflop / (speed * _TOKENIZER_EFFICIENCY)
-    limits = (
-        _TOKENIZER_STEPS[0],
-        min(_TOKENIZER_STEPS[1], max(_MOST_TOKENIZER_EPOCHS * num_train // tokenizer_batch, 200)),
-    )
-    tokenizer_steps = _rounded(_TOKENIZER_SHARE[side] * trained / (tokenizer_image * tokenizer_batch), limits)
-    left = trained - tokenizer_steps * tokenizer_image * tokenizer_batch
     most = min(_STEPS[1], max(_MOST_EPOCHS * num_train // batch, _FEWEST_STEPS))
+    # What few images leave of the model's share is the tokenizer's.
+    needed = most * batch * _gflop(SIZES[0], grid, codebook) / (speed * _MODEL_EFFICIENCY)
+    for_tokenizer = trained - min((1 - _TOKENIZER_SHARE[side]) * trained, needed)
+    most_passes = max(_MOST_TOKENIZER_EPOCHS * num_train // tokenizer_batch, _TOKENIZER_STEPS[0])
+    limits = _TOKENIZER_STEPS[0], min(_TOKENIZER_STEPS[1], most_passes)
+    tokenizer_steps = _rounded(for_tokenizer / (tokenizer_image * tokenizer_batch), limits)
+    left = trained - tokenizer_steps * tokenizer_image * tokenizer_batch
     size, steps, model_image = _size_and_steps(
         grid, codebook, left * speed * _MODEL_EFFICIENCY / batch, most, num_train
     )
     epochs = steps * batch / num_train
-    repeats = epochs >= _EPOCHS_OF_GUIDANCE
+    repeats, part = epochs >= _EPOCHS_OF_GUIDANCE, max(steps // 5, 1)  # steps are whole fifties
     model_seconds = steps * batch * model_image / (speed * _MODEL_EFFICIENCY)
     teacher: Teacher = "patch-pca" if num_train >= _IMAGES_FOR_TEACHER else "none"
     seconds = {
@@ -105,25 +110,36 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
         guidance_until=None if repeats else 0.25, guidance_scales=(2, 3), ranks=ranks,
         threads=1 if machine.gpus else max(machine.cores // ranks, 1), ep_size=min(ranks, 2), precision="fp32",
         heldout=heldout, heldout_share=share, classifier=classifier, cfg=1.5, log_every=20,
-        evaluate_every=_parts(steps, 4), checkpoint_every=_parts(steps, 4), sample_every=_parts(steps, 4),
+        evaluate_every=steps if epochs >= _EPOCHS_BY_HEART else part, checkpoint_every=part, sample_every=part,
         seconds=seconds,
-        why={
-            "side": f"half of the images have a shorter side of {images.side} pixels or more"
-            + ("; larger ones would take a CPU hours" if images.side > 1.5 * side and not machine.gpus else ""),
-            "scales": f"{sum(side * side for side in grid.scales)} tokens an image, "
-            f"{side // grid.scales[-1]} x {side // grid.scales[-1]} pixels each at the finest scale",
-            "codebook": "grey images need few codes" if codebook == 128 else "colours need more codes than grey images",
-            "steps": f"{epochs:.3g} passes over {num_train} images, in about {model_seconds / 60:.0f} min "
-            f"on {machine.gpus or machine.cores} {'GPUs' if machine.gpus else 'cores'}",
-            "size": f"the largest of {len(SIZES)} sizes that gets enough images and steps",
-            "guidance": "constant: where images repeat, it holds back learning them by heart (docs/guidance.md)"
-            if repeats
-            else "ends after a quarter: in a short run on fresh images it costs (docs/guidance.md)",
-            "teacher": "principal components of image patches: fitted in seconds, no download"
-            if num_train >= _IMAGES_FOR_TEACHER
-            else f"{num_train} images are too few to fit a teacher",
-        },
+        why=_why(images, machine, grid, codebook, (num_train, steps, batch, model_seconds)),
     )  # fmt: skip
+
+
+def _why(
+    images: ImageFacts, machine: MachineFacts, grid: Grid, codebook: int, length: tuple[int, int, int, float]
+) -> dict[str, str]:
+    """Comments by choice. `length`: images, steps, batch, and seconds of the model's training."""
+    num_train, steps, batch, seconds = length
+    epochs, pixels = steps * batch / num_train, 2 ** (len(grid.multipliers) - 1)
+    large = images.side > 1.5 * pixels * grid.scales[-1] and not machine.gpus
+    on = f"{machine.gpus} GPUs" if machine.gpus else f"{machine.cores} cores"
+    by_heart = "at the end alone: with few images the held-out score is best long before the pictures are"
+    return {
+        "side": f"half of the images have a shorter side of {images.side} pixels or more"
+        + ("; larger ones would take a CPU hours" if large else ""),
+        "scales": f"{sum(side * side for side in grid.scales)} tokens an image, the finest {pixels} x {pixels} pixels",
+        "codebook": "grey images need few codes" if codebook == 128 else "colours need more codes than grey images",
+        "steps": f"{epochs:.3g} passes over {num_train} images, in about {seconds / 60:.0f} min on {on}",
+        "size": f"the largest of {len(SIZES)} sizes that gets enough images and steps",
+        "guidance": "constant: where images repeat, it holds back learning them by heart (docs/guidance.md)"
+        if epochs >= _EPOCHS_OF_GUIDANCE
+        else "ends after a quarter: in a short run on fresh images it costs (docs/guidance.md)",
+        "evaluate": by_heart if epochs >= _EPOCHS_BY_HEART else "",
+        "teacher": "principal components of image patches: fitted in seconds, no download"
+        if num_train >= _IMAGES_FOR_TEACHER
+        else f"{num_train} images are too few to fit a teacher",
+    }
 
 
 def _speed(machine: MachineFacts) -> float:
@@ -139,11 +155,7 @@ def _size_and_steps(
     """The largest size that has images enough and gets steps enough; its steps, and 1e9 operations an image."""
     chosen: tuple[Size, int, float] | None = None
     for size, needed in zip(SIZES, _IMAGES_FOR_SIZE, strict=True):
-        model = ModelConfig(
-            depth=size.depth, width=size.width, num_heads=size.num_heads, scales=grid.scales, codebook_size=codebook,
-            code_width=16, moe={"expert_ratio": 1.0},  # type: ignore[arg-type]
-        )  # fmt: skip
-        gflop = FORWARD_AND_BACKWARD * forward_flops(model) / 1e9
+        gflop = _gflop(size, grid, codebook)
         steps = gflops_a_batch_image / gflop
         if chosen is None or (num_train >= needed and steps >= _STEPS_BEFORE_SIZE):
             chosen = size, _rounded(steps, (min(_STEPS[0], max(most, 50)), max(most, 50))), gflop
@@ -151,11 +163,15 @@ def _size_and_steps(
     return chosen
 
 
+def _gflop(size: Size, grid: Grid, codebook: int) -> float:
+    """1e9 operations of an image, forward and backward."""
+    model = ModelConfig(
+        depth=size.depth, width=size.width, num_heads=size.num_heads, scales=grid.scales, codebook_size=codebook,
+        code_width=16, moe={"expert_ratio": 1.0},  # type: ignore[arg-type]
+    )  # fmt: skip
+    return FORWARD_AND_BACKWARD * forward_flops(model) / 1e9
+
+
 def _base_lr(size: Size, batch: int) -> float:
     """At a batch of 256: 2e-3 at the run's own batch, for width 128, falling with the width."""
     return float(f"{2e-3 * 128 / size.width * 256 / batch:.2g}")
-
-
-def _parts(steps: int, count: int) -> int:
-    """Steps of one of `count` parts, a divisor of the length where it has one."""
-    return max(steps // count, 1)

@@ -104,7 +104,7 @@ class Display:
             stage = self._expected[self._index]
             share = stage.share_done(self._before + time.monotonic() - self._started)
             done = sum(stage.seconds for stage in self._expected[: self._index]) + share * stage.seconds
-            self._bar.n = min(done, self._bar.total)
+            self._bar.n = done
             self._bar.set_description_str(f"{self._index + 1}/{len(self._names)} {self._names[self._index]}", False)
             self._bar.set_postfix_str(f"about {in_words(self._left(share))} left", True)
 
