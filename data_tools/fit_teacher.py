@@ -1,4 +1,4 @@
-"""`precompute.py fit-teacher`: teachers that need no download, made from the training images themselves.
+"""`mepa data fit-teacher`: teachers that need no download, made from the training images themselves.
 
 Shape legend: N images, H image height, W image width.
 """
@@ -12,7 +12,6 @@ from typing import Any, Literal, cast
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.config.base import Section, validate
@@ -22,6 +21,7 @@ from mepa_ds.data.shards.offset_index import label_number
 from mepa_ds.data.views import CENTRE, Views
 from mepa_ds.data_tools.precompute_sets import RunOptions, batches_of, open_images, stored_square, to_device
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 from mepa_ds.teachers.base import Teacher, resize
 from mepa_ds.teachers.conv_fitting import fit_conv_teacher
 from mepa_ds.teachers.conv_net import ConvNetConfig, Kind
@@ -89,7 +89,7 @@ class FitTeacher:
     def _fit(self, images: ShardSet, samples: list[int], config: Section) -> Teacher:
         views = Views.parse(CENTRE, stored_square(images))
         batches = batches_of(images, samples, views.crop, _BATCH, RunOptions.workers)
-        items = tqdm(batches, "fit" if self.kind == PATCH_PCA else "read", -(-len(samples) // _BATCH))
+        items = Progress(batches, "fit" if self.kind == PATCH_PCA else "read", -(-len(samples) // _BATCH))
         cpu = torch.device("cpu")
         if isinstance(config, PatchPcaConfig):
             pca = PatchPca.fit((to_device(batch, cpu) for batch in items), config)

@@ -1,4 +1,4 @@
-"""Writes the index of a shard set: `python data_tools/merge_index.py merge|scan|remote ...` (see --help).
+"""Writes the index of a shard set: `mepa data merge|scan|remote ...` (see --help).
 
 merge   a job array left a set whose last part did not finish it: gather the parts, or say what is missing
 scan    shards that others made: read their headers once, so that opening the set needs no scan; also for URLs
@@ -13,13 +13,13 @@ if __name__ == "__main__":  # before all that takes long to import
     raise_interrupts()
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
@@ -48,6 +48,7 @@ from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
 from mepa_ds.data_tools.remote_index import Cache, CacheOptions, Remote, begin_scan, check_near, signed_anew
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
+from mepa_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Scan:
             if len(set(names)) < len(names):
                 raise UserError(f"{self.shards}: two of these shards have the same name; names in a set are unique")
             scan = unordered_map(partial(_scan_shard, out), names, self.workers)
-            scanned = list(tqdm(scan, "scanning", len(names)))
+            scanned = list(Progress(scan, "scanning", len(names)))
         found = {shard.entry.name: shard for shard in scanned}
         members: dict[str, Member] = {}
         for name in names:
@@ -140,12 +141,12 @@ def _check_foreign(directory: Path) -> None:
     """Refuses to replace the index of a set that this project's tools made, or are making."""
     if (directory / MANIFEST_NAME).exists():
         raise UserError(
-            f"{directory}: holds a set that is not finished; run what writes it again, or `merge_index.py merge`"
+            f"{directory}: holds a set that is not finished; run what writes it again, or `mepa data merge`"
         )
     if (directory / INDEX_NAME).exists() and (index := ShardIndex.read(directory)).made_by != FOREIGN:
         raise UserError(
             f"{directory}: holds {index.kind} made by {index.made_by.name!r}, whose index a scan would lose; "
-            "use the set as it is, or check it with verify_shards.py"
+            "use the set as it is, or check it with mepa data verify"
         )
 
 
@@ -187,13 +188,13 @@ def _describe(path: Path, shard: Path, mtime_ns: int | None) -> Description:
     return description
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "merge_index.py") -> None:
     commands = (
         Annotated[Merge, tyro.conf.subcommand("merge")]
         | Annotated[Scan, tyro.conf.subcommand("scan")]
         | Annotated[Remote, tyro.conf.subcommand("remote")]
     )
-    command = tyro.cli(commands, prog="merge_index.py", description=__doc__)
+    command = tyro.cli(commands, prog=prog, args=argv, description=__doc__)
     log.make_stdout_a_log()
     index = command()
     print(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")

@@ -1,4 +1,4 @@
-"""Makes token and feature sets from an image set: `python data_tools/precompute.py tokens|features|fit-teacher --help`.
+"""Makes token and feature sets from an image set: `mepa data precompute tokens|features|fit-teacher --help`.
 
 Runs on one process, under torchrun (the shards are split over the ranks) or as a job array (--num-parts, --part); a
 run that was killed continues with the missing shards, and a rerun ends the same to the byte.
@@ -246,18 +246,18 @@ def _whole_image(image: Image.Image, key: str) -> tuple[Pixels, Boxes | None]:
     return np.asarray(image)[None], None
 
 
-def parse(argv: Sequence[str] | None = None) -> Tokens | Features | FitTeacher:
+def parse(argv: Sequence[str] | None = None, prog: str = "precompute.py") -> Tokens | Features | FitTeacher:
     """Parses the words of a command line (None: the process's own). Wrong words end the process with a message."""
     commands = (
         Annotated[Tokens, tyro.conf.subcommand("tokens")]
         | Annotated[Features, tyro.conf.subcommand("features")]
         | Annotated[FitTeacher, tyro.conf.subcommand("fit-teacher")]
     )
-    return tyro.cli(commands, prog="precompute.py", args=argv, description=__doc__)  # type: ignore[call-overload, no-any-return]
+    return tyro.cli(commands, prog=prog, args=argv, description=__doc__)  # type: ignore[call-overload, no-any-return]
 
 
-def main() -> None:
-    command = parse()
+def main(argv: Sequence[str] | None = None, prog: str = "precompute.py") -> None:
+    command = parse(argv, prog)
     log.make_stdout_a_log()
     try:
         command()

@@ -9,12 +9,12 @@ import os
 from collections.abc import Iterable
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis
 from mepa_ds.data.shards.writer import ShardWriter
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.pca import RunningCovariance
 
@@ -38,7 +38,7 @@ def shared_basis(
             raise UserError(f"{path}: lost, and the shards cannot be read without it; remove the set and make it again")
         quiet = not distributed.read_launch().is_main
         own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-        _fit(tqdm(features, f"PCA to {components}", num_blocks, disable=quiet), components, teacher).save(own)
+        _fit(Progress(features, f"PCA to {components}", num_blocks, disable=quiet), components, teacher).save(own)
         try:
             os.link(own, path)  # fails, unlike a rename, if another process was first
         except FileExistsError:

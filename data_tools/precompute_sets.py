@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.data.images import decode_sample
@@ -28,6 +26,7 @@ from mepa_ds.data.shards.writer import Sample, ShardWriter, npy_bytes
 from mepa_ds.data.views import Boxes
 from mepa_ds.errors import UserError
 from mepa_ds.machine import usable_cpus
+from mepa_ds.progress import Progress
 
 Pixels = npt.NDArray[np.uint8]
 Prepare = Callable[[Image.Image, str], tuple[Pixels, Boxes | None]]
@@ -171,7 +170,7 @@ def derive_set(
     samples = chain.from_iterable(range(starts[number], starts[number + 1]) for number in todo)
     size = max(options.batch_size // max(derivation.views, 1), 1)
     items = _items(images, samples, derivation.prepare, size, options.workers)
-    with tqdm(
+    with Progress(
         total=sum(sizes[number] for number in todo),
         desc=writer.directory.name,
         unit="img",
@@ -186,7 +185,7 @@ def derive_set(
 
 
 def _shard_samples(
-    items: Iterator[Item], derivation: Derivation, device: torch.device, size: int, progress: tqdm[Any]
+    items: Iterator[Item], derivation: Derivation, device: torch.device, size: int, progress: Progress
 ) -> Iterator[Sample]:
     while batch := list(islice(items, size)):
         yield from derivation.samples(batch, device)

@@ -1,4 +1,4 @@
-"""Sets behind URLs, as `data_tools/merge_index.py` makes them usable: indices, offset indices and remote.json."""
+"""Sets behind URLs, as `mepa data remote` makes them usable: indices, offset indices and remote.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A contact sheet of shard sets: `python data_tools/show_shards.py IMAGES --tokens T --tokenizer P --features F`.
+"""A contact sheet of shard sets: `mepa data show IMAGES --tokens T --tokenizer P --features F`.
 
 One row a sample: the image, what the tokenizer reconstructs from its token maps up to each scale, and the feature map
 with its three strongest principal components (over the samples shown) as red, green and blue.
@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before all that takes long to import
 
     raise_interrupts()
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,8 @@ def _read(shards: ShardSet, extension: str, numbers: NDArray[np.int64], dimensio
     return out
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="show_shards.py", description=__doc__)
+def main(argv: Sequence[str] | None = None, prog: str = "show_shards.py") -> None:
+    options = tyro.cli(Options, prog=prog, args=argv, description=__doc__)
     log.make_stdout_a_log()
     save_png(contact_sheet(options).pixels_HW3, options.out)
     print(options.out)

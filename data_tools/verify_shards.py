@@ -1,4 +1,4 @@
-"""Checks shard sets: `python data_tools/verify_shards.py IMAGES [TOKENS FEATURES ...]`; exit status 1 for any damage.
+"""Checks shard sets: `mepa data verify IMAGES [TOKENS FEATURES ...]`; exit status 1 for any damage.
 
 Of each set: sizes and checksums, offsets, keys (unique, and the same in all sets), labels (in range, and the same in
 images and tokens), every image, token map and feature map decoded. Prints a class histogram, and images that are
@@ -14,13 +14,13 @@ if __name__ == "__main__":  # before all that takes long to import
 
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
@@ -30,6 +30,7 @@ from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
 from mepa_ds.data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 
 _SHOWN = 20
 
@@ -76,7 +77,7 @@ def check_set(directory: Path, options: Options) -> SetReport:
         raise UserError(f"{directory}: its shards are remote; run this where they lie")
     reports = []
     total = sum(shard.bytes for shard in shards.index.shards)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:
+    with Progress(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:
         check = partial(check_shard, shards, options.decode)
         for report in unordered_map(check, range(len(shards.index.shards)), options.workers):
             reports.append(report)
@@ -181,7 +182,7 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     if first.damaged:
         raise UserError(
             f"--repair: {first.shards.directory} is damaged itself: remove the {len(first.damaged)} shards named above "
-            "and run build_shards.py with the settings in index.json again, then this"
+            "and run mepa data build with the settings in index.json again, then this"
         )
     for report in derived:
         if report.problems:
@@ -244,8 +245,8 @@ def _repaired(reports: list[SetReport], options: Options) -> bool:
     return all(report.is_whole for report in again)
 
 
-def main() -> None:
-    if not verify(tyro.cli(Options, prog="verify_shards.py", description=__doc__)):
+def main(argv: Sequence[str] | None = None, prog: str = "verify_shards.py") -> None:
+    if not verify(tyro.cli(Options, prog=prog, args=argv, description=__doc__)):
         sys.exit(1)
 
 

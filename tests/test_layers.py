@@ -19,14 +19,15 @@ LAYERS = (
     ("command_line", "images", "runtime", "weights"),
     ("data", "models", "teachers", "tokenizer"),
     ("generation", "objective"),
-    ("checkpoint", "data_tools", "evaluation", "reports"),
-    ("inspection",),
+    ("checkpoint", "data_tools", "evaluation", "reports", "watching"),
+    ("inspection", "model_cards", "serving"),
     ("engine",),
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
     ("scaling",),
-    ("ablation",),
+    ("ablation", "sweep"),
+    ("project",),
     ("cli",),
     ("__main__",),
 )

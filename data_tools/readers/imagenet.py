@@ -7,8 +7,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import HIDDEN, is_hidden
@@ -17,6 +15,7 @@ from mepa_ds.data_tools.readers.tar_members import TarMembers
 from mepa_ds.data_tools.readers.text_lines import read_lines
 from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import is_image_name
+from mepa_ds.progress import Progress
 
 _SYNSET, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"\d{1,9}")
 
@@ -60,7 +59,7 @@ def _open_train(path: Path) -> TarMembers:
             "For validation images give --labels"
         )
     source = TarMembers("imagenet", tuple(sorted(inner)), paths=[path])
-    for label, synset in enumerate(tqdm(source.classes, "listing", unit="class")):
+    for label, synset in enumerate(Progress(source.classes, "listing", unit="class")):
         offset, size = inner[synset]
         found = len(source)
         for image in _images(list_members(path, left_out, offset, size), left_out):

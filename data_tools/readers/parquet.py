@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mepa_ds.data.shards.index import MadeBy
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import HIDDEN, is_hidden
@@ -25,6 +23,7 @@ from mepa_ds.data_tools.readers.tar_members import TarMembers
 from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from mepa_ds.files import again, may_pass
+from mepa_ds.progress import Progress
 
 _OF_A_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 
@@ -89,7 +88,7 @@ class Parquet:
         manifest = Manifest(kind="images", shard_names=shards, made_by=made_by)
         writer = _scratch_writer(scratch, manifest)
         total = sum(table.metadata.num_rows for table in tables)
-        with tqdm(total=total, desc="copying parquet", unit="row") as progress:
+        with Progress(total=total, desc="copying parquet", unit="row") as progress:
             for path, table, shard in zip(files, tables, shards, strict=True):
                 if not writer.is_complete(shard):
                     self._copy_file(path, writer, shard, len(names), progress)

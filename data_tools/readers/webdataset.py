@@ -7,8 +7,6 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.remote.urls import file_names, is_remote, redacted, unsigned
@@ -22,6 +20,7 @@ from mepa_ds.data_tools.readers.source import COPIED_FROM
 from mepa_ds.data_tools.readers.tar_members import TarMembers
 from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable
+from mepa_ds.progress import Progress
 
 _MANY_CLASSES = 100_000
 """More classes than any known dataset has. A label from here on that exceeds the number of images is a mistake."""
@@ -42,7 +41,7 @@ class WebDataset:
         left_out = LeftOut()
         paths = self._local_paths(scratch, left_out)
         source = TarMembers("webdataset", (), paths=paths)
-        for number in tqdm(range(len(paths)), "listing"):
+        for number in Progress(range(len(paths)), "listing"):
             try:
                 _list_tar(source, number, len(names or ()), left_out)
             except OSError as error:

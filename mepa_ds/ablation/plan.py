@@ -11,17 +11,14 @@ from typing import Any
 import mepa_ds
 from mepa_ds import shipped
 from mepa_ds.ablation.config import AblationConfig
-from mepa_ds.config.base import dump_yaml, read_yaml, set_key, validate
+from mepa_ds.config.base import dump_yaml, read_yaml
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
-from mepa_ds.models.summary import count_parameters
-from mepa_ds.objective.flops import image_flops
 from mepa_ds.scaling.running.run import Fleet
 from mepa_ds.scaling.study import directory
 from mepa_ds.scaling.study.plan import write_manifest
-from mepa_ds.scaling.study.runs import diverged_above
+from mepa_ds.scaling.study.variants import plan_row, variant
 
 FILE_NAME = "ablation.yaml"
 
@@ -45,62 +42,11 @@ def make_plan(ablation: AblationConfig) -> tuple[list[dict[str, Any]], dict[str,
     for number in range(ablation.seeds):
         for arm in ablation.arms:
             name = f"{arm}-s{number}"
-            recipes[name] = config = _recipe(ablation, base, arm, number)
-            rows.append(_row(ablation, name, arm, config))
+            where, out = f"{ablation.name}: arm {arm}", ablation.output_dir
+            recipes[name] = config = variant(base, ablation.arms[arm].set, number, out / "runs" / name, where)
+            rows.append(plan_row(name, config, out / "recipes" / f"{name}.yaml") | {"arm": arm})
     _check_arms(ablation, {row["arm"]: (row, recipes[row["run"]]) for row in rows[: len(ablation.arms)]})
     return rows, recipes
-
-
-def _recipe(ablation: AblationConfig, base: dict[str, Any], arm: str, number: int) -> PretrainConfig:
-    where = f"{ablation.name}: arm {arm}"
-    values: dict[str, Any] = json.loads(json.dumps(base))
-    for key, value in ablation.arms[arm].set.items():
-        set_key(values, key, value, f"{where}: {key}")
-    values["seed"] = int(base.get("seed", 0)) + number
-    values["output_dir"] = str(ablation.output_dir / "runs" / f"{arm}-s{number}")
-    config = validate(PretrainConfig, values, where)
-    if config.data.heldout_tokens is None:
-        raise UserError(f"{ablation.base}: data.heldout_tokens: arms are compared on held-out images; name their set")
-    steps = config.train.num_steps(_num_samples(config))
-    log = {"evaluate_every": steps, "checkpoint_every": min(config.log.checkpoint_every, steps)}
-    if config.log.score is not None:
-        log["score_every"] = steps
-    values["log"] = (values.get("log") or {}) | log
-    limit = config.guards.diverged_above or diverged_above(config.model)
-    values["guards"] = (values.get("guards") or {}) | {"diverged_above": limit}
-    return validate(PretrainConfig, values, where)
-
-
-def _num_samples(config: PretrainConfig) -> int:
-    """Images of an epoch; only a length in epochs needs them."""
-    if config.train.epochs is None:
-        return 1
-    found = config.data.tokens or config.data.images
-    assert found is not None
-    return config.data.unique_images or ShardIndex.read(found).num_samples
-
-
-def _row(ablation: AblationConfig, name: str, arm: str, config: PretrainConfig) -> dict[str, Any]:
-    counts, of_image = count_parameters(config.model), sum(image_flops(config.model).values())
-    steps = config.train.num_steps(_num_samples(config))
-    samples = steps * config.train.global_batch
-    return {
-        "run": name,
-        "arm": arm,
-        "role": "fit",
-        "seed": config.seed,
-        "steps": steps,
-        "samples": samples,
-        "params_total": counts.total,
-        "params_active": counts.active,
-        "flops_image": of_image,
-        "paid_flops": of_image * samples,
-        "first_step": 0,
-        "branches_off": None,
-        "waits_for_sweep": False,
-        "recipe": str(ablation.output_dir / "recipes" / f"{name}.yaml"),
-        "output_dir": str(config.output_dir),
-    }
 
 
 def _check_arms(ablation: AblationConfig, first: dict[str, tuple[dict[str, Any], PretrainConfig]]) -> None:

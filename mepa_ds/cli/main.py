@@ -10,24 +10,31 @@ import mepa_ds
 from mepa_ds.command_line import entry
 
 COMMANDS = {
+    "init": "from a folder of images to recipes and commands, or to a trained model",
     "quickstart": "the whole system on real images, in minutes, on a CPU",
+    "data": "image, token and feature sets: build, precompute, verify, show, merge",
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
     "evaluate": "scores of images: FID, precision, recall, class agreement and others",
     "evaluate-tokenizer": "PSNR, SSIM, LPIPS, rFID and the use of the codebook of a tokenizer",
+    "serve": "a local web page that draws images of a model",
+    "watch": "runs as they go on, in a terminal: loss, held-out score, speed, time left",
     "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",
     "export": "a checkpoint's weights as safetensors + config.json",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "ablate": "train every arm of an ablation with several seeds, and compare them",
+    "sweep": "train a recipe with many values of its keys, here or on SLURM, and sort what came out",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what runs did: a table, and a page with curves, pictures and events",
 }
 
 
-_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report"), "results")
+_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report", "serve"), "results") | (
+    dict.fromkeys(("completion", "doctor", "sweep", "watch"), "tools")
+)
 """Folders of commands that are not in this one."""
 
 

@@ -20,14 +20,14 @@ class OnlineTeacher(Section):
     """The teacher that runs beside the model."""
 
     name: str
-    """As for data_tools/precompute.py: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
+    """As for mepa data precompute: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
     made."""
     weights: PathOrHub
     """Local checkpoint (the directory that fit-teacher wrote), or `hub` to let timm download it."""
 
 
 class DataConfig(Section):
-    """Sibling shard sets that `data_tools/precompute.py` wrote (tokens, features), or images, encoded at every step."""
+    """Sibling shard sets that `mepa data precompute` wrote (tokens, features), or images, encoded at every step."""
 
     tokens: UserPath | None = None
     """Token maps of the training images (a directory with index.json). Give tokens or images."""
@@ -172,8 +172,13 @@ class LogConfig(Section):
     """Checkpoints of every such step stay for good; a multiple of checkpoint_every. null: none."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project (offline unless WANDB_MODE says otherwise)."""
+    trackio_project: str | None = None
+    """Also log to this project of trackio (needs the trackio package): a database and a dashboard on this machine."""
     tensorboard: bool = False
     """Also write <output_dir>/tensorboard (needs the tensorboard package)."""
+    tracked: Literal["short", "all"] = "short"
+    """What wandb, trackio and TensorBoard get: the numbers that say how a run is doing, or all of metrics.jsonl. Sample
+    pictures and heat maps of the experts' load come with both."""
 
     @model_validator(mode="after")
     def _check_milestones(self) -> Self:

@@ -92,8 +92,7 @@ def decode_sample(shards: ShardSet, key: str, members: dict[str, bytes]) -> Imag
     """The image of a sample. Raises DamagedError, which names set and key."""
     where = where_of(shards, key)
     remedy = (
-        f"make a set without it: data_tools/build_shards.py webdataset --shards {shards.directory} --out NEW "
-        "--on-damaged skip"
+        f"make a set without it: mepa data build webdataset --shards {shards.directory} --out NEW --on-damaged skip"
     )
     return decode_image(image_member(members, where)[1], where, remedy=remedy)
 

@@ -16,8 +16,8 @@ from mepa_ds.data.shards.index import FOREIGN, ShardIndex, keys_digest, read_off
 from mepa_ds.data.shards.offset_index import OffsetIndex
 from mepa_ds.errors import DamagedError
 
-REMEDY = "run data_tools/verify_shards.py on the set, and make it again if it is damaged"
-_RESCAN = "if it was replaced, run data_tools/merge_index.py scan on the set again"
+REMEDY = "run mepa data verify on the set, and make it again if it is damaged"
+_RESCAN = "if it was replaced, run mepa data scan on the set again"
 
 
 def remedy(index: ShardIndex) -> str:

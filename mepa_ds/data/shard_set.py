@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mepa_ds.data.order import Indices
 from mepa_ds.data.places import REMEDY, Places, remedy
@@ -41,6 +40,7 @@ from mepa_ds.data.shards.samples import LABEL_EXTENSION, tar_files
 from mepa_ds.data.shards.writer import MANIFEST_NAME, read_npy_header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again
+from mepa_ds.progress import Progress
 
 
 class ShardSet:
@@ -93,12 +93,12 @@ class ShardSet:
         """An index of tars that came without one, and their offset indices."""
         left_out = LeftOut()
         paths = tar_files(self.directory, left_out)
-        progress = tqdm(paths, "reading headers (merge_index.py scan keeps them)", delay=5)
+        progress = Progress(paths, "reading headers (mepa data scan keeps them)", delay=5)
         offset_indices = [read_offset_index(path, "images", foreign=True) for path in progress]
         for offset_index in offset_indices:
             left_out.update(offset_index.left_out)
         if left_out:
-            tqdm.write(f"{self.what}: {self.directory}: {left_out}", file=sys.stderr)
+            Progress.write(f"{self.what}: {self.directory}: {left_out}", file=sys.stderr)
         entries = [
             ShardEntry(
                 name=path.name,

@@ -183,7 +183,7 @@ class _Reader:
             key = keys[int(over_B.nonzero()[0])].decode()
             raise DamagedError(
                 f"{self._sets.tokens.directory}: sample {key!r} has codes outside the codebook of "
-                f"{self._sets.codebook_size}; run data_tools/verify_shards.py"
+                f"{self._sets.codebook_size}; run mepa data verify"
             )
 
 

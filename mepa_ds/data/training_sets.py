@@ -128,7 +128,7 @@ def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
     if shards.index.kind != kind or extension not in shards.index.members:
         raise UserError(
             f"{shards.what}: {shards.directory}: holds {shards.index.kind} ({', '.join(shards.index.members)}), not "
-            f"{kind}; give the set that `data_tools/precompute.py {kind}` made"
+            f"{kind}; give the set that `mepa data precompute {kind}` made"
         )
 
 
@@ -142,7 +142,7 @@ def check_siblings(first: ShardSet, second: ShardSet) -> None:
         raise UserError(
             f"{first.what} {first.directory} ({len(first)} samples) and {second.what} {second.directory} "
             f"({len(second)} samples) are not made from the same images in the same order; "
-            "run data_tools/precompute.py again for one of them, on the image set of the other"
+            "run mepa data precompute again for one of them, on the image set of the other"
         )
 
 
@@ -152,5 +152,5 @@ def _setting(shards: ShardSet, name: str) -> Any:
     except KeyError:
         raise UserError(
             f"{shards.what}: {shards.directory}: index.json does not say {name!r} in made_by.settings; "
-            f"make the set again with data_tools/precompute.py {shards.index.kind}"
+            f"make the set again with mepa data precompute {shards.index.kind}"
         ) from None

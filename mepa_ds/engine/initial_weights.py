@@ -82,7 +82,7 @@ def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
     way = f"To start from these weights, set {_settings(differing)}"
     if "scales" in differing:
         sides = " ".join(map(str, theirs.scales))
-        way += f", and use tokens of these scales (data_tools/precompute.py tokens IMAGES --scales {sides} ...)"
+        way += f", and use tokens of these scales (mepa data precompute tokens IMAGES --scales {sides} ...)"
     raise UserError(f"{path} {_UNFIT}: {faults}. {way}")
 
 

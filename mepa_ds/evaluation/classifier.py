@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mepa_ds.config.base import Section
 from mepa_ds.config.values import PositiveInt
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.space import CLASSIFIER, FeatureSpace
 from mepa_ds.files import identity_of_weights
+from mepa_ds.progress import Progress
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
 
 KIND = "classifier"
@@ -151,7 +151,7 @@ class Classifier:
         optimizer = torch.optim.AdamW(self.network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.2)
         self.network.train()
-        with tqdm(total=steps, desc="fitting the classifier", unit="step", disable=None) as bar:
+        with Progress(total=steps, desc="fitting the classifier", unit="step") as bar:
             for rows_B in _batches(len(labels_N), batch, epochs, rng):
                 images_B3SS = torch.from_numpy(_shifted(pixels_NSS3[rows_B], rng)).to(self.device).permute(0, 3, 1, 2)
                 target_B = torch.from_numpy(labels_N[rows_B]).to(self.device)

@@ -14,12 +14,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.evaluation.inception import SPATIAL
 from mepa_ds.evaluation.references import Images
 from mepa_ds.evaluation.space import INCEPTION, FeatureSpace, check_finite
+from mepa_ds.progress import Progress
 from mepa_ds.weights.directories import write_safetensors
 
 EXTRAS = {INCEPTION: (SPATIAL,)}
@@ -75,7 +75,7 @@ def _read(path: Path, wanted: Sequence[str], count: int) -> dict[str, Tensor]:
 def _compute(space: FeatureSpace, images: Images, wanted: Sequence[str]) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     done = 0
-    with tqdm(total=len(images), desc=f"reference: {space.name}", unit="image", disable=None) as bar:
+    with Progress(total=len(images), desc=f"reference: {space.name}", unit="image") as bar:
         for pixels_BHW3 in images.batches(_BATCH):
             outputs = space.outputs(pixels_BHW3)
             found = {name: outputs[name] for name in wanted}

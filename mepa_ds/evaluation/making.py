@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.data.images import images_once
@@ -25,6 +24,7 @@ from mepa_ds.evaluation.formulas.gaussian import Gaussian, RunningGaussian
 from mepa_ds.evaluation.inception import SPATIAL
 from mepa_ds.evaluation.references import ADM_NAMES, ShardImages
 from mepa_ds.files import atomic_path, check_file_writable, check_writable
+from mepa_ds.progress import Progress
 
 REFERENCE_IMAGES = 10_000
 """Images that a reference file holds, as ADM's."""
@@ -59,7 +59,7 @@ def make_reference(
     kept_rows = set(spread(len(images), REFERENCE_IMAGES))
     kept_KHW3 = np.empty((len(kept_rows), *images.shape[1:]), np.uint8)  # 2 GB of 256 pixels
     labels, done = list[int](), 0
-    with tqdm(total=len(images), desc="reference", unit="image", disable=None) as bar:
+    with Progress(total=len(images), desc="reference", unit="image") as bar:
         for pixels_BHW3, labels_B in images.labelled_batches(_BATCH):
             for space in spaces:
                 _add(statistics, space, pixels_BHW3)
@@ -135,7 +135,7 @@ def _read(shards: Path, side: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]
     small = min(side, LARGEST_SIDE)
     ranks = distributed.Ranks(0, -(-count // _MOST_FITTED))
     parts, labels = list[Tensor](), list[Tensor]()
-    with tqdm(total=-(-count // ranks.world_size), desc=f"reading {shards}", unit="image", disable=None) as bar:
+    with Progress(total=-(-count // ranks.world_size), desc=f"reading {shards}", unit="image") as bar:
         for batch in images_once(shards, batch_size=_BATCH, image_side=side, ranks=ranks):
             pixels_B3HW = batch.pixels_B3HW
             if side != small:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mepa_ds import distributed
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
@@ -17,6 +15,7 @@ from mepa_ds.evaluation.references import Images, Reference
 from mepa_ds.evaluation.scorer import Scorer, ScorerOptions
 from mepa_ds.files import check_file_writable, write_json
 from mepa_ds.images.sets import ImageFiles, is_numbered
+from mepa_ds.progress import Progress
 
 _LEAST_IMAGES = 5
 _PUBLISHED_IMAGES = 50_000
@@ -56,7 +55,7 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     scorer = Scorer.open(reference, comparison.options, height, device)
     labels = _labels(comparison.samples, samples, scorer.classifier)
     scorer.check_samples(len(samples), labels)
-    with tqdm(total=len(samples), desc="samples", unit="image", disable=None) as bar:
+    with Progress(total=len(samples), desc="samples", unit="image") as bar:
         features = scorer.features_of_all(samples.batches(_BATCH), str(comparison.samples), bar.update)
     print("distances and neighbours ...", flush=True)
     scores = {**scorer.score(features, labels), "samples": str(comparison.samples)}

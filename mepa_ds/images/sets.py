@@ -12,12 +12,12 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mepa_ds import log
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, check_regular, read_file, why_unreadable
 from mepa_ds.images.decoding import decode_image, is_image_name
+from mepa_ds.progress import Progress
 
 _MEMBER, _LABELS = "arr_0.npy", "arr_1"
 _MOST_DIGITS = 6  # of a class's number; longer ones, such as dates and WordNet's numbers, are names
@@ -174,7 +174,7 @@ def write_npz(path: Path, images: Sequence[Path]) -> None:
         archive.open(_MEMBER, "w", force_zip64=True) as file,
     ):
         np.lib.format.write_array_header_2_0(file, header)  # type: ignore[arg-type]
-        for name in tqdm(images, desc="packing", unit="image", disable=None):
+        for name in Progress(images, desc="packing", unit="image"):
             file.write(_sized(name, first.shape, images[0]).tobytes())
         if (labels := _labels_of(images)) is not None:
             file.close()

@@ -135,7 +135,7 @@ def _check_same_classes(first: ShardSet, second: ShardSet) -> None:
         raise UserError(
             f"{first.what} {first.directory} and {second.what} {second.directory} have different classes: label "
             f"{label} is {meaning[0]!r} in the first and {meaning[1]!r} in the second; make one of them again with the "
-            "classes of the other: data_tools/build_shards.py has --classes for that"
+            "classes of the other: mepa data build has --classes for that"
         )
 
 
@@ -153,7 +153,7 @@ def _check_fit(model: ModelConfig, sets: TrainingSets, key: str) -> None:
     if sets.num_classes > model.num_classes or (0 < sets.num_classes < model.num_classes and not may_lack):
         raise UserError(
             f"model.num_classes: {model.num_classes}, but {key} {sets.tokens.directory} has {sets.num_classes} "
-            "classes; set model.num_classes, or make the set again with all classes (data_tools/build_shards.py has "
+            "classes; set model.num_classes, or make the set again with all classes (mepa data build has "
             "--classes for that)"
         )
 
@@ -164,7 +164,7 @@ def _check_maker(tokenizer: Path, scales: tuple[int, ...], sets: TrainingSets, k
         raise UserError(
             f"{key}: {sets.tokens.directory} was made by tokenizer {sets.tokenizer.name!r} "
             f"({sets.tokenizer.identity}), but tokenizer: {tokenizer} is {identity}; precompute the tokens "
-            "again with that tokenizer (data_tools/precompute.py tokens), or point tokenizer: to their maker"
+            "again with that tokenizer (mepa data precompute tokens), or point tokenizer: to their maker"
         )
 
 

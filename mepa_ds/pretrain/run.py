@@ -33,7 +33,7 @@ def pretrain(config: PretrainConfig, requests: StopRequests) -> bool:
             device = distributed.start(launch)
         distributed.agree(refusal(config.parallel.precision, device))
         sets = open_checked(config)
-        with prepared_output(config.output_dir, config.log.tensorboard):
+        with prepared_output(config.output_dir, config.log):
             run = PretrainRun(config, sets, device, requests)
             run.resume()
             try:

@@ -13,7 +13,7 @@ import torch
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import clean
 from mepa_ds.config.changes import changes_in_words
-from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.config.pretrain import LogConfig, PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.engine.lean_start import NothingDrawn
@@ -23,11 +23,11 @@ from mepa_ds.objective.flops import step_flops
 from mepa_ds.runtime.output import owned
 from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.runtime.stopping import JOB_END
-from mepa_ds.runtime.trackers import check_packages
+from mepa_ds.runtime.trackers.opening import check_packages
 
 
 @contextmanager
-def prepared_output(output_dir: Path, tensorboard: bool) -> Iterator[None]:
+def prepared_output(output_dir: Path, log: LogConfig) -> Iterator[None]:
     """Holds the output directory for this run within the context, and removes a killed run's leftovers. Collective.
 
     Raises:
@@ -36,7 +36,7 @@ def prepared_output(output_dir: Path, tensorboard: bool) -> Iterator[None]:
     """
 
     def prepare() -> None:
-        check_packages(tensorboard)
+        check_packages(log)
         clean(output_dir)
         clean(output_dir / "checkpoints")
 

@@ -37,7 +37,7 @@ from mepa_ds.pretrain.start import record_start
 from mepa_ds.runtime.recorder import Recorder, RunRecorder, peak_memory_bytes
 from mepa_ds.runtime.schedule import check_phases, guidance_strength, learning_rate, scales_in_step
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped
-from mepa_ds.runtime.trackers import open_trackers
+from mepa_ds.runtime.trackers.opening import open_trackers
 from mepa_ds.runtime.watchdog import Watchdog
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 
@@ -59,6 +59,7 @@ class PretrainRun:
         resumes = distributed.of_main(bool(list_checkpoints(config.output_dir / "checkpoints")))
         self.branch = None if resumes or config.branch_from is None else open_branch(config, data, sets.num_samples)
         self.engine = PretrainEngine(config, sets.feature_width, device, resumes)
+        self.engine.objective.transformer.class_names = sets.class_names
         quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
         self.inputs = InputMaker(config.model, quantizer, config.seed, device)
         self.watchdog = Watchdog(config.guards.hang_timeout, config.output_dir)
@@ -89,11 +90,16 @@ class PretrainRun:
         if distributed.is_main():
             write_text(config.output_dir / "resolved.yaml", dump_yaml(config))
             trackers = open_trackers(config, state.step)
-            self.recorder = RunRecorder(config.output_dir, state.step, self.num_steps, state.metrics_records, trackers)
+            self.recorder = RunRecorder(
+                config.output_dir, state.step, self.num_steps, state.metrics_records, trackers, config.log.tracked
+            )
         flops_of_step = partial(step_flops, config, self.sets.feature_width)
         peak = peak_flops_per_second(config.parallel.precision)
         batch = config.train.global_batch
-        self.metrics = StepMetrics(self.recorder, state.window, config.model.schedule, batch, flops_of_step, peak)
+        guided = config.objective.alignment.scales if config.objective.alignment else ()
+        self.metrics = StepMetrics(
+            self.recorder, state.window, config.model.schedule, batch, flops_of_step, peak, guided
+        )
         facts: dict[str, Any] = {"num_steps": self.num_steps, "num_samples": self.sets.num_samples}
         facts["memory_before_bytes"] = self.memory_before
         facts |= {} if self.branch is None else {"branch_from": str(self.branch.path)}

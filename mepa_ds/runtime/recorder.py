@@ -1,4 +1,4 @@
-"""Writes a run's numbers: first to metrics.jsonl, then to the log, a progress bar, wandb and TensorBoard."""
+"""Writes a run's numbers: first to metrics.jsonl, then to the log, a progress bar, and the trackers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from mepa_ds import distributed
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
+from mepa_ds.runtime.log_line import LogLine, words_of_pretraining
 from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
-from mepa_ds.runtime.trackers import TensorBoard, Wandb
+from mepa_ds.runtime.trackers.selection import Chosen, load_maps, scalars
+from mepa_ds.runtime.trackers.tracker import Pixels, Tracker
 
 _STATUS_SECONDS = 1.0
 RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
@@ -63,7 +67,13 @@ class RunRecorder(Recorder):
     """The recorder of the main rank. `num_kept` records of earlier starts stay; later records are dropped."""
 
     def __init__(
-        self, output_dir: Path, step: int, num_steps: int, num_kept: int, trackers: Sequence[Wandb | TensorBoard] = ()
+        self,
+        output_dir: Path,
+        step: int,
+        num_steps: int,
+        num_kept: int,
+        trackers: Sequence[Tracker] = (),
+        tracked: Chosen = "short",
     ):
         self._directory = output_dir
         self._path = output_dir / METRICS_NAME
@@ -71,16 +81,24 @@ class RunRecorder(Recorder):
         self._num_steps = num_steps
         self._recent: dict[str, Any] = {}
         """Numbers of the last record, for status.json."""
+        self._routing: dict[str, Any] | None = None
+        """The last record `routing` of this start."""
+        self._line = LogLine(num_steps)
+        self._heldout_ce: float | None = None
+        """Of the last evaluation, an earlier start's too."""
         self._status_due, self._status_failed = 0.0, False
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
+        self._heldout_ce = self._last_heldout_ce()
         self._status("running", step)
-        self._trackers = trackers
+        self._trackers, self._tracked = trackers, tracked
 
     def rewind(self, step: int, num_kept: int) -> None:
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=True)
         for tracker in self._trackers:
             tracker.rewind(step)
+        self._heldout_ce = self._last_heldout_ce()
+        self._line.restart()
         self._bar.n = step
         self._bar.refresh()
 
@@ -88,17 +106,42 @@ class RunRecorder(Recorder):
         losses = [r.get("step_loss", r["loss"]) for r in read_metrics(self._path) if r["event"] == "train"]
         return [loss for loss in losses if isinstance(loss, float)]
 
+    def _last_heldout_ce(self) -> float | None:
+        found = [record["ce"] for record in read_metrics(self._path) if record.get("event") == "heldout"]
+        return found[-1] if found and isinstance(found[-1], float) else None
+
     def advance(self, step: int) -> None:
         self._bar.update()
-        if time.monotonic() >= self._status_due:
+        now = time.monotonic()
+        self._line.begin(step, now)  # not with the start: a first step may compile for minutes
+        if now >= self._status_due:
             self._status("running", step)
 
     def record(self, event: str, step: int, values: dict[str, Any]) -> None:
         self._metrics.write({"event": event, "step": step, **values})
         self.num_records += 1
-        scalars = {f"{event}/{key}": value for key, value in _scalars(values)}
-        for tracker in self._trackers:
-            tracker.add(scalars, step)
+        if event == "heldout" and isinstance(values["ce"], float):
+            self._heldout_ce = values["ce"]
+        if event == "routing":
+            self._routing = values
+        if self._trackers:
+            self._track(event, step, values)
+
+    def _track(self, event: str, step: int, values: dict[str, Any]) -> None:
+        if numbers := scalars(event, values, self._tracked):
+            for tracker in self._trackers:
+                tracker.add(numbers, step)
+        for name, pixels_HW3 in self._pictures(event, values):
+            for tracker in self._trackers:
+                tracker.add_picture(name, pixels_HW3, step)
+
+    def _pictures(self, event: str, values: dict[str, Any]) -> Iterator[tuple[str, Pixels]]:
+        """Yields the pictures that belong to a record: samples, and with each evaluation what the experts get."""
+        if event == "samples":
+            with suppress(OSError), Image.open(self._directory / values["path"]) as picture:
+                yield "samples", np.asarray(picture.convert("RGB"))
+        elif event == "heldout" and self._routing is not None:
+            yield from load_maps(self._routing).items()
 
     def say(self, line: str) -> None:
         with suppress(OSError):  # a full disk may cost lines of the log, but does not end a run
@@ -111,15 +154,14 @@ class RunRecorder(Recorder):
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self.record("train", step, values)
-        left = (self._num_steps - step) * values["mean_step_seconds"]
-        facts = {"loss": values["loss"], "images_per_second": values["images_per_second"], "seconds_left": round(left)}
+        speed = values["images_per_second"]
+        self._line.mark(step, time.monotonic())
+        words = words_of_pretraining(values, self._heldout_ce)
+        lines = self._line.lines(step, words, speed, values["mean_step_seconds"])
+        facts = {"loss": values["loss"], "images_per_second": speed, "seconds_left": round(self._line.seconds_left)}
         self._recent = finite(facts)
-        text = (
-            f"step {step}/{self._num_steps}  loss {values['loss']:.4f}  ce {values['ce']:.4f}  "
-            f"lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {values['images_per_second']:.0f} images/s  "
-            f"{int(left // 60)}:{int(left % 60):02d} left"
-        )
-        self.say(text)
+        for line in lines:
+            self.say(line)
 
     def close(self, state: RunStatus, step: int, line: str, **facts: Any) -> None:
         self.say(line)
@@ -150,14 +192,3 @@ def peak_memory_bytes() -> int:
     if distributed.uses_gpu():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yields numbers by name. A list gives an entry per element: `ce_scale` of 3 scales is ce_scale/1 .. ce_scale/3."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, list):
-            yield from _scalars({str(index): item for index, item in enumerate(value, start=1)}, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)):
-            yield prefix + key, value

@@ -43,7 +43,7 @@ class ArrayConfig(Section):
     """Commands that each run as a job array."""
 
     commands: tuple[str, ...]
-    """Words of data_tools/build_shards.py or data_tools/precompute.py; the commands of a stage run side by side."""
+    """Words of mepa data build or mepa data precompute; the commands of a stage run side by side."""
     parts: PositiveInt = 1
     """Members of each array."""
     cpus: PositiveInt = 8
@@ -93,13 +93,13 @@ class PipelineConfig(Section):
     """All stages; those that are null are left out."""
 
     shards: ArrayConfig | None = None
-    """data_tools/build_shards.py"""
+    """mepa data build"""
     tokenizer: TrainingConfig | None = None
     """mepa train-tokenizer"""
     teacher: ArrayConfig | None = None
-    """data_tools/precompute.py fit-teacher"""
+    """mepa data precompute fit-teacher"""
     precompute: ArrayConfig | None = None
-    """data_tools/precompute.py tokens and features"""
+    """mepa data precompute tokens and features"""
     pretrain: TrainingConfig
     """pretrain.py"""
     samples: SamplesConfig | None = None

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 from mepa_ds.random_streams import generator
 from mepa_ds.teachers.conv_net import ConvNetConfig, ConvTeacher, Kind, nt_xent
 
@@ -50,7 +50,7 @@ def fit_conv_teacher(
     networks.train()
     optimizer = torch.optim.AdamW(networks.parameters(), lr=config.lr, weight_decay=_WEIGHT_DECAY)
     augmenting = generator(config.seed, "teacher", "augmentation")
-    progress = tqdm(_batches(len(images_N3HW), config), f"fit {kind}", config.steps, unit="step")
+    progress = Progress(_batches(len(images_N3HW), config), f"fit {kind}", config.steps, unit="step")
     for step, rows_B in enumerate(progress):
         optimizer.param_groups[0]["lr"] = config.lr * _rate(step, config.steps)
         pixels_B3HW = images_N3HW[rows_B].to(device).float().mul_(2 / 255).sub_(1)

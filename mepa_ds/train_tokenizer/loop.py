@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from mepa_ds import distributed, log
+from mepa_ds import distributed
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.changes import changes_in_words, recipe_changes
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
@@ -28,15 +27,14 @@ from mepa_ds.distributed import sum_over_ranks
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.images.pictures import save_png
-from mepa_ds.runtime.metrics import MetricsWriter
 from mepa_ds.runtime.output import owned
-from mepa_ds.runtime.recorder import RunStatus, write_status
 from mepa_ds.runtime.schedule import check_phases
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped, undisturbed
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
 from mepa_ds.train_tokenizer.checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.train_tokenizer.evaluation import evaluate_tokenizer, reconstruction_sheet
+from mepa_ds.train_tokenizer.records import TokenizerRecords
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
 from mepa_ds.weights.directories import load_strict
 from mepa_ds.weights.state_dict_files import WEIGHTS_NAME
@@ -81,6 +79,8 @@ class _Start(NamedTuple):
     trainer: TokenizerTrainer
     images: str
     """Names the training images and their order."""
+    num_images: int
+    """Training images in the set."""
     unevaluated: bool
     """Whether the run was stopped before the evaluation of this step."""
     num_replaced: int
@@ -97,58 +97,51 @@ class _Loop:
         self.requests, self.agreement = requests, Agreement(requests)
         # Damaged images since the last record. On the main rank the count includes the total of the checkpoint.
         self.num_replaced = start.num_replaced if distributed.is_main() else 0
-        # Only rank 0 writes.
-        self.writer: MetricsWriter | None = None
-        if distributed.is_main():
-            anew = "heldout" if start.unevaluated else None
-            self.writer = MetricsWriter(config.output_dir / "metrics.jsonl", self.trainer.step_index, anew)
+        anew = "heldout" if start.unevaluated else None
+        trainer = start.trainer
+        self.records = TokenizerRecords(config, trainer.step_index, trainer.num_steps, start.num_images, anew)
         if start.changes:
             self._write("recipe_changed", {"changes": start.changes})
 
     def run(self, unevaluated: bool) -> bool:
         """Trains; returns whether the run is finished. unevaluated: the step it starts from is evaluated first."""
         trainer, log = self.trainer, self.config.log
-        self._say_status("running")
+        self.records.status("running", trainer.step_index)
         batches = self._training_batches()
-        progress = tqdm(
-            total=trainer.num_steps, initial=trainer.step_index, desc="tokenizer", unit="step",
-            disable=not distributed.is_main(), mininterval=1.0,
-        )  # fmt: skip
-        stop = unevaluated and not self._evaluate(progress)
+        stop = unevaluated and not self._evaluate()
         since_step, seconds = trainer.step_index, 0.0
         while trainer.step_index < trainer.num_steps and not stop:
             began = time.perf_counter()
             self.agreement.begin()
             trainer.step(batches)
             stop = self.agreement.end()
-            progress.update()
+            self.records.advance(trainer.step_index)
             seconds += time.perf_counter() - began
             last = trainer.step_index == trainer.num_steps
             if last or trainer.step_index % log.every == 0:
                 trainer.check_finite()
                 record = trainer.metrics()
-                images = (trainer.step_index - since_step) * self.config.train.global_batch
+                steps = trainer.step_index - since_step
+                images = steps * self.config.train.global_batch
                 record |= {"lr": trainer.lr_at(trainer.step_index - 1), "images_per_second": images / seconds}
                 if self.config.data.on_damaged == "skip":
                     record["replaced_samples"], self.num_replaced = self._all_replaced(), 0
-                self._write("train", record)
-                progress.set_postfix(loss=f"{record['loss']:.4f}", codes=f"{100 * record['codebook_use']:.0f}%")
+                self.records.training(trainer.step_index, trainer.position, record, seconds / steps)
                 since_step, seconds = trainer.step_index, 0.0
-                self._say_status("running")
             evaluation_due = last or trainer.step_index % log.evaluate_every == 0
             if evaluation_due and (last or not stop):
-                stop = not self._evaluate(progress, to_the_end=last)
+                stop = not self._evaluate(to_the_end=last)
             if last:
                 self._finish()
             if last or stop or trainer.step_index % log.checkpoint_every == 0:
                 self._save(unevaluated=evaluation_due and stop and not last)
-        progress.close()
+        self.records.close()
         finished = trainer.step_index >= trainer.num_steps
         if not finished:
             step = trainer.step_index
             _say(f"tokenizer: {stopped(step, trainer.num_steps, self.requests.reason, from_step=step)}")
         reason = {} if finished else {"reason": self.requests.reason or "another rank"}
-        self._say_status("finished" if finished else "requeue", **reason)
+        self.records.status("finished" if finished else "requeue", trainer.step_index, **reason)
         return finished
 
     def _training_batches(self) -> Iterator[ImageBatch]:
@@ -170,15 +163,7 @@ class _Loop:
         """Returns how many damaged images were replaced since the last record, on all ranks. Collective."""
         return int(sum_over_ranks(torch.tensor(self.num_replaced, device=self.trainer.device)))
 
-    def _say_status(self, state: RunStatus, **facts: str) -> None:
-        if distributed.is_main():
-            steps = {"step": self.trainer.step_index, "num_steps": self.trainer.num_steps}
-            try:
-                write_status(self.config.output_dir, state, **steps, **facts)
-            except OSError as error:  # a failed write of the status does not end a run
-                log.note(f"warning: {self.config.output_dir / 'status.json'} cannot be written: {error}")
-
-    def _evaluate(self, progress: tqdm[Any], to_the_end: bool = False) -> bool:
+    def _evaluate(self, to_the_end: bool = False) -> bool:
         """Evaluates the tokenizer. Returns False, on every rank, if a rank was asked to stop meanwhile."""
         if self.config.data.heldout_images is None:
             return True
@@ -207,8 +192,8 @@ class _Loop:
                 save_png(picture, directory / "reconstructions" / f"step-{self.trainer.step_index:08d}.png")
                 save_png(picture, directory / "reconstructions.png")
             except Exception as error:  # a picture that fails does not end a run
-                progress.write(f"warning: a picture could not be written ({error})")
-            progress.write(
+                self.records.say(f"warning: a picture could not be written ({error})")
+            self.records.say(
                 f"step {self.trainer.step_index}: held-out PSNR {metrics['psnr']:.2f} dB on {metrics['num_images']} "
                 f"images, {100 * metrics['codebook_use']:.0f} % of the codes in use"
             )
@@ -230,10 +215,7 @@ class _Loop:
         distributed.agree(error)
 
     def _write(self, event: str, record: dict[str, Any]) -> None:
-        if self.writer is None:
-            return
-        trainer = self.trainer
-        self.writer.write({"event": event, "step": trainer.step_index, "samples": trainer.position, **record})
+        self.records.write(event, self.trainer.step_index, self.trainer.position, record)
 
 
 def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
@@ -276,10 +258,10 @@ def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
     check_phases(config.optim, num_steps)
     trainer = TokenizerTrainer(config, tokenizer, num_steps, device)
     if checkpoint is None:
-        return _Start(trainer, images, unevaluated=False, num_replaced=0, changes={})
+        return _Start(trainer, images, len(shards), unevaluated=False, num_replaced=0, changes={})
     trainer.load_state_dict(checkpoint)
     changes = recipe_changes(json.loads(checkpoint["config"]), json.loads(config.model_dump_json()))
-    return _Start(trainer, images, checkpoint["unevaluated"], checkpoint["num_replaced"], changes)
+    return _Start(trainer, images, len(shards), checkpoint["unevaluated"], checkpoint["num_replaced"], changes)
 
 
 def _start_from(tokenizer: Tokenizer, path: Path) -> None:

@@ -168,7 +168,7 @@ def test_labels_are_checked(tmp_path: Path, label: bytes, message: str) -> None:
 def test_a_set_that_is_not_finished_is_not_opened(tmp_path: Path) -> None:
     manifest = Manifest(kind="images", shard_names=("a.tar", "b.tar"), made_by=MadeBy(name="test"))
     ShardWriter(tmp_path, manifest).write_shard("a.tar", [sample_of("images", 0)])
-    with pytest.raises(UserError, match=r"no index\.json there; if a job is still writing.*merge_index\.py merge DIR"):
+    with pytest.raises(UserError, match=r"no index\.json there; if a job is still writing.*mepa data merge DIR"):
         ShardSet(tmp_path)
     with pytest.raises(UserError, match="holds a set that is not finished"):
         Scan(str(tmp_path), workers=0)()

@@ -209,7 +209,7 @@ def test_facts_that_a_run_checks(sets: tuple[Path, Path]) -> None:
 
 def test_mismatched_siblings_are_refused(sets: tuple[Path, Path], tmp_path: Path) -> None:
     make_set(tmp_path / "other", "features", (7, 5, 0, 12))
-    with pytest.raises(UserError, match=r"tokens.*features.*\(24 samples\).*run data_tools/precompute.py again"):
+    with pytest.raises(UserError, match=r"tokens.*features.*\(24 samples\).*run mepa data precompute again"):
         training_batches(sets[0], tmp_path / "other", global_batch=6, seed=0)
     with pytest.raises(UserError, match=r"data\.tokens: .*holds features .*, not tokens"):
         training_batches(sets[1], None, global_batch=6, seed=0)

@@ -269,7 +269,7 @@ def test_killed_and_run_again_ends_byte_identical(images: Path, tokenizer: Path,
 
 def test_a_damaged_image_is_named_and_finished_shards_stay(tmp_path: Path, tokenizer: Path) -> None:
     images = write_images(tmp_path / "images", damaged=8)
-    with pytest.raises(UserError, match=r"sample 'n0008': not a readable image.*build_shards\.py webdataset .*skip"):
+    with pytest.raises(UserError, match=r"sample 'n0008': not a readable image.*mepa data build webdataset .*skip"):
         Tokens(images, tokenizer, out=tmp_path / "out", run=RUN)()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "index.plan.json",

@@ -54,7 +54,7 @@ def test_a_validation_set_that_lacks_a_class(folder: Path) -> None:
     change(folder, "heldout.tokens", classes=["cat", "fox"])
     message = (
         r"label 1 is 'dog' in the first and 'fox' in the second; make one of them again .*"
-        r"build_shards\.py has --classes for that"
+        r"mepa data build has --classes for that"
     )
     refused_alike(config_of(folder), message)
     change(folder, "train.tokens", classes=[])

@@ -23,8 +23,8 @@ from mepa_ds.objective import flops
 from mepa_ds.objective.objective import PretrainingObjective
 from mepa_ds.pretrain.inputs import InputMaker
 from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
-from mepa_ds.runtime.recorder import TensorBoard
 from mepa_ds.runtime.schedule import scales_in_step
+from mepa_ds.runtime.trackers.tensorboard import TensorBoard
 from mepa_ds.scales import ScaleSchedule
 from tests.tiny_run import CLASSES, CODE_WIDTH, CODEBOOK, NUM_TOKENS, SCALES, make_tokenizer
 

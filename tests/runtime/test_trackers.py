@@ -12,10 +12,11 @@ import pytest
 
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.runtime import trackers
 from mepa_ds.runtime.metrics import read_metrics
 from mepa_ds.runtime.recorder import RunRecorder
-from mepa_ds.runtime.trackers import open_trackers
+from mepa_ds.runtime.trackers import service
+from mepa_ds.runtime.trackers.opening import open_trackers
+from mepa_ds.runtime.trackers.tensorboard import TensorBoard
 from tests.tiny_run import recipe_values
 
 
@@ -61,7 +62,7 @@ def config(tmp_path: Path) -> PretrainConfig:
 def record_three_steps(config: PretrainConfig) -> list[int]:
     recorder = RunRecorder(config.output_dir, 0, 3, 0, open_trackers(config, 0))
     for step in (1, 2, 3):
-        recorder.record("written", step, {"write_seconds": 1.0})
+        recorder.record("heldout", step, {"ce": 1.0})
     recorder.close("finished", 3, "done")
     return [record["step"] for record in read_metrics(config.output_dir / "metrics.jsonl")]
 
@@ -88,8 +89,8 @@ def test_a_failure_is_one_warning(
     fake = FakeWandb(fails, error)
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     if error is None:
-        monkeypatch.setattr(trackers, "_CLOSE_SECONDS", 0.2)
-        monkeypatch.setattr(trackers, "_KILLED_SECONDS", 0.1)
+        monkeypatch.setattr(service, "_CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(service, "_KILLED_SECONDS", 0.1)
     assert record_three_steps(config) == [1, 2, 3]
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert warnings == [f"warning: log.wandb_project: Weights & Biases {says}; metrics.jsonl has all numbers"]
@@ -125,7 +126,7 @@ def test_tensorboard_of_any_failure_is_given_up(
         raise TypeError("Descriptors cannot be created directly")
 
     monkeypatch.setattr(pytest.importorskip("torch.utils.tensorboard"), "SummaryWriter", fail)
-    board = trackers.TensorBoard(tmp_path, step=0)
+    board = TensorBoard(tmp_path, step=0)
     board.add({"loss": 1.0}, 1)
     board.close()
     assert capsys.readouterr().err.count("cannot be written (TypeError: Descriptors cannot") == 1

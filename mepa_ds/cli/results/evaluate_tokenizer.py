@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from tqdm import tqdm
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
@@ -16,6 +15,7 @@ from mepa_ds.command_line.scales import Scales
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus, write_json
+from mepa_ds.progress import Progress
 
 
 @dataclass
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     every = distributed.Ranks(0, there // count)
     batches = images_once(options.shards, batch_size=options.batch_size, image_side=side, ranks=every)
     batches = evenly(batches, -(-there // every.world_size), count)
-    progress = tqdm(total=count, desc="reconstructing", unit="image", disable=None)
+    progress = Progress(total=count, desc="reconstructing", unit="image")
     with progress as bar, naming_full_gpus(options.batch_size):
         found = score_tokenizer(tokenizer, batches, count, spaces, lpips or None, options.shown, bar.update)
     protocol = {

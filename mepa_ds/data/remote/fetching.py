@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from mepa_ds.data.remote.openers import StoppedError, chunks_of
 from mepa_ds.data.remote.urls import redacted
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.tar import list_members
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks
+from mepa_ds.progress import Progress
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -169,7 +168,7 @@ def fetch_all(work: Callable[[ItemT, Transfer], ResultT], items: Sequence[ItemT]
     try:
         futures = [pool.submit(work, item, transfer) for item in items]
         waiting = set(futures)
-        with tqdm(total=len(items), desc=what, unit="file", disable=not items) as progress:
+        with Progress(total=len(items), desc=what, unit="file", disable=not items) as progress:
             while waiting:
                 done, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in done:

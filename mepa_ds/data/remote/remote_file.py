@@ -1,6 +1,6 @@
 """Shard sets that lie elsewhere: a local directory with `index.json`, the offset indices and `remote.json`.
 
-`remote.json` says where the tars are; `data_tools/merge_index.py remote` and `scan` make it. Samples are then permuted
+`remote.json` says where the tars are; `mepa data remote` and `scan` make it. Samples are then permuted
 within windows of shards (mepa_ds.data.order), and a cache holds a few windows (mepa_ds.data.remote.shard_cache).
 """
 
@@ -54,7 +54,9 @@ class RemoteShards(Section):
         try:
             data = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; run data_tools/merge_index.py again") from error
+            raise UserError(
+                f"{path}: cannot be read: {error}; write it again, by `mepa data remote` or `scan`"
+            ) from error
         try:
             return validate(cls, data, str(path))
         except UserError as error:  # its message shows what was given, signatures too

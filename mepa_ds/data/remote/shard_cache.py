@@ -49,8 +49,8 @@ class ShardCache:
     def __init__(self, remote: RemoteShards, entries: Sequence[ShardEntry], what: str):
         if len(remote.urls) != len(entries):
             raise UserError(
-                f"{what}: {REMOTE_NAME} names {len(remote.urls)} shards, the index {len(entries)}; run "
-                "data_tools/merge_index.py again"
+                f"{what}: {REMOTE_NAME} names {len(remote.urls)} shards, the index {len(entries)}; "
+                "write them again, by `mepa data remote` or `scan`"
             )
         self._remote, self._entries = remote, entries
         self._max_bytes = round(remote.cache_gigabytes * 1e9)

@@ -100,8 +100,8 @@ class ShardIndex(Section):
         if not path.exists():
             raise UserError(
                 f"{what}: {directory}: no {INDEX_NAME} there; if a job is still writing the set, wait for it (or run "
-                "it again, or `data_tools/merge_index.py merge DIR`, which says what is missing); for shards that "
-                "others made, run `data_tools/merge_index.py scan DIR`"
+                "it again, or `mepa data merge DIR`, which says what is missing); for shards that "
+                "others made, run `mepa data scan DIR`"
             )
         try:
             data = json.loads(path.read_text())
@@ -119,7 +119,7 @@ def keys_digest(offset_index: OffsetIndex) -> str:
 
 
 FOREIGN = MadeBy(name="webdataset")
-"""The maker of shards that others made. Their index has checksums only if `merge_index.py scan` wrote it."""
+"""The maker of shards that others made. Their index has checksums only if `mepa data scan` wrote it."""
 
 
 def images_identity(index: ShardIndex) -> str:

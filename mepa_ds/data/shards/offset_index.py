@@ -19,7 +19,7 @@ from mepa_ds.errors import DamagedError
 _LABEL_DIGITS = 18
 _MOST_EXTENSIONS = 32
 """Most extensions in one shard, since each is a column."""
-_ANEW = "make the shard again, or a set of it by data_tools/build_shards.py webdataset"
+_ANEW = "make the shard again, or a set of it by mepa data build webdataset"
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def image_samples(path: Path, left_out: LeftOut, dots_in_keys: bool = False) -> 
         if all(LABEL_EXTENSION in found and len(found) > 1 for found in by_last_dot.values()):
             if not dots_in_keys:
                 raise DamagedError(
-                    f"{path}: {_of_dots(by_last_dot)}; make a set of it by data_tools/build_shards.py webdataset, "
+                    f"{path}: {_of_dots(by_last_dot)}; make a set of it by mepa data build webdataset, "
                     "which takes such names"
                 )
             samples = by_last_dot

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class StepMetrics:
 
     `window` has the sums that a checkpoint stored between two records (`cut`). `step_flops` gives the FLOPs of a step
     by the number of scales it trains. `peak_flops` is FLOPs per second of one device, None if unknown.
+    `guided` are the scales of objective.alignment.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class StepMetrics:
         global_batch: int,
         step_flops: Callable[[int], float],
         peak_flops: float | None,
+        guided: Sequence[int] = (),
     ):
         self._recorder, self._schedule, self._global_batch = recorder, schedule, global_batch
-        self._step_flops, self._peak_flops = step_flops, peak_flops
+        self._step_flops, self._peak_flops, self._guided = step_flops, peak_flops, set(guided)
         self._window = Window(window)
         self._speed = _Speed()
         self._is_spike = SpikeDetector(recorder.past_losses())
@@ -100,6 +102,7 @@ class StepMetrics:
             "scales": report.num_scales,
             "applied": report.applied,
             **means,
+            **self._worth_watching(means, report.num_scales, routing),
             "step_loss": own_terms["total"],
             **{f"{part}_seconds": value for part, value in seconds.items()},
             **speed.means(),
@@ -117,6 +120,23 @@ class StepMetrics:
         if routing:
             self._record_routing(report.step, routing)
         return float(values["ce"])
+
+    def _worth_watching(
+        self, means: dict[str, Any], num_scales: int, routing: dict[int, RoutingStatistics]
+    ) -> dict[str, float]:
+        """Returns numbers that say at a glance how guidance and routing are doing; none for a run without them.
+
+        `guidance_cosine` is the mean cosine over scales and patches. `max_expert_share` is the largest share of the
+        routed pairs of a layer that one expert of it got, in the step of the record.
+        """
+        watched = {}
+        num_guided = sum(scale <= num_scales for scale in self._guided)
+        if num_guided and means.get("alignment"):  # exactly 0: not computed any more (alignment.until)
+            watched["guidance_cosine"] = -means["alignment"] / num_guided
+        if routing:
+            counts_NE = [statistics.counts_SE.sum(0) for statistics in routing.values()]
+            watched["max_expert_share"] = max(float(c_E.max() / c_E.sum().clamp_min(1)) for c_E in counts_NE)
+        return watched
 
     def _record_routing(self, step: int, routing: dict[int, RoutingStatistics]) -> None:
         layers = {str(layer): routing_report(statistics) for layer, statistics in routing.items()}

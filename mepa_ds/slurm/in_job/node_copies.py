@@ -18,11 +18,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mepa_ds.config.paths import given_path
 from mepa_ds.errors import UserError
 from mepa_ds.files import make_way
+from mepa_ds.progress import Progress
 from mepa_ds.slurm.in_job.recipe_value import SET_KEYS, recipe_value
 
 _INDEX, _REMOTE = "index.json", "remote.json"
@@ -62,7 +61,7 @@ def copy_set(source: Path, target: Path) -> int:
         temporary = target.with_name(f".{target.name}.tmp")
         make_way(temporary)
         temporary.mkdir()
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"copying {source.name}", disable=None) as bar:
+        with Progress(total=size, unit="B", unit_scale=True, desc=f"copying {source.name}") as bar:
             for path in files:
                 shutil.copyfile(path, temporary / path.name)
                 bar.update(path.stat().st_size)

@@ -121,7 +121,7 @@ def test_bytes_that_changed_on_the_way_are_refused(tmp_path: Path) -> None:
 def test_a_garbled_remote_json_is_named(tmp_path: Path) -> None:
     tokens = make_remote(tmp_path, "tokens")
     (tokens / REMOTE_NAME).write_text("{")
-    with pytest.raises(UserError, match=r"remote\.json: cannot be read: .*; run data_tools/merge_index\.py again"):
+    with pytest.raises(UserError, match=r"remote\.json: cannot be read: .*; write it again, by `mepa data remote`"):
         ShardSet(tokens)
 
 

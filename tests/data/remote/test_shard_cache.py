@@ -85,7 +85,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cache_gigabytes .* is less than three windows of 2 shards"):
         ShardSet(tokens)
     remote = RemoteShards(urls=("x://a",), cache="$NO_SUCH_VARIABLE/x", cache_gigabytes=1, window=1)
-    with pytest.raises(UserError, match=r"remote\.json names 1 shards, the index 0; run .*merge_index\.py again"):
+    with pytest.raises(UserError, match=r"remote\.json names 1 shards, the index 0; write them again"):
         ShardCache(remote, [], "shards")
     with pytest.raises(UserError, match="a variable that is not set"):
         ShardCache(remote, ShardSet(tmp_path / "far").index.shards[:1], "shards")

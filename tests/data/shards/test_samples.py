@@ -145,7 +145,7 @@ def test_dots_in_names(tmp_path: Path) -> None:
         f"d/{number:04d}.{number % 7}.{number}.{extension}" for number in range(50) for extension in ("jpg", "cls")
     ]
     write(tmp_path / "in" / "0.tar", names)
-    message = r"'d/0000\.0\.0' has a dot, but a key ends at the first dot .*data_tools/build_shards\.py webdataset"
+    message = r"'d/0000\.0\.0' has a dot, but a key ends at the first dot .*mepa data build webdataset"
     with pytest.raises(UserError, match=message):
         Scan(str(tmp_path / "in"), workers=0)()
     with pytest.raises(UserError, match=message):
@@ -191,7 +191,7 @@ def test_samples_that_cannot_be_told_apart(tmp_path: Path) -> None:
         scan_tar(path, "images")
     with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
         add(tar, "caf\xe9.jpg")
-    with pytest.raises(DamagedError, match=r"sample 'caf.*udce9' is not UTF-8; .*build_shards\.py webdataset"):
+    with pytest.raises(DamagedError, match=r"sample 'caf.*udce9' is not UTF-8; .*mepa data build webdataset"):
         scan_tar(tmp_path / "b.tar", "images")
     for path in (write(tmp_path / "c.tar", ["a.jpg", "a.jpg"]), write(tmp_path / "d.tar", ["a.jpg", "a.JPG"])):
         with pytest.raises(DamagedError, match=r"'a' has two members \.jpg: it comes twice"):

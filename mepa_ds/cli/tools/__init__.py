@@ -1,0 +1,1 @@
+"""Commands that watch runs, look at the machine, complete words, and sweep keys of a recipe."""
