@@ -143,6 +143,8 @@ def test_a_wheel_is_one_package(site: Path) -> None:
     names = {path.name for path in site.iterdir()} - {"bin", "__pycache__"}
     assert names == {"mepa_ds", f"mepa_ds-{mepa_ds.__version__}.dist-info"}
     assert not any(path.is_symlink() for path in site.rglob("*"))
+    scripts = Path("mepa_ds/reports/page/scripts")
+    assert {path.name for path in (site / scripts).iterdir()} == {path.name for path in (ROOT / scripts).iterdir()}
     for name in shipped.FOLDERS:
         inside = {str(path.relative_to(site / "mepa_ds/shipped")) for path in (site / "mepa_ds/shipped").rglob("*.*")}
         files = {str(path.relative_to(ROOT)) for path in (ROOT / name).rglob("*.*") if "__pycache__" not in path.parts}

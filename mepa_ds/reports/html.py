@@ -51,7 +51,7 @@ def page(title: str, body: str, style: str = "") -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<title>{text(title)}</title>\n<style>{_CSS}{style}</style>\n</head>\n'
+        f"<title>{text(title)}</title>\n<style>{_CSS}{style}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 

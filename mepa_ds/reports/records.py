@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
@@ -25,6 +26,7 @@ RunKind = Literal["pretraining", "tokenizer"]
 Column = NDArray[np.float64]
 _ROUTING = b'{"event": "routing"'
 _SHOWN_LINES = 5
+_LINES_A_LOOK, _PATIENCE_SECONDS = 200, 2.0
 
 
 @dataclass
@@ -177,12 +179,19 @@ class _Columns:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Yields each line with its number from 1 and its place."""
-    place = 0
-    with open(path, "rb") as file:
+    """Yields each line with its number from 1 and its place. Shows progress if that takes more than a moment."""
+    place, size = 0, path.stat().st_size
+    with (
+        open(path, "rb") as file,
+        tqdm(
+            total=size, desc=str(path), unit="B", unit_scale=True, delay=_PATIENCE_SECONDS, leave=False, disable=None
+        ) as progress,
+    ):
         for number, line in enumerate(file, start=1):
             yield number, place, line
             place += len(line)
+            if number % _LINES_A_LOOK == 0:
+                progress.update(place - progress.n)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -54,7 +54,7 @@ def facts_tables(names: Sequence[str], facts: Sequence[RunFacts]) -> str:
                 for label in labels]  # fmt: skip
         head = (group, *(names if len(names) > 1 else [""]))
         parts.append(f'<div class="wide">{html.table(head, rows)}</div>')
-    return f'<div class="tables">{"".join(parts)}</div>'
+    return f'<div class="tables{" several" if len(names) > 1 else ""}">{"".join(parts)}</div>'
 
 
 def _how_far(records: RunRecords, axes: RunAxes, status: dict[str, Any], start: dict[str, Any]) -> dict[str, str]:
@@ -120,7 +120,7 @@ def _how_fast(records: RunRecords, report: dict[str, Any]) -> dict[str, str]:
     ):
         numbers = [number for second in seconds if (number := number_of(second)) is not None]
         if numbers:
-            found[label] = f"{len(numbers)}, {html.number(sum(numbers), 3)} s in all"
+            found[label] = f"{html.number(sum(numbers), 3)} s ({len(numbers)})"
     return found
 
 
