@@ -458,4 +458,4 @@ def test_a_dry_run_where_there_is_no_slurm_says_what_it_has_not_checked(
     assert "Not checked: whether partition gpu exists" in said[0]
     assert said[-1].startswith("sbatch --parsable ")
     assert "unknown key" in refused(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "--", "model.dept=3")
-    assert "scontrol: not found" in refused(cluster, "submit", cluster / "recipe.yaml")
+    assert refused(cluster, "submit", cluster / "recipe.yaml").startswith("scontrol: ")
