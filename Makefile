@@ -20,7 +20,7 @@ ABLATION := runs/ablation/fashion
 # Further words for `mepa ablate`.
 ABLATE ?=
 
-.PHONY: setup quickstart toy-study ablation test test-fast lint types coverage mutants clean-quickstart
+.PHONY: setup quickstart toy-study ablation test test-fast lint types coverage mutants docs reference clean-quickstart
 
 setup: $(STAMP)
 
@@ -80,6 +80,14 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pages that are written from the code: commands and recipe keys.
+reference: setup
+	$(BIN)/python docs/tools/reference.py
 
 # Lines of the package that the fast tests do not reach.
 coverage: setup

@@ -34,7 +34,7 @@ from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.shards.writer import SCRATCH_NAME, Manifest, Sample, ShardWriter, shard_name
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
 from mepa_ds.data_tools.readers import READERS
-from mepa_ds.data_tools.readers.source import COPIED_FROM, CopyingReader, Reader, Source
+from mepa_ds.data_tools.readers.source import COPIED_FROM, CopyingReader, Half, Reader, Source
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
 from mepa_ds.images.resizing import crop_square, resize_shorter
@@ -99,6 +99,11 @@ class BuildOptions:
     """Size of a shard, in place of --shard-samples: the number of images is chosen by the mean size of a few."""
     shuffle_seed: int = 0
     """The order in which images are spread over the shards."""
+    hold_out: float | None = None
+    """For datasets without a split: set this share of each class aside, at least one image of a class that has two.
+    Which images these are depends on the listing alone [default: all images belong to one set]."""
+    take: Literal["train", "heldout"] = "train"
+    """With --hold-out: write the images to train on, or those that are held out."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """What a file does that is no readable image: it stops the build and is named, or it is left out and recorded in
     index.json. A build that stopped continues with skip."""
@@ -122,6 +127,10 @@ class BuildOptions:
         if self.encoding.quality > 100:
             raise UserError(f"--quality: expected 1 to 100, got {self.encoding.quality}")
         _ = self.encoding.colour
+        if self.hold_out is not None and not 0 < self.hold_out < 1:
+            raise UserError(f"--hold-out: expected a share between 0 and 1, such as 0.1, got {self.hold_out:g}")
+        if self.hold_out is None and self.take == "heldout":
+            raise UserError("--take heldout: needs --hold-out, the share of each class that is held out")
         if not 0 <= self.part < self.num_parts:
             raise UserError(f"--part: expected 0 to {self.num_parts - 1}, got {self.part}")
 
@@ -164,6 +173,10 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     source = reader.open(scratch if options.num_parts == 1 else None)
     if len(source) == 0:
         raise UserError(f"{source.name}: no images found")
+    if options.hold_out is not None:
+        source = Half(source, options.hold_out, options.take == "heldout")
+        if len(source) == 0:
+            raise UserError(f"{source.name}: every class has one image, so none can be held out; leave --hold-out out")
     maker = shard_maker(source, options)
     writer = ShardWriter(options.out, maker.manifest)
     mine = list(range(len(maker.manifest.shard_names)))[options.part :: options.num_parts]
@@ -209,6 +222,8 @@ def _option_settings(options: BuildOptions) -> dict[str, Any]:
             stored["crop"] = encoding.crop
     if encoding.colour != WHITE:
         stored["background"] = "#{:02x}{:02x}{:02x}".format(*encoding.colour)
+    if options.hold_out is not None:
+        stored |= {"hold_out": options.hold_out, "take": options.take}
     return {**stored, "shuffle_seed": options.shuffle_seed, "on_damaged": options.on_damaged}
 
 

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
+
+if TYPE_CHECKING:  # who only writes text need not wait for torch
+    from torch import Tensor
 
 ResultT = TypeVar("ResultT")
 
@@ -116,6 +116,8 @@ def naming_full_disks(path: Path) -> Iterator[None]:
 @contextmanager
 def naming_full_gpus(batch_size: int) -> Iterator[None]:
     """For tools: a GPU whose memory is too small becomes a UserError that says what to do."""
+    import torch
+
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -195,6 +197,8 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_torch(path: Path, data: Any) -> None:
     """`torch.save`, atomically. A full disk is an OSError, as it is of all else that writes."""
+    import torch
+
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(data, file)
@@ -217,6 +221,8 @@ def sha256_of_file(path: Path, on_chunk: Callable[[int], object] | None = None) 
 
 def identity_of_weights(state: Mapping[str, Tensor]) -> str:
     """A short hash of names, shapes, types and values: by which shard sets and runs are compared."""
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -29,12 +29,16 @@ class Browser:
 
     def open(self, page: Path | str, size: Sequence[int] = DESKTOP, dark: bool = False) -> None:
         """Opens a file or an address in a page of the given size."""
-        self._command("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1,
-                      mobile=size[0] < 600)  # fmt: skip
+        self.resize(size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._command("Emulation.setEmulatedMedia", features=[scheme])
         self._address = page.resolve().as_uri() if isinstance(page, Path) else page
         self.driver.get(self._address)
+
+    def resize(self, size: Sequence[int]) -> None:
+        """Gives the page this width and height."""
+        self._command("Emulation.setDeviceMetricsOverride", width=size[0], height=size[1], deviceScaleFactor=1,
+                      mobile=size[0] < 600)  # fmt: skip
 
     def run(self, script: str, *arguments: Any) -> Any:
         """Runs JavaScript in the page (`return ...` gives its value; arguments are `arguments[0]`, ...)."""

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScope
     return _ByFile(config, log)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """The address of a web server that shows `far`."""
-    if shutil.which("curl") is None:
-        pytest.skip("webdataset opens http with curl")
+@contextmanager
+def serving(directory: Path) -> Iterator[str]:
+    """Shows a directory by HTTP; yields the address."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
-    handler = functools.partial(Quiet, directory=str(tmp_path / "far"))
+    handler = functools.partial(Quiet, directory=str(directory))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
         yield f"http://127.0.0.1:{running.server_address[1]}"
         running.shutdown()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a web server that shows `far`."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset opens http with curl")
+    with serving(tmp_path / "far") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from mepa_ds.cli import quickstart
 from mepa_ds.config.pretrain import ParallelConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.errors import UserError
+from mepa_ds.project.commands import stages
 from mepa_ds.slurm.profile import read_profile
 from tests.slurm import stand_ins
 from tests.tiny_run import ROOT, make_run
@@ -32,13 +33,14 @@ FOLDERS = ("results", "tools")
 _STARTS = """
 import importlib.util, pathlib
 from mepa_ds import shipped
-from mepa_ds.cli.quickstart import STAGES
-for stage in STAGES:
+from mepa_ds.cli.quickstart import project
+from mepa_ds.project.commands import stages
+for stage in stages(*project()):
     for command in stage.commands:
         words = command.split()
         modules = [word for flag, word in zip(words, words[1:]) if flag == "-m"]
         assert all(importlib.util.find_spec(module) for module in modules), command
-        print(*modules, *(shipped.find(pathlib.Path(word)) for word in words if word.endswith(".yaml")))
+        print(*modules, *words[2:4], *(shipped.find(pathlib.Path(word)) for word in words if word.endswith(".yaml")))
 """
 
 
@@ -152,9 +154,9 @@ def test_installed_commands_find_what_they_start(site: Path, tmp_path: Path) -> 
     assert run(site, tmp_path, "mepa", "--version") == f"mepa_ds {mepa_ds.__version__} {versions}\n"
     assert "usage: mepa quickstart" in run(site, tmp_path, "mepa", "quickstart", "--help")
     started = run(site, tmp_path, sys.executable, "-c", _STARTS).splitlines()
-    assert len(started) == sum(len(stage.commands) for stage in quickstart.STAGES)
+    assert len(started) == sum(len(stage.commands) for stage in stages(*quickstart.project()))
     words = {word for line in started for word in line.split()}
-    assert {f"mepa_ds.data_tools.{name}" for name in ("build_shards", "precompute")} < words
+    assert {"data", "build", "precompute", "mepa_ds", "torch.distributed.run"} < words
     recipes = {f"{site}/mepa_ds/shipped/recipes/{name}quickstart.yaml" for name in ("", "tokenizer_")}
     assert {word for word in words if word.endswith(".yaml")} == recipes
     plan = run(site, tmp_path, "mepa", "pretrain", "recipes/quickstart.yaml", "--dry-run", "--world-size", "2")
@@ -191,6 +193,6 @@ def test_jobs_of_an_installed_package_start_in_the_working_directory(site: Path,
 def test_the_quickstart_of_an_installed_package(site: Path, tmp_path: Path) -> None:
     """All stages, in an empty directory."""
     said = run(site, tmp_path, "mepa", "quickstart", timeout=1700)
-    assert said.count(": done in ") == len(quickstart.STAGES)
+    assert said.count(": done in ") == len(stages(*quickstart.project()))
     assert {path.name for path in tmp_path.iterdir()} == {"data", "runs"}
     assert (tmp_path / "runs/quickstart/report.json").exists()

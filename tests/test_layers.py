@@ -20,13 +20,14 @@ LAYERS = (
     ("data", "models", "teachers", "tokenizer"),
     ("generation", "objective"),
     ("checkpoint", "data_tools", "evaluation", "reports", "watching"),
-    ("inspection",),
+    ("inspection", "model_cards", "serving"),
     ("engine",),
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
     ("doctor", "scaling"),
     ("ablation", "sweep"),
+    ("project",),
     ("cli",),
     ("__main__",),
 )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mepa_ds.data.order import permutation
+from mepa_ds.data_tools.readers.source import heldout_mask
 from mepa_ds.errors import UserError
 
 _HELDOUT_SHARE = 1 / 6
@@ -32,20 +32,10 @@ class Digits:
         except ImportError as error:
             raise UserError("digits: needs scikit-learn; pip install 'mepa_ds[quickstart]'") from error
         data = load_digits()
-        heldout = _heldout(data.target)
+        heldout = heldout_mask(data.target, _HELDOUT_SHARE)
         chosen = np.flatnonzero(heldout if self.split == "heldout" else ~heldout)
         pixels = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
         return DigitsSource(pixels, data.target[chosen], chosen, self)
-
-
-def _heldout(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """A sixth of each class."""
-    mask = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        share = round(len(members) * _HELDOUT_SHARE)
-        mask[members[permutation(0, 0, len(members), stream=int(label))[:share]]] = True
-    return mask
 
 
 class DigitsSource:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from mepa_ds.data.shards.left_out import few, printable
 from mepa_ds.data.shards.samples import is_hidden
 from mepa_ds.data_tools.readers.class_names import read_class_names
@@ -24,24 +26,34 @@ class ImageFolder:
     classes: Path | None = None
     """For a folder that lacks classes, such as a small validation set: the shard set of the training images, or a text
     file of all class names, one a line in the order of the labels."""
+    flat: bool = False
+    """ROOT holds images and no class folders: they are one class, named as the folder."""
+    skip_empty: bool = False
+    """Leave out class folders without images; without it they are an error."""
 
     def open(self, scratch: Path | None) -> ImageFolderSource:
         if not self.root.is_dir():
             raise UserError(f"--root: {self.root}: no such directory")
         _, folders, left_out = next(os.walk(self.root, onerror=_unreadable))
         _check_links(self.root, left_out)
-        names = sorted(name for name in folders if not is_hidden(name))
+        names = ["."] if self.flat else sorted(name for name in folders if not is_hidden(name))
         left_out += [f"{name}/" for name in folders if is_hidden(name)]
         if not names:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
+        if self.flat:
+            left_out.clear()  # they are listed below, as what is in a class folder is
+        progress = tqdm(names, "listing", unit="class", delay=2, disable=None)
+        images = {name: sorted(_images_below(self.root, name, left_out)) for name in progress}
+        empty = [name for name in names if not images[name]]
+        if empty and self.skip_empty:
+            print(f"{self.root}: {len(empty)} class folders without images are left out ({few(empty)})")
+            names, empty = [name for name in names if images[name]], []
         classes = self._classes(names)
-        files, labels, empty = list[str](), list[int](), list[str]()
+        places = {name: place for place, name in enumerate(classes)}
+        files, labels = list[str](), list[int]()
         for name in names:
-            found = sorted(_images_below(self.root, name, left_out))
-            files += found
-            labels += [classes.index(name)] * len(found)
-            if not found:
-                empty.append(name)
+            files += images[name]
+            labels += [0 if self.flat else places[name]] * len(images[name])
         if left_out:
             print(
                 f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, hidden, or "
@@ -58,8 +70,12 @@ class ImageFolder:
 
     def _classes(self, folders: list[str]) -> tuple[str, ...]:
         if self.classes is None:
-            return tuple(folders)
+            return (self.root.resolve().name,) if self.flat else tuple(folders)
         classes = read_class_names(self.classes, "--classes")
+        if self.flat and len(classes) > 1:
+            raise UserError(f"--flat: {self.root}: one folder is one class, but --classes names {len(classes)}")
+        if self.flat:
+            return classes
         if unknown := [name for name in folders if name not in classes]:
             raise UserError(
                 f"--root: {self.root}: {len(unknown)} folders are none of the {len(classes)} classes of "
@@ -81,7 +97,9 @@ def _check_links(root: Path, files: list[str]) -> None:
 def _images_below(root: Path, name: str, left_out: list[str]) -> list[str]:
     """Paths of image files under a class folder, relative to the root. Links are followed, but not round and round."""
     found = list[str]()
-    seen = {root.resolve(), *root.resolve().parents}
+    seen = set(root.resolve().parents)
+    if name != ".":  # `flat`: the root itself is the class
+        seen.add(root.resolve())
     for folder, folders, files in os.walk(root / name, onerror=_unreadable, followlinks=True):
         left_out += [f"{os.path.relpath(folder, root)}/{name}/" for name in folders if is_hidden(name)]
         # Sorted, so that of two links to one folder every file system takes the same one.

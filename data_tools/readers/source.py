@@ -5,6 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mepa_ds.data.order import permutation
+
 
 class Source(Protocol):
     """An opened dataset. It is sent to worker processes, so it pickles and opens files when asked to load."""
@@ -53,3 +58,40 @@ class Reader(Protocol):
         Raises:
             UserError: whatever is wrong with the dataset.
         """
+
+
+def num_heldout(count: int, share: float) -> int:
+    """Held-out images of a class of `count`: about `share` of them, at least one of two or more, and never all."""
+    return min(max(round(count * share), 1), count - 1)
+
+
+def heldout_mask(labels_N: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """Which images are held out: `share` of each class, drawn once and for all by the listing alone."""
+    mask_N = np.zeros(len(labels_N), bool)
+    for label in np.unique(labels_N):
+        members = np.flatnonzero(labels_N == label)
+        count = num_heldout(len(members), share)
+        mask_N[members[permutation(0, 0, len(members), stream=int(label))[:count]]] = True
+    return mask_N
+
+
+class Half:
+    """The held-out images of another source, or all of the others."""
+
+    def __init__(self, whole: Source, share: float, is_heldout: bool):
+        labels_N = np.fromiter((whole.label(number) for number in range(len(whole))), np.int64, len(whole))
+        self._whole = whole
+        self._numbers = np.flatnonzero(heldout_mask(labels_N, share) == is_heldout)
+        self.name, self.classes, self.settings = whole.name, whole.classes, whole.settings
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def label(self, number: int) -> int:
+        return self._whole.label(int(self._numbers[number]))
+
+    def describe(self, number: int) -> str:
+        return self._whole.describe(int(self._numbers[number]))
+
+    def load(self, number: int) -> tuple[str, bytes]:
+        return self._whole.load(int(self._numbers[number]))

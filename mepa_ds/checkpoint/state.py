@@ -47,6 +47,8 @@ class RunState:
     """Identity of the held-out tokens on which `best_heldout_ce` was measured."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe."""
+    class_names: list[str] = field(default_factory=list)
+    """Names of the classes by label; empty if the data have none. Exports have them; nothing else depends on them."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of this package and of the libraries that wrote the checkpoint."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
+from mepa_ds.generation.class_names import names_beside
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import KIND
 from mepa_ds.weights.directories import CONFIG_NAME, save_pretrained
@@ -37,7 +39,8 @@ def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> 
     if kind == EMA and state.recipe["optim"].get("ema") is None:
         raise UserError(f"{checkpoint}: has no average of the weights: the run was without optim.ema")
     config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
-    convert_fragments(checkpoint, config, directory, kind, state.step)
+    names = state.class_names or names_beside(checkpoint.parent)  # checkpoints of earlier versions have none
+    convert_fragments(checkpoint, config, directory, kind, state.step, names)
 
 
 def has_weights(directory: Path) -> bool:
@@ -59,12 +62,13 @@ def convert_fragments(
     directory: Path,
     kind: str,
     step: int,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Writes weights in the Hugging Face layout, with a note of the step.
 
     `fragments` must hold at least the fragments of `kind` and the buffers.
     """
-    save_pretrained(directory, config, read_weights(fragments, config, kind), KIND)
+    save_pretrained(directory, config, read_weights(fragments, config, kind), KIND, class_names=class_names)
     write_json(directory / WEIGHTS_FACTS_NAME, {"step": step})
 
 

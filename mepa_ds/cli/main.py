@@ -10,6 +10,7 @@ import mepa_ds
 from mepa_ds.command_line import entry
 
 COMMANDS = {
+    "init": "from a folder of images to recipes and commands, or to a trained model",
     "quickstart": "the whole system on real images, in minutes, on a CPU",
     "data": "image, token and feature sets: build, precompute, verify, show, merge",
     "doctor": "is this machine ready? versions, GPUs, disks, shard sets, weights, each with its remedy",
@@ -18,6 +19,7 @@ COMMANDS = {
     "sample": "generate images, class by class",
     "evaluate": "scores of images: FID, precision, recall, class agreement and others",
     "evaluate-tokenizer": "PSNR, SSIM, LPIPS, rFID and the use of the codebook of a tokenizer",
+    "serve": "a local web page that draws images of a model",
     "watch": "runs as they go on, in a terminal: loss, held-out score, speed, time left",
     "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",
@@ -27,7 +29,7 @@ COMMANDS = {
     "sweep": "train a recipe with many values of its keys, here or on SLURM, and sort what came out",
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
-    "report": "what a pretraining run did: report.json and a table",
+    "report": "what runs did: a table, and a page with curves, pictures and events",
     "completion": "a script by which bash, zsh or fish completes commands and options",
 }
 
@@ -43,8 +45,8 @@ GROUPS = {
 """Commands by what they are for, as `mepa --help` shows them."""
 
 
-_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report"), "results") | dict.fromkeys(
-    ("completion", "doctor", "sweep", "watch"), "tools"
+_FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report", "serve"), "results") | (
+    dict.fromkeys(("completion", "doctor", "sweep", "watch"), "tools")
 )
 """Folders of commands that are not in this one."""
 

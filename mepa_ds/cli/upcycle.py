@@ -77,6 +77,7 @@ def main(argv: list[str]) -> None:
     dense = NextScaleTransformer.open(options.weights, options.scales, num_heads=options.num_heads, depth=options.depth)
     check_writable(options.out, "--out")
     model = upcycle(dense, moe, options.seed)
+    model.class_names = dense.class_names
     model.save_pretrained(options.out)
     print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")
 

@@ -11,6 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -184,18 +185,42 @@ def _fields_at(config_type: type[Section], location: Sequence[str]) -> list[str]
     return list(node.model_fields) if node else []
 
 
-def describe(config_type: type[Section], prefix: str = "") -> Iterator[str]:
-    """One line a key for --help: dotted name, type, default, meaning."""
+@dataclass(frozen=True)
+class Key:
+    """What a person may want to know of one key. A section (`is_section`) has keys of its own, which follow it."""
+
+    name: str
+    """Dotted, such as `train.global_batch`."""
+    meaning: str
+    type: str = ""
+    default: str = ""
+    """As one would write it, or `required`."""
+    is_section: bool = False
+    may_be_null: bool = False
+
+
+def keys_of(config_type: type[Section], prefix: str = "") -> Iterator[Key]:
+    """Yields all keys of a recipe, depth first, in the order of the types."""
     for name, field in config_type.model_fields.items():
+        dotted, meaning = f"{prefix}{name}", _one_line(field.description)
         section = _section_type(field.annotation)
-        if section is not None:
-            optional = " (null turns it off)" if type(None) in typing.get_args(field.annotation) else ""
-            yield f"\n  {prefix}{name}: {_one_line(field.description)}{optional}"
-            yield from describe(section, f"{prefix}{name}.")
-            continue
-        required = field.default is PydanticUndefined
-        default = "required" if required else json.dumps(field.default, default=str)
-        yield f"  {prefix}{name}  {_type_name(field.annotation)} = {default}\n      {_one_line(field.description)}"
+        if section is None:
+            required = field.default is PydanticUndefined
+            default = "required" if required else json.dumps(field.default, default=str)
+            yield Key(dotted, meaning, _type_name(field.annotation), default)
+        else:
+            may_be_null = type(None) in typing.get_args(field.annotation)
+            yield Key(dotted, meaning, is_section=True, may_be_null=may_be_null)
+            yield from keys_of(section, f"{dotted}.")
+
+
+def describe(config_type: type[Section]) -> Iterator[str]:
+    """Yields lines of --help: dotted name, type, default, meaning of each key."""
+    for key in keys_of(config_type):
+        if key.is_section:
+            yield f"\n  {key.name}: {key.meaning}{' (null turns it off)' if key.may_be_null else ''}"
+        else:
+            yield f"  {key.name}  {key.type} = {key.default}\n      {key.meaning}"
 
 
 def _one_line(text: str | None) -> str:

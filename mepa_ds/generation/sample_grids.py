@@ -9,7 +9,7 @@ import torch
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
-from mepa_ds.generation.class_names import caption, spread_classes
+from mepa_ds.generation.class_names import caption, spread_classes, which_of
 from mepa_ds.generation.sampling import NonFiniteLogitsError, sample
 from mepa_ds.images.pictures import save_grid
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -42,6 +42,7 @@ class SampleGrids:
         self._directory, self._seed, self._alone = directory, seed, alone
         rows = num_classes if num_classes <= _MOST_CLASSES else _OF_MANY
         self.classes = spread_classes(num_classes, rows)
+        self._which = which_of(self.classes, num_classes)
         self._captions = [caption(label, class_names) for label in self.classes]
         listed = ", ".join(map(str, self.classes))
         self.shown = "a row a class" if rows == num_classes else f"rows: classes {listed} of {num_classes}"
@@ -73,7 +74,7 @@ class SampleGrids:
             on_row()
         if distributed.is_main():
             try:
-                save_grid(torch.cat(rows), path, _PER_CLASS, title=f"step {step}", rows=self._captions)
+                save_grid(torch.cat(rows), path, _PER_CLASS, title=f"step {step}{self._which}", rows=self._captions)
             except Exception as error:
                 raise UnwrittenError(str(error)) from error
         return path

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+from mepa_ds.generation.class_names import labels_of
 from mepa_ds.generation.scale_blocks import block_runner
 from mepa_ds.machine import copied_to
 from mepa_ds.models.block import BlockRunner
@@ -37,7 +38,7 @@ class NonFiniteLogitsError(UserError):
 def sample(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
-    labels_B: Tensor | Sequence[int],
+    labels_B: Tensor | Sequence[int | str],
     *,
     cfg: float = 1.5,
     top_k: int = 900,
@@ -53,7 +54,7 @@ def sample(
     """Generates one image for each label: (B, 3, H, W) float32 in [0, 1]. The model samples in evaluation mode.
 
     Args:
-        labels_B: classes in 0..num_classes - 1.
+        labels_B: classes in 0..num_classes - 1, or by their names, for a model that has `class_names`.
         cfg: guidance; at scale k of 0..S-1 the logits are (1 + t) conditional - t unconditional, t = cfg k / (S - 1).
         top_k: keep the k most probable codes; 0 keeps all.
         top_p: of those, keep the most probable ones whose mass first exceeds p; 0 or 1 keeps all.
@@ -74,7 +75,7 @@ def sample(
         NonFiniteLogitsError: the weights give NaN or infinity.
     """
     device = model.head.weight.device
-    labels = _as_labels(labels_B).to(device)
+    labels = _as_labels(labels_B, model.class_names).to(device)
     _check(model, tokenizer, labels, rng, batch_size)
     _check_numbers(cfg, top_k, top_p, seed, first_index)
     tokenizer = tokenizer.to(device)
@@ -222,9 +223,15 @@ class _SmoothDraw(_Draw):
         return weights @ codebook_VZ.float()
 
 
-def _as_labels(labels_B: Tensor | Sequence[int]) -> Tensor:
+def _as_labels(labels_B: Tensor | Sequence[int | str], names: Sequence[str]) -> Tensor:
     """(B,) int64."""
+    if isinstance(labels_B, str):
+        raise UserError(f"labels: expected a list with a class for each image, such as [{labels_B!r}], got a text")
     try:
+        if not isinstance(labels_B, (Tensor, np.ndarray)):
+            labels_B = labels_of(labels_B, names)
+        elif isinstance(labels_B, np.ndarray) and labels_B.dtype.kind in "UO":
+            labels_B = labels_of(labels_B.tolist(), names)
         labels = torch.as_tensor(labels_B)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"labels: expected a list of class numbers ({error})") from error

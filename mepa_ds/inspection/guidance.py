@@ -143,7 +143,7 @@ def _draw(
     sheet = draw_sheet(
         tiles,
         title=f"Cosine of projected hidden states (after block {block}, summed up to each scale) and teacher; "
-        "training images",
+        f"training images{subject.which(labels)}",
         columns=columns,
         rows=[subject.caption(label) for label in labels],
         legend=[(f"{value:+.1f}", _colour(value)) for value in (-1.0, -0.5, 0.0, 0.5, 1.0)],

@@ -36,7 +36,7 @@ def draw_scales(
     pixels_SBHW3 = np.concatenate(parts, axis=1)
     path, moving, data = (directory / f"scales.{suffix}" for suffix in ("png", "gif", "npz"))
     captions = [subject.caption(label) for label in classes]
-    title = f"What is decoded after each scale. Samples, {sampling}"
+    title = f"What is decoded after each scale. Samples, {sampling}{subject.which(classes)}"
     columns = [f"{side} x {side}" for side in subject.model.schedule.sides]
     save_png(draw_sheet(pixels_SBHW3.swapaxes(0, 1), title=title, columns=columns, rows=captions).pixels_HW3, path)
     save_moving(pixels_SBHW3, captions, subject.model.schedule, moving)

@@ -10,21 +10,14 @@ from typing import Any
 
 import torch
 
-from mepa_ds.checkpoint.files import find_damage, is_checkpoint_name, list_checkpoints, step_of
-from mepa_ds.checkpoint.state import read_state
-from mepa_ds.checkpoint.weights import has_weights, read_weights, step_of_weights
-from mepa_ds.config.base import load_config, validate
+from mepa_ds.checkpoint.run_models import METRICS_NAME as METRICS_NAME
+from mepa_ds.checkpoint.run_models import RunModel, find_model
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
-from mepa_ds.errors import UserError
+from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.files import write_json
-from mepa_ds.generation.class_names import RECIPE_NAME, caption
+from mepa_ds.generation.class_names import caption, which_of
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.models.transformer_files import with_weights
 from mepa_ds.tokenizer.tokenizer import Tokenizer
-from mepa_ds.weights.directories import CONFIG_NAME
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -61,6 +54,10 @@ class Subject:
     def caption(self, label: int) -> str:
         return caption(label, self.class_names)
 
+    def which(self, classes: Sequence[int]) -> str:
+        """The end of a picture's title where it does not show all classes: `; 8 of 1000 classes`."""
+        return which_of(classes, self.model.config.num_classes)
+
     @property
     def blocks(self) -> list[int]:
         """The MoE blocks."""
@@ -75,83 +72,38 @@ class Subject:
 def open_subject(
     path: Path, tokenizer: Path | None, scales: Sequence[int] | None, device: torch.device
 ) -> tuple[Subject, list[str]]:
-    """Opens a run (its newest checkpoint, or else its exported weights), a checkpoint, or weights; and lines to say.
+    """Opens a run (its newest checkpoint, or else its exported weights), a project with one run, a checkpoint, or
+    weights; and lines to say.
 
     Raises:
         UserError: there is nothing of the kind, it is damaged, or no tokenizer is known.
     """
-    if path.is_dir() and is_checkpoint_name(path.name):
-        source, run = path, path.parent.parent
-    elif (path / METRICS_NAME).exists() or (path / "checkpoints").is_dir():
-        source, run = _of_run(path), path
-    else:
-        source, run = path, path.parent
-    checkpoint = source if is_checkpoint_name(source.name) else None
-    recipe, notes = _recipe(run, checkpoint)
-    if checkpoint is not None:
-        assert recipe is not None
-        if (damage := find_damage(checkpoint)) is not None:
-            raise UserError(f"{checkpoint}: damaged: {damage}; give an older checkpoint, or exported weights")
-        config = recipe.model
-        model = with_weights(lambda: NextScaleTransformer(config), read_weights(checkpoint, config), str(checkpoint))
-        step: int | None = step_of(checkpoint)
-    else:
-        model, step = NextScaleTransformer.open(source, scales), step_of_weights(source)
-    if tokenizer is None and recipe is None:
-        raise UserError(f"--tokenizer: {source} does not tell its tokenizer; give its directory, or VAR's file")
-    if tokenizer is None and recipe is not None and not recipe.tokenizer.exists():
-        raise UserError(
-            f"--tokenizer: {recipe.tokenizer}, which the run names, is not there; start in the directory where the run "
-            "was started, or give it"
-        )
-    opened = Tokenizer.open(tokenizer or recipe.tokenizer, model.config.scales)  # type: ignore[union-attr]
-    names, line = _class_names(recipe)
-    notes += [line] if line else []
+    found = find_model(path)
+    model = found.open(scales)
+    opened = Tokenizer.open(found.tokenizer(tokenizer), model.config.scales)
+    recipe = found.recipe
+    line = None if model.class_names else _why_no_names(found)
     subject = Subject(
         model.to(device),
         opened.to(device),
         device,
-        source,
-        names,
-        run if recipe is not None else None,
+        found.source,
+        model.class_names,
+        found.run if recipe is not None else None,
         recipe,
-        checkpoint,
-        step,
+        found.checkpoint,
+        found.step,
     )
-    return subject, notes
+    return subject, [*found.notes, *([line] if line else [])]
 
 
-def _of_run(run: Path) -> Path:
-    if checkpoints := list_checkpoints(run / "checkpoints"):
-        return checkpoints[-1]
-    for name in ("last", "best"):
-        if has_weights(run / name):
-            return run / name
-    if (run / CONFIG_NAME).exists():
-        return run  # weights of another kind: opening them says so
-    raise UserError(f"{run}: a run without a checkpoint or exported weights; wait for its first checkpoint")
-
-
-def _recipe(run: Path, checkpoint: Path | None) -> tuple[PretrainConfig | None, list[str]]:
-    """The recipe that the weights are from, and a line where one is there but cannot be read."""
-    if checkpoint is not None:
-        return validate(PretrainConfig, read_state(checkpoint).recipe, str(checkpoint)), []
-    if not (run / RECIPE_NAME).is_file():
-        return None, []
-    try:
-        return load_config(PretrainConfig, run / RECIPE_NAME), []
-    except UserError as error:  # of a tokenizer's training, or of another version
-        said = " ".join(str(error).split())
-        return None, [f"the run of {run}: its recipe is not of pretraining here ({said})"]
-
-
-def _class_names(recipe: PretrainConfig | None) -> tuple[tuple[str, ...], str | None]:
-    directory = recipe and (recipe.data.tokens or recipe.data.images)
-    if not directory:
-        return (), "class names: not known for weights alone; captions have the numbers"
+def _why_no_names(found: RunModel) -> str | None:
+    directory = found.data_of_names()
+    if directory is None:
+        return "class names: not known for weights alone; captions have the numbers"
     if not (directory / INDEX_NAME).exists():
-        return (), f"class names: {directory} is not there any more; captions have the numbers"
-    return ShardIndex.read(directory).classes, None
+        return f"class names: {directory} is not there any more; captions have the numbers"
+    return None
 
 
 def write_index(directory: Path, subject: Subject, pictures: Sequence[Picture], left_out: Sequence[str]) -> Path:

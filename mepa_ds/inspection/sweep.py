@@ -50,7 +50,7 @@ def draw_sweep(
     names = ", ".join(subject.caption(label) for label in classes)
     sheet = draw_sheet(
         tiles,
-        title=f"Guidance by top-k: {names}; top-p {sampling.top_p:g}, seed {sampling.seed}",
+        title=f"Guidance by top-k: {names}; top-p {sampling.top_p:g}, seed {sampling.seed}{subject.which(classes)}",
         columns=[f"top-k {top_k}" for top_k in top_ks],
         rows=[f"cfg {cfg:g}" for cfg in cfgs],
         least_side=128,

@@ -28,7 +28,7 @@ from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.recomputation import Recompute, run_block
 from mepa_ds.models.transformer_files import KIND, read_transformer, with_weights
 from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
-from mepa_ds.weights.directories import read_pretrained, save_pretrained
+from mepa_ds.weights.directories import read_class_names, read_pretrained, save_pretrained
 
 if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule
@@ -57,6 +57,8 @@ class NextScaleTransformer(nn.Module):
         super().__init__()
         self.config = config
         self.schedule: ScaleSchedule = config.schedule
+        self.class_names: tuple[str, ...] = ()
+        """Names of the classes by label, of the data or of config.json; empty where none are known."""
         C, S, L = config.C, self.schedule.num_scales, self.schedule.num_tokens
         self.word_embed = nn.Linear(config.code_width, C)
         self.class_embed = nn.Embedding(config.num_classes + 1, C)
@@ -96,9 +98,11 @@ class NextScaleTransformer(nn.Module):
         depth that the weights do not have.
         """
         given = Given(scales, num_heads, depth)
-        config, state, name_in_file = read_transformer(Path(path), given)
-        check_given(config, given, str(path))
-        return with_weights(partial(cls, config), state, str(path), name_in_file)
+        stored = read_transformer(Path(path), given)
+        check_given(stored.config, given, str(path))
+        model = with_weights(partial(cls, stored.config), stored.state, str(path), stored.name_in_file)
+        model.class_names = stored.class_names
+        return model
 
     @classmethod
     def from_var(
@@ -124,11 +128,13 @@ class NextScaleTransformer(nn.Module):
     def load(cls, directory: Path | str) -> Self:
         """Loads a directory of `save_pretrained` (safetensors and config.json), in evaluation mode."""
         config, state = read_pretrained(Path(directory), ModelConfig, KIND)
-        return with_weights(partial(cls, config), state, str(directory))
+        model = with_weights(partial(cls, config), state, str(directory))
+        model.class_names = read_class_names(directory)
+        return model
 
     def save_pretrained(self, directory: Path | str) -> None:
         """Writes safetensors and config.json in the layout of Hugging Face."""
-        save_pretrained(Path(directory), self.config, self.state_dict(), KIND)
+        save_pretrained(Path(directory), self.config, self.state_dict(), KIND, class_names=self.class_names)
 
     def init_weights(self, seed: int, base_width: int | None = None) -> None:
         """Draws every parameter as VAR does (see mepa_ds.models.initialisation); with a base width, for muP."""

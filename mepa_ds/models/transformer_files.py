@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
-from mepa_ds.weights.directories import load_strict, read_pretrained
+from mepa_ds.weights.directories import load_strict, read_class_names, read_pretrained
 from mepa_ds.weights.var_settings import kind_of_vars
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -27,6 +27,8 @@ class StoredTransformer(NamedTuple):
     state: dict[str, Tensor]
     name_in_file: Callable[[str], str]
     """Maps our name of a parameter to its name in the file, for messages."""
+    class_names: tuple[str, ...] = ()
+    """By label; empty where the file does not tell."""
 
 
 def read_transformer(path: Path, given: Given) -> StoredTransformer:
@@ -35,7 +37,7 @@ def read_transformer(path: Path, given: Given) -> StoredTransformer:
     Raises UserError if the path holds no transformer, or if its sizes are neither in the weights nor given.
     """
     if path.is_dir() and kind_of_vars(path) is None:
-        return StoredTransformer(*read_pretrained(path, ModelConfig, KIND), str)
+        return StoredTransformer(*read_pretrained(path, ModelConfig, KIND), str, read_class_names(path))
     return StoredTransformer(*convert_var(path, given), name_in_var)
 
 

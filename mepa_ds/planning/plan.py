@@ -89,19 +89,35 @@ class Plan:
         limit = self.machine.memory
         if limit is None or self.peak <= limit:
             return []
-        per_batch = [sum(parts.get(name, 0.0) for name in _WITH_BATCH) for parts in (self.backward, self.encoding)]
-        fixed = [sum(self.backward.values()) - per_batch[0], sum(self.encoding.values()) - per_batch[1]]
         line = f"a rank needs {self.peak / 1e9:.1f} GB, but has {limit / 1e9:.1f} GB"
-        if max(*fixed, sum(self.optimizer.values())) >= limit:
+        if self._least_cut() is None:
             return [
                 f"{line}: smaller micro-batches would not help; use more ranks, a larger parallel.ep_size or less model"
             ]
-        least = max(math.ceil(grows / (limit - stays)) for grows, stays in zip(per_batch, fixed, strict=True))
-        factors = [factor for factor in range(least, self.micro_batch + 1) if self.micro_batch % factor == 0]
-        remedies = [f"train.accumulation={self.config.train.accumulation * factor}" for factor in factors[:1]]
+        fits = self.fitting_accumulation
+        remedies = [] if fits is None else [f"train.accumulation={fits}"]
         if self.config.parallel.activation_checkpointing == "none" and sum(self.encoding.values()) <= limit:
             remedies.append("parallel.activation_checkpointing=blocks")
         return [f"{line}: try {' or '.join(remedies) or 'more ranks'}"]
+
+    @property
+    def fitting_accumulation(self) -> int | None:
+        """The smallest train.accumulation with which a rank has room, at the same batch; None: there is none."""
+        cut = self._least_cut()
+        factors = range(cut, self.micro_batch + 1) if cut is not None else ()
+        factor = next((factor for factor in factors if self.micro_batch % factor == 0), None)
+        return None if factor is None else self.config.train.accumulation * factor
+
+    def _least_cut(self) -> int | None:
+        """By what a micro-batch must be divided at least, so that it fits; None where that does not help."""
+        limit = self.machine.memory
+        if limit is None or self.peak <= limit:
+            return 1
+        per_batch = [sum(parts.get(name, 0.0) for name in _WITH_BATCH) for parts in (self.backward, self.encoding)]
+        fixed = [sum(self.backward.values()) - per_batch[0], sum(self.encoding.values()) - per_batch[1]]
+        if max(*fixed, sum(self.optimizer.values())) >= limit:
+            return None
+        return max(math.ceil(grows / (limit - stays)) for grows, stays in zip(per_batch, fixed, strict=True))
 
 
 @dataclass(frozen=True)

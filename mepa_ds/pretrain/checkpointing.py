@@ -82,7 +82,8 @@ class RunCheckpoints:
         as the best one. `ended` has a separate entry for this export.
         """
         versions = {"mepa_ds": mepa_ds.__version__} | {name: metadata.version(name) for name in ("torch", "deepspeed")}
-        state = replace(state, **optimizer_facts(self._engine), versions=versions)
+        names = list(self._engine.objective.transformer.class_names)
+        state = replace(state, **optimizer_facts(self._engine), class_names=names, versions=versions)
         target = self.directory / files.checkpoint_name(state.step)
         temporary = _beside(target)
 
@@ -220,7 +221,8 @@ class RunCheckpoints:
         return partial(stage, self._engine, self._staging, kinds)
 
     def _convert(self, fragments: Path, directory: Path, kind: str, step: int) -> None:
-        convert_fragments(fragments, self._engine.objective.transformer.config, directory, kind, step)
+        transformer = self._engine.objective.transformer
+        convert_fragments(fragments, transformer.config, directory, kind, step, transformer.class_names)
 
 
 def _beside(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What a pretraining run did, read from its metrics.jsonl alone."""
+"""What a run did, pretraining or a tokenizer's training, read from its metrics.jsonl alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mepa_ds.errors import UserError
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.reports.records import Column, RunRecords, number_of, read_records
 
 
 def run_report(run_directory: Path) -> dict[str, Any]:
@@ -16,31 +15,33 @@ def run_report(run_directory: Path) -> dict[str, Any]:
 
     Facts, throughput and memory are the last start's; `starts` has these of every start, with the steps that it took.
     `expert_load_per_scale` is (scales, experts), the mean over MoE layers of each expert's share of routed tokens at
-    the last logged step. Raises UserError for a directory without a run.
+    the last logged step. For a tokenizer: its last training record and its last held-out scores. Raises UserError for a
+    directory without a run, and for a run without a training record.
     """
-    path = run_directory / "metrics.jsonl"
-    records = list(read_metrics(path))
-    by_event: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        by_event.setdefault(record["event"], []).append(record)
-    if "start" not in by_event or "train" not in by_event:
-        raise UserError(f"{path}: no training is recorded there; give the output_dir of a pretraining run")
-    facts = {key: value for key, value in by_event["start"][-1].items() if key not in ("event", "step")}
-    train, starts = by_event["train"][-1], _starts(records)
+    return report_of(read_records(run_directory))
+
+
+def report_of(records: RunRecords) -> dict[str, Any]:
+    """The report of a run whose records have been read."""
+    return _pretraining(records) if records.kind == "pretraining" else _tokenizer(records)
+
+
+def _pretraining(records: RunRecords) -> dict[str, Any]:
+    recorded = records.of("start")
+    facts = {key: value for key, value in recorded[-1].items() if key not in ("event", "step")} if recorded else {}
+    starts = _starts(records)
     # An earlier start may have had other ranks.
-    of_this_start = starts[-1][1] or by_event["train"]
+    of_this_start = starts[-1][1] if starts and starts[-1][1].any() else np.ones(len(records.steps), bool)
     report: dict[str, Any] = {
         **facts,
-        "steps": train["step"],
-        "epochs": train["epoch"],
-        # The median, so that first steps and steps that share the machine with others hardly count.
-        "samples_per_second": float(np.median([record["images_per_second"] for record in of_this_start])),
-        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in of_this_start),
-        "starts": [_summary(start, trained) for start, trained in starts],
-        "train_ce": train["ce"],
-        "train_ce_last_scale": train["ce_last"],
+        "steps": int(records.steps[-1]),
+        "epochs": records.last("epoch"),
+        **_speed(records, of_this_start),
+        "starts": [_summary(start, records, trained) for start, trained in starts],
+        "train_ce": records.last("ce"),
+        "train_ce_last_scale": records.last("ce_last"),
     }
-    if found := [record for record in by_event.get("heldout", []) if record.get("best")]:
+    if found := [record for record in records.of("heldout") if record.get("best")]:
         best = found[-1]  # the score of the weights in `best`; earlier scores may be of other held-out tokens
         report |= {
             "heldout_ce": best["ce"],
@@ -48,34 +49,58 @@ def run_report(run_directory: Path) -> dict[str, Any]:
             "heldout_accuracy": best["accuracy"],
             "best_step": best["step"],
         }
-    if "routing" in by_event:
-        layers = by_event["routing"][-1]["layers"].values()
-        load_SE = np.mean([layer["load_scale"] for layer in layers], axis=0)
+    if routing := records.routing_records(records.routing[-1:]):
+        load_SE = np.mean([layer["load_scale"] for layer in routing[0]["layers"].values()], axis=0)
         report["expert_load_per_scale"] = np.round(load_SE, 4).tolist()
     return report
 
 
-def _starts(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each start with its training records. Records of steps that were taken again are not among them."""
-    starts: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
-    for record in records:
-        if record["event"] == "start":
-            starts.append((record, []))
-        elif record["event"] == "train" and starts:
-            starts[-1][1].append(record)
-    return starts
+def _tokenizer(records: RunRecords) -> dict[str, Any]:
+    every = np.ones(len(records.steps), bool)
+    report: dict[str, Any] = {"steps": int(records.steps[-1])}
+    if (samples := records.last("samples")) is not None:
+        report["images"] = int(samples)
+    report |= _speed(records, every)
+    report |= {f"train_{name}": records.last(name) for name in ("loss", "codebook_use", "perplexity")}
+    if found := records.of("heldout"):
+        names = ("psnr", "ssim", "lpips", "codebook_use", "perplexity", "num_images")
+        report |= {f"heldout_{name}": found[-1][name] for name in names if number_of(found[-1].get(name)) is not None}
+    return report
 
 
-def _summary(start: dict[str, Any], trained: list[dict[str, Any]]) -> dict[str, Any]:
+def _speed(records: RunRecords, chosen: Column) -> dict[str, Any]:
+    """Of the records that are chosen. The median, so that first steps and steps that share the machine hardly count."""
+    found: dict[str, Any] = {}
+    if len(speeds := _finite(records, "images_per_second", chosen)):
+        found["samples_per_second"] = float(np.median(speeds))
+    if len(memory := _finite(records, "peak_memory_bytes", chosen)):
+        found["peak_memory_bytes"] = int(memory.max())
+    return found
+
+
+def _finite(records: RunRecords, name: str, chosen: Column) -> Column:
+    values = records.train.get(name, np.zeros(0))[chosen] if name in records.train else np.zeros(0)
+    return values[np.isfinite(values)]
+
+
+def _starts(records: RunRecords) -> list[tuple[dict[str, Any], Column]]:
+    """Each start with a mask of its training records. Records of steps that were taken again are not among them."""
+    recorded = records.of("start")
+    ends = [*(float(start["step"]) for start in recorded[1:]), np.inf]
+    steps = records.steps
+    return [(start, (steps > start["step"]) & (steps <= end)) for start, end in zip(recorded, ends, strict=False)]
+
+
+def _summary(start: dict[str, Any], records: RunRecords, trained: Column) -> dict[str, Any]:
     layout: dict[str, Any] = {
         key: start[key] for key in ("world_size", "ep_size", "zero_stage", "precision") if key in start
     }
-    summary: dict[str, Any] = {"from_step": start["step"], "to_step": trained[-1]["step"] if trained else start["step"]}
-    if trained:
-        speeds = [record["images_per_second"] for record in trained]
-        summary["samples_per_second"] = round(float(np.median(speeds)), 4)
-        summary["peak_memory_bytes"] = max(record["peak_memory_bytes"] for record in trained)
-    return {**summary, **layout}
+    last = int(records.steps[trained][-1]) if trained.any() else start["step"]
+    summary: dict[str, Any] = {"from_step": start["step"], "to_step": last}
+    speed = _speed(records, trained)
+    if "samples_per_second" in speed:
+        speed["samples_per_second"] = round(speed["samples_per_second"], 4)
+    return {**summary, **speed, **layout}
 
 
 def format_report(report: dict[str, Any]) -> str:

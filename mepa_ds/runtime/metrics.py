@@ -11,6 +11,8 @@ from typing import Any
 from mepa_ds import log
 from mepa_ds.files import write_text
 
+METRICS_NAME = "metrics.jsonl"
+
 
 class MetricsWriter:
     """Appends records to `metrics.jsonl`, line by line, so a killed run keeps its records.

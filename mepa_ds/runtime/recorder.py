@@ -18,11 +18,10 @@ from mepa_ds import distributed
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.log_line import LogLine, words_of_pretraining
-from mepa_ds.runtime.metrics import MetricsWriter, finite, read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
 from mepa_ds.runtime.trackers.selection import Chosen, load_maps, scalars
 from mepa_ds.runtime.trackers.tracker import Pixels, Tracker
 
-METRICS_NAME = "metrics.jsonl"
 _STATUS_SECONDS = 1.0
 RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 

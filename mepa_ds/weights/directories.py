@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ from mepa_ds.files import atomic_path, write_json
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, read_json, read_state_dict
 from mepa_ds.weights.state_dicts import listed
 
+ID_TO_LABEL, LABEL_TO_ID = "id2label", "label2id"
+_MOST_CLASSES = 10**6
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -81,7 +84,12 @@ def with_match(name: str, candidates: Sequence[str]) -> str:
 
 
 def save_pretrained(
-    directory: Path | str, config: Section, state: Mapping[str, Tensor], kind: str, max_shard_bytes: int = 5 * 10**9
+    directory: Path | str,
+    config: Section,
+    state: Mapping[str, Tensor],
+    kind: str,
+    max_shard_bytes: int = 5 * 10**9,
+    class_names: Sequence[str] = (),
 ) -> None:
     """Writes `config.json` and `model.safetensors` (or shards of at most `max_shard_bytes`, with their index).
 
@@ -89,6 +97,8 @@ def save_pretrained(
 
     Args:
         kind: what the directory holds ("tokenizer", ...), stored as `model_type`.
+        class_names: names of the classes by label, stored as Hugging Face's `id2label` and `label2id`; `label2id` has
+            no name that several classes share.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -105,7 +115,8 @@ def save_pretrained(
         write_json(directory / INDEX_NAME, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     else:
         (directory / INDEX_NAME).unlink(missing_ok=True)
-    write_json(directory / CONFIG_NAME, {"model_type": kind, **json.loads(config.model_dump_json())})
+    stored = {"model_type": kind, **json.loads(config.model_dump_json()), **_named(class_names)}
+    write_json(directory / CONFIG_NAME, stored)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -122,6 +133,40 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         temporary.chmod(mode)
 
 
+def _named(class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    if not any(class_names):
+        return {}
+    counts = Counter(class_names)
+    return {
+        ID_TO_LABEL: {str(label): name for label, name in enumerate(class_names)},
+        LABEL_TO_ID: {name: label for label, name in enumerate(class_names) if name and counts[name] == 1},
+    }
+
+
+def read_class_names(directory: Path | str) -> tuple[str, ...]:
+    """The names of the classes by label that a directory's config.json has as `id2label`; empty if there are none.
+
+    A class without a name has an empty one.
+
+    Raises:
+        UserError: `id2label` is no mapping of numbers from 0 on to names.
+    """
+    path = Path(directory) / CONFIG_NAME
+    names = read_json(path).get(ID_TO_LABEL) if path.is_file() else None
+    if not names:
+        return ()
+    try:
+        by_label = {int(label): str(name) for label, name in names.items()}
+        if min(by_label) < 0 or max(by_label) > _MOST_CLASSES:
+            raise ValueError(f"a class {min(by_label) if min(by_label) < 0 else max(by_label)}")
+    except (AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path}: {ID_TO_LABEL}: expected names by class, such as {{'0': 'Shirt', '1': 'Dress'}} ({error}); "
+            "mend it, or take it out"
+        ) from error
+    return tuple(by_label.get(label, "") for label in range(max(by_label) + 1))
+
+
 def read_kind(directory: Path | str) -> str:
     """The `kind` that `save_pretrained` stored in this directory: "tokenizer", ..."""
     return str(_read_config(Path(directory)).get("model_type"))
@@ -136,6 +181,8 @@ def read_config(directory: Path | str, config_type: type[ConfigT], kind: str) ->
     directory = Path(directory)
     data = _read_config(directory)
     found = data.pop("model_type", None)
+    for name in (ID_TO_LABEL, LABEL_TO_ID):  # no part of what a model is: `read_class_names` reads them
+        data.pop(name, None)
     if found != kind:
         held = "does not say what it holds (no model_type)" if found is None else f"says it holds {found!r}"
         raise UserError(f"{directory}: expected a {kind}, but {CONFIG_NAME} {held}")

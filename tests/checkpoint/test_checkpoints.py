@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Event, current_thread
 from typing import Any
@@ -318,10 +318,12 @@ def fail_to_write_the_best_weights_of_step_4() -> None:
     """Runs in each rank's process before the run."""
     original = checkpointing.convert_fragments
 
-    def convert(fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int) -> None:
+    def convert(
+        fragments: Path, config: ModelConfig, directory: Path, kind: str, step: int, class_names: Sequence[str]
+    ) -> None:
         if step == 4:
             raise OSError(28, "No space left on device")
-        original(fragments, config, directory, kind, step)
+        original(fragments, config, directory, kind, step, class_names)
 
     checkpointing.convert_fragments = convert
 

@@ -11,8 +11,8 @@ import pytest
 
 from mepa_ds.checkpoint import background_writer
 from mepa_ds.checkpoint.files import checkpoint_name, clean, list_checkpoints, prune, publish, set_aside
-from mepa_ds.cli import quickstart
 from mepa_ds.files import make_way, remove
+from mepa_ds.project.stages.run import Stage, StageRun
 
 
 def directory(path: Path, content: str = "") -> Path:
@@ -138,10 +138,10 @@ def test_whatever_is_in_the_way_goes(tmp_path: Path, kind: str) -> None:
     assert names(far) == ["config.json"]
 
 
-def test_the_quickstart_starts_anew_through_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstart_starts_anew_through_links(tmp_path: Path) -> None:
     far = directory(tmp_path / "far")
-    stage = quickstart.Stage("a", "b", (), (tmp_path / "out", tmp_path / "none"), ())
+    stage = Stage("a", "b", (), (tmp_path / "out", tmp_path / "none"), ())
     (tmp_path / "out").symlink_to(far)
-    quickstart._forget([stage], {})
+    StageRun([stage], tmp_path / "progress.json", "quickstart")._forget([stage])
     assert names(tmp_path) == ["far"]
     assert names(far) == ["config.json"]

@@ -14,6 +14,7 @@ from mepa_ds.cli import sample as command
 from mepa_ds.cli import upcycle
 from mepa_ds.data_tools.precompute import Tokens
 from mepa_ds.errors import UserError
+from mepa_ds.generation.class_names import parse_classes
 from mepa_ds.generation.sampling import Rng, sample
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -166,13 +167,13 @@ def test_upcycling_reads_what_lies_there(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_classes(text: str, classes: list[int]) -> None:
-    assert command.parse_classes(text, 10) == classes
+    assert parse_classes(text, 10) == classes
 
 
 @pytest.mark.parametrize("text", ["", "1,,2", "-3", "3-", "1.5", "cat", "²"])
 def test_classes_that_are_no_numbers(text: str) -> None:
     with pytest.raises(UserError, match="--classes: expected numbers and ranges"):
-        command.parse_classes(text, 10)
+        parse_classes(text, 10)
 
 
 @pytest.mark.parametrize(

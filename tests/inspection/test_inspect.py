@@ -104,6 +104,10 @@ def test_a_run_shows_everything(run: Path, tmp_path: Path, capsys: pytest.Captur
 def test_weights_alone_show_what_they_can(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, out = tmp_path / "elsewhere" / "weights", tmp_path / "out"
     shutil.copytree(run / "best", weights)
+    config = json.loads((weights / "config.json").read_text())
+    assert config.pop("id2label") == {"0": "0", "1": "1", "2": "2"}
+    assert config.pop("label2id") == {"0": 0, "1": 1, "2": 2}
+    (weights / "config.json").write_text(json.dumps(config))  # as earlier versions wrote it
     with pytest.raises(UserError, match=r"--tokenizer: .*weights does not tell its tokenizer; give its directory"):
         command.main([str(weights)])
     shutil.copy(run / "resolved.yaml", weights.parent)

@@ -36,8 +36,8 @@ class InspectOptions:
     """
 
     subject: tyro.conf.Positional[Path]
-    """A run (output_dir: its newest checkpoint is taken), one of its checkpoints, or weights: a directory of
-    safetensors, VAR's var_d16.pth. Training curves need the run, alignment a checkpoint."""
+    """A run (output_dir: its newest checkpoint is taken), a project with one run, a checkpoint, or weights: a directory
+    of safetensors, VAR's var_d16.pth. Training curves need the run, alignment a checkpoint."""
     tokenizer: Path | None = None
     """The model's tokenizer: its directory, or VAR's file; a run tells its own."""
     out: Path | None = None
@@ -49,7 +49,7 @@ class InspectOptions:
     images: int = 256
     """Images that are routed, for the maps and for the mutual information: as many of each class, 8 at least."""
     classes: str | None = None
-    """Classes to show, such as 207,360 or 0-7; up to 8 over all classes if not given."""
+    """Classes to show, by number, range or name: 207,360 or 0-7 or "Ankle boot,Bag"; up to 8 over all if not given."""
     cfg: float = 1.5
     """Guidance weight of samples."""
     top_k: int = 900
@@ -106,14 +106,14 @@ class _Parts:
     """The parts of a report, each a function that draws it."""
 
     def __init__(self, options: InspectOptions, subject: Subject, out: Path):
-        from mepa_ds.cli.sample import parse_classes
-        from mepa_ds.generation.class_names import spread_classes
+        from mepa_ds.generation.class_names import parse_classes, spread_classes
         from mepa_ds.inspection.tracing import Sampling, check_maker, held_out_tokens
 
         self._options, self._subject, self._out = options, subject, out
         count = subject.model.config.num_classes
         given = options.classes
-        self._classes = spread_classes(count, _MOST_CLASSES) if given is None else parse_classes(given, count)
+        names = subject.class_names
+        self._classes = spread_classes(count, _MOST_CLASSES) if given is None else parse_classes(given, count, names)
         self._sampling = Sampling(options.cfg, options.top_k, options.top_p, options.seed, options.batch_size)
         self._traced: Traced | None = None
         self._tokens, line = (options.tokens, None) if options.tokens else held_out_tokens(subject)

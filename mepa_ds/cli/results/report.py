@@ -1,4 +1,4 @@
-"""`mepa report`: what a pretraining run did."""
+"""`mepa report`: what runs did, as a table, as JSON, and as a page to look at."""
 
 from __future__ import annotations
 
@@ -10,26 +10,42 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
-from mepa_ds.files import write_json
-from mepa_ds.reports.run_report import format_report, run_report
+from mepa_ds.errors import UserError
 
 
 @dataclass
 class ReportOptions:
-    """Reads a run's metrics.jsonl; prints a table and writes report.json beside it."""
+    """Reads runs' metrics.jsonl: prints a table of each, writes report.json beside it, and one page with curves,
+    pictures and what happened. The page is a single file that needs no network. Several runs are overlaid."""
 
-    run: tyro.conf.Positional[Path]
-    """output_dir of a pretraining run, finished or not."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """output_dirs of pretraining runs, or of tokenizers' trainings, finished or not."""
+    out: Path | None = None
+    """Where the page is written. Default: report.html in the run's directory; of several runs, in the working one."""
 
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(ReportOptions, prog="mepa report", args=argv)
-    report = run_report(options.run)
-    try:
-        write_json(options.run / "report.json", report)
-    except OSError as error:  # another user's run, say
-        log.note(f"warning: {options.run / 'report.json'} cannot be written: {error.strerror}")
-    print(format_report(report))
+    if not options.runs:
+        raise UserError("give the output_dir of a run, or of several: mepa report RUN [RUN ...]")
+
+    from mepa_ds.files import write_json
+    from mepa_ds.reports.page.write import write_page
+    from mepa_ds.reports.records import read_records
+    from mepa_ds.reports.run_report import format_report, report_of
+
+    read = [read_records(run) for run in options.runs]
+    for records in read:
+        report, path = report_of(records), records.directory / "report.json"
+        try:
+            write_json(path, report)
+        except OSError as error:  # another user's run, say
+            log.note(f"warning: {path} cannot be written: {error.strerror}")
+        print(f"{records.directory}\n" if len(read) > 1 else "", end="")
+        print(format_report(report))
+    page = options.out or (read[0].directory / "report.html" if len(read) == 1 else Path("report.html"))
+    size = write_page(read, page)
+    print(f"page: {page} ({size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ import pandas as pd
 import tyro
 
 from mepa_ds.errors import UserError
+from mepa_ds.reports.html import short
 from mepa_ds.scaling.fit_files import write_fits
 from mepa_ds.scaling.fits import LAWS
 from mepa_ds.scaling.laws import FITS, FitOptions
 from mepa_ds.scaling.report.analysis import Asked, analyse, is_over_envelope
 from mepa_ds.scaling.report.document import FITS_NAME, input_columns
 from mepa_ds.scaling.report.hold_out import verdict
-from mepa_ds.scaling.report.html import short
 from mepa_ds.scaling.report.law_sections import named, objective
 from mepa_ds.scaling.running.collect import TABLE_NAME, collect
 from mepa_ds.scaling.study.plan import read_study

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mepa_ds.reports import html
 from mepa_ds.scaling.laws import FITS
-from mepa_ds.scaling.report import html
 from mepa_ds.scaling.report.document import input_columns
 
 FORMULAS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from mepa_ds.scaling.report import html
+from mepa_ds.reports import html
 from mepa_ds.scaling.report.hold_out import verdict
 from mepa_ds.scaling.report.law_sections import counts, laws, named
 from mepa_ds.scaling.report.rows import finished, main_kind, unfinished
@@ -115,7 +115,7 @@ def _rolling(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _figure(figure: Drawn) -> str:
     return (
-        f'<figure id="figure-{html.text(figure.name)}"><h3>{html.text(figure.title)}</h3>{figure.svg}'
+        f'<figure class="figure" id="figure-{html.text(figure.name)}"><h3>{html.text(figure.title)}</h3>{figure.svg}'
         f"<figcaption>{html.text(figure.caption)}</figcaption></figure>"
     )
 

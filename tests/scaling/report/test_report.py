@@ -20,9 +20,9 @@ from PIL import Image
 from mepa_ds.cli.scale.predict import main as predict_main
 from mepa_ds.cli.scale.report import main
 from mepa_ds.errors import UserError
+from mepa_ds.reports.html import short
 from mepa_ds.scaling.columns import COLUMNS
 from mepa_ds.scaling.laws import FITS, FitOptions
-from mepa_ds.scaling.report.html import short
 from mepa_ds.scaling.report.write import write_report
 from mepa_ds.scaling.running.collect import collect
 from mepa_ds.scaling.study.config import StudyConfig

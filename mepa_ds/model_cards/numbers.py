@@ -1,0 +1,87 @@
+"""The numbers of a run that a model card tells: those of the exported step where there are such."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from mepa_ds.checkpoint.run_models import METRICS_NAME, RunModel
+from mepa_ds.errors import UserError
+from mepa_ds.runtime.metrics import read_metrics
+
+BEST = "best"
+_SCORES = "scores.json"
+"""What `mepa evaluate --json` wrote, in the run's directory or beside it."""
+_NO_SCORES = ("step", "seconds", "num_samples")
+_INTERVALS = ("_low", "_high", "_std")
+_MOST_SCORES = 12
+_HELD_OUT = {
+    "ce": "Held-out cross-entropy (nats a token)",
+    "ce_last": "Held-out cross-entropy of the last scale",
+    "accuracy": "Held-out accuracy of the next token",
+}
+
+
+def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
+    """Numbers by what they say, and lines of what is not known. A card of a run without records does without them."""
+    run, step = found.run, found.step
+    records = _records(run)
+    if not records:
+        return {}, [f"numbers: {run / METRICS_NAME} has no records of this run; the card has none"]
+    said, lines = {}, []
+    start = next((r for r in reversed(records) if r["event"] == "start"), {})
+    train = _of_step([r for r in records if r["event"] == "train"], step)
+    held_out = _of_step([r for r in records if r["event"] == "heldout"], step)
+    if step is not None:
+        said["Training steps"] = f"{step:,}"
+    if "epoch" in train:
+        said["Epochs"] = f"{train['epoch']:.4g}"
+    if "device" in start:
+        said["Trained on"] = f"{start.get('world_size', 1)} x {start['device']}, {start.get('precision', '')}".rstrip(
+            ", "
+        )
+    if not held_out:
+        lines.append("numbers: the run has no held-out evaluation of this step; the card has no score of it")
+    said |= {meaning: f"{held_out[key]:.4f}" for key, meaning in _HELD_OUT.items() if key in held_out}
+    score = _of_step([r for r in records if r["event"] == "score"], step)
+    scores = _shown(score)
+    if found.checkpoint is None and found.source.name == BEST:  # what samples are drawn from, and scored
+        scores |= _shown(_written_scores(run))
+    return said | dict(list(scores.items())[:_MOST_SCORES]), lines
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_metrics(run / METRICS_NAME))
+    except (UserError, OSError, ValueError):
+        return []
+
+
+def _of_step(records: list[dict[str, Any]], step: int | None) -> dict[str, Any]:
+    """The last record up to a step: evaluations come after their step, training records with it."""
+    return next((r for r in reversed(records) if step is None or r.get("step", 0) <= step), {})
+
+
+def _written_scores(run: Path) -> dict[str, Any]:
+    for path in (run / _SCORES, run.parent / _SCORES):
+        try:
+            found = json.loads(path.read_text())
+            return found if isinstance(found, dict) else {}
+        except (OSError, ValueError):
+            continue
+    return {}
+
+
+def _shown(scores: dict[str, Any]) -> dict[str, str]:
+    """Scores with their 95 % intervals."""
+    found = {}
+    for name, value in scores.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or name in _NO_SCORES or name.startswith("num_") or name.endswith(_INTERVALS):
+            continue
+        low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
+        interval = f" ({low:.4g} to {high:.4g})" if isinstance(low, float) and isinstance(high, float) else ""
+        found[f"`{name}`"] = f"{value:.4g}{interval}"
+    return found

@@ -1,0 +1,1 @@
+"""What is known before anything is chosen: of the images, and of the machine."""

@@ -1,0 +1,1 @@
+"""Stages of commands that are run one after another, once each, and continued after a stop."""

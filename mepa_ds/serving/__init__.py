@@ -1,0 +1,1 @@
+"""A local web page that draws images of a model."""
