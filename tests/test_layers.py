@@ -25,7 +25,7 @@ LAYERS = (
     ("pretrain", "train_tokenizer"),
     ("planning",),  # measures what a pretraining process holds before it begins
     ("slurm",),
-    ("scaling",),
+    ("doctor", "scaling"),
     ("ablation", "sweep"),
     ("project",),
     ("cli",),

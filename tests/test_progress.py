@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import pty
+import struct
 import subprocess
 import sys
 import termios
@@ -46,7 +48,7 @@ def test_a_quick_command_writes_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_terminal_gets_a_bar() -> None:
     outer, inner = pty.openpty()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    termios.tcsetwinsize(inner, (24, 80))
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     subprocess.run([sys.executable, "-c", _BAR], env=environment, stderr=inner, timeout=60, check=True)
     os.close(inner)
     assert "reading: 100%" in os.read(outer, 4096).decode()

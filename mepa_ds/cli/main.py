@@ -13,6 +13,7 @@ COMMANDS = {
     "init": "from a folder of images to recipes and commands, or to a trained model",
     "quickstart": "the whole system on real images, in minutes, on a CPU",
     "data": "image, token and feature sets: build, precompute, verify, show, merge",
+    "doctor": "is this machine ready? versions, GPUs, disks, shard sets, weights, each with its remedy",
     "pretrain": "pretrain a model by a recipe (as pretrain.py)",
     "train-tokenizer": "train a multi-scale tokenizer by a recipe",
     "sample": "generate images, class by class",
@@ -29,7 +30,19 @@ COMMANDS = {
     "scale": "scaling studies: plan, run, collect, fit, predict, report",
     "slurm": "jobs on a SLURM cluster: submit, pipeline, status",
     "report": "what runs did: a table, and a page with curves, pictures and events",
+    "completion": "a script by which bash, zsh or fish completes commands and options",
 }
+
+GROUPS = {
+    "start here": ("init", "quickstart", "doctor"),
+    "data": ("data",),
+    "train": ("pretrain", "train-tokenizer", "upcycle"),
+    "look": ("watch", "report", "sample", "serve", "evaluate", "evaluate-tokenizer", "inspect"),
+    "studies": ("sweep", "ablate", "scale"),
+    "cluster": ("slurm",),
+    "files": ("export", "checkpoint", "completion"),
+}
+"""Commands by what they are for, as `mepa --help` shows them."""
 
 
 _FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect", "report", "serve"), "results") | (
@@ -39,10 +52,13 @@ _FOLDERS = dict.fromkeys(("ablate", "evaluate", "evaluate-tokenizer", "inspect",
 
 
 def usage() -> str:
-    lines = [f"  {name:<18} {meaning}" for name, meaning in COMMANDS.items()]
-    return (
-        "usage: mepa COMMAND [ARGUMENTS] | --version\n\n" + "\n".join(lines) + "\n\nmepa COMMAND --help explains each."
-    )
+    """Commands by group. Those of no group come last, so that none is forgotten."""
+    grouped = {name for names in GROUPS.values() for name in names}
+    rest = tuple(name for name in COMMANDS if name not in grouped)
+    lines = ["usage: mepa COMMAND [ARGUMENTS] | --version"]
+    for title, names in [*GROUPS.items(), *([("others", rest)] if rest else [])]:
+        lines += ["", title, *(f"  {name:<18} {COMMANDS[name]}" for name in names if name in COMMANDS)]
+    return "\n".join([*lines, "", "mepa COMMAND --help explains each."])
 
 
 def module_of(command: str) -> str:

@@ -28,6 +28,7 @@ from mepa_ds.slurm.jobs import Job, sbatch_command, submit, test_only
 from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.submit import (
     Request,
+    asks_slurm,
     cancelled_on_error,
     check_cluster,
     check_recipe,
@@ -128,18 +129,20 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool, check_words: Check
     request = _request(config.pretrain, "pretrain")
     run = output_dir(request)
     record = run / "slurm"
-    refuse_while_active(record)
+    asks = asks_slurm(profile, dry_run)
+    if asks:
+        refuse_while_active(record)
     stages = [stage for stage in _stages(config, run) if stage.jobs]
     if not stages:
         print(f"{run}: all stages are done")
         return []
-    check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1))
+    check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1), asks)
     _check_words(config, check_words)
     _check_inputs(config, request, profile)
     for stage in stages:
         for job, check in stage.jobs:
             for planned in (job, check):
-                if planned is not None:
+                if planned is not None and asks:
                     test_only(sbatch_command(planned, profile))
     return _submit_all(stages, profile, record, dry_run)
 

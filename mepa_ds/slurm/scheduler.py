@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ def slurm(command: Sequence[str]) -> str:
 def _last_line(text: str) -> str:
     lines = [line.split("error: ", 1)[-1] for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "failed without a message"
+
+
+def is_here() -> bool:
+    """Whether SLURM's commands are on this machine, and know a cluster. A cluster that is down is there, too."""
+    if not all(shutil.which(command) for command in ("scontrol", "sbatch")):
+        return False
+    try:
+        partitions()
+    except UserError as error:
+        return "configuration source" not in str(error)
+    return True
 
 
 def partitions() -> list[str]:

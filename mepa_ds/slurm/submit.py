@@ -16,6 +16,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import (
     check_branch,
     check_data,
@@ -64,12 +65,14 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
     """
     if request.gpus is not None:
         profile = replace(profile, values=profile.values | {"MEPA_GPUS_PER_NODE": str(request.gpus)})
-    check_cluster(profile, request.nodes)
+    asks = asks_slurm(profile, request.dry_run)
+    check_cluster(profile, request.nodes, asks)
     if request.job == "scaling-study":
-        return _submit_study(request, profile)
+        return _submit_study(request, profile, asks)
     run = output_dir(request)
     record = run / "slurm"
-    refuse_while_active(record)
+    if asks:
+        refuse_while_active(record)
     check_recipe(request, profile)
     words = (str(request.recipe.resolve()), *request.overrides)
     job = Job(
@@ -82,7 +85,7 @@ def submit_recipe(request: Request, profile: Profile) -> str | None:
         after=request.after,
         copies_sets=request.copies_sets,
     )
-    return hand_over(job, profile, record, request.dry_run, f"mepa slurm status {run}")
+    return hand_over(job, profile, record, request.dry_run, f"mepa slurm status {run}", asks)
 
 
 def is_finished(request: Request) -> bool:
@@ -107,14 +110,27 @@ def _but_places(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe | {"data": data}
 
 
-def check_cluster(profile: Profile, nodes: int) -> None:
-    """Raises UserError unless the partitions exist and have such nodes."""
+def asks_slurm(profile: Profile, dry_run: bool) -> bool:
+    """Whether SLURM is asked. A dry run where there is no SLURM says what it leaves unchecked."""
+    if not dry_run or scheduler.is_here():
+        return True
+    print(
+        "no SLURM here (scontrol or sbatch is not found, or knows no cluster). Not checked: whether partition "
+        f"{profile.get('PARTITION')} exists and has such nodes, whether a job is at work in the same output_dir, and "
+        "whether SLURM would take the job"
+    )
+    return False
+
+
+def check_cluster(profile: Profile, nodes: int, asks: bool = True) -> None:
+    """Raises UserError unless the partitions exist and have such nodes; `asks`: whether SLURM is asked for that."""
     if nodes < 1:
         raise UserError(f"--nodes {nodes}: expected at least 1")
-    partition = profile.get("PARTITION")
-    check_partition(profile, partition)
-    check_partition(profile, profile.get("CPU_PARTITION", partition))
-    check_nodes(profile, partition, nodes)
+    if asks:
+        partition = profile.get("PARTITION")
+        check_partition(profile, partition)
+        check_partition(profile, profile.get("CPU_PARTITION", partition))
+        check_nodes(profile, partition, nodes)
     scripts = ("this clone", shipped.CLONE) if shipped.CLONE else ("mepa_ds", shipped.folder("slurm"))
     check_paths(profile, [scripts])
 
@@ -162,10 +178,11 @@ def refuse_while_active(record: Path) -> None:
             )
 
 
-def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str) -> str | None:
+def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str, asks: bool = True) -> str | None:
     """Asks SLURM whether it would take the job, prints the sbatch line, and submits unless it is a dry run."""
     command = sbatch_command(job, profile)
-    test_only(command)
+    if asks:
+        test_only(command)
     print(shlex.join(command))
     if dry_run:
         return None
@@ -174,7 +191,7 @@ def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str
     return number
 
 
-def _submit_study(request: Request, profile: Profile) -> str | None:
+def _submit_study(request: Request, profile: Profile, asks: bool) -> str | None:
     """Submits an array with a member for each unfinished line of a manifest, and a job that checks them all."""
     manifest = request.recipe
     if request.overrides:
@@ -197,7 +214,8 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         except UserError as error:
             raise UserError(f"{manifest}: run {number}: {error}") from error
     state = manifest.resolve().with_suffix(".slurm")
-    refuse_while_active(state)
+    if asks:
+        refuse_while_active(state)
     # Each run knows whether it is done. The number of a line does not: lines may come and go between two starts.
     left = [part for part, member in enumerate(members) if not is_finished(member)]
     if not left:
@@ -220,12 +238,12 @@ def _submit_study(request: Request, profile: Profile) -> str | None:
         copies_sets=request.copies_sets,
     )
     check = replace(job, name=f"{job.name}-check", tasks_per_node=0, nodes=1, array=None, after=(), copies_sets=False)
-    for planned in (job, check):
+    for planned in (job, check) if asks else ():
         test_only(sbatch_command(planned, profile))
     if not request.dry_run:
         _link_parts(state, runs)
         write_text(copied, manifest.read_text())
-    array = hand_over(job, profile, state, request.dry_run, f"{len(left)} of {len(lines)} runs")
+    array = hand_over(job, profile, state, request.dry_run, f"{len(left)} of {len(lines)} runs", asks)
     if array is None:
         return None
     with cancelled_on_error([array]):

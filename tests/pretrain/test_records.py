@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,3 +121,34 @@ def test_wandb_is_one_offline_run(run: Path) -> None:
     starts = list((run / "wandb").glob(f"offline-run-*-{identifier}"))
     assert len(starts) == 2
     assert all((start / f"run-{identifier}.wandb").stat().st_size > 1000 for start in starts)
+
+
+def test_every_line_of_the_output_is_ours(run: Path) -> None:
+    """Two ranks under a launcher, with all trackers, stopped and resumed, stderr in the same file."""
+    log = run.with_suffix(".log").read_text()
+    ours = re.compile(
+        r"model: .* parameters|legend  |step \d+/(?:5|10)  epoch .* left$|step \d+  (held-out ce|picture: |warning: )|"
+        r"resumed from |the recipe has changed |done: \d+ steps"
+    )
+    assert [line for line in log.splitlines() if not ours.match(line)] == []
+    assert not set("\r\x1b") & set(log), "nothing that moves a cursor"
+    assert log.count("legend  loss: ") == 2, "once a start"
+
+
+def test_trackers_get_pictures_too(run: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(run / "tensorboard"))
+    accumulator.Reload()
+    tags = accumulator.Tags()
+    assert {"samples", "experts/by_scale", "experts/by_layer"} <= set(tags["images"])
+    assert {"train/guidance_cosine", "train/max_expert_share", "heldout/ce"} <= set(tags["scalars"])
+    assert not any(tag.startswith("written/") or "/ranks/" in tag for tag in tags["scalars"]), "all only on request"
+
+
+def test_records_have_what_is_worth_watching(run: Path) -> None:
+    records = list(read_metrics(run / "metrics.jsonl"))
+    routing = {record["step"]: record for record in records if record["event"] == "routing"}
+    for record in (record for record in records if record["event"] == "train"):
+        assert record["guidance_cosine"] == pytest.approx(-record["alignment"] / 2), "of two scales"
+        largest = max(max(layer["load"]) for layer in routing[record["step"]]["layers"].values())
+        assert record["max_expert_share"] == pytest.approx(largest, abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -443,3 +444,18 @@ def test_status_of_a_tokenizers_training(cluster: Path, monkeypatch: pytest.Monk
     assert (report["step"], report["time left"]) == ("50 of 100", "0:01:40")
     assert report["last checkpoint"] == f"{run}/checkpoint.pt"
     assert "Unable to contact slurm controller" in report["state"]
+
+
+def test_a_dry_run_where_there_is_no_slurm_says_what_it_has_not_checked(
+    cluster: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All else is checked, and the sbatch line is shown. To submit needs SLURM."""
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    mepa(cluster, "submit", cluster / "recipe.yaml", "--dry-run")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("no SLURM here (scontrol or sbatch is not found, or ")
+    assert "Not checked: whether partition gpu exists" in said[0]
+    assert said[-1].startswith("sbatch --parsable ")
+    assert "unknown key" in refused(cluster, "submit", cluster / "recipe.yaml", "--dry-run", "--", "model.dept=3")
+    assert refused(cluster, "submit", cluster / "recipe.yaml").startswith("scontrol: ")

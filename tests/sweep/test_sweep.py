@@ -68,7 +68,12 @@ def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], message: st
 
 
 def test_long_and_odd_values_make_names_of_files(tmp_path: Path) -> None:
-    points = ({"objective.alignment.scales": [2, 3]}, {"model.moe": None}, {"a.x": "../b c", "d.x": True}, {})
+    points: tuple[dict[str, Any], ...] = (
+        {"objective.alignment.scales": [2, 3]},
+        {"model.moe": None},
+        {"a.x": "../b c", "d.x": True},
+        {},
+    )
     names = ["scales--2,-3", "moe-null", "a.x--..-b-c-,d.x-true", "base"]
     assert [_name_of(point) for point in points] == names
     many = {f"optim.{key}": [0.01] for key in ("base_lr", "weight_decay", "warmup", "clip")}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -132,7 +134,7 @@ def test_an_output_that_is_no_terminal_gets_one_frame(tmp_path: Path, capsys: py
 def test_a_terminal_is_followed_until_ctrl_c(tmp_path: Path) -> None:
     """A run that starts and goes on while it is watched."""
     outer, inner = pty.openpty()
-    termios.tcsetwinsize(inner, (24, 120))
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [sys.executable, "-m", "mepa_ds", "watch", str(tmp_path / "run"), "--every", "0.1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
     process = subprocess.Popen(command, env=environment, stdout=inner, stderr=inner)

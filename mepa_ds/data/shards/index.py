@@ -96,7 +96,9 @@ class ShardIndex(Section):
         """
         path = directory / INDEX_NAME
         if not directory.is_dir():
-            raise UserError(f"{what}: {directory}: no such directory; give a shard set, or make one with data_tools/")
+            raise UserError(
+                f"{what}: {directory}: no such directory; give a shard set, or make one with `mepa data build`"
+            )
         if not path.exists():
             raise UserError(
                 f"{what}: {directory}: no {INDEX_NAME} there; if a job is still writing the set, wait for it (or run "

@@ -1,0 +1,125 @@
+"""The user's runs, shard sets, weights and cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from mepa_ds.data.shards.index import ShardIndex
+from mepa_ds.data.shards.writer import MANIFEST_NAME
+from mepa_ds.doctor.finding import Finding, note, ok, problem
+from mepa_ds.errors import UserError
+from mepa_ds.models.var_checkpoint import Given
+from mepa_ds.runtime.run_lock import is_held
+from mepa_ds.slurm import scheduler
+from mepa_ds.slurm.checks import check_partition
+from mepa_ds.slurm.profile import read_profile
+from mepa_ds.weights.directories import read_kind
+from mepa_ds.weights.state_dict_files import read_state_dict
+
+_MOST_RUNS = 200
+
+
+def look_at_runs(folder: Path) -> Iterator[Finding]:
+    """Yields the runs below `folder` that are at work, were killed, or have failed."""
+    places = sorted(folder.glob("**/status.json"))[:_MOST_RUNS] if folder.is_dir() else []
+    states: dict[str, int] = {}
+    for path in places:
+        told: dict[str, object] = {}
+        with suppress(OSError, ValueError):
+            told = json.loads(path.read_text())
+        run, state = path.parent, str(told.get("state", "unknown"))
+        if is_held(run):
+            yield ok("run", f"{run}: is at work")
+        elif state == "running":
+            text = f"{run}: was killed at step {told.get('step')}; nobody holds its lock"
+            yield note("run", text, "start it again: it goes on from its last checkpoint")
+        elif state in ("failed", "diverged"):
+            error = " ".join(str(told.get("error", "")).split())[:200]
+            yield note("run", f"{run}: {state}: {error}", "docs/troubleshooting.md explains the message")
+        else:
+            states[state] = states.get(state, 0) + 1
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    yield ok("runs", f"{folder}: {counts or 'none that is finished'}")
+
+
+def look_at_set(directory: Path) -> Finding:
+    """Looks whether a shard set is there as a whole: names and sizes; `mepa data verify` reads everything."""
+    about = str(directory)
+    if (directory / MANIFEST_NAME).exists():
+        remedy = "run the command that writes it again; it goes on (mepa data merge says what is missing)"
+        return problem(about, "the shard set is not finished", remedy)
+    try:
+        index = ShardIndex.read(directory, "--data")
+    except UserError as error:
+        return problem(about, str(error), "give a directory of `mepa data build` or `mepa data precompute`")
+    missing, torn = [], []
+    for entry in index.shards:
+        with suppress(OSError):
+            if (directory / entry.name).stat().st_size != entry.bytes:
+                torn.append(entry.name)
+            continue
+        missing.append(entry.name)
+    if missing and not (directory / "remote.json").exists():
+        return problem(about, f"{len(missing)} shards are missing, {missing[0]} among them", "make the set again")
+    if torn:
+        remedy = f"mepa data verify {directory}"
+        return problem(about, f"{len(torn)} shards have another size than the index says, {torn[0]} among them", remedy)
+    return ok(about, f"{index.num_samples} {index.kind} in {len(index.shards)} shards, {len(index.classes)} classes")
+
+
+def look_at_weights(path: Path) -> Finding:
+    """Looks whether weights can be read, and what they are of."""
+    about = str(path)
+    if not path.exists():
+        return problem(about, "no such file or directory", "give a file of weights, or a directory like RUN/best")
+    try:
+        if path.is_dir() and (path / "config.json").is_file():
+            kind = read_kind(path)
+            return ok(about, f"a {kind} of this project" if kind != "None" else "weights in Hugging Face's layout")
+        state = read_state_dict(path)
+    except UserError as error:
+        return problem(about, str(error), "give a whole file: .safetensors, or one of torch.save that holds tensors")
+    count = sum(tensor.numel() for tensor in state.values())
+    layout = _layout_of(path)
+    if layout is None:
+        text = f"{len(state)} tensors, {count / 1e6:.1f}M numbers, in neither VAR's nor this project's layout"
+        return note(about, text, "a teacher's file is read as it is: --weights of mepa data precompute features")
+    return ok(about, f"{layout}, {count / 1e6:.1f}M numbers")
+
+
+def _layout_of(path: Path) -> str | None:
+    from mepa_ds.models.var_checkpoint import convert_var as transformer
+    from mepa_ds.tokenizer.tokenizer_files import convert_var as tokenizer
+
+    with suppress(UserError):
+        return f"VAR's transformer of depth {transformer(path, Given())[0].depth}"
+    with suppress(UserError):
+        return f"VAR's tokenizer of {tokenizer(path, None, None).config.codebook_size} codes"
+    return None
+
+
+def look_at_cluster(name: str | None) -> Iterator[Finding]:
+    """Yields whether SLURM's commands are here, and whether a cluster's profile fits it."""
+    here = scheduler.is_here()
+    if name is None:
+        yield ok("slurm", "its commands are here; --cluster NAME looks at a profile" if here else "not on this machine")
+        return
+    try:
+        profile = read_profile(name)
+        profile.number("GPUS_PER_NODE", 8)
+    except UserError as error:
+        yield problem("cluster", str(error), "mend the profile; docs/slurm.md explains its keys")
+        return
+    if not here:
+        text = f"{profile.path}: can be read; its partition cannot be looked up, since SLURM is not on this machine"
+        yield note("cluster", text, "run this on a login node of the cluster")
+        return
+    try:
+        check_partition(profile, profile.get("PARTITION"))
+    except UserError as error:
+        yield problem("cluster", str(error), "mend MEPA_PARTITION, or ask the cluster's people")
+    else:
+        yield ok("cluster", f"{profile.path}: partition {profile.get('PARTITION')} is there")

@@ -1,0 +1,111 @@
+"""`mepa doctor`: what is whole is ok, and each thing that is not has its remedy."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from mepa_ds.cli.tools import doctor
+from mepa_ds.doctor import belongings, computer, versions
+from mepa_ds.doctor.finding import Finding
+from mepa_ds.runtime.run_lock import RunLock
+from tests.tiny_run import make_run
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    make_run(folder)
+    return folder
+
+
+def test_a_machine_that_is_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    doctor.main(["--data", "train.tokens", "heldout.tokens", "--weights", "tokenizer"])
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "ok       train.tokens: 40 tokens in 3 shards, 3 classes",
+        "ok       tokenizer: a tokenizer of this project",
+        "ok       runs: runs: none that is finished",
+        f"ok       torch: {metadata.version('torch')}",
+    ):
+        assert line in lines
+    assert lines[-1].startswith("0 problems, ")
+
+
+def test_problems_end_with_status_1_and_their_remedies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as end:
+        doctor.main(["--data", "none", "--weights", "recipe.yaml", "--cluster", "nowhere", "--json"])
+    assert end.value.code == 1
+    findings = [Finding(**item) for item in json.loads(capsys.readouterr().out)]
+    problems = {finding.about: finding for finding in findings if finding.level == "problem"}
+    assert list(problems) == ["none", "recipe.yaml", "cluster"]
+    assert "no such directory" in problems["none"].text
+    assert "known clusters" in problems["cluster"].text
+    assert all(finding.remedy for finding in findings if finding.level != "ok")
+
+
+def test_a_set_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for path in (folder / "train.tokens").iterdir():
+        (tmp_path / "set" / path.name).write_bytes(path.read_bytes())
+    tars = sorted((tmp_path / "set").glob("*.tar"))
+    tars[1].write_bytes(b"short")
+    assert "1 shards have another size" in belongings.look_at_set(tmp_path / "set").text
+    tars[0].unlink()
+    assert "1 shards are missing" in belongings.look_at_set(tmp_path / "set").text
+    (tmp_path / "set/index.plan.json").write_text("{}")
+    assert belongings.look_at_set(tmp_path / "set")[1:3] == ("problem", "the shard set is not finished")
+
+
+def test_runs_that_were_killed_or_have_failed(tmp_path: Path) -> None:
+    for name, status in (
+        ("a", {"state": "running", "step": 3}),
+        ("b", {"state": "failed", "error": "UserError: full\n"}),
+        ("c", {"state": "finished"}),
+        ("d", {"state": "finished"}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "status.json").write_text(json.dumps(status))
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/status.json").write_text("{")
+    lock = RunLock(tmp_path / "d")
+    killed, failed, rest = belongings.look_at_runs(tmp_path)
+    assert (killed.level, killed.text) == ("note", f"{tmp_path}/a: was killed at step 3; nobody holds its lock")
+    assert (failed.level, failed.text) == ("note", f"{tmp_path}/b: failed: UserError: full")
+    assert rest.text == f"{tmp_path}: 2 finished, 1 unknown"
+    lock.release()
+
+
+def test_versions_that_do_not_fit_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = versions._version_of
+    fake = {"deepspeed": "0.10.0", "timm": None}
+    monkeypatch.setattr(versions, "_version_of", lambda name: fake[name] if name in fake else found(name))
+    problems = {finding.about: finding for finding in versions.look_at_versions() if finding.level == "problem"}
+    assert problems["deepspeed"].text.startswith("0.10.0, but mepa_ds needs ==")
+    assert problems["deepspeed"].remedy.startswith("run: pip install 'deepspeed==")
+    assert problems["timm"].text == "is not installed"
+
+
+def test_threads_disks_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = {text: next(iter(_of("threads", text))).level for text in ("1", "1,1", "999", "many", "0")}
+    assert levels == {"1": "ok", "1,1": "ok", "999": "note", "many": "problem", "0": "problem"}
+    monkeypatch.setattr(computer.shutil, "disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
+    (disk,), (shared,) = _of("disk", None), _of("/dev/shm", None)
+    assert (disk.level, shared.level) == ("note", "problem")
+    assert "--shm-size" in shared.remedy
+
+
+def _of(about: str, threads: str | None) -> list[Finding]:
+    return [finding for finding in computer.look_at_computer(threads) if finding.about == about]
