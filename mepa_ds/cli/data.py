@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         importlib.import_module(f"mepa_ds.data_tools.{tool.module}").main([*tool.words, *rest], prog=prog)
     elif name in ("-h", "--help"):
         print(usage())
+        sys.exit(0)
     else:
         near = difflib.get_close_matches(name, TOOLS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
