@@ -36,7 +36,7 @@ TOOLS = {
 
 def usage() -> str:
     lines = [f"  {name:<12} {tool.meaning}" for name, tool in TOOLS.items()]
-    return "usage: mepa data TOOL [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa data TOOL --help explains each."
+    return "usage: mepa data COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa data COMMAND --help explains each."
 
 
 def main(argv: list[str]) -> None:
