@@ -102,6 +102,7 @@ def recipes_page() -> Iterator[str]:
     from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
     from mepa_ds.scaling.study.config import StudyConfig
     from mepa_ds.slurm.pipeline import PipelineConfig
+    from mepa_ds.sweep.config import SweepConfig
 
     yield (
         f"# Recipes\n\n{_GENERATED}Every key can be set in the file or, for the two recipes, on the command line "
@@ -112,6 +113,7 @@ def recipes_page() -> Iterator[str]:
         "Pretraining: `mepa pretrain RECIPE`": PretrainConfig,
         "Training of a tokenizer: `mepa train-tokenizer RECIPE`": TokenizerTrainingConfig,
         "Scaling study: `mepa scale plan STUDY`": StudyConfig,
+        "Sweep: `mepa sweep FILE`": SweepConfig,
         "Ablation: `mepa ablate FILE`": AblationConfig,
         "Pipeline of jobs: `mepa slurm pipeline FILE`": PipelineConfig,
     }

@@ -36,7 +36,7 @@ TOOLS = {
 
 def usage() -> str:
     lines = [f"  {name:<12} {tool.meaning}" for name, tool in TOOLS.items()]
-    return "usage: mepa data TOOL [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa data TOOL --help explains each."
+    return "usage: mepa data COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + "\n\nmepa data COMMAND --help explains each."
 
 
 def main(argv: list[str]) -> None:
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         importlib.import_module(f"mepa_ds.data_tools.{tool.module}").main([*tool.words, *rest], prog=prog)
     elif name in ("-h", "--help"):
         print(usage())
+        sys.exit(0)
     else:
         near = difflib.get_close_matches(name, TOOLS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -120,7 +120,7 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
 @torch.no_grad()
 def _fill(transformer: NextScaleTransformer, path: Path) -> None:
     ours = transformer.config
-    theirs, state, _ = read_transformer(path, Given(ours.scales, ours.num_heads, ours.depth))
+    theirs, state, _, _ = read_transformer(path, Given(ours.scales, ours.num_heads, ours.depth))
     _refuse_another(theirs, ours, path)
     layout = parameter_layout(transformer)
     if theirs.num_classes != ours.num_classes:

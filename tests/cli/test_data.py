@@ -46,4 +46,4 @@ def test_an_unknown_tool_is_told_the_known_ones() -> None:
     command = [sys.executable, "-m", "mepa_ds", "data", "buid"]
     end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert end.returncode == 2
-    assert end.stderr.startswith("error: no tool 'buid'; did you mean 'build'?\nusage: mepa data TOOL")
+    assert end.stderr.startswith("error: no tool 'buid'; did you mean 'build'?\nusage: mepa data COMMAND")
