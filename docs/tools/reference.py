@@ -78,7 +78,7 @@ def _sub_commands(text: str) -> list[str]:
         return list(found)
     if (found_one := _ARGPARSE_SUB_COMMANDS.search(text)) is not None:
         return found_one[1].split(",")
-    if re.match(r"usage: mepa \w+ COMMAND", text):
+    if re.match(r"usage: mepa \w+ (?:COMMAND|TOOL)", text):
         return list(_OWN_SUB_COMMANDS.findall(text.split("\n\n")[1]))
     return []
 
