@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mepa_ds.data.shards.left_out import few, printable
 from mepa_ds.data.shards.samples import is_hidden
 from mepa_ds.data_tools.readers.class_names import read_class_names
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import read_file, why_unreadable
 from mepa_ds.images.decoding import is_image_name
+from mepa_ds.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ImageFolder:
             raise UserError(f"--root: {self.root}: has no class folders; expected ROOT/CLASS/IMAGE.jpg")
         if self.flat:
             left_out.clear()  # they are listed below, as what is in a class folder is
-        progress = tqdm(names, "listing", unit="class", delay=2, disable=None)
+        progress = Progress(names, "listing", unit="class", delay=2)
         images = {name: sorted(_images_below(self.root, name, left_out)) for name in progress}
         empty = [name for name in names if not images[name]]
         if empty and self.skip_empty:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.formulas.checks import Array, as_rows
 from mepa_ds.evaluation.formulas.gaussian import Gaussian, frechet_distance
+from mepa_ds.progress import Progress
 
 PIECES = (1, 2, 3, 4)
 """Into how many equal pieces the samples are cut, one after the other; the distance is the mean over the pieces."""
@@ -45,7 +45,7 @@ def fd_infinity(
         )
     order_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(samples_ND))).to(samples_ND.device)
     inverses, distances = [], []
-    for pieces in tqdm(PIECES, "extrapolating", unit="size", delay=5, leave=False, disable=None):
+    for pieces in Progress(PIECES, "extrapolating", unit="size", delay=5, leave=False):
         size = len(samples_ND) // pieces
         found = []
         for piece in range(pieces):

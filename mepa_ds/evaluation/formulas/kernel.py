@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds.evaluation.formulas.checks import Array, as_pair
+from mepa_ds.progress import Progress
 
 _ROWS = 1000
 
@@ -66,7 +66,7 @@ def _to_others(rows_ND: Tensor) -> Tensor:
 def _sums(first_ND: Tensor, second_MD: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the kernel over the second set (N,), and over the first (M,)."""
     rows, columns_M = [], second_MD.new_zeros(len(second_MD))
-    for part_ND in tqdm(first_ND.split(_ROWS), "kernel", unit="block", delay=5, leave=False, disable=None):
+    for part_ND in Progress(first_ND.split(_ROWS), "kernel", unit="block", delay=5, leave=False):
         kernel_NM = torch.addmm(part_ND.new_ones(()), part_ND, second_MD.T, alpha=1 / first_ND.shape[1]).pow_(3)
         rows.append(kernel_NM.sum(1))
         columns_M += kernel_NM.sum(0)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mepa_ds.precision import full_fp32
+from mepa_ds.progress import Progress
 
 _PAIRS = 1 << 25  # distances at a time: 128 MB in fp32
 _CANDIDATES = 6  # nearest ones beside the neighbour that is looked for, among which it is if their order is certain
@@ -68,7 +68,7 @@ class Distances:
         """(numbers of points, distances (n, M), error (n, 1)) block by block."""
         rows = max(1, _PAIRS // len(self.centres))
         starts = range(0, len(self.points), rows)
-        for first in tqdm(starts, "distances", unit="block", delay=5, leave=False, disable=None):
+        for first in Progress(starts, "distances", unit="block", delay=5, leave=False):
             part = range(first, min(first + rows, len(self.points)))
             quick_nD = self.points.quick_ND[part.start : part.stop]
             squares_n = self.points.squares_N[part.start : part.stop]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.engine import deepspeed_config
@@ -18,6 +16,7 @@ from mepa_ds.planning.cluster.operators import OperatorCount, Operators
 from mepa_ds.planning.frozen_networks import FrozenNetworks
 from mepa_ds.planning.memory_trace import Traced
 from mepa_ds.planning.plan import Machine, MicroBatch, measure_micro_batch
+from mepa_ds.progress import Progress
 
 # Accesses to memory for each element that a rank updates, in bytes. Fused AdamW reads gradient, master and both moments
 # and writes the last three (28); before and after it ZeRO widens the gradient, takes its norm and rounds the master.
@@ -78,7 +77,7 @@ class Workload:
         self._machine = Machine(1, is_gpu, None, 0.0)
         traced_sizes = sorted({min(ep_sizes), max(ep_sizes)})
         tasks = [(ep_size, size) for ep_size in traced_sizes for size in sorted(set(images))]
-        progress = tqdm(tasks, "running micro-batches without numbers", delay=5, leave=False, disable=None)
+        progress = Progress(tasks, "running micro-batches without numbers", delay=5, leave=False)
         self._measured = {task: self._measure(*task) for task in progress}
         self._traced_ep = max(ep_sizes)
         projector = self.micro_batch(max(ep_sizes), images[0])[0].traced.num_elements["projector"]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mepa_ds.data_tools.readers.source import Source
 from mepa_ds.errors import DamagedError
 from mepa_ds.images.decoding import FORMATS, decode_image
+from mepa_ds.progress import Progress
 from mepa_ds.project.looking.facts import Colour
 
 _OPENED, _DECODED = 400, 64
@@ -39,7 +39,7 @@ def open_some(listing: Source) -> Opened:
     numbers = np.unique(np.linspace(0, len(listing) - 1, min(_OPENED, len(listing))).astype(int)).tolist()
     every = max(len(numbers) // _DECODED, 1)
     opened, shapes = Opened(), set[tuple[int, int]]()
-    for place, number in enumerate(tqdm(numbers, "looking", unit="image", delay=2, disable=None)):
+    for place, number in enumerate(Progress(numbers, "looking", unit="image", delay=2)):
         where = listing.describe(number)
         try:
             data = listing.load(number)[1]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.planning.plan import Plan, plan_run, this_machine
+from mepa_ds.progress import Progress
 from mepa_ds.scaling.study.config import Budget, StudyConfig
 from mepa_ds.scaling.study.runs import StudyRun
 
@@ -41,7 +40,7 @@ def memory_of(study: StudyConfig, runs: Sequence[StudyRun]) -> dict[str, float]:
     plans: dict[tuple[str, int, int], Plan] = {}
     needed: dict[str, float] = {}
     memory = None if study.budget.memory_gb is None else study.budget.memory_gb * 1e9
-    for run in tqdm(runs, desc="memory of the runs", unit="run", disable=None, leave=False):
+    for run in Progress(runs, desc="memory of the runs", unit="run", leave=False):
         config = run.config
         key = (config.model.model_dump_json(), run.batch, config.train.accumulation)
         if key not in plans:
