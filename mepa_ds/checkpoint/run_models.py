@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from mepa_ds.errors import UserError
 from mepa_ds.generation.class_names import RECIPE_NAME
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import with_weights
+from mepa_ds.runtime.metrics import METRICS_NAME
 from mepa_ds.weights.directories import CONFIG_NAME
 
-METRICS_NAME, CHECKPOINTS = "metrics.jsonl", "checkpoints"
+CHECKPOINTS = "checkpoints"
 Wanted = Literal["newest", "best"]
 _EXPORTS = {"newest": ("last", "best"), "best": ("best", "last")}
 _PLACES = ("*", "runs/*")
@@ -80,9 +82,23 @@ class RunModel:
         return path
 
     def located(self, path: Path) -> Path:
-        """A path of the recipe: from here as it is written, or else from a directory above the run."""
-        above = () if path.is_absolute() or path.exists() else self.run.resolve().parents
-        return next((parent / path for parent in above if (parent / path).exists()), path)
+        """A path of the recipe: from where the run was started, else from here, else from a directory above the run.
+
+        In this order: another project's tokenizer may stand under the same relative path in the working directory.
+        """
+        if path.is_absolute():
+            return path
+        places = [*self._started_in(), Path(), *self.run.resolve().parents]
+        return next((place / path for place in places if (place / path).exists()), path)
+
+    def _started_in(self) -> list[Path]:
+        """The directory of the run's start, where output_dir, relative to it, still leads to the run."""
+        written = Path(os.path.normpath(self.recipe.output_dir)) if self.recipe else Path()
+        run = Path(os.path.abspath(self.run))
+        if written.is_absolute() or run.parts[-len(written.parts) :] != written.parts:
+            return []
+        start = Path(*run.parts[: -len(written.parts)])
+        return [] if start == Path.cwd() else [start]
 
     def data_of_names(self) -> Path | None:
         """The set of the recipe that names the classes."""

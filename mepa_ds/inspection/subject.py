@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from mepa_ds.checkpoint.run_models import METRICS_NAME as METRICS_NAME
 from mepa_ds.checkpoint.run_models import RunModel, find_model
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mepa_ds.files import atomic_path
-from mepa_ds.inspection.subject import METRICS_NAME, Drawn, Picture, Subject
+from mepa_ds.inspection.subject import Drawn, Picture, Subject
 from mepa_ds.reports import style
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
 
 _MOST_TIMES = 4  # loads above so many times the even one have one colour
 

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from mepa_ds import distributed, log
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.runtime.log_line import LogLine, words_of_tokenizer
-from mepa_ds.runtime.metrics import MetricsWriter, finite, read_metrics
-from mepa_ds.runtime.recorder import METRICS_NAME, RunStatus, write_status
+from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
+from mepa_ds.runtime.recorder import RunStatus, write_status
 
 
 class TokenizerRecords:
