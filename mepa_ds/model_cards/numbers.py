@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.checkpoint.run_models import METRICS_NAME, RunModel
+from mepa_ds.checkpoint.run_models import RunModel
 from mepa_ds.errors import UserError
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
 
 BEST = "best"
 _SCORES = "scores.json"
@@ -36,7 +36,7 @@ def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
     held_out = _of_step([r for r in records if r["event"] == "heldout"], step)
     if step is not None:
         said["Training steps"] = f"{step:,}"
-    if "epoch" in train:
+    if _is_finite(train.get("epoch")):
         said["Epochs"] = f"{train['epoch']:.4g}"
     if "device" in start:
         said["Trained on"] = f"{start.get('world_size', 1)} x {start['device']}, {start.get('precision', '')}".rstrip(
@@ -44,7 +44,10 @@ def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
         )
     if not held_out:
         lines.append("numbers: the run has no held-out evaluation of this step; the card has no score of it")
-    said |= {meaning: f"{held_out[key]:.4f}" for key, meaning in _HELD_OUT.items() if key in held_out}
+    finite = {key: value for key, value in held_out.items() if _is_finite(value)}  # "nan" stands in the file as a text
+    if held_out and "ce" not in finite:
+        lines.append("numbers: the held-out cross-entropy of this step is not finite; the card has no score of it")
+    said |= {meaning: f"{finite[key]:.4f}" for key, meaning in _HELD_OUT.items() if key in finite}
     score = _of_step([r for r in records if r["event"] == "score"], step)
     scores = _shown(score)
     if found.checkpoint is None and found.source.name == BEST:  # what samples are drawn from, and scored
@@ -54,7 +57,7 @@ def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     try:
-        return list(read_metrics(run / METRICS_NAME))
+        return [record for record in read_metrics(run / METRICS_NAME) if "event" in record]
     except (UserError, OSError, ValueError):
         return []
 
@@ -78,10 +81,13 @@ def _shown(scores: dict[str, Any]) -> dict[str, str]:
     """Scores with their 95 % intervals."""
     found = {}
     for name, value in scores.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or name in _NO_SCORES or name.startswith("num_") or name.endswith(_INTERVALS):
+        if not _is_finite(value) or name in _NO_SCORES or name.startswith("num_") or name.endswith(_INTERVALS):
             continue
         low, high = scores.get(f"{name}_low"), scores.get(f"{name}_high")
         interval = f" ({low:.4g} to {high:.4g})" if isinstance(low, float) and isinstance(high, float) else ""
         found[f"`{name}`"] = f"{value:.4g}{interval}"
     return found
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -176,3 +176,23 @@ def test_mistakes_are_one_message(project: Path, tmp_path: Path, monkeypatch: py
         with pytest.raises(UserError, match=message):
             command.main(list(map(str, words)))
     assert not (tmp_path / "x" / "config.json").exists()
+
+
+def test_a_run_that_diverged_has_a_card(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its log has "nan" where a number should be."""
+    metrics = project / "runs/pretrain/metrics.jsonl"
+    before = metrics.read_text()
+    records = [
+        {"event": "train", "step": 5, "epoch": "nan", "loss": "nan"},
+        {"event": "heldout", "step": 10, "ce": "nan", "ce_last": "nan", "accuracy": 0.25},
+        {"step": 10, "of": "other hands"},
+    ]
+    metrics.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    try:
+        command.main([str(project), str(tmp_path / "out"), "--card"])
+    finally:
+        metrics.write_text(before)
+    assert "the held-out cross-entropy of this step is not finite" in capsys.readouterr().out
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| Held-out accuracy of the next token | 0.2500 |" in card
+    assert "cross-entropy" not in card
