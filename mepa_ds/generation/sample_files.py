@@ -15,15 +15,16 @@ from mepa_ds.generation.class_names import file_word
 from mepa_ds.images.decoding import is_image_name
 from mepa_ds.images.pictures import is_whole_png, made_by_of, save_images
 
-_WITHOUT_NAME = re.compile(r"class\d+_\d+\.png")
+_WITHOUT_NAME = re.compile(r"class(\d+)_\d+\.png")
 
 
 def image_paths(directory: Path, labels: Sequence[int], names: Sequence[str]) -> list[Path]:
     """`class0003_Dress_00012.png` for each image, or `class0003_00012.png` for a class without a name.
 
-    A directory that an earlier version began has no names in it, and gets none.
+    A directory that an earlier version began has no names in it, not even of classes that have one, and gets none.
     """
-    if next((path for path in directory.glob("class*.png") if _WITHOUT_NAME.fullmatch(path.name)), None) is not None:
+    begun = (found for path in directory.glob("class*.png") if (found := _WITHOUT_NAME.fullmatch(path.name)))
+    if any(file_word(int(found[1]), names) != file_word(int(found[1]), ()) for found in begun):
         names = ()
     return [directory / f"{file_word(label, names)}_{number:05d}.png" for number, label in enumerate(labels)]
 

@@ -13,6 +13,7 @@ from mepa_ds.checkpoint.run_models import find_model, find_run
 from mepa_ds.cli import sample as command
 from mepa_ds.errors import UserError
 from mepa_ds.generation.class_names import caption, file_word, parse_classes, which_of, written_name
+from mepa_ds.generation.sample_files import image_paths
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.sets import ImageFiles
 from mepa_ds.models.transformer import NextScaleTransformer
@@ -175,3 +176,15 @@ def test_runs_that_cannot_be_found(tmp_path: Path) -> None:
     (tmp_path / "one/runs/tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="--tokenizer: runs/tokenizer, which the run names, is not there"):
         command.main(["--run", str(first), "--out", str(tmp_path / "x.png")])
+
+
+def test_a_class_without_a_word_of_ascii_does_not_make_a_directory_an_old_one(tmp_path: Path) -> None:
+    """A killed command goes on there: its files keep their names."""
+    names, labels = ("cat", "猫", "2", ""), [0, 1, 2, 3]
+    paths = image_paths(tmp_path, labels, names)
+    assert [path.name for path in paths[:2]] == ["class0000_cat_00000.png", "class0001_00001.png"]
+    for path in paths:
+        path.touch()
+        assert image_paths(tmp_path, labels, names) == paths
+    (tmp_path / "class0000_00000.png").touch()  # of an earlier version, which had no names
+    assert image_paths(tmp_path, labels, names)[0].name == "class0000_00000.png"
