@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.doctor.finding import Finding, note, ok, problem
@@ -17,7 +19,7 @@ from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_partition
 from mepa_ds.slurm.profile import read_profile
 from mepa_ds.weights.directories import read_kind
-from mepa_ds.weights.state_dict_files import read_state_dict
+from mepa_ds.weights.state_dict_files import INDEX_NAME, WEIGHTS_NAME, read_json, read_state_dict
 
 _MOST_RUNS = 200
 
@@ -78,6 +80,8 @@ def look_at_weights(path: Path) -> Finding:
     try:
         if path.is_dir() and (path / "config.json").is_file():
             kind = read_kind(path)
+            if kind != "None" and (damage := _damage(path)) is not None:
+                return problem(about, damage, "copy or export the weights again")
             return ok(about, f"a {kind} of this project" if kind != "None" else "weights in Hugging Face's layout")
         state = read_state_dict(path)
     except UserError as error:
@@ -88,6 +92,20 @@ def look_at_weights(path: Path) -> Finding:
         text = f"{len(state)} tensors, {count / 1e6:.1f}M numbers, in neither VAR's nor this project's layout"
         return note(about, text, "a teacher's file is read as it is: --weights of mepa data precompute features")
     return ok(about, f"{layout}, {count / 1e6:.1f}M numbers")
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with the safetensors of a directory; their headers tell whether the files are whole."""
+    index = read_json(directory / INDEX_NAME).get("weight_map", {}) if (directory / INDEX_NAME).is_file() else None
+    for name in [WEIGHTS_NAME] if index is None else sorted(set(index.values())):
+        if not (directory / name).is_file():
+            return f"{name} is missing"
+        try:
+            with safe_open(directory / name, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{name} is cut short or damaged ({error})"
+    return None
 
 
 def _layout_of(path: Path) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import namedtuple
 from importlib import metadata
 from pathlib import Path
@@ -109,3 +110,14 @@ def test_threads_disks_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _of(about: str, threads: str | None) -> list[Finding]:
     return [finding for finding in computer.look_at_computer(threads) if finding.about == about]
+
+
+def test_weights_that_are_cut_short_are_a_problem(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    shutil.copytree(folder / "tokenizer", weights)
+    assert belongings.look_at_weights(weights).level == "ok"
+    file = weights / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors is cut short or damaged" in belongings.look_at_weights(weights).text
+    file.unlink()
+    assert belongings.look_at_weights(weights).text == "model.safetensors is missing"
