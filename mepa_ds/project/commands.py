@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from mepa_ds.data.shards.left_out import printable
 from mepa_ds.generation.class_names import spread_classes
 from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.project.choosing.choices import Choices
@@ -13,6 +14,7 @@ from mepa_ds.project.layout import DINO_FILE, Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.stages.display import Expected
 from mepa_ds.project.stages.run import Stage, as_typed, path_word
+from mepa_ds.runtime.metrics import METRICS_NAME
 
 _BUILD, _PRECOMPUTE = "-m mepa_ds data build", "-m mepa_ds data precompute"
 _ROWS = 20  # classes in the picture of samples
@@ -38,7 +40,7 @@ def launcher(ranks: int) -> str:
 
 
 def _expected(chosen: Choices, name: str, run: Path | None = None, steps: int = 0) -> Expected:
-    return Expected(chosen.seconds.get(name, 0.0), None if run is None else run / "metrics.jsonl", steps)
+    return Expected(chosen.seconds.get(name, 0.0), None if run is None else run / METRICS_NAME, steps)
 
 
 def _shards(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None:
@@ -68,6 +70,8 @@ def _shards(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None
         tuple(out for _, out in splits),
         tuple(out / "index.json" for _, out in splits),
         _expected(chosen, "shards"),
+        # Images that came or went since the last start, which the commands do not tell.
+        "" if images.kind == "digits" else f"{images.classes} {images.counts}",
     )
 
 
@@ -200,7 +204,7 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
     """`commands.sh`: all commands, to be read, typed or run."""
     lines = [
         "#!/bin/bash",
-        f"# From {images.source} to a model, command by command. `bash commands.sh` runs all of them;",
+        f"# From {_in_a_line(images.source)} to a model, command by command. `bash commands.sh` runs all of them;",
         "# `mepa init` with the same options and --run does, too, and goes on where it was stopped.",
         'set -euo pipefail\ncd "$(dirname "${BASH_SOURCE[0]}")"',
         "export OMP_WAIT_POLICY=PASSIVE",
@@ -222,6 +226,11 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
         f"# {serve_command(layout)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _in_a_line(text: str) -> str:
+    """A path in a comment: a line break in it would begin a command."""
+    return " ".join(printable(text).split())
 
 
 def report_command(layout: Layout) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mepa_ds.project.layout import Layout
 from mepa_ds.project.stages.processes import run_quietly
 from mepa_ds.project.stages.run import Spent, StageRun
 from mepa_ds.reports.run_report import format_report, run_report
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
 
 
 def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, folder: Path) -> None:
@@ -40,7 +41,7 @@ def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, fol
     print(format_report(report))
     page = layout.pretrain / "report.html"
     print(f"\nsamples: {folder / layout.grid}\nreport:  {folder / (page if page.exists() else layout.report)}")
-    there = "" if folder == Path() else f"cd {folder} && "
+    there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
     print(f"web page to draw on: {there}{serve_command(layout)}")
 
 
@@ -54,5 +55,5 @@ def _scores(chosen: Choices, layout: Layout) -> dict[str, float]:
 def _tokenizer_scores(chosen: Choices, layout: Layout) -> dict[str, float]:
     if chosen.is_published or chosen.heldout == "none":
         return {}
-    records = [r for r in read_metrics(layout.tokenizer(chosen) / "metrics.jsonl") if r.get("event") == "heldout"]
+    records = [r for r in read_metrics(layout.tokenizer(chosen) / METRICS_NAME) if r.get("event") == "heldout"]
     return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}

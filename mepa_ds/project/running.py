@@ -11,6 +11,7 @@ from mepa_ds.project.layout import Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.outcome import write_report
 from mepa_ds.project.stages.run import StageRun
+from mepa_ds.runtime.run_lock import RunLock
 
 
 def run_project(images: ImageFacts, chosen: Choices, layout: Layout, folder: Path, program: str) -> None:
@@ -21,9 +22,15 @@ def run_project(images: ImageFacts, chosen: Choices, layout: Layout, folder: Pat
         program: what messages call this: `quickstart`, or `init`'s command.
 
     Raises:
-        UserError: a command has failed; the next run goes on there.
+        UserError: a command has failed; the next run goes on there. Or another start is at work in the directory.
     """
     if folder != Path():
         os.chdir(folder)
-    run = StageRun(stages(images, chosen, layout), layout.progress, program, chosen.threads)
-    run.run(lambda place, run: write_report(place, run, chosen, layout, folder))
+    layout.runs.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(layout.runs, "directory")  # two starts would remove what the other one makes
+    lock.take()
+    try:
+        run = StageRun(stages(images, chosen, layout), layout.progress, program, chosen.threads)
+        run.run(lambda place, run: write_report(place, run, chosen, layout, folder))
+    finally:
+        lock.release()

@@ -26,8 +26,8 @@ class RunLock:
     It is a POSIX record lock: forked workers, which may outlive a killed rank by seconds, do not inherit it.
     """
 
-    def __init__(self, directory: Path):
-        self._directory = directory
+    def __init__(self, directory: Path, what: str = "output_dir"):
+        self._directory, self._what = directory, what
         self._file: IO[bytes] | None = None
 
     def take(self) -> None:
@@ -47,8 +47,8 @@ class RunLock:
                     log.note(f"warning: {owner} still holds {self._directory / LOCK_NAME}; going on without it")
                     return
                 raise UserError(
-                    f"output_dir: {self._directory}: another start is at work there ({owner}); wait for it, stop it, "
-                    "or choose another output_dir"
+                    f"{self._what}: {self._directory}: another start is at work there ({owner}); wait for it, stop it, "
+                    f"or choose another {self._what}"
                 )
             if not told:
                 log.note(f"waiting for {owner} to leave {self._directory}")

@@ -194,6 +194,12 @@ def test_the_operations_of_tokenizers_are_those_that_are_counted() -> None:
         (facts(), MachineFacts(), {"side": 48}, "--side: expected one of 32, 64, 128, 256, got 48"),
         (PHOTOS, MachineFacts(), {"side": 256}, "--side 256: tokens of such images are made on GPUs"),
         (facts(kind="ready_shards"), MachineFacts(), {"side": 64}, "hold squares of 28 pixels; leave it out"),
+        (
+            facts(kind="ready_shards", sides=(256, 256, 256)),
+            MachineFacts(),
+            {},
+            r"the sets hold squares of 256 pixels, .* --gpus N, or smaller ones: mepa data build webdataset",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

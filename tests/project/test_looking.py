@@ -66,6 +66,29 @@ def test_a_test_split_without_classes_is_not_used(tmp_path: Path) -> None:
     assert "test is not used" in images.notes[0]
 
 
+def test_trains_are_things_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class may be called train. What stands beside it tells."""
+    for name in ("bus", "car", "train", "test"):
+        picture(tmp_path / f"own/{name}/1.png")
+    images = look(str(tmp_path / "own"))
+    assert images.classes == ("bus", "car", "test", "train")
+    assert "train is taken for a class" in images.notes[0]
+    folder(tmp_path / "own/train", {"bus": 1, "car": 1})  # with classes in it, it is a split
+    assert look(str(tmp_path / "own")).classes == ("bus", "car")
+
+
+def test_digits_are_not_the_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert look("digits").num_images == 1498
+    assert capsys.readouterr().err == ""
+    folder(Path("digits"), {"a": 2})
+    assert look("digits").num_images == 1498
+    assert "for the folder of that name write ./digits" in capsys.readouterr().err
+    assert look("./digits").num_images == 2
+
+
 def test_images_without_class_folders_are_one_class(tmp_path: Path) -> None:
     for number in range(3):
         picture(tmp_path / f"holiday/{number}.jpg", side=300)

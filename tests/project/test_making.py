@@ -186,3 +186,22 @@ def test_a_whole_project_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stdout + second.stderr
     assert second.stdout.count("finished before, skipped") == 4
     assert (tmp_path / "project/runs/samples.png").exists()
+
+
+def test_images_that_came_since_are_built_and_trained_anew(tmp_path: Path) -> None:
+    """The commands that build shards are the same: the stage must tell the images itself."""
+    own, project = folder(tmp_path / "own", {"a": 30, "b": 30}), tmp_path / "project"
+    first = stages(*make_project(project, str(own), asked()))[0]
+    assert stages(*make_project(project, str(own), asked()))[0] == first
+    picture(own / "a/more.png")
+    second = stages(*make_project(project, str(own), asked()))[0]
+    assert second.commands == first.commands
+    assert second.inputs != first.inputs
+
+
+def test_a_folder_with_a_line_break_in_its_name_gives_no_command_of_its_own(tmp_path: Path) -> None:
+    own = folder(tmp_path / "own\ntouch x", {"a": 3, "b": 3})
+    make_project(tmp_path / "project", str(own), asked())
+    script = (tmp_path / "project/commands.sh").read_text()
+    assert f"# From {tmp_path}/own touch x to a model" in script
+    assert load_config(PretrainConfig, tmp_path / "project/pretrain.yaml").model.num_classes == 2

@@ -6,17 +6,21 @@ import fcntl
 import os
 import pty
 import shlex
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mepa_ds.errors import UserError
+from mepa_ds.interrupts import Interrupted
 from mepa_ds.project.stages.display import Display, Expected, in_words
+from mepa_ds.project.stages.processes import run_python
 from mepa_ds.project.stages.run import Stage, StageRun, as_typed
 from tests.tiny_run import ROOT
 
@@ -95,6 +99,46 @@ def test_a_changed_recipe_is_not_skipped(small: Small, capsys: pytest.CaptureFix
     assert "[2/4] b: its recipe has changed, it starts anew" in out
     assert out.count("finished before, skipped") == 1
     assert Path("c").read_text() == "12!"
+
+
+def test_other_images_are_no_finished_stage(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *others = small.stages
+    for images in ("30", "31"):
+        small.stages = (replace(first, inputs=images), *others)
+        small.start()
+    assert "[1/4] a: its images or options have changed, it starts anew" in capsys.readouterr().out
+
+
+_SAVES = """
+import signal, sys, time
+def end(*_):
+    time.sleep(0.2)
+    print("saved at step 7", flush=True)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, end)
+print("begun", flush=True)
+time.sleep(30)
+"""
+
+
+def test_what_an_interrupted_command_says_last_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "saves.py").write_text(_SAVES)
+    display = Display([Expected(1)], ["a"])
+    display.has_bar = True  # so that lines go through this process
+
+    def interrupt(*_: object) -> tuple[int, int, object]:
+        while "begun" not in "".join(heard):
+            time.sleep(0.01)
+        raise Interrupted(signal.SIGTERM)
+
+    heard = list[str]()
+    monkeypatch.setattr(display, "say", heard.append)
+    monkeypatch.setattr(os, "wait4", interrupt)
+    with pytest.raises(Interrupted):
+        run_python(str(tmp_path / "saves.py"), display)
+    assert heard == ["begun", "saved at step 7"]
 
 
 def test_what_is_finished_stays_as_it_is(small: Small, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mepa_ds.data.shards.left_out import printable
 from mepa_ds.errors import UserError
 from mepa_ds.project.choosing.choices import Choices, Teacher
 from mepa_ds.project.choosing.large import choose_large
@@ -40,6 +41,12 @@ def choose(
         return _digits()
     side = side or _side(images, machine)
     if side > 64 and not machine.gpus:
+        if images.kind == "ready_shards":
+            raise UserError(
+                f"{printable(images.source)}: the sets hold squares of {images.side} pixels, and tokens of such images "
+                "are made on GPUs; give --gpus N, or smaller ones: mepa data build webdataset --shards SET --out NEW "
+                "--image-side 64"
+            )
         raise UserError(f"--side {side}: tokens of such images are made on GPUs; give --gpus N, or --side 64")
     if images.kind == "ready_shards" and side != images.side:
         raise UserError(

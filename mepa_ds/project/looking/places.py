@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from mepa_ds import log
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.shards.left_out import few, printable
 from mepa_ds.data.shards.samples import is_hidden
@@ -45,6 +46,8 @@ def look(source: str) -> ImageFacts:
         UserError: there is no such folder, it has no images, or none of those that were opened can be read.
     """
     if source == DIGITS:
+        if Path(source).is_dir():
+            log.note(f"note: {DIGITS} means scikit-learn's digits; for the folder of that name write ./{DIGITS}")
         return DIGITS_FACTS
     path = Path(source).expanduser().absolute()
     return facts_of(str(path), _place(path))
@@ -101,6 +104,10 @@ def _place(path: Path) -> _Place:
     train = next((below[name] for name in _TRAIN if name in below), None)
     if train is None:
         return _folder(path)
+    if _is_class(train, below):
+        place = _folder(path)
+        place.notes.append(f"{train.name} is taken for a class: it has no class folders, and stands beside classes")
+        return place
     others = [below[name] for name in _HELDOUT if name in below]
     if (train / INDEX_NAME).exists():
         return _shards(train, next((other for other in others if (other / INDEX_NAME).exists()), None))
@@ -116,6 +123,14 @@ def _place(path: Path) -> _Place:
             break
         place.notes.append(f"{printable(str(other))} is not used: its images are in no class folders as those in train")
     return place
+
+
+def _is_class(train: Path, below: Mapping[str, Path]) -> bool:
+    """Whether `train` is a thing on rails: a folder of images among others that are no split's."""
+    if (train / INDEX_NAME).exists() or _has_class_folders(train):
+        return False
+    others = (folder for name, folder in below.items() if name not in (*_TRAIN, *_HELDOUT) and not is_hidden(name))
+    return any(any(_images_below(folder)) for folder in others)
 
 
 def _check_known(train: Path, heldout: Path) -> None:

@@ -38,9 +38,11 @@ def run_python(command: str, display: Display, threads: int = 1) -> tuple[int, r
                 process.send_signal(interrupt.number)
             process.wait()
             raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if reader is not None:
-            reader.join(timeout=5)
+        else:
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:  # after an interrupt too: the last lines say what was saved
+            if reader is not None:
+                reader.join(timeout=5)
     return process.returncode, usage
 
 

@@ -31,6 +31,8 @@ class Stage:
     """Files in `outputs` that are there when the commands are done."""
     expected: Expected = field(default_factory=Expected)
     """How long it takes, as far as that is known beforehand."""
+    inputs: str = ""
+    """What it reads that neither its commands nor its recipes tell, in any words: if they change, it starts anew."""
 
 
 @dataclass
@@ -85,7 +87,8 @@ class StageRun:
             for number, stage in enumerate(self.stages, start=1):
                 place, mine = f"[{number}/{count}]", self.spent[stage.name]
                 if mine.work not in ("", _work(stage)):
-                    display.say(f"{place} {stage.name}: its recipe has changed, it starts anew")
+                    changed = "images or options have" if stage.inputs else "recipe has"
+                    display.say(f"{place} {stage.name}: its {changed} changed, it starts anew")
                     self._forget([stage])
                 if self.spent[stage.name].done and all(path.exists() for path in stage.results):
                     display.say(f"{place} {stage.name}: finished before, skipped")
@@ -134,7 +137,8 @@ class StageRun:
 
 def _work(stage: Stage) -> str:
     recipes = [Path(word) for command in stage.commands for word in shlex.split(command) if word.endswith(".yaml")]
-    text = "\n".join([*stage.commands, *(shipped.find(path).read_text() for path in recipes)])
+    texts = [*stage.commands, *(shipped.find(path).read_text() for path in recipes)]
+    text = "\n".join([*texts, stage.inputs] if stage.inputs else texts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
