@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
+from mepa_ds.progress import Progress
 from mepa_ds.runtime.metrics import METRICS_NAME
 
 RunKind = Literal["pretraining", "tokenizer"]
@@ -183,8 +183,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
     place, size = 0, path.stat().st_size
     with (
         open(path, "rb") as file,
-        tqdm(
-            total=size, desc=str(path), unit="B", unit_scale=True, delay=_PATIENCE_SECONDS, leave=False, disable=None
+        Progress(
+            total=size, desc=str(path), unit="B", unit_scale=True, delay=_PATIENCE_SECONDS, leave=False
         ) as progress,
     ):
         for number, line in enumerate(file, start=1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from contextlib import suppress
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.runtime.metrics import METRICS_NAME
 from mepa_ds.runtime.run_lock import is_held
 from mepa_ds.watching.tail import MetricsTail
 
@@ -45,7 +47,7 @@ class WatchedRun:
 
     def __init__(self, path: Path):
         self._path = path
-        self._tail = MetricsTail(path / "metrics.jsonl")
+        self._tail = MetricsTail(path / METRICS_NAME)
         self._forget()
 
     def look(self) -> RunNow:
@@ -83,7 +85,7 @@ class WatchedRun:
         event = record.get("event")
         if event == "train":
             self._train = record
-            if isinstance(loss := record.get("loss"), (int, float)):
+            if isinstance(loss := record.get("loss"), (int, float)) and math.isfinite(loss):
                 self._losses.append(float(loss))
         elif event == "heldout":
             self._heldout = record

@@ -18,6 +18,7 @@ from mepa_ds.interrupts import Interrupted
 
 # Where the output is no terminal, nothing needs to be cut.
 _WIDE = 400
+_MOST_SECONDS = 86400.0
 
 
 @dataclass
@@ -40,8 +41,8 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(WatchOptions, prog="mepa watch", args=argv)
     if not options.runs:
         raise UserError("give the output_dir of a run, or of several")
-    if options.every <= 0:
-        raise UserError(f"--every {options.every:g}: expected seconds above 0")
+    if not 0 < options.every <= _MOST_SECONDS:
+        raise UserError(f"--every {options.every:g}: expected seconds above 0, at most {_MOST_SECONDS:g}")
     for path in options.runs:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path}: is a file; give the output_dir of a run")

@@ -134,8 +134,9 @@ class StepMetrics:
         if num_guided and means.get("alignment"):  # exactly 0: not computed any more (alignment.until)
             watched["guidance_cosine"] = -means["alignment"] / num_guided
         if routing:
-            counts_NE = [statistics.counts_SE.sum(0) for statistics in routing.values()]
-            watched["max_expert_share"] = max(float(c_E.max() / c_E.sum().clamp_min(1)) for c_E in counts_NE)
+            counts_NE = torch.stack([statistics.counts_SE.sum(0) for statistics in routing.values()])
+            share_NE = counts_NE / counts_NE.sum(1, keepdim=True).clamp_min(1)
+            watched["max_expert_share"] = share_NE.max().item()  # one wait for a GPU, not one a layer
         return watched
 
     def _record_routing(self, step: int, routing: dict[int, RoutingStatistics]) -> None:
