@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import mepa_ds
 from mepa_ds.errors import UserError
 
 RUN_NAME = "run.json"
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of the libraries that decide what a run computes, by name."""
+    return {"mepa_ds": mepa_ds.__version__} | {name: metadata.version(name) for name in ("torch", "deepspeed")}
 
 
 @dataclass

@@ -7,16 +7,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
-import mepa_ds
 from mepa_ds import distributed
 from mepa_ds.checkpoint import files
 from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Written
 from mepa_ds.checkpoint.fragment import EMA, MASTER, Fragment
 from mepa_ds.checkpoint.progress import progress_noted_by
-from mepa_ds.checkpoint.state import RunState, read_state
+from mepa_ds.checkpoint.state import RunState, read_state, versions
 from mepa_ds.checkpoint.weights import WEIGHTS_FACTS_NAME, convert_fragments, has_weights, step_of_weights
 from mepa_ds.engine.checkpoint import Staging, optimizer_facts, restore, stage
 from mepa_ds.engine.engine import PretrainEngine
@@ -81,9 +79,8 @@ class RunCheckpoints:
         If `best` is given, the weights are also exported to `best`. If that succeeds, the checkpoint stores their score
         as the best one. `ended` has a separate entry for this export.
         """
-        versions = {"mepa_ds": mepa_ds.__version__} | {name: metadata.version(name) for name in ("torch", "deepspeed")}
         names = list(self._engine.objective.transformer.class_names)
-        state = replace(state, **optimizer_facts(self._engine), class_names=names, versions=versions)
+        state = replace(state, **optimizer_facts(self._engine), class_names=names, versions=versions())
         target = self.directory / files.checkpoint_name(state.step)
         temporary = _beside(target)
 

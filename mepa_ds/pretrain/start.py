@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import clean
+from mepa_ds.checkpoint.state import versions
 from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import LogConfig, PretrainConfig
 from mepa_ds.engine import deepspeed_config
@@ -74,6 +76,7 @@ def record_start(
         "active_parameters": counts.active,
         "projector_parameters": head,
         "step_flops": step_flops(config, teacher_width),
+        "versions": _environment(),
         **facts,
     }
     recorder.record("start", step, values)
@@ -88,3 +91,9 @@ def record_start(
     if config.guards.stop_before_end is not None and JOB_END not in os.environ:
         line = f"guards.stop_before_end: {JOB_END} is not set, so it cannot stop the run; set guards.time_limit"
         recorder.warn("no_job_end", step, line)
+
+
+def _environment() -> dict[str, str]:
+    """Versions of what the run stands on."""
+    cuda = {"cuda": torch.version.cuda} if torch.version.cuda and distributed.uses_gpu() else {}
+    return {**versions(), "python": platform.python_version(), **cuda}

@@ -147,6 +147,8 @@ def test_trackers_get_pictures_too(run: Path) -> None:
 
 def test_records_have_what_is_worth_watching(run: Path) -> None:
     records = list(read_metrics(run / "metrics.jsonl"))
+    start = next(record for record in records if record["event"] == "start")
+    assert {"mepa_ds", "torch", "deepspeed", "python"} <= start["versions"].keys()
     routing = {record["step"]: record for record in records if record["event"] == "routing"}
     for record in (record for record in records if record["event"] == "train"):
         assert record["guidance_cosine"] == pytest.approx(-record["alignment"] / 2), "of two scales"

@@ -44,7 +44,7 @@ def records_of_a_run(records: int = 60, seed: int = 0) -> list[dict[str, Any]]:
     draw, last = np.random.default_rng(seed), 10 * records
     start = {"event": "start", "world_size": 2, "device": "a CPU", "precision": "fp32", "ep_size": 1, "zero_stage": 2,
              "num_steps": last, "num_samples": 800, "total_parameters": 2_000_000, "active_parameters": 1_000_000,
-             "projector_parameters": 0, "step_flops": 1e9}  # fmt: skip
+             "projector_parameters": 0, "step_flops": 1e9, "versions": {"mepa_ds": "0.2", "torch": "2.10"}}  # fmt: skip
     found = [{**start, "step": 0}]
     half = last // 20 * 10
     for step in range(10, last + 1, 10):

@@ -140,6 +140,8 @@ def _on_what(start: dict[str, Any], records: RunRecords) -> dict[str, str]:
     words = {"device": "device", "world_size": "ranks", "precision": "precision", "ep_size": "ep_size",
              "zero_stage": "ZeRO stage", "branch_from": "branched from"}  # fmt: skip
     found = {word: html.text(start[key]) for key, word in words.items() if key in start}
+    if isinstance(versions := start.get("versions"), dict):
+        found["software"] = html.text(", ".join(f"{name} {version}" for name, version in versions.items()))
     found["directory"] = html.text(records.directory)
     return found
 

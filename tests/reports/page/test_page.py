@@ -55,6 +55,7 @@ def test_the_command_writes_table_json_and_page(tmp_path: Path, capsys: pytest.C
         "optim.base_lr 0.001 -&gt; 0.0005",
         "2 replaced by others: a: cut short; b: empty",
         "a CPU",
+        "mepa_ds 0.2, torch 2.10",
         "How to read this page",
     )
     for words in shown:
