@@ -54,6 +54,14 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(InitOptions, prog="mepa init", args=argv)
     options.check()
     log.make_stdout_a_log()
+    if options.run and options.gpus:
+        import torch
+
+        if (here := torch.cuda.device_count()) < options.gpus:
+            raise UserError(
+                f"--gpus {options.gpus}: --run trains on this machine, which has {here}; leave --run out, and run "
+                "commands.sh where the GPUs are"
+            )
     from mepa_ds.project.making import make_project
     from mepa_ds.project.running import run_project
 

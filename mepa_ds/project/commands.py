@@ -10,7 +10,7 @@ from mepa_ds.data.shards.left_out import printable
 from mepa_ds.generation.class_names import spread_classes
 from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.project.choosing.choices import Choices
-from mepa_ds.project.layout import DINO_FILE, Layout
+from mepa_ds.project.layout import DINO_FILE, TOKENIZER_FILE, Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.stages.display import Expected
 from mepa_ds.project.stages.run import Stage, as_typed, path_word
@@ -188,16 +188,20 @@ def _scores(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None
     )
 
 
-_FETCH = """
-# Two files that others have published, once:
-#   mkdir -p weights
-#   curl -L -o weights/vae_ch160v4096z32.pth https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth
-#   curl -L -o weights/dinov2_vitb14_pretrain.pth https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
-"""
+_PUBLISHED = {
+    TOKENIZER_FILE: "https://huggingface.co/FoundationVision/var/resolve/main/vae_ch160v4096z32.pth",
+    DINO_FILE: "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+}
 _SLURM = """
 # In place of torchrun, on a cluster (docs/slurm.md; it checks the recipe first, requeues and resumes by itself):
 #   mepa slurm submit {recipe} --cluster h100 --nodes {nodes}
 """
+
+
+def published_files(chosen: Choices) -> list[Path]:
+    """Files that others have published, which the commands read and do not make."""
+    teacher = [DINO_FILE] if chosen.teacher == "dinov2-b" else []
+    return [TOKENIZER_FILE, *teacher] if chosen.is_published else teacher
 
 
 def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Sequence[Stage]) -> str:
@@ -210,8 +214,9 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
         "export OMP_WAIT_POLICY=PASSIVE",
         *([f"export OMP_NUM_THREADS={chosen.threads}"] if chosen.ranks > 1 else []),
     ]
-    if chosen.is_published:
-        lines.append(_FETCH.rstrip())
+    if files := published_files(chosen):
+        lines += ["", "# Files that others have published, to be fetched once:", "#   mkdir -p weights"]
+        lines += [f"#   curl -L -o {path} {_PUBLISHED[path]}" for path in files]
     for stage in found:
         lines += ["", f"# {stage.name}: {stage.meaning}", *map(as_typed, stage.commands)]
         if stage.name == "pretraining" and chosen.is_published:

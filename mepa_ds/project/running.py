@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mepa_ds.errors import UserError
 from mepa_ds.project.choosing.choices import Choices
-from mepa_ds.project.commands import stages
+from mepa_ds.project.commands import published_files, stages
 from mepa_ds.project.layout import Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.outcome import write_report
@@ -22,10 +23,16 @@ def run_project(images: ImageFacts, chosen: Choices, layout: Layout, folder: Pat
         program: what messages call this: `quickstart`, or `init`'s command.
 
     Raises:
-        UserError: a command has failed; the next run goes on there. Or another start is at work in the directory.
+        UserError: a command has failed; the next run goes on there. Or another start is at work in the directory, or
+            a published file is not there.
     """
     if folder != Path():
         os.chdir(folder)
+    if missing := [str(path) for path in published_files(chosen) if not path.exists()]:
+        raise UserError(
+            f"{folder}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not there; commands.sh says "
+            "from where to fetch what others have published, and then the same command goes on"
+        )
     layout.runs.mkdir(parents=True, exist_ok=True)
     lock = RunLock(layout.runs, "directory")  # two starts would remove what the other one makes
     lock.take()

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mepa_ds.cli import init
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data_tools.build_shards import build, parse
 from mepa_ds.errors import UserError
 from mepa_ds.project import making
-from mepa_ds.project.commands import stages
+from mepa_ds.project.choosing.choose import choose
+from mepa_ds.project.commands import shell_script, stages
 from mepa_ds.project.layout import Layout
 from mepa_ds.project.looking.digits import DIGITS_FACTS
 from mepa_ds.project.looking.facts import MachineFacts
 from mepa_ds.project.making import make_project
+from mepa_ds.project.running import run_project
 from tests.on_request import FULL
 from tests.project.test_looking import folder, picture
 from tests.tiny_run import ROOT
@@ -160,6 +164,8 @@ def test_mistakes_are_one_message(tmp_path: Path) -> None:
         f"error: {tmp_path}/none: no such folder; give a folder of class folders, a folder of images, a shard set, or "
         "the word digits (archives, parquet and others become shard sets by mepa data build)\n"
     )
+    with pytest.raises(UserError, match=r"--gpus 99: --run trains on this machine, which has \d; leave --run out"):
+        init.main(["digits", "--out", str(tmp_path / "x"), "--gpus", "99", "--run"])
 
 
 @pytest.mark.skipif(not FULL, reason="some minutes: all stages; the quickstart's test runs the same code on the digits")
@@ -205,3 +211,39 @@ def test_a_folder_with_a_line_break_in_its_name_gives_no_command_of_its_own(tmp_
     script = (tmp_path / "project/commands.sh").read_text()
     assert f"# From {tmp_path}/own touch x to a model" in script
     assert load_config(PretrainConfig, tmp_path / "project/pretrain.yaml").model.num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "teacher", "files"),
+    [
+        (8, None, ["vae_ch160v4096z32.pth", "dinov2_vitb14_pretrain.pth"]),
+        (8, "none", ["vae_ch160v4096z32.pth"]),
+        (None, "dinov2-b", ["dinov2_vitb14_pretrain.pth"]),
+    ],
+)
+def test_what_others_have_published_is_asked_for_before_work_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int | None, teacher: Any, files: list[str]
+) -> None:
+    images = replace(DIGITS_FACTS, kind="folder", sides=(300, 300, 300))
+    chosen = choose(images, MachineFacts(gpus=gpus or 0), teacher=teacher)
+    script = shell_script(images, chosen, Layout(), ())
+    assert [line.rpartition("/")[2] for line in script.splitlines() if "curl" in line] == files
+    monkeypatch.chdir(tmp_path)
+    message = " and ".join(f"weights/{name}" for name in files)
+    with pytest.raises(UserError, match=rf"{message} (is|are) not there; commands.sh says from where to fetch"):
+        run_project(images, chosen, Layout(), Path(), "mepa init")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_two_starts_in_one_directory_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    holds = "import sys; from pathlib import Path; from mepa_ds.runtime.run_lock import RunLock; "
+    holds += "RunLock(Path('runs')).take(); print('taken', flush=True); sys.stdin.read()"
+    words, environment = [sys.executable, "-c", holds], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=r"runs: another start is at work there \(process \d+ on "):
+            run_project(DIGITS_FACTS, choose(DIGITS_FACTS, MachineFacts()), Layout(), Path(), "mepa init")
+        other.communicate()

@@ -209,6 +209,6 @@ def test_on_a_terminal_one_bar_stands_below_the_lines_of_all_stages(tmp_path: Pa
     os.close(ours)
     text = said.decode()
     assert process.returncode == 0, text
-    for part in ("[1/2] a: first (about 10 s left in all)", "a line", "1/1 a |", "s left", "[2/2] end"):
+    for part in ("[1/2] a: first (about 10 s left in all)", "a line", "1/1 a |", " %, about ", "[2/2] end"):
         assert part in text, text
     assert "20%" not in text, "the command's own bar"

@@ -52,7 +52,7 @@ class Display:
         self._bar = tqdm(
             total=total,
             disable=not self.has_bar,
-            bar_format="{desc} |{bar}| {percentage:3.0f} % {postfix}",
+            bar_format="{desc} |{bar}| {percentage:3.0f} %{postfix}",
             leave=False,
         )
         self._thread = threading.Thread(target=self._refresh, daemon=True)
