@@ -66,7 +66,7 @@ def test_a_test_split_without_classes_is_not_used(tmp_path: Path) -> None:
     assert "test is not used" in images.notes[0]
 
 
-def test_trains_are_things_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trains_are_things_too(tmp_path: Path) -> None:
     """A class may be called train. What stands beside it tells."""
     for name in ("bus", "car", "train", "test"):
         picture(tmp_path / f"own/{name}/1.png")
@@ -75,6 +75,14 @@ def test_trains_are_things_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "train is taken for a class" in images.notes[0]
     folder(tmp_path / "own/train", {"bus": 1, "car": 1})  # with classes in it, it is a split
     assert look(str(tmp_path / "own")).classes == ("bus", "car")
+
+
+def test_links_that_lead_back_are_not_followed_round_and_round(tmp_path: Path) -> None:
+    (tmp_path / "own/a").mkdir(parents=True)
+    for name in ("one", "two", "three"):
+        (tmp_path / "own/a" / name).symlink_to(tmp_path / "own/a")
+    with pytest.raises(UserError, match="no images in it or in its folders"):
+        look(str(tmp_path / "own"))
 
 
 def test_digits_are_not_the_folder_of_that_name(

@@ -190,8 +190,15 @@ def _may_be_class(entry: os.DirEntry[str]) -> bool:
 
 
 def _images_below(path: Path) -> Iterator[str]:
-    """Stops at the first that is asked for: folders of a million images are not listed to find one."""
-    for _, folders, files in os.walk(path, followlinks=True):
+    """Stops at the first that is asked for: folders of a million images are not listed to find one. Links are followed,
+    but not round and round."""
+    seen = set[str]()
+    for folder, folders, files in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (name for name in files if is_image_name(name))
 
