@@ -191,8 +191,8 @@ _FETCH = """
 #   curl -L -o weights/dinov2_vitb14_pretrain.pth https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
 """
 _SLURM = """
-# In place of torchrun, on a cluster (docs/slurm.md; it checks the recipe first, requeues and resumes by itself). Type it
-# in this folder. It names whole paths, because jobs of a clone start in the clone:
+# In place of torchrun, on a cluster (docs/slurm.md; it checks the recipe first, requeues and resumes by itself). To be
+# typed in this folder; the paths are whole because jobs of a clone start in the clone:
 #   mepa slurm submit {recipe} --cluster h100 --nodes {nodes} -- {words}
 """
 
