@@ -191,9 +191,8 @@ _FETCH = """
 #   curl -L -o weights/dinov2_vitb14_pretrain.pth https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth
 """
 _SLURM = """
-# In place of torchrun, on a cluster (docs/slurm.md; it checks the recipe first, requeues and resumes by itself). To be
-# typed in this folder; the paths are whole because jobs of a clone start in the clone:
-#   mepa slurm submit {recipe} --cluster h100 --nodes {nodes} -- {words}
+# In place of torchrun, on a cluster (docs/slurm.md; it checks the recipe first, requeues and resumes by itself):
+#   mepa slurm submit {recipe} --cluster h100 --nodes {nodes}
 """
 
 
@@ -212,8 +211,9 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
     for stage in found:
         lines += ["", f"# {stage.name}: {stage.meaning}", *map(as_typed, stage.commands)]
         if stage.name == "pretraining" and chosen.is_published:
-            nodes, words = max(chosen.ranks // 8, 1), _whole_paths(chosen, layout)
-            lines.append(_SLURM.format(recipe=path_word(layout.recipe), nodes=nodes, words=words).rstrip())
+            nodes = f"{max(chosen.ranks // 8, 1)} {_whole_paths(chosen, layout)}"
+            lines.append(_SLURM.format(recipe=path_word(layout.recipe), nodes=nodes).rstrip())
+            lines.append("#   (to be typed in this folder; whole paths, because jobs of a clone start in the clone)")
             lines.append(f"#   mepa pretrain {path_word(layout.recipe)} --dry-run --world-size {chosen.ranks}")
     lines += [
         "",
@@ -226,20 +226,20 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
     return "\n".join(lines) + "\n"
 
 
-def _whole_paths(chosen: Choices, layout: Layout) -> str:
-    """The recipe's paths as overrides, which do not depend on where a job starts."""
-    paths = {"output_dir": layout.pretrain, "tokenizer": layout.tokenizer(chosen)}
-    paths["data.tokens"] = layout.tokens("train", chosen)
-    if chosen.teacher != "none":
-        paths["data.features"] = layout.features(chosen)
-    if chosen.heldout != "none":
-        paths["data.heldout_tokens"] = layout.tokens("heldout", chosen)
-    return " ".join(f'"{key}=$PWD/{path}"' for key, path in paths.items())
-
-
 def report_command(layout: Layout) -> str:
     return f"-m mepa_ds report {path_word(layout.pretrain)}"
 
 
 def serve_command(layout: Layout) -> str:
     return f"mepa serve --run {path_word(layout.pretrain)}"
+
+
+def _whole_paths(chosen: Choices, layout: Layout) -> str:
+    """The recipe's paths as overrides: whole ones, since jobs of a clone start in the clone."""
+    paths = {"output_dir": layout.pretrain, "tokenizer": layout.tokenizer(chosen)}
+    paths["data.tokens"] = layout.tokens("train", chosen)
+    if chosen.teacher != "none":
+        paths["data.features"] = layout.features(chosen)
+    if chosen.heldout != "none":
+        paths["data.heldout_tokens"] = layout.tokens("heldout", chosen)
+    return "-- " + " ".join(f'"{key}=$PWD/{path}"' for key, path in paths.items())
