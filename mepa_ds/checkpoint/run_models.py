@@ -162,9 +162,12 @@ def _run_within(project: Path) -> Path | None:
 
 
 def _pretrains(run: Path) -> bool:
-    """Whether a run is one of pretraining: the training of a tokenizer leaves the same kinds of files."""
+    """Whether a run is one of pretraining: the training of a tokenizer leaves the same kinds of files.
+
+    A pretraining recipe names its tokenizer by a path; `tokenizer` in a tokenizer's recipe is the section of its sizes.
+    """
     try:
-        return "tokenizer" in read_yaml(run / RECIPE_NAME)
+        return isinstance(read_yaml(run / RECIPE_NAME).get("tokenizer"), str)
     except UserError:
         return False
 

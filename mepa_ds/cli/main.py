@@ -23,7 +23,7 @@ COMMANDS = {
     "watch": "runs as they go on, in a terminal: loss, held-out score, speed, time left",
     "inspect": "pictures of what a model does: scales, experts, teacher, guidance",
     "upcycle": "a mixture-of-experts model from a dense one's weights",
-    "export": "a checkpoint's weights as safetensors + config.json",
+    "export": "weights of a run or a checkpoint for others: safetensors, a model card, the Hugging Face hub",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "ablate": "train every arm of an ablation with several seeds, and compare them",
     "sweep": "train a recipe with many values of its keys, here or on SLURM, and sort what came out",

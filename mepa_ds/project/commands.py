@@ -220,7 +220,9 @@ def shell_script(images: ImageFacts, chosen: Choices, layout: Layout, found: Seq
     for stage in found:
         lines += ["", f"# {stage.name}: {stage.meaning}", *map(as_typed, stage.commands)]
         if stage.name == "pretraining" and chosen.is_published:
-            lines.append(_SLURM.format(recipe=path_word(layout.recipe), nodes=max(chosen.ranks // 8, 1)).rstrip())
+            nodes = f"{max(chosen.ranks // 8, 1)} {_whole_paths(chosen, layout)}"
+            lines.append(_SLURM.format(recipe=path_word(layout.recipe), nodes=nodes).rstrip())
+            lines.append("#   (to be typed in this folder; whole paths, because jobs of a clone start in the clone)")
             lines.append(f"#   mepa pretrain {path_word(layout.recipe)} --dry-run --world-size {chosen.ranks}")
     lines += [
         "",
@@ -244,3 +246,14 @@ def report_command(layout: Layout) -> str:
 
 def serve_command(layout: Layout) -> str:
     return f"mepa serve --run {path_word(layout.pretrain)}"
+
+
+def _whole_paths(chosen: Choices, layout: Layout) -> str:
+    """The recipe's paths as overrides: whole ones, since jobs of a clone start in the clone."""
+    paths = {"output_dir": layout.pretrain, "tokenizer": layout.tokenizer(chosen)}
+    paths["data.tokens"] = layout.tokens("train", chosen)
+    if chosen.teacher != "none":
+        paths["data.features"] = layout.features(chosen)
+    if chosen.heldout != "none":
+        paths["data.heldout_tokens"] = layout.tokens("heldout", chosen)
+    return "-- " + " ".join(f'"{key}=$PWD/{path}"' for key, path in paths.items())

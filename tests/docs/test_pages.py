@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from tests.tiny_run import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for folder in ("mepa_ds", "slurm", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+_VALUES = r"\.\.\.|'[^']*'|[(:;]|\b(?:\d+|[NM]|index\.json)\b"
+"""What stands for a value, or ends a part of a message."""
 OURS = r"(?:mepa_ds|data_tools|slurm|tests|recipes|ds_configs|benchmarks|docs)/[\w./-]*\w"
 
 
@@ -42,3 +46,18 @@ def test_headings_that_code_points_to_exist() -> None:
             pointers += path != Path(__file__)
             assert path == Path(__file__) or any(text.startswith(h) for h in headings), f"{path}: {text!r}"
     assert pointers > 0
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    """Of each part of a message that no value interrupts, three words in a row stand in the code."""
+    sources = [path for folder in ("mepa_ds", "data_tools", "slurm") for path in (ROOT / folder).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text() for path in sources))  # literals over several lines
+    rows = re.findall(r"(?m)^\| (.+?) \|", (ROOT / "docs/troubleshooting.md").read_text())
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    parts = [part.split() for message in messages for part in re.split(_VALUES, message)]
+    missing = [
+        " ".join(words)
+        for words in parts
+        if len(words) > 2 and not any(" ".join(words[at : at + 3]) in code for at in range(len(words) - 2))
+    ]
+    assert missing == [os.strerror(errno.ENOSPC)], "what the system itself says"

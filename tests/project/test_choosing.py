@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from mepa_ds.project.choosing.choices import Choices, train_images
 from mepa_ds.project.choosing.choose import choose
 from mepa_ds.project.choosing.planned import with_fitting_batches
 from mepa_ds.project.choosing.small import GRIDS, SIZES
-from mepa_ds.project.commands import stages
+from mepa_ds.project.commands import shell_script, stages
 from mepa_ds.project.layout import Layout
 from mepa_ds.project.looking.digits import DIGITS_FACTS
 from mepa_ds.project.looking.facts import ImageFacts, MachineFacts
@@ -95,6 +96,18 @@ def test_imagenet_on_eight_gpus_is_the_published_recipe() -> None:
         assert own.rpartition(".")[2] == theirs.rpartition(".")[2]
         assert own.startswith(f"data/{split}.")
     assert found == {}
+
+
+def test_the_line_for_a_cluster_names_the_recipes_paths_whole() -> None:
+    """Jobs of a clone start in the clone, not in the project."""
+    chosen = choose(IMAGENET, MachineFacts(gpus=8))
+    script = shell_script(IMAGENET, chosen, Layout(), stages(IMAGENET, chosen, Layout())).replace("$PWD", "/here")
+    words = shlex.split(next(line for line in script.splitlines() if line.startswith("#   mepa slurm submit")))
+    mine, whole = recipe(chosen, IMAGENET), dict(word.split("=") for word in words[words.index("--") + 1 :])
+    named = {"output_dir": mine.output_dir, "tokenizer": mine.tokenizer} | {
+        f"data.{key}": getattr(mine.data, key) for key in ("tokens", "features", "heldout_tokens")
+    }
+    assert whole == {key: f"/here/{path}" for key, path in named.items()}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_stage_that_runs_again_takes_all_later_ones_with_it(small: Small) -> N
     Path("a").unlink()
     Path("version").write_text("2")
     Path("broken").touch()
-    with pytest.raises(UserError, match=r"stage b ended with status 3 .* run the quickstart again"):
+    with pytest.raises(UserError, match=r"stage b ended with status 3 .* start it again: it continues here"):
         small.start()
     assert not Path("c").exists()  # what was made of the old one
     Path("broken").unlink()

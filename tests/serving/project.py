@@ -25,6 +25,8 @@ def make_project(folder: Path, names: Sequence[str] = NAMES, num_classes: int = 
     run = folder / "runs" / "pretrain"
     make_tokenizer(folder / "runs" / "tokenizer")
     (folder / "runs" / "tokenizer" / "metrics.jsonl").touch()
+    its_recipe = {"output_dir": "runs/tokenizer", "tokenizer": {"scales": [1, 2]}}  # a section, not a path
+    (folder / "runs" / "tokenizer" / "resolved.yaml").write_text(yaml.safe_dump(its_recipe))
     values = recipe_values(Path("data"))
     values["model"]["num_classes"] = num_classes
     recipe = {**values, "output_dir": "runs/pretrain", "tokenizer": "runs/tokenizer"}

@@ -13,7 +13,7 @@ DEFAULT_MINUTES = 12.0
 """Of a run on a CPU."""
 
 # Shares of a core's matrix products that training reaches, measured (docs/own_images.md).
-_TOKENIZER_EFFICIENCY, _MODEL_EFFICIENCY = 0.45, 0.28
+_TOKENIZER_EFFICIENCY, _MODEL_EFFICIENCY, _ENCODING_EFFICIENCY = 0.33, 0.21, 0.45
 # Seconds that do not depend on lengths: starts of some ten commands, and the classifier on many images.
 _STARTS, _CLASSIFIER = 110.0, 60.0
 _TOKENIZER_SHARE = {32: 0.4, 64: 0.55}  # of the time of both trainings, by side
@@ -99,7 +99,7 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
     seconds = {
         "shards": 15 + images.num_images / 1500,
         "tokenizer": 10 + tokenizer_steps * tokenizer_batch * tokenizer_image,
-        "precompute": 35 + images.num_images * grid.gflop / (speed * _TOKENIZER_EFFICIENCY),
+        "precompute": 35 + images.num_images * grid.gflop / (speed * _ENCODING_EFFICIENCY),
         "pretraining": 15 + model_seconds,
         "samples": 30,
     } | ({"scores": 15 + _CLASSIFIER} if classifier else {})

@@ -124,7 +124,7 @@ class StageRun:
             if code:
                 raise UserError(
                     f"{self._program}: stage {stage.name} ended with status {code} (its own message is above); "
-                    f"run the {self._program} again: it continues here"
+                    "start it again: it continues here"
                 )
         mine.done = True
         self._write()
