@@ -55,6 +55,11 @@ def chose(images: ImageFacts, machine: MachineFacts, chosen: Choices) -> list[st
         f"guidance: {'none' if chosen.teacher == 'none' else chosen.teacher}: {why['teacher']}"
         + ("" if chosen.teacher == "none" else f"; {why['guidance']}"),
     ]
+    if not chosen.classifier and not chosen.is_published and len(images.classes) > 1:
+        lines.append(
+            "scores:   none: too few images for a classifier, or it would take over a third of the time; "
+            "mepa evaluate --fit-classifier makes one"
+        )
     if total := sum(chosen.seconds.values()):
         lines.append(f"time:     about {in_words(total)} for all stages, if nothing else runs here")
     return lines

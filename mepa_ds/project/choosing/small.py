@@ -14,8 +14,12 @@ DEFAULT_MINUTES = 12.0
 
 # Shares of a core's matrix products that training reaches, measured (docs/own_images.md).
 _TOKENIZER_EFFICIENCY, _MODEL_EFFICIENCY, _ENCODING_EFFICIENCY = 0.33, 0.21, 0.45
-# Seconds that do not depend on lengths: starts of some ten commands, and the classifier on many images.
-_STARTS, _CLASSIFIER = 110.0, 60.0
+_STARTS = 110.0
+"""Seconds that do not depend on lengths: starts of some ten commands."""
+_CLASSIFIED = 0.77
+"""Images of 32 pixels that the classifier is fitted on, in all its passes, for each 1e9 operations."""
+_MOST_OF_CLASSIFIER = 1 / 3
+"""Of the time; one that would take longer is left out."""
 _TOKENIZER_SHARE = {32: 0.4, 64: 0.55}  # of the time of both trainings, by side
 _IMAGES_FOR_TEACHER = 50
 _EPOCHS_BY_HEART = 30
@@ -75,11 +79,11 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
     batch = max(min(power_of_two(num_train), 32 if not machine.gpus else 256), ranks)
     usual = 64 if machine.gpus else _TOKENIZER_BATCH[side]
     tokenizer_batch = max(min(power_of_two(num_train), usual), ranks)
-    classifier = _judges(images, heldout, num_train)
-    budget = 60 * (minutes or DEFAULT_MINUTES)
-    starts = _STARTS + (_CLASSIFIER if classifier else 0) + images.num_images / 600
+    speed, budget = _speed(machine), 60 * (minutes or DEFAULT_MINUTES)
+    scoring = 15 + num_train * (side / 32) ** 2 / (_CLASSIFIED * speed)
+    classifier = _judges(images, heldout, num_train) and scoring < _MOST_OF_CLASSIFIER * budget
+    starts = _STARTS + (scoring if classifier else 0) + images.num_images / 600
     trained = max(budget - starts, 0.2 * budget)
-    speed = _speed(machine)
     tokenizer_image = FORWARD_AND_BACKWARD * grid.gflop / (speed * _TOKENIZER_EFFICIENCY)
     most = min(_STEPS[1], max(_MOST_EPOCHS * num_train // batch, _FEWEST_STEPS))
     # What few images leave of the model's share is the tokenizer's.
@@ -102,7 +106,7 @@ def choose_small(images: ImageFacts, machine: MachineFacts, side: int, minutes: 
         "precompute": 35 + images.num_images * grid.gflop / (speed * _ENCODING_EFFICIENCY),
         "pretraining": 15 + model_seconds,
         "samples": 30,
-    } | ({"scores": 15 + _CLASSIFIER} if classifier else {})
+    } | ({"scores": scoring} if classifier else {})
     return Choices(
         side=side, scales=grid.scales, codebook_size=codebook, code_width=16, multipliers=grid.multipliers,
         tokenizer_steps=tokenizer_steps, tokenizer_batch=tokenizer_batch, preset=None, size=size, steps=steps,
