@@ -239,7 +239,7 @@ def test_two_starts_in_one_directory_do_not_mix(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     holds = "import sys; from pathlib import Path; from mepa_ds.runtime.run_lock import RunLock; "
-    holds += "RunLock(Path('runs')).take(); print('taken', flush=True); sys.stdin.read()"
+    holds += "lock = RunLock(Path('runs')); lock.take(); print('taken', flush=True); sys.stdin.read()"
     words, environment = [sys.executable, "-c", holds], os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
