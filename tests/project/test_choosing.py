@@ -132,7 +132,7 @@ def test_choices_by_table(images: ImageFacts, machine: MachineFacts, wanted: dic
 
 
 def test_more_time_and_more_cores_are_used() -> None:
-    short, long, wide = (choose(facts(), MachineFacts(cores=c), m) for c, m in ((2, 12), (2, 60), (8, 12)))
+    short, long, wide = (choose(facts(), MachineFacts(cores=c), m) for c, m in ((2, 12), (2, 90), (8, 12)))
     assert short.size == SIZES[0]
     assert (long.size, wide.size) != (short.size, short.size)
     assert sum(short.seconds.values()) < sum(long.seconds.values())
