@@ -25,9 +25,9 @@ def png(seed: int, size: tuple[int, int] = (20, 16), mode: str = "RGB") -> bytes
     return encode(Image.fromarray(pixels).convert(mode), "PNG")
 
 
-def encode(image: Image.Image, format: str) -> bytes:
+def encode(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format)
+    image.save(buffer, format, **options)
     return buffer.getvalue()
 
 

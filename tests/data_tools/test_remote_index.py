@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mepa_ds import progress
 from mepa_ds.data.remote import fetching
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shard_set import ShardSet
@@ -77,7 +78,14 @@ def holds_the_secret(directory: Path) -> list[str]:
     return [str(path) for path in [*found, *(path for path in files if SECRET.encode() in path.read_bytes())]]
 
 
+@pytest.fixture
+def told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress in a file begins with the work, and not after seconds: its lines must not tell the secret either."""
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
+
+
 @pytest.mark.parametrize("query", [LONG, SHORT])
+@pytest.mark.usefixtures("told_at_once")
 def test_signed_shards_are_scanned(tmp_path: Path, store: Store, capfd: pytest.CaptureFixture[str], query: str) -> None:
     index = Scan(store.tars(query), tmp_path / "near", cache=cache(tmp_path))()
     assert index.shards == ShardIndex.read(store.far).shards
@@ -89,6 +97,7 @@ def test_signed_shards_are_scanned(tmp_path: Path, store: Store, capfd: pytest.C
     assert "scanning" in said.err
 
 
+@pytest.mark.usefixtures("told_at_once")
 def test_a_build_from_signed_shards(tmp_path: Path, store: Store, capfd: pytest.CaptureFixture[str]) -> None:
     """One that cannot be fetched ends it: without torn copies, and the next start asks for that one alone, even if all
     are signed anew."""

@@ -46,7 +46,11 @@ def test_every_mode_becomes_rgb_of_the_same_picture(mode: str) -> None:
         image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).convert(mode)
     else:
         image = grey.convert(mode)
-    decoded = decode_image(encode(image, "TIFF" if mode in ("CMYK", "I", "PA", "YCbCr") else "PNG"), "here")
+    if mode == "YCbCr":  # compressed: Pillow 12.3 cannot read the plain files of this kind that it writes
+        data = encode(image, "TIFF", compression="tiff_lzw")
+    else:
+        data = encode(image, "TIFF" if mode in ("CMYK", "I", "PA") else "PNG")
+    decoded = decode_image(data, "here")
     assert decoded.mode == "RGB"
     assert decoded.size == (24, 10)
     tolerance = 255 if mode == "1" else 3

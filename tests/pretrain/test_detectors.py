@@ -349,14 +349,15 @@ def test_a_slow_rank_is_named(folder: Path) -> None:
     for ep_size in (1, 2):
         name = f"slow{ep_size}"
         with Ranks(
-            arguments(folder, name, f"parallel.ep_size={ep_size}", "train.steps=11"),
+            arguments(folder, name, f"parallel.ep_size={ep_size}", "train.steps=25"),  # ten in a row, with a hiccup too
             2,
             folder / f"{name}.log",
             sleep_in_rank_1,
         ) as ranks:
             assert ranks.wait() == [0, 0], ranks.log.read_text()
-        (warning,) = events(folder / name, "slow_rank")
-        assert warning["rank"] == 1
+        warnings = events(folder / name, "slow_rank")
+        assert {warning["rank"] for warning in warnings} == {1}
+        assert len(warnings) <= 2, "not at every record"
         assert "rank 1 takes more than 1.3 times as long" in ranks.log.read_text()
         for record in events(folder / name, "train"):
             assert (record["all_to_all_seconds"] > 0) == (ep_size == 2)
