@@ -17,7 +17,7 @@ from mepa_ds.scaling.columns import COLUMNS
 from tests.scaling.idx_fixtures import first_images
 from tests.tiny_run import ROOT
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.slow]  # its parts have tests in running/, laws/ and report/
 
 
 def mepa(*words: object, timeout: float = 280) -> str:
