@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mepa_ds
 from mepa_ds import shipped
 from mepa_ds.ablation.config import AblationConfig
-from mepa_ds.config.base import dump_yaml, read_yaml
+from mepa_ds.config.base import read_yaml
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json, write_text
-from mepa_ds.scaling.running.run import Fleet
+from mepa_ds.scaling.running.planned import Planned
 from mepa_ds.scaling.study import directory
-from mepa_ds.scaling.study.plan import write_manifest
 from mepa_ds.scaling.study.variants import plan_row, variant
-
-FILE_NAME = "ablation.yaml"
 
 
 def read_ablation(path: Path) -> AblationConfig:
     """Reads the file of an ablation, or the one in the output_dir of a planned one; see `directory.read_file`."""
-    return directory.read_file(AblationConfig, path, FILE_NAME, "ablation")
+    return directory.read_file(AblationConfig, path, "ablation")
 
 
 def make_plan(ablation: AblationConfig) -> tuple[list[dict[str, Any]], dict[str, PretrainConfig]]:
@@ -67,54 +61,9 @@ def _check_arms(ablation: AblationConfig, first: dict[str, tuple[dict[str, Any],
         seen[key] = arm
 
 
-def write_plan(ablation: AblationConfig) -> None:
-    """Writes the ablation's file, a recipe for each run, the manifest and plan.json to its output_dir.
-
-    Raises:
-        UserError: see `make_plan`; or the directory holds another ablation.
-    """
-    out = ablation.output_dir
-    check_directory(ablation)
-    rows, recipes = make_plan(ablation)
-    directory.write_recipes(out, recipes, set(recipes))
-    write_text(out / FILE_NAME, dump_yaml(ablation))
-    write_manifest(out, ablation.name, [Path(row["recipe"]) for row in rows])
-    facts = {"ablation": ablation.name, "ablation_hash": ablation_hash(ablation), "code_version": mepa_ds.__version__}
-    write_json(out / directory.PLAN_NAME, {**facts, "runs": rows})
-
-
-def check_directory(ablation: AblationConfig) -> None:
-    """Raises UserError when output_dir holds another ablation, or anything else that has runs."""
-    directory.check_directory(ablation.output_dir, ablation.name, FILE_NAME, "ablation")
-
-
-def ablation_hash(ablation: AblationConfig) -> str:
-    """Returns a hash of what the runs are; where they are written, titles and comparisons do not count."""
+def planned(ablation: AblationConfig) -> Planned:
+    """The ablation's plan. Titles and comparisons are no part of what its runs are."""
     content = json.loads(ablation.model_dump_json(include={"name", "seeds", "flops_tolerance"}))
     content["arms"] = {name: arm.set for name, arm in ablation.arms.items()}
-    content["base"] = read_yaml(shipped.find(ablation.base))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read_plan(ablation: AblationConfig) -> list[dict[str, Any]]:
-    """Returns the rows of the plan in the ablation's output_dir.
-
-    Raises:
-        UserError: there is none, or the file of the ablation has changed since.
-    """
-    check_directory(ablation)
-    return directory.read_rows(ablation.output_dir, ablation_hash(ablation), "ablation", "mepa ablate")
-
-
-def plan_if_needed(ablation: AblationConfig) -> None:
-    """Writes the plan unless the output_dir has this very plan."""
-    check_directory(ablation)
-    with suppress(UserError):
-        read_plan(ablation)
-        return
-    write_plan(ablation)
-
-
-def fleet_of(ablation: AblationConfig) -> Fleet:
-    """The runs of an ablation that is planned."""
-    return Fleet(ablation.name, ablation.output_dir, ablation.ranks, rows=lambda: read_plan(ablation))
+    place = (ablation.name, ablation.base, ablation.output_dir, ablation.ranks)
+    return Planned("ablation", "mepa ablate", ablation, *place, content, partial(make_plan, ablation))

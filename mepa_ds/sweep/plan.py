@@ -6,29 +6,25 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mepa_ds
 from mepa_ds import shipped
-from mepa_ds.config.base import dump_yaml, read_yaml
+from mepa_ds.config.base import read_yaml
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
-from mepa_ds.files import write_json, write_text
-from mepa_ds.scaling.running.run import Fleet
+from mepa_ds.scaling.running.planned import Planned
 from mepa_ds.scaling.study import directory
-from mepa_ds.scaling.study.plan import write_manifest
 from mepa_ds.scaling.study.variants import plan_row, variant
 from mepa_ds.sweep.config import SweepConfig
 
-FILE_NAME = "sweep.yaml"
 _LONGEST_NAME = 100
 
 
 def read_sweep(path: Path) -> SweepConfig:
     """Reads the file of a sweep, or the one in the output_dir of a planned one; see `directory.read_file`."""
-    return directory.read_file(SweepConfig, path, FILE_NAME, "sweep")
+    return directory.read_file(SweepConfig, path, "sweep")
 
 
 def make_plan(sweep: SweepConfig) -> tuple[list[dict[str, Any]], dict[str, PretrainConfig]]:
@@ -70,41 +66,8 @@ def _in_words(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={json.dumps(value)}" for key, value in point.items()) or "the base recipe"
 
 
-def _write_plan(sweep: SweepConfig) -> None:
-    out = sweep.output_dir
-    rows, recipes = make_plan(sweep)
-    directory.write_recipes(out, recipes, set(recipes))
-    write_text(out / FILE_NAME, dump_yaml(sweep))
-    write_manifest(out, sweep.name, [Path(row["recipe"]) for row in rows])
-    facts = {"sweep": sweep.name, "sweep_hash": sweep_hash(sweep), "code_version": mepa_ds.__version__}
-    write_json(out / directory.PLAN_NAME, {**facts, "runs": rows})
-
-
-def sweep_hash(sweep: SweepConfig) -> str:
-    """Returns a hash of what the runs are; where they are written does not count."""
+def planned(sweep: SweepConfig) -> Planned:
+    """The sweep's plan."""
     content = json.loads(sweep.model_dump_json(include={"name", "seeds", "grid", "points"}))
-    content["base"] = read_yaml(shipped.find(sweep.base))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read_plan(sweep: SweepConfig) -> list[dict[str, Any]]:
-    """Returns the rows of the plan in the sweep's output_dir. Raises UserError: there is none of today's file."""
-    return directory.read_rows(sweep.output_dir, sweep_hash(sweep), "sweep", "mepa sweep")
-
-
-def plan_if_needed(sweep: SweepConfig) -> None:
-    """Writes the plan unless the output_dir has this very plan.
-
-    Raises:
-        UserError: see `make_plan`; or the directory holds another sweep.
-    """
-    directory.check_directory(sweep.output_dir, sweep.name, FILE_NAME, "sweep")
-    with suppress(UserError):
-        read_plan(sweep)
-        return
-    _write_plan(sweep)
-
-
-def fleet_of(sweep: SweepConfig) -> Fleet:
-    """The runs of a sweep that is planned."""
-    return Fleet(sweep.name, sweep.output_dir, sweep.ranks, rows=lambda: read_plan(sweep))
+    place = (sweep.name, sweep.base, sweep.output_dir, sweep.ranks)
+    return Planned("sweep", "mepa sweep", sweep, *place, content, partial(make_plan, sweep))

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mepa_ds.ablation.config import AblationConfig
-from mepa_ds.ablation.plan import plan_if_needed, read_plan
+from mepa_ds.ablation.plan import planned
 from mepa_ds.config.base import validate
 from tests.scaling.study.studies import base_recipe
 
@@ -44,8 +44,9 @@ def ablation_file(folder: Path, **changes: Any) -> Path:
 
 def pretend(ablation: AblationConfig, effects: dict[str, float], noise: float = 0.01) -> None:
     """Makes runs finished without training: the loss is 3 + the arm's effect + the seed's + a little."""
-    plan_if_needed(ablation)
-    for number, row in enumerate(read_plan(ablation)):
+    plan = planned(ablation)
+    plan.write_if_needed()
+    for number, row in enumerate(plan.rows()):
         folder = Path(row["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "resolved.yaml").write_text(Path(row["recipe"]).read_text())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mepa_ds.ablation.plan import make_plan, plan_if_needed, read_ablation, read_plan
+from mepa_ds.ablation.plan import make_plan, planned, read_ablation
 from mepa_ds.config.base import validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
@@ -31,8 +31,8 @@ def test_arms_differ_in_what_they_set_and_in_nothing_else(tmp_path: Path) -> Non
 def test_the_plan_on_disk_is_read_back_and_shared_by_its_folder(tmp_path: Path) -> None:
     file = ablation_file(tmp_path)
     ablation = read_ablation(file)
-    plan_if_needed(ablation)
-    rows = read_plan(read_ablation(ablation.output_dir))
+    planned(ablation).write_if_needed()
+    rows = planned(read_ablation(ablation.output_dir)).rows()
     assert [member_of(row).state for row in rows] == ["planned"] * 9
     for row in rows:
         validate(PretrainConfig, yaml.safe_load(Path(row["recipe"]).read_text()), row["recipe"])
@@ -58,13 +58,13 @@ def test_arms_that_cannot_be_compared_are_refused(tmp_path: Path, arm: dict[str,
 
 
 def test_another_ablation_in_the_directory_is_refused(tmp_path: Path) -> None:
-    plan_if_needed(ablation_of(tmp_path))
+    planned(ablation_of(tmp_path)).write_if_needed()
     with pytest.raises(UserError, match="holds the ablation 'small'"):
-        plan_if_needed(ablation_of(tmp_path, name="other"))
+        planned(ablation_of(tmp_path, name="other")).write_if_needed()
     with pytest.raises(UserError, match="has changed since it was planned"):
-        read_plan(ablation_of(tmp_path, seeds=2))
-    plan_if_needed(ablation_of(tmp_path, seeds=2))
-    assert len(read_plan(ablation_of(tmp_path, seeds=2))) == 6
+        planned(ablation_of(tmp_path, seeds=2)).rows()
+    planned(ablation_of(tmp_path, seeds=2)).write_if_needed()
+    assert len(planned(ablation_of(tmp_path, seeds=2)).rows()) == 6
     assert len(list((tmp_path / "ablation/recipes").iterdir())) == 6
 
 

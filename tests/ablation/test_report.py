@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from mepa_ds.ablation.plan import fleet_of
+from mepa_ds.ablation.plan import planned
 from mepa_ds.ablation.report import BEGIN, END, markdown_table, write_report
 from mepa_ds.cli.results.ablate import main
 from mepa_ds.errors import UserError
@@ -18,7 +18,7 @@ from tests.ablation.studies import ablation_file, ablation_of, pretend
 def test_the_report_says_what_the_runs_measured(tmp_path: Path) -> None:
     ablation = ablation_of(tmp_path)
     pretend(ablation, {"stmoe": -0.5, "smoe": 0.01})
-    text = write_report(ablation, fleet_of(ablation).members()).read_text()
+    text = write_report(ablation, planned(ablation).fleet().members()).read_text()
     assert "9 of 9 runs are finished: 3 arms, 3 seeds each" in text
     facts = json.loads((tmp_path / "ablation/report/ablation.json").read_text())["scores"]
     by_pair = {(d["arm"], d["against"]): d for d in facts["ce"]["differences"]}
@@ -40,7 +40,7 @@ def test_runs_that_are_missing_are_named(tmp_path: Path) -> None:
     ablation = ablation_of(tmp_path)
     pretend(ablation, {})
     (tmp_path / "ablation/runs/smoe-s1/status.json").write_text(json.dumps({"state": "diverged", "step": 3}))
-    text = write_report(ablation, fleet_of(ablation).members()).read_text()
+    text = write_report(ablation, planned(ablation).fleet().members()).read_text()
     assert "Not finished, and left out of everything below: smoe-s1 (diverged)." in text
     assert "8 of 9 runs" in text
 
@@ -52,7 +52,7 @@ def test_scores_of_two_protocols_are_not_mixed(tmp_path: Path) -> None:
         path = tmp_path / f"ablation/runs/{run}/metrics.jsonl"
         path.write_text(path.read_text().replace('"protocol": {', f'"protocol": {{"reference": "{reference}", '))
     with pytest.raises(UserError, match=r"smoe-s1 and dense-s0 were scored in two ways \(reference differ\)"):
-        write_report(ablation, fleet_of(ablation).members())
+        write_report(ablation, planned(ablation).fleet().members())
 
 
 def test_a_title_may_have_what_divides_cells() -> None:

@@ -17,7 +17,7 @@ from mepa_ds.cli.tools import sweep as command
 from mepa_ds.config.base import load_config, validate
 from mepa_ds.errors import UserError
 from mepa_ds.sweep.config import SweepConfig
-from mepa_ds.sweep.plan import _name_of, fleet_of, make_plan, plan_if_needed, read_plan, read_sweep
+from mepa_ds.sweep.plan import _name_of, make_plan, planned, read_sweep
 from mepa_ds.sweep.table import table_of, write_table
 from tests.scaling.study.studies import base_recipe
 from tests.tiny_run import ROOT, make_run
@@ -84,11 +84,11 @@ def test_long_and_odd_values_make_names_of_files(tmp_path: Path) -> None:
 
 def test_the_table_is_sorted_by_the_heldout_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = sweep_of(tmp_path)
-    plan_if_needed(sweep)
-    rows = read_plan(sweep)
+    planned(sweep).write_if_needed()
+    rows = planned(sweep).rows()
     for row, ce in zip(rows[:2], (3.0, 2.0), strict=True):
         pretend_finished(row, ce)
-    table = table_of(fleet_of(sweep).members())
+    table = table_of(planned(sweep).fleet().members())
     assert [row["ce"] for row in table] == [2.0, 3.0, None, None]
     assert table[0]["run"] == rows[1]["run"]
     path = write_table(table, sweep.output_dir)
@@ -100,8 +100,8 @@ def test_the_table_is_sorted_by_the_heldout_score(tmp_path: Path, capsys: pytest
     assert out.splitlines()[0].split()[:4] == ["optim.base_lr", "objective.balance_weight", "seed", "state"]
     assert f"table: {path}" in out
     with pytest.raises(UserError, match="holds the sweep 'small', and this one is 'other'"):
-        plan_if_needed(sweep_of(tmp_path, name="other"))
-    with pytest.raises(UserError, match="--nodes belongs to --cluster"):
+        planned(sweep_of(tmp_path, name="other")).write_if_needed()
+    with pytest.raises(UserError, match="--nodes belongs to --slurm"):
         command.main([str(sweep.output_dir), "--nodes", "2"])
 
 

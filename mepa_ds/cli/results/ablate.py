@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,16 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.ablation.config import AblationConfig
-from mepa_ds.ablation.plan import fleet_of, make_plan, plan_if_needed, read_ablation
+from mepa_ds.ablation.plan import make_plan, planned, read_ablation
 from mepa_ds.cli.scale.run import end_of
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.submitting import SubmitOptions
 from mepa_ds.command_line.tables import aligned
-from mepa_ds.errors import UserError
 from mepa_ds.scaling.running.run import FleetRunner
 
 
-@dataclass
-class AblateOptions:
+@dataclass(kw_only=True)
+class AblateOptions(SubmitOptions):
     """Trains every arm of an ablation with several seeds, scores them alike, and writes the comparison: table, paired
     differences with intervals, figures. Killed and started again, it goes on; once all runs are finished it only
     writes the report again.
@@ -41,24 +40,16 @@ class AblateOptions:
     slurm: str | None = None
     """Submit to this cluster instead (a profile in slurm/clusters/), as one array; the same command without --slurm
     writes the report when the jobs are done."""
-    nodes: int = 1
-    """With --slurm: nodes of each run."""
-    time: str | None = None
-    """With --slurm: limit of one start, such as 12:00:00."""
-    limit: int = 8
-    """With --slurm: runs at a time."""
 
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(AblateOptions, prog="mepa ablate", args=argv)
-    defaults = AblateOptions(options.ablation)
-    if options.slurm is None:
-        for name in ("nodes", "time", "limit"):
-            if getattr(options, name) != getattr(defaults, name):
-                raise UserError(f"--{name} belongs to --slurm")
+    options.refuse_without_slurm()
     ablation = read_ablation(options.ablation)
     if options.slurm is not None:
-        _submit(ablation, options)
+        from mepa_ds.scaling.running.submission import submit_planned
+
+        submit_planned(planned(ablation).fleet, options, options.dry_run)
     elif options.dry_run:
         print(_format(ablation))
     else:
@@ -71,8 +62,7 @@ def _run(ablation: AblationConfig, options: AblateOptions) -> None:
     log.make_stdout_a_log()
     if options.write_into is not None:
         page_around(options.write_into)  # before an hour of training
-    plan_if_needed(ablation)
-    fleet, is_whole = fleet_of(ablation), True
+    fleet, is_whole = planned(ablation).fleet(), True
     if not options.report_only:
         members = FleetRunner(fleet, options.jobs).run()
         is_whole = end_of(fleet, list(members.values()), f"mepa ablate {ablation.output_dir}")
@@ -81,16 +71,6 @@ def _run(ablation: AblationConfig, options: AblateOptions) -> None:
         print(f"        {options.write_into}")
     if not is_whole:
         sys.exit(1)
-
-
-def _submit(ablation: AblationConfig, options: AblateOptions) -> None:
-    from mepa_ds.scaling.running.submission import Terms, submit_ready
-    from mepa_ds.slurm.profile import read_profile, root
-
-    profile = read_profile(options.slurm)
-    os.chdir(root())  # where the jobs start, and so what the recipes' paths are relative to
-    plan_if_needed(ablation)
-    submit_ready(fleet_of(ablation), profile, Terms(options.nodes, options.time, options.limit, options.dry_run))
 
 
 def _format(ablation: AblationConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +10,15 @@ from pathlib import Path
 import tyro
 
 from mepa_ds import log
-from mepa_ds.errors import UserError
+from mepa_ds.command_line.submitting import SubmitOptions
 from mepa_ds.scaling.running.members import Member
 from mepa_ds.scaling.running.run import Fleet, FleetRunner, fleet_of, log_path, plan_if_needed
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.plan import read_study
 
 
-@dataclass
-class RunOptions:
+@dataclass(kw_only=True)
+class RunOptions(SubmitOptions):
     """Trains the runs of a study that are not finished. Finished ones are skipped, failed ones start again from their
     last checkpoint, diverged ones stay as they are. Killed and started again, it goes on. Plans the study if it is not
     planned yet.
@@ -30,14 +29,6 @@ class RunOptions:
     """Study file, or the output_dir of a planned study."""
     jobs: int = 1
     """Runs at a time on this machine, each on its own share of the cores, or its own budget.ranks GPUs."""
-    slurm: str | None = None
-    """Submit to this cluster instead (a profile in slurm/clusters/), as one array."""
-    nodes: int = 1
-    """With --slurm: nodes of each run."""
-    time: str | None = None
-    """With --slurm: limit of one start, such as 12:00:00."""
-    limit: int = 8
-    """With --slurm: runs at a time."""
     dry_run: bool = False
     """With --slurm: check everything, print the sbatch lines, submit nothing."""
 
@@ -48,10 +39,7 @@ def main(argv: list[str]) -> None:
     if options.slurm is not None:
         _submit(study, options)
         return
-    defaults = RunOptions(options.study)
-    for name in ("nodes", "time", "limit", "dry_run"):
-        if getattr(options, name) != getattr(defaults, name):
-            raise UserError(f"--{name.replace('_', '-')} belongs to --slurm; mepa scale plan shows what would run here")
+    options.refuse_without_slurm("dry_run", hint="; mepa scale plan shows what would run here")
     log.make_stdout_a_log()
     plan_if_needed(study)
     members = FleetRunner(fleet_of(study), options.jobs).run()
@@ -71,14 +59,13 @@ def end_of(fleet: Fleet, members: Sequence[Member], again: str) -> bool:
 
 
 def _submit(study: StudyConfig, options: RunOptions) -> None:
-    from mepa_ds.scaling.running.submission import Terms, submit_ready
-    from mepa_ds.slurm.profile import read_profile, root
+    from mepa_ds.scaling.running.submission import submit_planned
 
-    profile = read_profile(options.slurm)
-    os.chdir(root())  # where the jobs start, and so what the recipes' paths are relative to
-    plan_if_needed(study)
-    terms = Terms(options.nodes, options.time, options.limit, options.dry_run)
-    if waiting := submit_ready(fleet_of(study), profile, terms):
+    def planned() -> Fleet:
+        plan_if_needed(study)
+        return fleet_of(study)
+
+    if waiting := submit_planned(planned, options, options.dry_run):
         print(
             f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this "
             "command again when those are done"

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mepa_ds.command_line.submitting import SubmitOptions
 from mepa_ds.scaling.running.members import Member, set_stale_aside
 from mepa_ds.scaling.running.run import Fleet
 from mepa_ds.scaling.study.plan import write_manifest
-from mepa_ds.slurm.profile import Profile
+from mepa_ds.slurm.profile import read_profile, root
 from mepa_ds.slurm.submit import Request, submit_recipe
 
 
-@dataclass(frozen=True)
-class Terms:
-    """What a submission asks SLURM for."""
+def submit_planned(planned: Callable[[], Fleet], options: SubmitOptions, dry_run: bool) -> list[Member]:
+    """Submits the runs that can start now to the cluster that the options name; returns those that wait for others.
 
-    nodes: int = 1
-    time: str | None = None
-    limit: int = 8
-    """Runs at a time."""
-    dry_run: bool = False
-
-
-def submit_ready(fleet: Fleet, profile: Profile, terms: Terms) -> list[Member]:
-    """Submits the runs that can start now; returns those that wait for others.
+    `planned` is called where the jobs start, since that is what paths in recipes are relative to.
 
     Raises:
         UserError: something does not fit the cluster; nothing was submitted.
     """
+    assert options.slurm is not None
+    profile = read_profile(options.slurm)
+    os.chdir(root())
+    fleet = planned()
     members = fleet.members()
     if fleet.replan(members):
         members = fleet.members()
     manifest, waiting = manifest_of_ready(fleet, members)
-    for member in members if not terms.dry_run else ():
+    for member in members if not dry_run else ():
         set_stale_aside(member.row)
     if manifest is not None:
         request = Request(
             manifest,
             job="scaling-study",
-            nodes=terms.nodes,
-            time=terms.time,
-            limit=terms.limit,
-            dry_run=terms.dry_run,
+            nodes=options.nodes,
+            time=options.time,
+            limit=options.limit,
+            dry_run=dry_run,
         )
         submit_recipe(request, profile)
     return waiting

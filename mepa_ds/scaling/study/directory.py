@@ -1,4 +1,4 @@
-"""The output_dir of planned runs (a scaling study, an ablation): its file, its plan, its recipes."""
+"""The output_dir of planned runs (a scaling study, an ablation, a sweep): its file, its plan, its recipes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ PLAN_NAME = "plan.json"
 FileT = TypeVar("FileT", bound=Section)
 
 
-def read_file(kind: type[FileT], path: Path, name: str, what: str) -> FileT:
-    """Reads a file, or the one called `name` in the output_dir of planned runs. `what`: "study", "ablation".
+def read_file(kind: type[FileT], path: Path, what: str) -> FileT:
+    """Reads a file, or the one in the output_dir of planned runs. `what` ("study", "ablation") names that one too.
 
     Raises:
         UserError: the file cannot be read, or has unknown or wrong keys; each is named.
     """
+    name = f"{what}.yaml"
     found = path / name if path.is_dir() else shipped.find(path)
     if path.is_dir() and not found.is_file():
         raise UserError(f"{path}: no {name} there; give the file of {_a(what)}, or the output_dir of a planned one")
     return load_config(kind, found)
 
 
-def check_directory(output_dir: Path, name: str, file_name: str, what: str) -> None:
+def check_directory(output_dir: Path, name: str, what: str) -> None:
     """Raises UserError when the directory holds planned runs of another name, or runs that nobody planned."""
-    path = output_dir / file_name
+    path = output_dir / f"{what}.yaml"
     if path.is_file():
         theirs = read_yaml(path).get("name")
         if theirs != name:
@@ -39,7 +40,7 @@ def check_directory(output_dir: Path, name: str, file_name: str, what: str) -> N
                 f"{output_dir}: holds the {what} {theirs!r}, and this one is {name!r}; give it an output_dir of its own"
             )
     elif output_dir.is_dir() and any((output_dir / entry).exists() for entry in ("runs", PLAN_NAME)):
-        raise UserError(f"{output_dir}: has runs, but no {file_name}; choose an empty output_dir")
+        raise UserError(f"{output_dir}: has runs, but no {path.name}; choose an empty output_dir")
 
 
 def write_recipes(output_dir: Path, recipes: Mapping[str, PretrainConfig], names: set[str]) -> None:

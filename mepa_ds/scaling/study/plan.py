@@ -46,7 +46,7 @@ class StudyPlan:
 
 def read_study(path: Path) -> StudyConfig:
     """Reads a study file, or the study file in the output_dir of a planned study; see `directory.read_file`."""
-    return directory.read_file(StudyConfig, path, STUDY_NAME, "study")
+    return directory.read_file(StudyConfig, path, "study")
 
 
 def make_plan(study: StudyConfig, with_memory: bool = True) -> StudyPlan:
@@ -83,7 +83,7 @@ def read_lr_law(study: StudyConfig) -> dict[str, Any] | None:
 
 def check_directory(study: StudyConfig) -> None:
     """Raises UserError when output_dir holds another study."""
-    directory.check_directory(study.output_dir, study.name, STUDY_NAME, "study")
+    directory.check_directory(study.output_dir, study.name, "study")
 
 
 def write_plan(plan: StudyPlan) -> None:
