@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from mepa_ds.data.remote.remote_file import REMOTE_NAME
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.doctor.finding import Finding, note, ok, problem
 from mepa_ds.errors import UserError
 from mepa_ds.models.var_checkpoint import Given
 from mepa_ds.runtime.run_lock import is_held
+from mepa_ds.runtime.status import STATUS_NAME, read_status
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_partition
 from mepa_ds.slurm.profile import read_profile
 from mepa_ds.weights.directories import read_kind
-from mepa_ds.weights.state_dict_files import INDEX_NAME, WEIGHTS_NAME, read_json, read_state_dict
+from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_json, read_state_dict
 
 _MOST_RUNS = 200
 
 
 def look_at_runs(folder: Path) -> Iterator[Finding]:
     """Yields the runs below `folder` that are at work, were killed, or have failed."""
-    places = sorted(folder.glob("**/status.json"))[:_MOST_RUNS] if folder.is_dir() else []
+    places = sorted(folder.glob(f"**/{STATUS_NAME}"))[:_MOST_RUNS] if folder.is_dir() else []
     states: dict[str, int] = {}
     for path in places:
-        told: dict[str, object] = {}
-        with suppress(OSError, ValueError):
-            told = json.loads(path.read_text())
-        run, state = path.parent, str(told.get("state", "unknown"))
+        run, told = path.parent, read_status(path.parent)
+        state = str(told.get("state", "unknown"))
         if is_held(run):
             yield ok("run", f"{run}: is at work")
         elif state == "running":
@@ -64,7 +63,7 @@ def look_at_set(directory: Path) -> Finding:
                 torn.append(entry.name)
             continue
         missing.append(entry.name)
-    if missing and not (directory / "remote.json").exists():
+    if missing and not (directory / REMOTE_NAME).exists():
         return problem(about, f"{len(missing)} shards are missing, {missing[0]} among them", "make the set again")
     if torn:
         remedy = f"mepa data verify {directory}"
@@ -78,7 +77,7 @@ def look_at_weights(path: Path) -> Finding:
     if not path.exists():
         return problem(about, "no such file or directory", "give a file of weights, or a directory like RUN/best")
     try:
-        if path.is_dir() and (path / "config.json").is_file():
+        if path.is_dir() and (path / CONFIG_NAME).is_file():
             kind = read_kind(path)
             if kind != "None" and (damage := _damage(path)) is not None:
                 return problem(about, damage, "copy or export the weights again")

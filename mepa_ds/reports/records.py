@@ -21,6 +21,7 @@ from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
 from mepa_ds.progress import Progress
 from mepa_ds.runtime.metrics import METRICS_NAME
+from mepa_ds.runtime.status import read_status
 
 RunKind = Literal["pretraining", "tokenizer"]
 Column = NDArray[np.float64]
@@ -216,9 +217,8 @@ def _note_on(lost: list[int], last: int) -> str:
 def _why_not(directory: Path, events: list[dict[str, Any]]) -> str:
     if not events:
         return "; the run has not begun its steps, or its log was lost"
-    try:
-        status = json.loads((directory / "status.json").read_text())
-        state = f"; {status['state']}" + (f": {status['error']}" if status.get("error") else "")
-    except (OSError, ValueError, KeyError, TypeError):
-        state = ""
+    status = read_status(directory)
+    state = (
+        f"; {status['state']}" + (f": {status['error']}" if status.get("error") else "") if "state" in status else ""
+    )
     return f": the run has started, and its first record comes after log.every steps{state}"

@@ -19,8 +19,8 @@ from mepa_ds import distributed, log
 from mepa_ds.errors import DivergedError, UserError
 from mepa_ds.files import write_json
 from mepa_ds.runtime.lost_peers import is_lost_peer
-from mepa_ds.runtime.recorder import write_status
 from mepa_ds.runtime.run_lock import is_held
+from mepa_ds.runtime.status import write_status
 
 ResultT = TypeVar("ResultT")
 # A rank may lose its connection before the report of the crashed peer is on disk, so it waits this long.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +15,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from mepa_ds import distributed
-from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.log_line import LogLine, words_of_pretraining
 from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
+from mepa_ds.runtime.status import STATUS_NAME, RunStatus, write_status
 from mepa_ds.runtime.trackers.selection import Chosen, load_maps, scalars
 from mepa_ds.runtime.trackers.tracker import Pixels, Tracker
 
 _STATUS_SECONDS = 1.0
-RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
-
-
-def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
-    """Writes the state of the run to `<output_dir>/status.json`, for launchers that hide exit codes (torchrun)."""
-    write_json(output_dir / "status.json", {"state": state, **facts})
 
 
 class Recorder:
@@ -179,7 +173,7 @@ class RunRecorder(Recorder):
             write_status(self._directory, state, step=step, num_steps=self._num_steps, **facts)
         except OSError as error:  # a full disk does not end a run
             if not self._status_failed:
-                self.say(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
+                self.say(f"warning: {self._directory / STATUS_NAME} cannot be written: {error}")
             self._status_failed = True
         else:
             self._status_failed = False

@@ -13,7 +13,7 @@ from mepa_ds import distributed, log
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.runtime.log_line import LogLine, words_of_tokenizer
 from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
-from mepa_ds.runtime.recorder import RunStatus, write_status
+from mepa_ds.runtime.status import STATUS_NAME, RunStatus, write_status
 
 
 class TokenizerRecords:
@@ -83,7 +83,7 @@ class TokenizerRecords:
         try:
             write_status(self._directory, state, step=step, num_steps=self._num_steps, **known, **facts)
         except OSError as error:
-            log.note(f"warning: {self._directory / 'status.json'} cannot be written: {error}")
+            log.note(f"warning: {self._directory / STATUS_NAME} cannot be written: {error}")
 
     def close(self) -> None:
         """Takes the progress bar away."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import deque
@@ -13,6 +12,7 @@ from typing import Any
 
 from mepa_ds.runtime.metrics import METRICS_NAME
 from mepa_ds.runtime.run_lock import is_held
+from mepa_ds.runtime.status import STATUS_NAME, read_status
 from mepa_ds.watching.tail import MetricsTail
 
 _LOSSES = 240
@@ -57,10 +57,7 @@ class WatchedRun:
             self._forget()
         for record in records:
             self._note(record)
-        status: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            found = json.loads((self._path / "status.json").read_text())
-            status = found if isinstance(found, dict) else {}
+        status = read_status(self._path)
         step = max(_integer(status.get("step")), 0 if status else _integer(self._train.get("step")))
         num_steps = status.get("num_steps")
         return RunNow(
@@ -100,7 +97,7 @@ class WatchedRun:
             return "not started" if self._path.is_dir() else "not there"
         if told == "running":
             with suppress(OSError):
-                if time.time() - (self._path / "status.json").stat().st_mtime < _FRESH_SECONDS:
+                if time.time() - (self._path / STATUS_NAME).stat().st_mtime < _FRESH_SECONDS:
                     return "running"
             return "killed"
         return _STATES.get(told, told)

@@ -137,6 +137,8 @@ def test_a_terminal_is_followed_until_ctrl_c(tmp_path: Path) -> None:
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [sys.executable, "-m", "mepa_ds", "watch", str(tmp_path / "run"), "--every", "0.1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    for name in ("COLUMNS", "LINES"):  # another terminal's, which a test's process may have
+        environment.pop(name, None)
     process = subprocess.Popen(command, env=environment, stdout=inner, stderr=inner)
     os.close(inner)
     try:

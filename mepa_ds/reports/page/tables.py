@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from mepa_ds.reports.page.series import final_value
 from mepa_ds.reports.page.timeline import Happening
 from mepa_ds.reports.records import RunRecords, number_of
 from mepa_ds.reports.run_report import report_of
+from mepa_ds.runtime.status import read_status
 
 Row = tuple[str, str]
 _SCORES = ("fid", "class_agreement", "kid", "precision", "recall", "inception_score", "sfid")
@@ -31,7 +31,7 @@ class RunFacts:
 
 def run_facts(records: RunRecords, axes: RunAxes, events: Sequence[Happening]) -> RunFacts:
     report = report_of(records)
-    status = _status(records)
+    status = read_status(records.directory)
     start = (records.of("start") or [{}])[-1]
     state = str(status.get("state", "unknown"))
     groups = {
@@ -151,14 +151,6 @@ def _what_happened(events: Sequence[Happening]) -> dict[str, str]:
     counts = Counter(event.kind for event in events if event.group != "start")
     found = {"starts": str(starts)} if starts else {}
     return {**found, **{kind: str(number) for kind, number in counts.items()}}
-
-
-def _status(records: RunRecords) -> dict[str, Any]:
-    try:
-        status = json.loads((records.directory / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
 
 
 def events_table(runs: Sequence[tuple[str, Sequence[Happening]]], most: int) -> str:

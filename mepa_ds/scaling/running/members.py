@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import rename_aside
 from mepa_ds.runtime.run_lock import is_held
+from mepa_ds.runtime.status import read_status
 
 State = Literal["waiting", "planned", "running", "stopped", "finished", "failed", "diverged"]
 
@@ -47,9 +47,7 @@ class Member:
 def member_of(row: Mapping[str, Any]) -> Member:
     """Looks at one run."""
     directory = Path(row["output_dir"])
-    facts: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        facts = json.loads((directory / "status.json").read_text())
+    facts = read_status(directory)
     return Member(row, _state(row, directory, facts), int(facts.get("step", row["first_step"])), facts)
 
 
