@@ -14,7 +14,6 @@ from mepa_ds.project.layout import DINO_FILE, TOKENIZER_FILE, Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.stages.display import Expected
 from mepa_ds.project.stages.run import Stage, as_typed, path_word
-from mepa_ds.runtime.metrics import METRICS_NAME
 
 _BUILD, _PRECOMPUTE = "-m mepa_ds data build", "-m mepa_ds data precompute"
 _ROWS = 20  # classes in the picture of samples
@@ -40,16 +39,18 @@ def launcher(ranks: int) -> str:
 
 
 def _expected(chosen: Choices, name: str, run: Path | None = None, steps: int = 0) -> Expected:
-    return Expected(chosen.seconds.get(name, 0.0), None if run is None else run / METRICS_NAME, steps)
+    return Expected(chosen.seconds.get(name, 0.0), run, steps)
 
 
 def _shards(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None:
     if images.kind == "ready_shards":
         return None
-    options = ["--on-damaged", "skip"] if images.kind != "digits" else []
+    options, meaning = list[str](), "scikit-learn's handwritten digits as WebDataset shards"
     if images.kind != "digits":
         side = round(RESIZE_RATIO * chosen.side) if chosen.is_published else chosen.side
-        options += ["--image-side", str(side)] + ([] if chosen.is_published else ["--format", "png"])
+        options = ["--on-damaged", "skip", "--image-side", str(side)]
+        options += [] if chosen.is_published else ["--format", "png"]
+        meaning = "images as WebDataset shards"
     splits: list[tuple[Sequence[str], Path]] = [(images.train_words, layout.train(images))]
     if chosen.heldout == "given":
         words = images.heldout_words
@@ -60,9 +61,6 @@ def _shards(images: ImageFacts, chosen: Choices, layout: Layout) -> Stage | None
         split = ("--hold-out", f"{chosen.heldout_share:g}", "--take")
         splits = [((*images.train_words, *split, "train"), layout.train(images))]
         splits.append(((*images.train_words, *split, "heldout"), layout.heldout(images)))
-    meaning = "images as WebDataset shards" if images.kind != "digits" else (
-        "scikit-learn's handwritten digits as WebDataset shards"
-    )  # fmt: skip
     return Stage(
         "shards",
         meaning,

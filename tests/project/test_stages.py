@@ -165,9 +165,9 @@ def test_commands_are_shown_as_a_person_types_them(command: str, typed: str) -> 
 
 
 def test_the_share_done_is_that_of_the_runs_steps(tmp_path: Path) -> None:
-    expected = Expected(100, tmp_path / "metrics.jsonl", 400)
+    expected = Expected(100, tmp_path, 400)
     assert expected.share_done(50) == 0.5, "by the clock, until there is a record"
-    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n{"step": 300}\n{"step": 3')
+    (tmp_path / "metrics.jsonl").write_text('{"event": "start"}\n{"event": "train", "step": 300}\n{"step": 3')
     assert expected.share_done(1) == 0.75
     assert Expected(10).share_done(1000) == 0.95
     assert [in_words(seconds) for seconds in (40, 400, 12_000)] == ["40 s", "7 min", "3 h 20 min"]
@@ -198,6 +198,8 @@ def test_on_a_terminal_one_bar_stands_below_the_lines_of_all_stages(tmp_path: Pa
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
     words, environment = [sys.executable, "-c", _BAR], os.environ | {"PYTHONPATH": str(ROOT)}
+    for name in ("COLUMNS", "LINES"):  # another terminal's, which a test's process may have
+        environment.pop(name, None)
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         said = b""

@@ -1,4 +1,4 @@
-"""What is known before anything is chosen: of the images, and of the machine. Values only; `looking.py` finds them."""
+"""What is known before anything is chosen: of the images and of the machine, as values. Modules beside find them."""
 
 from __future__ import annotations
 

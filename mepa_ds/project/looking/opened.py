@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mepa_ds.data.shard_set import spread
 from mepa_ds.data_tools.readers.source import Source
 from mepa_ds.errors import DamagedError
 from mepa_ds.images.decoding import FORMATS, decode_image
@@ -36,7 +37,7 @@ class Opened:
 
 def open_some(listing: Source) -> Opened:
     """Headers of some hundred images; of every few the pixels too, to see whether they are grey."""
-    numbers = np.unique(np.linspace(0, len(listing) - 1, min(_OPENED, len(listing))).astype(int)).tolist()
+    numbers = spread(len(listing), _OPENED)
     every = max(len(numbers) // _DECODED, 1)
     opened, shapes = Opened(), set[tuple[int, int]]()
     for place, number in enumerate(Progress(numbers, "looking", unit="image", delay=2)):

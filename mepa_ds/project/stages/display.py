@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 from typing_extensions import Self
 
+from mepa_ds.watching.run import WatchedRun
+
 _EVERY_SECONDS = 0.5
-_TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,18 @@ class Expected:
 
     seconds: float = 0.0
     """By the plan; 0: unknown."""
-    metrics: Path | None = None
-    """metrics.jsonl of a training run, whose records tell how far it is."""
+    run: Path | None = None
+    """The directory of a training run, whose files tell how far it is."""
     steps: int = 0
     """Steps of that run."""
 
+    @cached_property
+    def _watched(self) -> WatchedRun | None:
+        return None if self.run is None else WatchedRun(self.run)
+
     def share_done(self, seconds: float) -> float:
-        """From 0 to 1: by the run's records, else by the clock, which never says that all is done."""
-        if self.metrics is not None and self.steps and (step := _last_step(self.metrics)):
+        """From 0 to 1: by the run's files, else by the clock, which never says that all is done."""
+        if self._watched is not None and self.steps and (step := self._watched.look().step):
             return min(step / self.steps, 1.0)
         return min(seconds / self.seconds, 0.95) if self.seconds else 0.0
 
@@ -107,25 +112,6 @@ class Display:
             self._bar.n = done
             self._bar.set_description_str(f"{self._index + 1}/{len(self._names)} {self._names[self._index]}", False)
             self._bar.set_postfix_str(f"about {in_words(self._left(share))} left", True)
-
-
-def _last_step(metrics: Path) -> int:
-    """Of the newest record of a training run; 0 where none can be read yet."""
-    try:
-        with open(metrics, "rb") as file:
-            file.seek(0, 2)
-            file.seek(max(file.tell() - _TAIL_BYTES, 0))
-            lines = file.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            step = json.loads(line).get("step")
-        except (ValueError, AttributeError):  # half of a line
-            continue
-        if isinstance(step, int):
-            return step
-    return 0
 
 
 def in_words(seconds: float) -> str:
