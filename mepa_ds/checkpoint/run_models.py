@@ -15,13 +15,12 @@ from mepa_ds.config.base import load_config, read_yaml, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.errors import UserError
-from mepa_ds.generation.class_names import RECIPE_NAME
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import with_weights
 from mepa_ds.runtime.metrics import METRICS_NAME
 from mepa_ds.weights.directories import CONFIG_NAME
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, RECIPE_NAME = "checkpoints", "resolved.yaml"
 Wanted = Literal["newest", "best"]
 _EXPORTS = {"newest": ("last", "best"), "best": ("best", "last")}
 _PLACES = ("*", "runs/*")
@@ -62,7 +61,7 @@ class RunModel:
             config, state = self.recipe.model, read_weights(self.checkpoint, self.recipe.model)
             model = with_weights(lambda: NextScaleTransformer(config), state, str(self.checkpoint))
             model.class_names = tuple(read_state(self.checkpoint).class_names)
-        model.class_names = model.class_names or self._names_of_data()
+        model.class_names = model.class_names or self.names_of_data()
         return model
 
     def tokenizer(self, given: Path | None = None) -> Path:
@@ -105,7 +104,12 @@ class RunModel:
         path = self.recipe and (self.recipe.data.tokens or self.recipe.data.images)
         return self.located(path) if path else None
 
-    def _names_of_data(self) -> tuple[str, ...]:
+    def names_of_data(self) -> tuple[str, ...]:
+        """Names of the classes, for weights of earlier versions, which do not have them.
+
+        Empty for weights from elsewhere, and for data without names or that are not there any more: names are for
+        people, and the model does without them.
+        """
         data = self.data_of_names()
         try:
             return ShardIndex.read(data).classes if data is not None and (data / INDEX_NAME).exists() else ()
@@ -133,6 +137,13 @@ def find_model(path: Path, wanted: Wanted = "newest") -> RunModel:
         source, run = path, path.parent
     recipe, notes = _recipe(run, source if is_checkpoint_name(source.name) else None)
     return RunModel(source, run, recipe, notes)
+
+
+def find_chosen(run: Path | None, weights: Path | None) -> RunModel:
+    """Finds what `--run` or `--weights` names, one of them: of a run, its best weights. Raises as `find_model`."""
+    path = weights if run is None else find_run(run)
+    assert path is not None
+    return find_model(path, "best")
 
 
 def find_run(path: Path) -> Path:

@@ -16,7 +16,6 @@ from mepa_ds.config.base import validate
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
-from mepa_ds.generation.class_names import names_beside
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import KIND
 from mepa_ds.weights.directories import CONFIG_NAME, save_pretrained
@@ -27,8 +26,11 @@ PROJECTOR = "projector."
 WEIGHTS_FACTS_NAME = "training.json"
 
 
-def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> None:
-    """Writes a checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process."""
+def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER, class_names: Sequence[str] = ()) -> None:
+    """Writes a checkpoint's weights (`kind` master or ema) as safetensors + config.json, in one process.
+
+    `class_names` are for checkpoints of earlier versions, which have none.
+    """
     if not is_checkpoint_name(checkpoint.name) and not (checkpoint / MANIFEST_NAME).exists():
         of_a_run = list_checkpoints(checkpoint / "checkpoints")
         newest = f"; the newest of this run is {of_a_run[-1]}" if of_a_run else ""
@@ -39,8 +41,7 @@ def export_checkpoint(checkpoint: Path, directory: Path, kind: str = MASTER) -> 
     if kind == EMA and state.recipe["optim"].get("ema") is None:
         raise UserError(f"{checkpoint}: has no average of the weights: the run was without optim.ema")
     config = validate(ModelConfig, dict(state.recipe["model"]), str(checkpoint))
-    names = state.class_names or names_beside(checkpoint.parent)  # checkpoints of earlier versions have none
-    convert_fragments(checkpoint, config, directory, kind, state.step, names)
+    convert_fragments(checkpoint, config, directory, kind, state.step, state.class_names or class_names)
 
 
 def has_weights(directory: Path) -> bool:

@@ -87,7 +87,8 @@ def _export(options: ExportOptions, found: RunModel) -> None:
     from mepa_ds.model_cards.card import export_model
 
     if found.checkpoint is not None or options.ema:
-        export_checkpoint(found.source, options.directory, EMA if options.ema else MASTER)
+        kind = EMA if options.ema else MASTER
+        export_checkpoint(found.source, options.directory, kind, found.names_of_data())
     else:
         export_model(found, found.open(), options.directory)
 

@@ -14,6 +14,7 @@ import tyro
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import check_one_of
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable
@@ -87,8 +88,7 @@ def parse(argv: list[str]) -> SampleOptions:
     for name, value in (("per-class", options.per_class), ("batch-size", options.batch_size)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
-    if (options.run is None) == (options.weights is None):
-        raise UserError("give one of --run (a run, whose best weights are taken) and --weights (a directory or file)")
+    check_one_of(options.run, options.weights)
     return options
 
 
@@ -97,14 +97,12 @@ def main(argv: list[str]) -> None:
     log.make_stdout_a_log()
     import torch
 
-    from mepa_ds.checkpoint.run_models import find_model, find_run
+    from mepa_ds.checkpoint.run_models import find_chosen
     from mepa_ds.generation.class_names import parse_classes
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
     device = distributed.device_of(distributed.read_launch())
-    path = options.weights if options.run is None else find_run(options.run)
-    assert path is not None
-    found = find_model(path, "best")
+    found = find_chosen(options.run, options.weights)
     model = found.open(options.scales, num_heads=options.num_heads, depth=options.depth)
     model = model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
     tokenizer_path = found.tokenizer(options.tokenizer)

@@ -11,6 +11,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from mepa_ds.config.paths import expand_path
 from mepa_ds.config.values import HUB
+from mepa_ds.errors import UserError
 
 REGISTRY = ConstructorRegistry()
 """While it is active (`entry.run` sees to that), tyro reads options of type Path and float by these rules."""
@@ -72,3 +73,9 @@ PathOrName = Annotated[
     ),
 ]
 """The type of an option for a path, a pattern of paths, or something else: a URL (`https:`, `pipe:`), `hub`."""
+
+
+def check_one_of(run: Path | None, weights: Path | None) -> None:
+    """Raises UserError unless one of the options --run and --weights is given."""
+    if (run is None) == (weights is None):
+        raise UserError("give one of --run (a run, whose best weights are taken) and --weights (a directory or file)")

@@ -6,14 +6,9 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from mepa_ds.config.base import read_yaml
-from mepa_ds.config.paths import expand_path
-from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.errors import UserError
 
-RECIPE_NAME = "resolved.yaml"
 _ITEM = re.compile(r'\s*(?:"(?P<quoted>(?:[^"]|"")*)"\s*|(?P<plain>[^,]*))(?P<end>,|$)')
 _RANGE = re.compile(r"([0-9]+)\s*(?:(-)\s*([0-9]+))?", re.ASCII)
 _NEAREST, _MOST_LETTERS = 3, 40
@@ -43,19 +38,6 @@ def spread_classes(num_classes: int, most: int) -> list[int]:
     """Up to `most` classes, evenly over all."""
     count = min(num_classes, most)
     return [place * num_classes // count for place in range(count)]
-
-
-def names_beside(weights: Path) -> tuple[str, ...]:
-    """Names of the classes, for weights in the directory of a run (`RUN/best`) whose data can be found.
-
-    For weights that do not have the names themselves. Empty for weights from elsewhere, and for data without names or
-    in another place than at the time of the run: names are for people, and the model does without them.
-    """
-    try:
-        data = read_yaml(weights.parent / RECIPE_NAME)["data"]
-        return ShardIndex.read(expand_path(data["tokens"] or data["images"])).classes
-    except (UserError, OSError, KeyError, TypeError, ValueError):
-        return ()
 
 
 def parse_classes(text: str, num_classes: int, names: Sequence[str] = (), option: str = "--classes") -> list[int]:

@@ -78,12 +78,10 @@ class RunRecorder(Recorder):
         self._routing: dict[str, Any] | None = None
         """The last record `routing` of this start."""
         self._line = LogLine(num_steps)
-        self._heldout_ce: float | None = None
-        """Of the last evaluation, an earlier start's too."""
         self._status_due, self._status_failed = 0.0, False
         self._metrics = MetricsWriter(self._path, resume_step=None)
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=False)
-        self._heldout_ce = self._last_heldout_ce()
+        self._recall()
         self._status("running", step)
         self._trackers, self._tracked = trackers, tracked
 
@@ -91,18 +89,24 @@ class RunRecorder(Recorder):
         self.num_records = self._metrics.rewind(num_kept, keep_warnings=True)
         for tracker in self._trackers:
             tracker.rewind(step)
-        self._heldout_ce = self._last_heldout_ce()
+        self._recall()
         self._line.restart()
         self._bar.n = step
         self._bar.refresh()
 
     def past_losses(self) -> list[float]:
-        losses = [r.get("step_loss", r["loss"]) for r in read_metrics(self._path) if r["event"] == "train"]
-        return [loss for loss in losses if isinstance(loss, float)]
+        return self._past_losses
 
-    def _last_heldout_ce(self) -> float | None:
-        found = [record["ce"] for record in read_metrics(self._path) if record.get("event") == "heldout"]
-        return found[-1] if found and isinstance(found[-1], float) else None
+    def _recall(self) -> None:
+        """Reads what earlier starts have recorded, once: a long run's records are large."""
+        losses, scores = list[Any](), list[Any]()
+        for record in read_metrics(self._path):
+            if record.get("event") == "train":
+                losses.append(record.get("step_loss", record["loss"]))
+            elif record.get("event") == "heldout":
+                scores.append(record["ce"])
+        self._past_losses = [loss for loss in losses if isinstance(loss, float)]
+        self._heldout_ce: float | None = scores[-1] if scores and isinstance(scores[-1], float) else None
 
     def advance(self, step: int) -> None:
         self._bar.update()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mepa_ds.checkpoint.run_models import find_model
 from mepa_ds.checkpoint.state import read_state
 from mepa_ds.checkpoint.weights import export_checkpoint, read_projector, read_weights
 from mepa_ds.cli.results import inspect as command
@@ -21,7 +22,7 @@ from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import DataConfig, OnlineTeacher
 from mepa_ds.data.images import images_once
 from mepa_ds.errors import UserError
-from mepa_ds.generation.class_names import caption, names_beside, spread_classes
+from mepa_ds.generation.class_names import caption, spread_classes
 from mepa_ds.generation.sampling import sample
 from mepa_ds.images.pictures import to_uint8
 from mepa_ds.inspection.guidance import draw_guidance, guided_images
@@ -336,8 +337,8 @@ def test_names_of_classes(run: Path, tmp_path: Path) -> None:
     assert [caption(label, ("Shirt", "1")) for label in range(3)] == ["0 Shirt", "class 1", "class 2"]
     assert spread_classes(1000, 8) == [0, 125, 250, 375, 500, 625, 750, 875]
     assert spread_classes(3, 8) == [0, 1, 2]
-    assert names_beside(run / "best") == ("0", "1", "2")
-    assert names_beside(tmp_path / "weights") == ()
+    assert find_model(run / "best").names_of_data() == ("0", "1", "2")
+    assert find_model(tmp_path / "weights").names_of_data() == ()
 
 
 def test_tiles_of_a_sweep() -> None:

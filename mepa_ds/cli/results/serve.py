@@ -11,6 +11,7 @@ import tyro
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.paths import check_one_of
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 
@@ -42,8 +43,7 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(ServeOptions, prog="mepa serve", args=argv)
     if not 0 <= options.port <= _MOST_PORT:
         raise UserError(f"--port: expected a number in 0..{_MOST_PORT}, got {options.port}")
-    if (options.run is None) == (options.weights is None):
-        raise UserError("give one of --run (a run, whose best weights are shown) and --weights (a directory or file)")
+    check_one_of(options.run, options.weights)
     log.make_stdout_a_log()
     try:
         from mepa_ds.serving.server import is_loopback, listening, make_app, serve
@@ -53,14 +53,12 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"mepa serve needs the package {error.name}; run: pip install 'fastapi>=0.115' 'uvicorn>=0.30'"
         ) from error
-    from mepa_ds.checkpoint.run_models import find_model, find_run
+    from mepa_ds.checkpoint.run_models import find_chosen
     from mepa_ds.serving.drawing import Drawer, Shown
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
     server = listening(options.host, options.port)  # before the weights are read, which may take a while
-    path = options.weights if options.run is None else find_run(options.run)
-    assert path is not None
-    found = find_model(path, "best")
+    found = find_chosen(options.run, options.weights)
     device = distributed.device_of(distributed.read_launch())
     model = found.open(options.scales).to(device)
     tokenizer_path = found.tokenizer(options.tokenizer)
