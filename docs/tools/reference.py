@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 os.environ |= {"COLUMNS": "110", "NO_COLOR": "1"}
 PAGES = Path(__file__).parent.parent / "reference"
 _GENERATED = "<!-- Written by docs/tools/reference.py; `make reference` writes it anew. -->\n\n"
-_SUB_COMMAND = re.compile(r"(?m)^\s+• (\S+)")
-_ARGPARSE_SUB_COMMANDS = re.compile(r"(?m)^  \{([\w,-]+)\}$")
-_OWN_SUB_COMMANDS = re.compile(r"(?m)^  (\w[\w-]*)\s{2,}\S.*$")
 _RECIPE_KEYS = "keys of the recipe, each also an override:"
 
 
@@ -45,42 +42,22 @@ def _gist(page: Path | str) -> list[str]:
 
 def commands_page() -> Iterator[str]:
     """Yields the page of all commands: `mepa COMMAND --help`, sub-commands below."""
-    import importlib
-
-    from mepa_ds.cli.main import COMMANDS, module_of, usage
+    from mepa_ds.cli.main import COMMANDS, usage
+    from mepa_ds.cli.tools.completion import all_words, run
 
     yield f"# Commands\n\n{_GENERATED}```\n{usage()}\n```\n"
-    for name, meaning in COMMANDS.items():
-        module = importlib.import_module(module_of(name))
-        yield f"\n## mepa {name}\n\n{meaning[0].upper()}{meaning[1:]}.\n"
-        yield from _helps(module.main, [])
-
-
-def _helps(command: Callable[[list[str]], object], words: list[str]) -> Iterator[str]:
-    text = help_of(command, words)
-    if words:
-        yield f"\n### {_prog(text, words)}\n"
-    yield f"\n```text\n{text.split(_RECIPE_KEYS)[0].rstrip()}\n```\n"
-    if _RECIPE_KEYS in text:
-        yield "\nIts keys: [recipes](recipes.md).\n"
-    for name in _sub_commands(text):
-        yield from _helps(command, [*words, name])
-
-
-def _prog(text: str, words: list[str]) -> str:
-    """The command as its usage line names it, up to its last sub-command."""
-    line = text.split("\n")[0].removeprefix("usage: ")
-    return line[: line.index(words[-1]) + len(words[-1])] if words[-1] in line else " ".join(words)
-
-
-def _sub_commands(text: str) -> list[str]:
-    if found := _SUB_COMMAND.findall(text):
-        return list(found)
-    if (found_one := _ARGPARSE_SUB_COMMANDS.search(text)) is not None:
-        return found_one[1].split(",")
-    if re.match(r"usage: mepa \w+ (?:COMMAND|TOOL)", text):
-        return list(_OWN_SUB_COMMANDS.findall(text.split("\n\n")[1]))
-    return []
+    helps = {path: help_of(run, list(path)) for path, _ in all_words().walk() if path}
+    for path, text in helps.items():
+        if len(path) > 1 and path[-1] not in text.partition("\n")[0].split():
+            continue  # no sub-command, but a word that stands in the place of one
+        if len(path) == 1:
+            meaning = COMMANDS[path[0]]
+            yield f"\n## mepa {path[0]}\n\n{meaning[0].upper()}{meaning[1:]}.\n"
+        else:
+            yield f"\n### mepa {' '.join(path)}\n"
+        yield f"\n```text\n{text.split(_RECIPE_KEYS)[0].rstrip()}\n```\n"
+        if _RECIPE_KEYS in text:
+            yield "\nIts keys: [recipes](recipes.md).\n"
 
 
 def help_of(command: Callable[[list[str]], object], words: list[str]) -> str:

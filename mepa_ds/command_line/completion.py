@@ -13,7 +13,7 @@ Shell = Literal["bash", "zsh", "fish"]
 HelpOf = Callable[[list[str]], object]
 """Runs a command with its words; it prints its help and ends, as `--help` does."""
 
-_CHOICES = re.compile(r"(?<!\S)\[*(?:(?P<option>-[\w-]+) )?\{(?P<words>[\w.,-]+)\}")
+_CHOICES = re.compile(r"(?<!\S)\[*(?:(?P<option>-[\w-]+) )?\{(?P<words>[\w.,-]+)\}(?!\|)")
 _OPTION = re.compile(r"(?m)^[│\s]*(?:-\w,? )?(--[a-z][\w-]*)(?:, (--[a-z][\w-]*))?")
 
 

@@ -29,7 +29,7 @@ def words() -> Words:
     tools = {"build": data.TOOLS["build"]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "1000")
-        return words_of(completion._run, {"data": tools}, dict.fromkeys(COMMANDS))
+        return words_of(completion.run, {"data": tools}, dict.fromkeys(COMMANDS))
 
 
 def test_bash_completes_commands_and_options(words: Words, tmp_path: Path) -> None:
@@ -49,6 +49,13 @@ def test_choices_of_an_option_are_no_commands(words: Words) -> None:
     assert list(words.commands["slurm"].commands) == ["submit", "pipeline", "status"]
     assert words.commands["slurm"].commands["submit"].commands == {}
     assert "--job" in words.commands["slurm"].commands["submit"].options
+
+
+def test_values_are_no_commands() -> None:
+    """Such as the None of `mepa evaluate {None}|PATH`."""
+    for usage, commands in (("x [-h] {None}|PATH", []), ("x [--a {b,c}] {d,e}", ["d", "e"])):
+        found = words_of(lambda words, usage=usage: print(f"usage: {usage}\n\n  --a"), {}, {"x": None})  # type: ignore[misc]
+        assert list(found.commands["x"].commands) == commands
 
 
 def test_scripts_of_other_shells(words: Words) -> None:

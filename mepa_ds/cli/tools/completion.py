@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import tyro
 
 from mepa_ds.command_line import entry
-from mepa_ds.command_line.completion import Shell
+from mepa_ds.command_line.completion import Shell, Words
 
 
 @dataclass
@@ -27,16 +27,30 @@ class CompletionOptions:
 
 def main(argv: list[str]) -> None:
     options = tyro.cli(CompletionOptions, prog="mepa completion", args=argv)
+    from mepa_ds.command_line.completion import script
+
+    print(script(options.shell, "mepa", all_words()), end="")
+
+
+def all_words() -> Words:
+    """All commands of mepa with their sub-commands and options, from their help texts."""
     from mepa_ds.cli import data, scale
     from mepa_ds.cli.main import COMMANDS
-    from mepa_ds.command_line.completion import script, words_of
+    from mepa_ds.command_line.completion import words_of
 
+    before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"  # so that no usage is cut into lines
-    words = words_of(_run, {"data": data.TOOLS, "scale": scale.COMMANDS}, COMMANDS)
-    print(script(options.shell, "mepa", words), end="")
+    try:
+        return words_of(run, {"data": data.TOOLS, "scale": scale.COMMANDS}, COMMANDS)
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
-def _run(words: list[str]) -> None:
+def run(words: list[str]) -> None:
+    """Runs a command with its words."""
     from mepa_ds.cli.main import module_of
 
     importlib.import_module(module_of(words[0])).main(words[1:])
