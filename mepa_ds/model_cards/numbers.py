@@ -7,9 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mepa_ds.checkpoint.run_models import RunModel
 from mepa_ds.errors import UserError
-from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
+from mepa_ds.reports.records import RunRecords, read_records
+from mepa_ds.runtime.metrics import METRICS_NAME
 
 BEST = "best"
 _SCORES = "scores.json"
@@ -27,17 +30,16 @@ _HELD_OUT = {
 def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
     """Numbers by what they say, and lines of what is not known. A card of a run without records does without them."""
     run, step = found.run, found.step
-    records = _records(run)
-    if not records:
+    try:
+        records = read_records(run)
+    except UserError:
         return {}, [f"numbers: {run / METRICS_NAME} has no records of this run; the card has none"]
     said, lines = {}, []
-    start = _of_step([r for r in records if r["event"] == "start"], step)
-    train = _of_step([r for r in records if r["event"] == "train"], step)
-    held_out = _of_step([r for r in records if r["event"] == "heldout"], step)
+    start, held_out = _of_step(records.of("start"), step), _of_step(records.of("heldout"), step)
     if step is not None:
         said["Training steps"] = f"{step:,}"
-    if _is_finite(train.get("epoch")):
-        said["Epochs"] = f"{train['epoch']:.4g}"
+    if (epoch := _epoch(records, step)) is not None:
+        said["Epochs"] = f"{epoch:.4g}"
     if "device" in start:
         said["Trained on"] = f"{start.get('world_size', 1)} x {start['device']}, {start.get('precision', '')}".rstrip(
             ", "
@@ -48,22 +50,23 @@ def numbers_of(found: RunModel) -> tuple[dict[str, str], list[str]]:
     if held_out and "ce" not in finite:
         lines.append("numbers: the held-out cross-entropy of this step is not finite; the card has no score of it")
     said |= {meaning: f"{finite[key]:.4f}" for key, meaning in _HELD_OUT.items() if key in finite}
-    score = _of_step([r for r in records if r["event"] == "score"], step)
+    score = _of_step(records.of("score"), step)
     scores = _shown(score)
     if found.checkpoint is None and found.source.name == BEST:  # what samples are drawn from, and scored
         scores |= _shown(_written_scores(run))
     return said | dict(list(scores.items())[:_MOST_SCORES]), lines
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        return [record for record in read_metrics(run / METRICS_NAME) if "event" in record]
-    except (UserError, OSError, ValueError):
-        return []
+def _epoch(records: RunRecords, step: int | None) -> float | None:
+    """Of the last training record up to a step; None without a finite one."""
+    if "epoch" not in records.train:
+        return None
+    epochs_N = records.train["epoch"][records.steps <= (np.inf if step is None else step)]
+    return float(epochs_N[-1]) if len(epochs_N) and np.isfinite(epochs_N[-1]) else None
 
 
 def _of_step(records: list[dict[str, Any]], step: int | None) -> dict[str, Any]:
-    """The last record up to a step: evaluations come after their step, training records with it."""
+    """The last record up to a step: evaluations come after their step."""
     return next((r for r in reversed(records) if step is None or r.get("step", 0) <= step), {})
 
 
