@@ -107,6 +107,8 @@ def format_report(report: dict[str, Any]) -> str:
     """The report as a table for people."""
     lines = []
     for key, value in report.items():
+        if value is None:  # no such number in the last record
+            continue
         if key == "expert_load_per_scale":
             lines.append("expert load, percent (rows: scales, columns: experts)")
             lines += ["    " + " ".join(f"{100 * share:6.1f}" for share in row) for row in value]

@@ -40,6 +40,12 @@ class Chart:
     stack: bool = False
 
 
+_OPTIMISATION = (  # of both kinds of runs
+    Chart("lr", "Optimisation", "Learning rate", "", (("train/lr", "rate"),)),
+    Chart("grad_norm", "Optimisation", "Gradient norm", "before clipping", (("train/grad_norm", "norm"),)),
+)
+
+
 class Lines:
     """The lines of one run: columns of its training records, and of its other records with numbers."""
 
@@ -139,8 +145,7 @@ def _planned(names: Sequence[str], kind: str) -> list[Chart]:
         Chart("guidance_cosine", "Guidance", "Cosine with the teacher", "mean over guided scales",
               (("train/guidance_cosine", "cosine"),)),
         Chart("guidance", "Guidance", "Strength of guidance", "factor", (("train/guidance", "guidance"),)),
-        Chart("lr", "Optimisation", "Learning rate", "", (("train/lr", "rate"),)),
-        Chart("grad_norm", "Optimisation", "Gradient norm", "before clipping", (("train/grad_norm", "norm"),)),
+        *_OPTIMISATION,
         Chart("scales", "Optimisation", "Scales trained", "scales", (("train/scales", "scales"),)),
         Chart("skipped", "Optimisation", "Skipped steps and replaced samples", "so far",
               (("train/skipped_steps", "steps with a gradient that was not finite"),
@@ -183,8 +188,7 @@ def _tokenizer(names: Sequence[str]) -> list[Chart]:
         Chart("perplexity", "Codebook", "Perplexity of the codes", "codes",
               (("train/perplexity", "training"), ("heldout/perplexity", "held-out"))),
         Chart("revived", "Codebook", "Revived codes", "since the last record", (("train/revived_codes", "codes"),)),
-        Chart("lr", "Optimisation", "Learning rate", "", (("train/lr", "rate"),)),
-        Chart("grad_norm", "Optimisation", "Gradient norm", "before clipping", (("train/grad_norm", "norm"),)),
+        *_OPTIMISATION,
     ]  # fmt: skip
 
 

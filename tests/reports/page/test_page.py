@@ -89,6 +89,14 @@ def test_without_the_charts_library_the_table_is_there(
     assert (run / "report.json").exists()
 
 
+def test_a_cut_log_is_told_in_the_terminal_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run,) = runs_of(tmp_path, 1)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"event": "train", "step": 62')
+    main([str(run)])
+    assert f"note: {run}: the last line of metrics.jsonl is cut short" in capsys.readouterr().err
+
+
 def test_what_cannot_be_shown_is_told(tmp_path: Path) -> None:
     (run,) = runs_of(tmp_path, 1)
     with open(run / "metrics.jsonl", "a") as file:
