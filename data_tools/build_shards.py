@@ -29,7 +29,6 @@ from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.data.order import permutation
 from mepa_ds.data.shards.index import INDEX_NAME, MadeBy, ShardEntry, ShardIndex, read_description
-from mepa_ds.data.shards.left_out import printable
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.shards.writer import SCRATCH_NAME, Manifest, Sample, ShardWriter, shard_name
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
@@ -39,6 +38,7 @@ from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.images.decoding import WHITE, Colour, decode_image
 from mepa_ds.images.resizing import crop_square, resize_shorter
 from mepa_ds.progress import Progress
+from mepa_ds.safety.text import printable
 
 _PILLOW_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _SIZE_PROBES = 64

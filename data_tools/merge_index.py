@@ -25,7 +25,7 @@ from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
-from mepa_ds.data.remote.urls import is_remote, redacted
+from mepa_ds.data.remote.urls import is_remote
 from mepa_ds.data.shards.index import (
     FOREIGN,
     INDEX_NAME,
@@ -49,6 +49,7 @@ from mepa_ds.data_tools.remote_index import Cache, CacheOptions, Remote, begin_s
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file
 from mepa_ds.progress import Progress
+from mepa_ds.safety.secrets import redacted
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.remote.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
-from mepa_ds.data.remote.urls import file_names, is_remote, redacted
+from mepa_ds.data.remote.urls import file_names, is_remote
 from mepa_ds.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, offset_index_path
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.errors import UserError
+from mepa_ds.safety.secrets import redacted
 
 
 @dataclass(frozen=True)

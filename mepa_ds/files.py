@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
+from mepa_ds.safety.places import make_new, temporary_name
 
 if TYPE_CHECKING:  # who only writes text need not wait for torch
     from torch import Tensor
@@ -31,12 +32,14 @@ _PAUSES = (0.1, 1.0)
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is fsynced and renamed, on failure removed.
+    """Yields an empty temporary file beside `path`; on success it is fsynced and renamed, on failure removed.
 
-    A reader of `path` sees the old content or the complete new one, whatever moment the process dies at.
+    A reader of `path` sees the old content or the complete new one, whatever moment the process dies at. A link at
+    `path` is replaced, not followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")  # nodes share file systems
+    temporary = temporary_name(path)
+    make_new(temporary)
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -77,9 +80,10 @@ def rename_aside(path: Path, word: str) -> Path:
 
 def check_writable(directory: Path, option: str) -> None:
     """Makes the directory. Raises UserError, naming the option that gave it, when nothing can be written there."""
-    probe = directory / f".probe.{os.uname().nodename}.{os.getpid()}"
+    probe = temporary_name(directory / "probe")
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        make_new(probe)
         try:
             probe.write_bytes(bytes(_PROBE_BYTES))
         finally:
@@ -144,18 +148,26 @@ def may_pass(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _PASSING
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a regular file, read by `again`. Raises OSError; for pipes too, which would never end."""
-    return again(lambda: _read_file(path))
+def read_file(path: Path, most_bytes: int | None = None) -> bytes:
+    """The content of a regular file, read by `again`.
+
+    Raises:
+        OSError: it cannot be read; a pipe or a device too, which would never end.
+        ValueError: it has more than `most_bytes`.
+    """
+    return again(lambda: _read_file(path, most_bytes))
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path, most_bytes: int | None) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
+            data = file.read(-1 if most_bytes is None else most_bytes + 1)
+        if most_bytes is not None and len(data) > most_bytes:
+            raise ValueError(f"it has {os.fstat(descriptor).st_size} bytes, more than the {most_bytes} that are read")
+        return data
     finally:
         os.close(descriptor)
 

@@ -10,6 +10,8 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from mepa_ds.safety.text import message, printable_lines
+
 STDOUT = "stdout"
 """As errors of writing there name it."""
 # How long a reader may leave a pipe full before a log goes on without it.
@@ -105,6 +107,11 @@ def make_stdout_a_log() -> None:
 
 
 def note(line: str) -> None:
-    """A line on stderr, from any rank."""
+    """A line on stderr, from any rank: printable, and without secrets (mepa_ds.safety.text)."""
     with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(message(line), file=sys.stderr, flush=True)
+
+
+def say(*parts: object, sep: str = " ", end: str = "\n", flush: bool = False) -> None:
+    """`print`, for what a command is for: names in it that came from files cannot steer the terminal."""
+    print(printable_lines(sep.join(map(str, parts))), end=end, flush=flush)

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.shards.left_out import few, printable
+from mepa_ds.data.shards.left_out import few
 from mepa_ds.data.shards.samples import is_hidden
 from mepa_ds.data_tools.readers.class_names import read_class_names
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import read_file, why_unreadable
 from mepa_ds.images.decoding import is_image_name
 from mepa_ds.progress import Progress
+from mepa_ds.safety.text import printable
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.shards.left_out import printable
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again, why_unreadable
+from mepa_ds.safety.text import printable
 
 
 @dataclass

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
-from mepa_ds.data.remote.urls import file_names, is_remote, redacted, unsigned
+from mepa_ds.data.remote.urls import file_names, is_remote, unsigned
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
-from mepa_ds.data.shards.left_out import LeftOut, printable
+from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import LABEL_EXTENSION, image_samples, tar_files
 from mepa_ds.data_tools.readers.class_names import read_class_names
 from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
@@ -21,6 +21,8 @@ from mepa_ds.data_tools.readers.tar_members import TarMembers
 from mepa_ds.errors import UserError
 from mepa_ds.files import why_unreadable
 from mepa_ds.progress import Progress
+from mepa_ds.safety.secrets import redacted
+from mepa_ds.safety.text import printable
 
 _MANY_CLASSES = 100_000
 """More classes than any known dataset has. A label from here on that exceeds the number of images is a mistake."""

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mepa_ds.data.shards.left_out import printable
 from mepa_ds.generation.class_names import spread_classes
 from mepa_ds.images.resizing import RESIZE_RATIO
 from mepa_ds.project.choosing.choices import Choices
@@ -14,6 +13,7 @@ from mepa_ds.project.layout import DINO_FILE, TOKENIZER_FILE, Layout
 from mepa_ds.project.looking.facts import ImageFacts
 from mepa_ds.project.stages.display import Expected
 from mepa_ds.project.stages.run import Stage, as_typed, path_word
+from mepa_ds.safety.text import printable
 
 _BUILD, _PRECOMPUTE = "-m mepa_ds data build", "-m mepa_ds data precompute"
 _ROWS = 20  # classes in the picture of samples

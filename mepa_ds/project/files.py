@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from mepa_ds.data.shards.left_out import printable
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
 from mepa_ds.project.choosing.choices import Choices
 from mepa_ds.project.looking.facts import ImageFacts, MachineFacts
+from mepa_ds.safety.text import printable
 
 NAME = "project.json"
 _VERSION = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.shards.left_out import few, printable
+from mepa_ds.data.shards.left_out import few
 from mepa_ds.errors import UserError
 from mepa_ds.project import files
 from mepa_ds.project.choosing.choices import Choices
@@ -19,6 +19,7 @@ from mepa_ds.project.looking.machines import this_machine
 from mepa_ds.project.looking.places import look
 from mepa_ds.project.recipes import pretrain_recipe, tokenizer_recipe
 from mepa_ds.project.summary import chose, seen
+from mepa_ds.safety.text import printable
 
 
 def make_project(out: Path, source: str, asked: dict[str, Any]) -> tuple[ImageFacts, Choices, Layout]:

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from mepa_ds.data.remote.openers import StoppedError, chunks_of
-from mepa_ds.data.remote.urls import redacted
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.tar import list_members
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks
 from mepa_ds.progress import Progress
+from mepa_ds.safety.secrets import redacted
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

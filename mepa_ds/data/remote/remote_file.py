@@ -16,9 +16,10 @@ from pydantic import Field
 
 from mepa_ds.config.base import Section, validate
 from mepa_ds.config.values import PositiveInt
-from mepa_ds.data.remote.urls import redacted, unsigned
+from mepa_ds.data.remote.urls import unsigned
 from mepa_ds.errors import UserError
 from mepa_ds.files import naming_full_disks, write_json
+from mepa_ds.safety.secrets import redacted
 
 REMOTE_NAME = "remote.json"
 

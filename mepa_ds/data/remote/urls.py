@@ -11,11 +11,9 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-_USERINFO = re.compile(r"(://)[^/\s'\"<>?#]*@")
-_QUERY = re.compile(r"(://[^\s'\"<>?#|]*)[?#][^\s'\"<>|]*")
+from mepa_ds.safety.secrets import HEADER, USERINFO
+
 _QUERY_ALONE = re.compile(r"(://[^\s'\"<>?#|]*)\?([^\s'\"<>|]*)")
-_HEADER = re.compile(r"(?i)((?:authorization|x-[\w-]*(?:token|key))\s*[:=]\s*(?:(?:bearer|basic|token)\s+)?)[^\s'\"]+")
-_WORD = re.compile(r"(?i)((?:^|[\s?&;,'\"])[\w-]*(?:signature|token|secret|password|credential|sig)=)[^\s&;,'\"<>|]+")
 _SIGNED = re.compile(
     r"(?i)x-(?:amz|goog|oss|cos|obs|ms)-.*|(?:aws|google|oss)access(?:key)?id|key-pair-id|signature|expires|policy"
     r"|s[eiprstv]|spr|sig|srt|sdd|sk[a-z]{1,3}|.*token|auth|authorization|credential|api[-_]?key"
@@ -30,15 +28,6 @@ def is_remote(url: str) -> bool:
     return re.match(r"pipe:|[a-z0-9+]+://", url) is not None
 
 
-def redacted(text: str) -> str:
-    """A text, such as an error's, in which URLs have lost user, password, query and fragment, and headers their keys.
-
-    `pipe:` commands and several URLs in one text are looked through too.
-    """
-    text = _QUERY.sub(r"\1?...", _USERINFO.sub(r"\1", text))
-    return _WORD.sub(r"\1...", _HEADER.sub(r"\1...", text))
-
-
 def unsigned(url: str) -> str:
     """The part of a URL, or of a command with URLs, that a new signature does not change: to compare, not to fetch."""
 
@@ -46,7 +35,7 @@ def unsigned(url: str) -> str:
         kept = [word for word in match[2].split("&") if not _SIGNED.fullmatch(word.partition("=")[0])]
         return match[1] + ("?" + "&".join(kept) if kept else "")
 
-    return _QUERY_ALONE.sub(without_signature, _HEADER.sub(r"\1", _USERINFO.sub(r"\1", url)))
+    return _QUERY_ALONE.sub(without_signature, HEADER.sub(r"\1", USERINFO.sub(r"\1", url)))
 
 
 def file_names(urls: Sequence[str]) -> list[str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mepa_ds.safety.text import printable
+
 _SHOWN = 5
-
-
-def printable(name: str) -> str:
-    """A file name that may hold bytes that are not UTF-8 (as surrogates), as text that can be stored and printed."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def few(names: Sequence[str], most: int = _SHOWN) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mepa_ds.data.shards.left_out import LeftOut, printable
+from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import Kind, Samples, grouped, image_samples, split_member_name, visible_members
 from mepa_ds.errors import DamagedError
+from mepa_ds.safety.text import printable
 
 _LABEL_DIGITS = 18
 _MOST_EXTENSIONS = 32

@@ -12,10 +12,11 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
-from mepa_ds.data.shards.left_out import LeftOut, printable
+from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.tar import TarMember, list_members
 from mepa_ds.errors import DamagedError
 from mepa_ds.images.decoding import EXTENSIONS
+from mepa_ds.safety.text import printable
 
 Kind = Literal["images", "tokens", "features"]
 

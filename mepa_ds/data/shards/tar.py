@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mepa_ds.data.shards import tar_headers as headers
-from mepa_ds.data.shards.left_out import LeftOut, printable
+from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.tar_headers import BLOCK, END, Header
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again
+from mepa_ds.safety.text import printable
 
 DEAD_LINKS = "links to what is not in the tar"
 DEVICES = "devices and pipes"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mepa_ds.data.shards.left_out import printable
 from mepa_ds.errors import UserError
 from mepa_ds.project.choosing.choices import Choices, Teacher
 from mepa_ds.project.choosing.large import choose_large
 from mepa_ds.project.choosing.small import DEFAULT_MINUTES, SIZES, choose_small
 from mepa_ds.project.looking.facts import ImageFacts, MachineFacts
+from mepa_ds.safety.text import printable
 
 SIDES = (32, 64, 128, 256)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from mepa_ds import log
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
-from mepa_ds.data.shards.left_out import few, printable
+from mepa_ds.data.shards.left_out import few
 from mepa_ds.data.shards.samples import is_hidden
 from mepa_ds.data_tools.readers import ImageFolder, WebDataset
 from mepa_ds.data_tools.readers.source import Reader, Source
@@ -21,6 +21,7 @@ from mepa_ds.images.decoding import is_image_name
 from mepa_ds.project.looking.digits import DIGITS, DIGITS_FACTS
 from mepa_ds.project.looking.facts import ImageFacts, Kind
 from mepa_ds.project.looking.opened import Opened, open_some, range_of
+from mepa_ds.safety.text import printable
 
 _TRAIN = ("train", "training")
 _HELDOUT = ("heldout", "val", "valid", "validation", "test")

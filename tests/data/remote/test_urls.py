@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mepa_ds.data.remote.urls import file_names, is_remote, redacted, short_name, unsigned
+from mepa_ds.data.remote.urls import file_names, is_remote, short_name, unsigned
+from mepa_ds.safety.secrets import redacted
 
 SECRET = "wJalrXUtnFEMI"
 AMAZON = f"https://b.s3.amazonaws.com/t/0.tar?X-Amz-Credential={SECRET}%2Fus&X-Amz-Signature={SECRET}&response-type=x"

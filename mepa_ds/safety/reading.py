@@ -1,0 +1,131 @@
+"""JSON and NumPy archives from anybody: their size is bounded, and whatever is wrong with them is a ValueError.
+
+Callers turn these into their own messages, with the file and the remedy.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_JSON_BYTES = 1 << 25
+"""32 MiB: the index of 100 000 shards. Parsed, the worst text takes 24 times as much memory."""
+MOST_ARCHIVE_BYTES = 1 << 29
+"""512 MiB of arrays of one archive, unpacked: offset indices have less than 100 bytes a sample."""
+_MOST_HEADER = 1 << 16
+_MOST_DEPTH = 100
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Raises ValueError for what is no JSON, for NaN and infinities, and for what is nested without end."""
+    try:
+        value = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
+    if _depth_exceeds(value, _MOST_DEPTH):
+        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+    return value
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """The JSON in a regular file. Raises OSError for a file that cannot be read, ValueError for one that is no JSON or
+    too large."""
+    from mepa_ds.files import read_file
+
+    return parse_json(read_file(path, most_bytes))
+
+
+def read_json_object(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    value = read_json(path, most_bytes)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {_kind(value)}, not an object {{...}}")
+    return value
+
+
+def read_archive(
+    file: IO[bytes] | bytes, names: Collection[str] | None = None, most_bytes: int = MOST_ARCHIVE_BYTES
+) -> dict[str, NDArray[Any]]:
+    """Arrays of an `.npz`, without pickles. What a member unpacks to is bounded before it is unpacked.
+
+    Args:
+        names: which to read, all of which must be there; all by default.
+
+    Raises:
+        ValueError: it is no such archive, lacks a name, is damaged, or is larger than `most_bytes`.
+    """
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with zipfile.ZipFile(source) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = list(members) if names is None else list(names)
+            if missing := [name for name in wanted if name not in members]:
+                raise ValueError(f"it has no array {missing[0]!r}")
+            if (total := sum(members[name].file_size for name in wanted)) > most_bytes:
+                raise ValueError(f"its arrays have {total} bytes, more than the {most_bytes} that are read")
+            return {name: _read_member(archive, members[name]) for name in wanted}
+    except ValueError:
+        raise
+    except MemoryError:
+        raise ValueError("it needs more memory than there is") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds for bytes that changed; CRCs are checked
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(info) as member:
+        data = member.read(info.file_size + 1)  # a member that unpacks to more than it says ends here
+    if len(data) != info.file_size:
+        raise ValueError(f"its member {info.filename!r} has not the size that it says")
+    return parse_array(data)
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
+    try:
+        stream = io.BytesIO(data)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(stream, max_header_size=_MOST_HEADER)
+    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
+        raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read")
+    count = 1
+    for length in shape:
+        count *= length
+    if any(length < 0 for length in shape) or count * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"its shape {shape} does not fit its {len(data) - stream.tell()} bytes")
+    values = np.frombuffer(data, dtype, count, stream.tell()) if count and dtype.itemsize else np.empty(shape, dtype)
+    return values.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def _depth_exceeds(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")

@@ -1,0 +1,62 @@
+"""The one place that takes secrets out of text: passwords and signatures of URLs, headers, and tokens.
+
+Whatever reaches a message, a log, a record or an index has passed `redacted`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+_NOT_YET = r"(?!\.{3}(?:[:;,)\s]|$))"
+"""What has been redacted already stays, with the punctuation behind it: messages are made of messages."""
+USERINFO = re.compile(r"(://)[^/\s'\"<>?#]*@")
+HEADER = re.compile(
+    r"(?i)((?:authorization|cookie|x-[\w-]*(?:token|key))\s*[:=]\s*(?:(?:bearer|basic|token)\s+)?)"
+    + _NOT_YET
+    + r"[^\s'\"]+"
+)
+_QUERY = re.compile(r"(://[^\s'\"<>?#|]*)[?#]" + _NOT_YET + r"[^\s'\"<>|]*")
+_WORD = re.compile(
+    r"(?i)((?:^|[\s?&;,'\"{(])[\w-]*(?:signature|token|secret|passwd|password|credential|api[-_]?key|sig)['\"]?=)"
+    + _NOT_YET
+    + r"[^\s&;,'\"<>|]+"
+)
+_BEARER = re.compile(r"(?i)(\bbearer\s+)" + _NOT_YET + r"[\w.~+/=-]{8,}")
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{6,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|(?:AKIA|ASIA)[0-9A-Z]{16}"
+    r"|sk-[\w-]{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,})"
+)
+"""Tokens that are known by how they begin: Hugging Face's, GitHub's, Amazon's, GitLab's, Slack's..."""
+_SECRET_NAME = re.compile(r"(?i)(?:TOKEN|API_?KEY|SECRET(?:_ACCESS)?_?(?:KEY)?|PASSWORD|PASSWD|CREDENTIALS?)$")
+_SHORTEST = 8
+
+
+def redacted(text: str) -> str:
+    """A text, such as an error's, without what gives access.
+
+    URLs lose user, password, query and fragment, headers their keys, and tokens go, also those that an environment
+    variable such as HF_TOKEN holds. `pipe:` commands and several URLs in one text are looked through too.
+    """
+    if "://" in text:
+        text = _QUERY.sub(r"\1?...", USERINFO.sub(r"\1", text))
+    text = _BEARER.sub(r"\1...", _WORD.sub(r"\1...", HEADER.sub(r"\1...", text)))
+    text = _TOKEN.sub("...", text)
+    for secret in _of_environment():
+        text = text.replace(secret, "...")
+    return text
+
+
+def is_secret_name(variable: str) -> bool:
+    """Whether an environment variable holds a secret, by its name."""
+    return _SECRET_NAME.search(variable) is not None
+
+
+def _of_environment() -> list[str]:
+    """The longest first, since one may be part of another. Paths (files with tokens) are no secrets."""
+    found = {
+        value
+        for name, value in os.environ.items()
+        if is_secret_name(name) and len(value) >= _SHORTEST and not value.startswith("/")
+    }
+    return sorted(found, key=len, reverse=True)
