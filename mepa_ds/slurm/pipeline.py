@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.values import PositiveInt, UserPath
 from mepa_ds.errors import UserError
+from mepa_ds.safety.secrets import redacted
 from mepa_ds.slurm.checks import check_exists, check_paths
 from mepa_ds.slurm.command_words import command_words, path_words
 from mepa_ds.slurm.in_job.parts import array_of, open_parts
@@ -218,7 +219,7 @@ def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bo
             ends = []
             for job, check in stage.jobs:
                 job = replace(job, after=after)
-                print(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
+                log.say(redacted(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}"))
                 if dry_run:
                     continue
                 number = submit(job, profile, record)
