@@ -20,8 +20,8 @@ import torch.distributed as dist
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import digest
 from mepa_ds.checkpoint.fragment import Fragment, WriteError
+from mepa_ds.checkpoint.ownership import clear, discard
 from mepa_ds.checkpoint.progress import progress_noted_by
-from mepa_ds.files import make_way, remove
 
 Digests = dict[str, dict[str, Any]]
 FactT = TypeVar("FactT")
@@ -168,7 +168,7 @@ class BackgroundWriter:
         else:
             return None
         if distributed.is_main():
-            remove(temporary)
+            discard(temporary)
         return message
 
     def _do_before(self, what: str, action: Callable[[], None]) -> None:
@@ -213,5 +213,5 @@ class _RemoteError(Exception):
 
 
 def _make_anew(directory: Path) -> None:
-    make_way(directory)
+    clear(directory)
     directory.mkdir(parents=True)

@@ -40,8 +40,8 @@ from torch.futures import Future
 
 from mepa_ds.checkpoint.fragment import Fragment, WriteError
 from mepa_ds.checkpoint.progress import current_listener
-from mepa_ds.checkpoint.stored_bytes import read_elements
-from mepa_ds.checkpoint.table import read_table
+from mepa_ds.checkpoint.stored.elements import read_elements
+from mepa_ds.checkpoint.stored.table import read_table
 from mepa_ds.errors import UserError
 from mepa_ds.safety.places import open_no_link
 

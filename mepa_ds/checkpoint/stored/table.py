@@ -7,6 +7,7 @@ made: sizes, places in files, and that no byte is read twice, so that reading ta
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
@@ -85,6 +86,26 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
 
+    def __init__(self, data: bytes):
+        stream = io.BytesIO(data)
+        super().__init__(stream)
+        self.read, self.readline, self.proto = stream.read, stream.readline, 0
+        self.stack, self.metastack = [], list[Any]()
+        self.append = self.stack.append
+
+    def load(self) -> Any:
+        """As the original, but for frames: all of the file is in memory."""
+        read, dispatch = self.read, self.dispatch
+        try:
+            while code := read(1):
+                dispatch[code[0]](self)
+        except pickle._Stop as stop:  # type: ignore[attr-defined]
+            return stop.value
+        raise pickle.UnpicklingError("it ends too early")
+
+    def _frame(self) -> None:
+        self.read(8)
+
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
@@ -119,6 +140,7 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined,misc]
             into[key] = value
 
     dispatch[pickle.NEWOBJ[0]] = dispatch[pickle.REDUCE[0]] = _make
+    dispatch[pickle.FRAME[0]] = _frame
     dispatch[pickle.BUILD[0]] = _build
     dispatch[pickle.SETITEM[0]] = _set_item
     dispatch[pickle.SETITEMS[0]] = _set_items
@@ -132,7 +154,8 @@ def read_table(directory: Path) -> Metadata:
     """
     path = directory / TABLE_NAME
     try:
-        return _checked(_Reader(io.BytesIO(read_file(path, _MOST_BYTES))).load(), directory)
+        facts = path.stat()
+        return _read(directory, (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # the unpickler raises a dozen kinds for what is no pickle
@@ -140,6 +163,11 @@ def read_table(directory: Path) -> Metadata:
             error if isinstance(error, (ValueError, pickle.UnpicklingError)) else f"no table ({type(error).__name__})"
         )
         raise UserError(f"{path}: cannot be read: {said}") from None
+
+
+@functools.lru_cache(maxsize=2)  # a start asks twice: what is there, and where it is
+def _read(directory: Path, _identity: tuple[int, ...]) -> Metadata:
+    return _checked(_Reader(read_file(directory / TABLE_NAME, _MOST_BYTES)).load(), directory)
 
 
 def _checked(table: Any, directory: Path) -> Metadata:
