@@ -96,7 +96,7 @@ def parse_array(data: bytes) -> NDArray[Any]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(stream, max_header_size=_MOST_HEADER)
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
+    except Exception as error:  # of a parser of Python's literals, and of all that builds types
         raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read")
