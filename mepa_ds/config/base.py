@@ -65,7 +65,7 @@ def parse_yaml(text: str, where: str) -> Any:
         node = loader.get_single_node()
         _refuse_repeated_keys(node, set())
         return None if node is None else loader.construct_document(node)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last: an escape far beyond Unicode
         raise UserError(f"{where}: not valid YAML: {error}") from error
 
 

@@ -26,7 +26,7 @@ MOST_BYTES = 1 << 20
 """Of a file: recipes have some thousands."""
 _MOST_WEIGHT = 1 << 20
 """Of a document with its aliases written out: each value weighs `_NODE_WEIGHT` and its characters."""
-_NODE_WEIGHT = 16
+_NODE_WEIGHT = 32
 _MOST_DEPTH = 50
 _MOST_DIGITS = 300
 """Of a whole number: what has more is beyond all floats."""
@@ -50,7 +50,7 @@ class Loader(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self._depth = 0
+        self._depth = self._weight = 0
         self._extents: dict[int, tuple[int, int]] = {}
         """Weight and depth of each node that is complete, by its id."""
 
@@ -69,6 +69,9 @@ class Loader(yaml.SafeLoader):
         self._depth -= 1
         if node is not None:
             self._extents[id(node)] = self._extent(node)
+            self._weight += _NODE_WEIGHT  # of lists that are not complete yet, too
+            if self._weight > _MOST_WEIGHT:
+                raise yaml.composer.ComposerError(None, None, "it has too many values", event.start_mark)
         return node
 
     def _extent(self, node: yaml.Node) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def test_what_never_ends_is_no_recipe(tmp_path: Path) -> None:
 
 def test_thousands_of_wrong_keys_are_told_in_some_lines() -> None:
     started = time.process_time()
-    with pytest.raises(UserError, match="and [0-9]+ more") as refused:
+    with pytest.raises(UserError, match=r"and [0-9]+ more") as refused:
         validate(PretrainConfig, {f"key{number}": "x" * 1000 for number in range(10_000)}, "recipe.yaml")
     assert len(str(refused.value)) < 20_000
     assert time.process_time() - started < 10
