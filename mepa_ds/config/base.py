@@ -32,6 +32,8 @@ class Section(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
+_MOST_FAULTS = 20
+"""So many are shown: a file from anybody may have any number."""
 
 
 def read_text(path: Path, what: str) -> str:
@@ -128,7 +130,10 @@ def validate(config_type: type[ConfigT], data: dict[str, Any], where: str) -> Co
     try:
         return config_type.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        lines = [_explain(config_type, detail) for detail in error.errors()]
+        details = error.errors()
+        lines = [_explain(config_type, detail) for detail in details[:_MOST_FAULTS]]
+        if len(details) > _MOST_FAULTS:
+            lines.append(f"... and {len(details) - _MOST_FAULTS} more")
         raise UserError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
 
 
