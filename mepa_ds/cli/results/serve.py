@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
         log.say(f"showing {found.source}{step}, {model.config.num_classes} classes", flush=True)
         if not is_local:
             log.say(
-                "anybody on the network can use this page: it has no password; --host 127.0.0.1 keeps it to this machine, "
-                "and `ssh -L` brings it to another",
+                "anybody on the network can use this page: it has no password; --host 127.0.0.1 keeps it to this "
+                "machine, and `ssh -L` brings it to another",
                 flush=True,
             )
         log.say(f"open http://{shown}:{port}/   (Ctrl-C ends)", flush=True)
