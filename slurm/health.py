@@ -139,7 +139,7 @@ def bandwidth(store: dist.Store, rank: int, world_size: int) -> list[str]:
     dist.destroy_process_group()
     if rank:
         return []
-    print("health: " + ", ".join(f"{name} {speed:.2f} GB/s a rank" for name, speed in speeds.items()), flush=True)
+    log.say("health: " + ", ".join(f"{name} {speed:.2f} GB/s a rank" for name, speed in speeds.items()), flush=True)
     least = float(os.environ.get("MEPA_MIN_BANDWIDTH_GBS", "0"))
     return [
         f"{name} at {speed:.2f} GB/s a rank, at least {least:g} wanted (MEPA_MIN_BANDWIDTH_GBS); "
@@ -175,7 +175,7 @@ def main() -> None:
             log.say(message("error: health: " + "; ".join(lines)), flush=True)
         sys.exit(1)
     if rank == 0:
-        print(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)
+        log.say(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)
 
 
 if __name__ == "__main__":

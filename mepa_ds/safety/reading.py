@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
+import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +24,29 @@ MOST_ARCHIVE_BYTES = 1 << 29
 """512 MiB of arrays of one archive, unpacked: offset indices have less than 100 bytes a sample."""
 _MOST_HEADER = 1 << 16
 _MOST_DEPTH = 100
+_MOST_INT = 10**300
+_MUCH_TOO_LONG = "it holds a number that is beyond all floating-point numbers"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_MOST_DIMENSIONS = 32
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, for NaN and infinities, and for what is nested without end."""
+    """Raises ValueError for what is no JSON, for NaN, infinities (1e999 too) and whole numbers beyond all floats, for
+    half characters, which no file can take, and for what is nested without end."""
     try:
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
         value = json.loads(text, parse_constant=_refuse_constant)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
-    if _depth_exceeds(value, _MOST_DEPTH):
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+    except UnicodeError as error:
+        raise ValueError(f"it is no UTF-8 text ({error})") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(_MUCH_TOO_LONG if "integer string conversion" in str(error) else str(error)) from None
+    _check_values(value)
     return value
 
 
@@ -89,42 +103,65 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any
     return parse_array(data)
 
 
-def parse_array(data: bytes) -> NDArray[Any]:
-    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
+class ArrayHeader(NamedTuple):
+    """What an `.npy` file says of its array."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+    start: int
+    """Where the values begin."""
+
+
+def array_header(data: bytes) -> ArrayHeader:
+    """The header of an `.npy` file. Raises ValueError for anything else, and for objects, which are pickles."""
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(stream, max_header_size=_MOST_HEADER)
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
+    except Exception as error:  # of a parser of Python's literals, and of all that builds types
         raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read")
-    count = 1
-    for length in shape:
-        count *= length
-    if any(length < 0 for length in shape) or count * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"its shape {shape} does not fit its {len(data) - stream.tell()} bytes")
-    values = np.frombuffer(data, dtype, count, stream.tell()) if count and dtype.itemsize else np.empty(shape, dtype)
-    return values.reshape(shape, order="F" if is_fortran else "C")
+    if any(length < 0 for length in shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"its shape {shape[:_MOST_DIMENSIONS]} is none")
+    return ArrayHeader(shape, is_fortran, dtype, stream.tell())
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
+    shape, is_fortran, dtype, start = array_header(data)
+    count = math.prod(shape)
+    if count * dtype.itemsize != len(data) - start:
+        raise ValueError(f"its shape {shape} does not fit its {len(data) - start} bytes")
+    if not (count and dtype.itemsize):
+        if max(shape, default=0) > sys.maxsize or count > _MOST_HEADER:  # values without bytes, in any number
+            raise ValueError(f"its shape {shape} is none")
+        return np.empty(shape, dtype)
+    return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 
-def _depth_exceeds(value: Any, most: int) -> bool:
+def _check_values(value: Any) -> None:
     level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, (dict, list))
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return False
-    return True
+    for _ in range(_MOST_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is dict:
+                inner.extend(item.values())
+            elif kind is list:
+                inner.extend(item)
+            elif (kind is int and not -_MOST_INT < item < _MOST_INT) or (kind is float and math.isinf(item)):
+                raise ValueError(_MUCH_TOO_LONG)
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.errors import UserError
 
 
@@ -58,9 +59,15 @@ class EvaluateOptions:
     """What --make-reference (an .npz) or --fit-classifier (a directory) writes."""
     image_side: int | None = None
     """Pixels, for --make-reference and --fit-classifier of a set whose images are larger than the model's."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
 
-_TAKEN = {"--make-reference": ("features", "inception"), "--fit-classifier": ("heldout",)}
+_TAKEN = {
+    "--make-reference": ("features", "inception", "remote_schemes"),
+    "--fit-classifier": ("heldout", "remote_schemes"),
+}
 """Options of scoring that the other tasks take as well."""
 
 
@@ -69,6 +76,9 @@ def main(argv: list[str]) -> None:
     _check(options)
     if options.image_side is not None and options.image_side < 1:
         raise UserError(f"--image-side: expected at least 1, got {options.image_side}")
+    from mepa_ds.data.remote.schemes import allow
+
+    allow(options.remote_schemes)
     if options.make_reference is not None:
         _make_reference(options, options.make_reference)
     elif options.fit_classifier is not None:
@@ -107,7 +117,7 @@ def _make_reference(options: EvaluateOptions, shards: Path) -> None:
 
     assert options.out is not None
     counts = make_reference(shards, options.out, options.features, options.inception, options.image_side)
-    print(f"{options.out}: statistics of {counts['num_images']} images, and {counts['num_kept']} of them")
+    log.say(f"{options.out}: statistics of {counts['num_images']} images, and {counts['num_kept']} of them")
 
 
 def _fit_classifier(options: EvaluateOptions, shards: Path) -> None:
@@ -116,7 +126,7 @@ def _fit_classifier(options: EvaluateOptions, shards: Path) -> None:
 
     assert options.out is not None
     classifier = fit_classifier(shards, options.out, options.heldout, options.image_side)
-    print(
+    log.say(
         f"{options.out}: classifies {100 * classifier.heldout_accuracy:.2f} % of {classifier.config.num_heldout} "
         "held-out images rightly"
     )

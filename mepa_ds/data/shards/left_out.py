@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mepa_ds import log
 from mepa_ds.safety.text import printable
 
 _SHOWN = 5
@@ -49,11 +50,15 @@ class LeftOut:
     def note(self, where: object) -> None:
         """Prints what was left out of `where`, if anything was."""
         if self:
-            print(f"{where}: {self}")
+            log.say(f"{where}: {self}")
 
     def to_json(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         return {reason: (count, tuple(self.names[reason])) for reason, count in self.counts.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, tuple[int, Sequence[str]]]) -> LeftOut:
-        return cls({k: count for k, (count, _) in data.items()}, {k: list(names) for k, (_, names) in data.items()})
+        """What an offset index said, as it may be shown."""
+        found = cls()
+        for reason, (count, names) in data.items():
+            found._add(printable(reason), count, [printable(name) for name in names[:_SHOWN]])
+        return found

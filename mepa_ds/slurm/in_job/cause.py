@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from mepa_ds import log
 from mepa_ds.runtime.lost_peers import is_lost_peer
 from mepa_ds.safety.text import message
 
@@ -52,7 +53,7 @@ def main() -> None:
     cause = None if text is None else cause_of(text)
     if cause is None:
         sys.exit(1)
-    print(message(cause))
+    log.say(message(cause))
 
 
 def read_log(path: Path, start: int = 0) -> str | None:

@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME", "here")
     for key, source, target in sets_to_copy(Path(scratch), given_path(recipe, "recipe"), overrides):
         if action == "overrides":
-            print(f"{key}={target}")
+            log.answer(f"{key}={target}")
         elif copied := copy_set(source, target):
             log.say(f"{node}: {source} -> {target}, {copied / 1e6:.1f} MB", flush=True)
         else:

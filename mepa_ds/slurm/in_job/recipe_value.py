@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{recipe}: {key}: required, but not given")
     if printable(value) != str(value):  # a shell would take it for several words, or cut it
         raise UserError(f"{recipe}: {key}: {value!r} has a line break or control character in it; choose another name")
-    print(value)
+    log.answer(str(value))
 
 
 if __name__ == "__main__":
