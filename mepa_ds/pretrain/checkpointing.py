@@ -161,7 +161,8 @@ class RunCheckpoints:
             UserError: on every rank, when all checkpoints are damaged (they then stay where they are).
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(distributed.of_main(files.list_checkpoints(self.directory))):
+        seen = distributed.of_main([path.name for path in files.list_checkpoints(self.directory)])
+        for path in (self.directory / name for name in reversed(seen)):
             damage = self._find_damage(path)
             if damage is not None:
                 damaged[path] = f"{path} is damaged ({damage})"
