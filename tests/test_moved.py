@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import subprocess
 import sys
+import tarfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from mepa_ds.data.options import LoaderOptions
 from mepa_ds.data.training import evaluation_batches, training_batches
 from mepa_ds.distributed import Ranks
 from mepa_ds.moved import NEW_NAMES
+from mepa_ds.moved.names import NAMES
 from tests.data.shard_fixtures import make_set
 from tests.tiny_run import ROOT
 
@@ -65,3 +69,31 @@ def test_loaders_take_the_old_keywords(tmp_path: Path) -> None:
     assert [b.keys for b in once] == [b.keys for b in images_once(images, **sizes)]
     with pytest.raises(TypeError, match="rank: ranks has it already"):
         training_batches(tokens, None, global_batch=4, seed=1, ranks=ranks, rank=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module in NAMES for name in NAMES[module]])
+def test_what_left_its_module_is_found_there(module: str, name: str) -> None:
+    old = next((old for old, new in NEW_NAMES.items() if new == module), module)
+    found = importlib.import_module(f"mepa_ds.{old}")
+    with pytest.warns(DeprecationWarning, match=f"mepa_ds.{module}.{name} has moved"):
+        assert callable(getattr(found, name))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        found.nonsense  # noqa: B018
+
+
+def test_moved_functions_take_their_old_arguments(tmp_path: Path) -> None:
+    source = tmp_path / "a.tar"
+    with tarfile.open(source, "w") as tar:
+        for name in ("0.png", "0.cls"):
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"7"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tar_module, index = (importlib.import_module(f"mepa_ds.data.{name}") for name in ("tar", "index"))
+        table = tar_module.scan_tar(source)
+        entry = index.ShardEntry(
+            name="a.tar", num_samples=1, bytes=source.stat().st_size, sha256="", keys_sha256=index.keys_digest(table)
+        )
+        index.write_table(source, table, entry, {"png": index.Member()})
+    assert index.read_offset_index(source, "images").key(0) == "0"

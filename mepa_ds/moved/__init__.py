@@ -1,7 +1,8 @@
 """Modules under the names that they had before version 0.2: programs that import them go on, with a DeprecationWarning.
 
-To be deleted with version 0.3. Where a folder has an old module's name today (`images`, `weights`, `data.remote`) there
-is no way from the old name to the new one: CHANGELOG.md has the whole table.
+To be deleted with version 0.3. Where a folder has an old module's name today (`images`, `weights`) there is no way from
+the old name to the new one: CHANGELOG.md has the whole table. What left its module is found where it was, too
+(mepa_ds.moved.names).
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
+
+from mepa_ds.moved.names import NAMES, moved_name
 
 _PACKAGE = "mepa_ds."
 _GONE = "loops"
@@ -79,6 +83,8 @@ class _Alias(Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         self._module = importlib.import_module(self._new)
+        if (own := self._new.removeprefix(_PACKAGE)) in NAMES:
+            self._module.__getattr__ = partial(moved_name, own)  # type: ignore[method-assign]
         self._spec = self._module.__spec__
         return self._module
 

@@ -16,9 +16,9 @@ HEADER = re.compile(
     + _NOT_YET
     + r"[^\s'\"]+"
 )
-_QUERY = re.compile(r"(://[^\s'\"<>?#|]*)[?#]" + _NOT_YET + r"[^\s'\"<>|]*")
+_QUERY = re.compile(r"(://[^\s'\"<>?#|]*)[?#]" + _NOT_YET + r"([^\s'\"<>|]*)")
 _WORD = re.compile(
-    r"(?i)((?:^|[\s?&;,'\"{(])[\w-]*(?:signature|token|secret|passwd|password|credential|api[-_]?key|sig)['\"]?=)"
+    r"(?i)((?:^|[\s?&;,'\"{(])[\w.-]*(?:signature|token|secret|passwd|password|credential|api[-_]?key|sig)['\"]?=)"
     + _NOT_YET
     + r"[^\s&;,'\"<>|]+"
 )
@@ -28,7 +28,7 @@ _TOKEN = re.compile(
     r"|sk-[\w-]{20,}|glpat-[\w-]{20,}|xox[abprs]-[\w-]{10,})"
 )
 """Tokens that are known by how they begin: Hugging Face's, GitHub's, Amazon's, GitLab's, Slack's..."""
-_SECRET_NAME = re.compile(r"(?i)(?:TOKEN|API_?KEY|SECRET(?:_ACCESS)?_?(?:KEY)?|PASSWORD|PASSWD|CREDENTIALS?)$")
+_SECRET_NAME = re.compile(r"(?i)(?:TOKEN|(?:API|_)KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
 _SHORTEST = 8
 
 
@@ -39,12 +39,17 @@ def redacted(text: str) -> str:
     variable such as HF_TOKEN holds. `pipe:` commands and several URLs in one text are looked through too.
     """
     if "://" in text:
-        text = _QUERY.sub(r"\1?...", USERINFO.sub(r"\1", text))
+        text = _QUERY.sub(_without_query, USERINFO.sub(r"\1", text))
     text = _BEARER.sub(r"\1...", _WORD.sub(r"\1...", HEADER.sub(r"\1...", text)))
     text = _TOKEN.sub("...", text)
     for secret in _of_environment():
         text = text.replace(secret, "...")
     return text
+
+
+def _without_query(found: re.Match[str]) -> str:
+    """The punctuation behind an address is the sentence's."""
+    return f"{found[1]}?...{found[2][len(found[2].rstrip(':;,)')) :]}"
 
 
 def is_secret_name(variable: str) -> bool:

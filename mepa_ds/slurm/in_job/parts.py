@@ -5,12 +5,18 @@ Every member writes STATE/part-<number>/result: running, done, requeued: WHY, or
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+
+from mepa_ds import log
+from mepa_ds.safety.places import open_no_link
+from mepa_ds.safety.text import printable
 
 RESULT = "result"
 DONE = "done"
 _SHOWN = 10
+_MOST_BYTES = 4096
 
 
 def results(state: Path, parts: int) -> dict[int, str]:
@@ -20,8 +26,11 @@ def results(state: Path, parts: int) -> dict[int, str]:
 
 def read_result(state: Path) -> str:
     """The result in a job's state directory; empty if the job has written none yet."""
-    path = state / RESULT
-    return path.read_text(errors="replace").strip() if path.is_file() else ""
+    try:
+        with open(open_no_link(state / RESULT, os.O_RDONLY), "rb") as file:
+            return printable(file.read(_MOST_BYTES).decode(errors="replace").strip())
+    except OSError:
+        return ""
 
 
 def open_parts(state: Path, parts: int) -> list[int]:
@@ -44,12 +53,12 @@ def main() -> None:
     state, parts = Path(sys.argv[1]), int(sys.argv[2])
     left = {part: result for part, result in results(state, parts).items() if result != DONE}
     if not left:
-        print(f"{state}: all {parts} parts are done", flush=True)
+        log.say(f"{state}: all {parts} parts are done", flush=True)
         return
     for part, result in list(left.items())[:_SHOWN]:
-        print(f"part {part}: {result}", flush=True)
+        log.say(f"part {part}: {result}", flush=True)
     first, cause = next(iter(left.items()))
-    print(
+    log.say(
         f"error: {len(left)} of {parts} parts are not done: {array_of(list(left))} (part {first}: {cause}); "
         "their logs are in "
         f"{state}; the same `mepa slurm` command again starts only these",

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.values import HUB
 from mepa_ds.errors import UserError
+from mepa_ds.safety.text import printable
 
 SET_KEYS = ("data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
 """Keys of recipes for shard sets."""
@@ -65,12 +66,14 @@ def main(argv: Sequence[str]) -> None:
     value = recipe_value(key, given_path(recipe, "recipe"), overrides)
     if value is None:
         raise UserError(f"{recipe}: {key}: required, but not given")
-    print(value)
+    if printable(value) != str(value):  # a shell would take it for several words, or cut it
+        raise UserError(f"{recipe}: {key}: {value!r} has a line break or control character in it; choose another name")
+    log.answer(str(value))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.note(f"error: {error}")
         sys.exit(2)

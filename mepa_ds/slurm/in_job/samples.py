@@ -8,25 +8,30 @@ merge WEIGHTS IMAGES PER_CLASS OUT SCORES REFERENCE INCEPTION
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.images.sets import write_npz
+from mepa_ds.safety.reading import read_json_object
 
 _SEED = 0
+_MOST_CLASSES = 10**6
 
 
 def num_classes(weights: Path) -> int:
     """Classes of an exported model."""
     path = weights / "config.json"
     try:
-        return int(json.loads(path.read_text())["num_classes"])
-    except (OSError, ValueError, KeyError) as error:
+        found = int(read_json_object(path)["num_classes"])
+        if not 0 < found <= _MOST_CLASSES:
+            raise ValueError(f"num_classes: {found}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a model's config: {error}") from error
 
 
@@ -61,12 +66,12 @@ def pack(weights: Path, images: Path, per_class: int, out: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     action, weights, *rest = argv
     if action == "classes":
-        print(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
+        log.answer(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
         return
     images, per_class, out, scores, reference, inception = rest
     if not Path(out).exists():
         count = pack(Path(weights), Path(images), int(per_class), Path(out))
-        print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
+        log.say(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
     if scores != "-":
         from mepa_ds.evaluation.score_files import Comparison, score_files
         from mepa_ds.evaluation.scorer import ScorerOptions
@@ -79,5 +84,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log.note(f"error: {error}")
         sys.exit(2)
