@@ -132,8 +132,7 @@ def _list_tar(source: TarMembers, number: int, num_classes: int, left_out: LeftO
                 )
             _, place = members.pop(LABEL_EXTENSION)
             file.seek(place.offset)
-            label = parse_label(
-                file.read(min(place.size, MOST_BYTES[LABEL_EXTENSION])), num_classes, lambda where=where: where
-            )  # type: ignore[misc]
+            data = file.read(min(place.size, MOST_BYTES[LABEL_EXTENSION]))
+            label = parse_label(data, num_classes, lambda where=where: where)  # type: ignore[misc]
             ((_, image),) = members.values()
             source.add(number, *image, label)
