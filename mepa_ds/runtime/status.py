@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mepa_ds.files import write_json
+from mepa_ds.safety.secrets import redacted_json
 
 STATUS_NAME = "status.json"
 RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 
 
 def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
-    """Writes the state of the run to `<output_dir>/status.json`."""
-    write_json(output_dir / STATUS_NAME, {"state": state, **facts})
+    """Writes the state of the run to `<output_dir>/status.json`; what it says holds no secrets."""
+    write_json(output_dir / STATUS_NAME, redacted_json({"state": state, **facts}))
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
