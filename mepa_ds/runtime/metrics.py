@@ -13,6 +13,7 @@ from typing import IO, Any
 from mepa_ds import log
 from mepa_ds.files import write_text
 from mepa_ds.safety.places import open_to_append
+from mepa_ds.safety.secrets import redacted_json
 
 METRICS_NAME = "metrics.jsonl"
 _MOST_LINE_BYTES = 1 << 24
@@ -38,8 +39,8 @@ class MetricsWriter:
         self._unwritten, self._failed = b"", False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""
-        self._unwritten += json.dumps(finite(record)).encode() + b"\n"
+        """Writes one record, without secrets. Floats that JSON lacks (NaN, inf) become strings."""
+        self._unwritten += json.dumps(finite(redacted_json(record))).encode() + b"\n"
         self._flush()
 
     def rewind(self, count: int, keep_warnings: bool) -> int:
