@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from mepa_ds.files import write_json
+from mepa_ds.safety.reading import read_json_object
 
 STATUS_NAME = "status.json"
+_MOST_BYTES = 1 << 20
 RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 
 
@@ -21,6 +22,5 @@ def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
 def read_status(output_dir: Path) -> dict[str, Any]:
     """Returns what a run says of itself: state, step, num_steps, seconds_left, error; {} where it says nothing."""
     with suppress(OSError, ValueError):
-        found = json.loads((output_dir / STATUS_NAME).read_text())
-        return found if isinstance(found, dict) else {}
+        return read_json_object(output_dir / STATUS_NAME, _MOST_BYTES)
     return {}
