@@ -12,8 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from mepa_ds import distributed, log
 from mepa_ds.errors import DivergedError, UserError
 from mepa_ds.files import read_file, write_json
@@ -73,10 +71,10 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
 def _tell(error: Exception, output_dir: Path, started: float, launch: distributed.Launch) -> None:
     directory, rank = output_dir / "errors", launch.rank
     lost_peer = launch.world_size > 1 and isinstance(error, RuntimeError) and is_lost_peer(str(error))
-    message = f"{type(error).__name__}: {error}"
+    message = log.shown(f"{type(error).__name__}: {error}")
     report = {"rank": rank, "time": time.time(), "error": message, "lost_peer": lost_peer}
     with suppress(OSError):  # the disk itself may have failed
-        write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": traceback.format_exc()})
+        write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": log.shown(traceback.format_exc())})
     heading = f"error: rank {rank} failed: {_in_a_line(message)}"
     if lost_peer:
         first = _first_cause(directory, started, _PATIENCE_SECONDS)
@@ -93,10 +91,12 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
             return
     with suppress(OSError):
         write_status(output_dir, "failed", error=message, rank=rank)
-    log.note(f"{heading}\n{traceback.format_exc()}")
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first recorded error
-        with suppress(OSError):
-            get_error_handler().record_exception(error)
+    with suppress(OSError):
+        log.say(f"{heading}\n{traceback.format_exc()}", flush=True, to_stderr=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows the first recorded error
+        facts = {"py_callstack": log.shown(traceback.format_exc()), "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # as torch's own handler writes it, which knows no secrets
+            write_json(Path(file), {"message": {"message": message, "extraInfo": facts}})
 
 
 def _in_a_line(message: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mepa_ds.files import write_json
 from mepa_ds.safety.reading import read_json_object
+from mepa_ds.safety.secrets import redacted_json
 
 STATUS_NAME = "status.json"
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -18,8 +19,8 @@ RunStatus = Literal["running", "requeue", "finished", "failed", "diverged"]
 
 
 def write_status(output_dir: Path, state: RunStatus, **facts: Any) -> None:
-    """Writes the state of the run to `<output_dir>/status.json`."""
-    write_json(output_dir / STATUS_NAME, {"state": state, **facts})
+    """Writes the state of the run to `<output_dir>/status.json`; what it says holds no secrets."""
+    write_json(output_dir / STATUS_NAME, redacted_json({"state": state, **facts}))
 
 
 def read_status(output_dir: Path) -> dict[str, Any]:
