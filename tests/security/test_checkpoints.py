@@ -10,6 +10,7 @@ import pickletools
 import random
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def table(size: Any = (10,), places: Any = None, name: str = "master/w", dtype: 
         dcp.MetadataIndex(name, torch.Size([a])): _StorageInfo(*place)
         for (a, _), place in zip(_ENDS, places, strict=True)
     }
-    return dcp.Metadata(tensors, None, storage, dcp.StorageMeta(Path("/x/y"), "1", "2"))
+    return dcp.Metadata(dict(tensors), None, storage, dcp.StorageMeta(Path("/x/y"), "1", "2"))
 
 
 def write(directory: Path, contents: dcp.Metadata | bytes) -> Path:
@@ -132,7 +133,7 @@ def test_no_pickle_of_a_fragment_is_loaded(tmp_path: Path) -> None:
     for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         data = archive(how)
         places = {dcp.MetadataIndex("w", torch.Size([0])): _StorageInfo(_FILE, 0, len(data))}
-        write(tmp_path / str(how), dcp.Metadata(tensors, None, places))
+        write(tmp_path / str(how), dcp.Metadata(dict(tensors), None, places))
         (tmp_path / str(how) / _FILE).write_bytes(data)
     assert torch.equal(read_tensors(tmp_path / "0", ["w"])["w"], VALUES)
     with pytest.raises(UserError, match="no archive of one tensor"):
@@ -153,10 +154,8 @@ def test_changed_tables_and_fragments_are_one_message_or_numbers(tmp_path: Path)
             place = chance.randrange(len(changed))
             changed[place : place + 1] = chance.choice([b"", os.urandom(1), chance.choice(codes)])
         path.write_bytes(changed)
-        try:
+        with suppress(UserError):
             read_tensors(tmp_path, ["master/w"])
-        except UserError:
-            pass
         path.write_bytes(data)
 
 
@@ -189,8 +188,8 @@ def test_a_manifest_names_files_of_its_checkpoint(tmp_path: Path) -> None:
 
 
 _RUNS = (
-    "[]", "3", "[" * 100_000, '{"step": "1"}', '{"step": -1}', '{"step": true}', '{"recipe": []}', '{"class_names": [1]}',
-    '{"loss_scaler": {"a": "b"}}', '{"unknown": 1}', '{"step": 1' + "0" * 5000 + "}", "{",
+    "[]", "3", "[" * 100_000, '{"step": "1"}', '{"step": -1}', '{"step": true}', '{"recipe": []}',
+    '{"class_names": [1]}', '{"loss_scaler": {"a": "b"}}', '{"unknown": 1}', '{"step": 1' + "0" * 5000 + "}", "{",
 )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def names(text: str) -> set[str]:
 def test_jobs_get_a_list_without_secrets(profile_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = {
         "PATH": "/bin", "HOME": "/h", "NCCL_DEBUG": "INFO", "HF_HOME": "/hf", "HF_TOKEN": TOKEN, "WANDB_API_KEY": TOKEN,
-        "WANDB_MODE": "offline", "AWS_SECRET_ACCESS_KEY": TOKEN, "SSH_AUTH_SOCK": "/s", "MY_NOTES": "secret", "DATA": "/d",
-        "LOCAL_DISK": "/l", "BASH_FUNC_module%%": "() { :; }",
+        "WANDB_MODE": "offline", "AWS_SECRET_ACCESS_KEY": TOKEN, "SSH_AUTH_SOCK": "/s", "MY_NOTES": "secret",
+        "DATA": "/d", "LOCAL_DISK": "/l", "BASH_FUNC_module%%": "() { :; }",
     }  # fmt: skip
     recipe = tmp_path / "r.yaml"
     recipe.write_text("output_dir: ${DATA}/run\ntokenizer: $HF_TOKEN\n")

@@ -75,7 +75,7 @@ def test_links_and_devices_of_a_set_are_not_copied(recipe: Path) -> None:
 def test_a_shard_that_is_not_the_indexed_one_is_not_copied(recipe: Path) -> None:
     source, target = place(recipe)
     (source / "a.tar").write_bytes(b"evil")
-    with pytest.raises(UserError, match="is not the file that index.json describes"):
+    with pytest.raises(UserError, match=r"is not the file that index\.json describes"):
         copy_set(source, target)
     assert not target.exists()
 
@@ -96,7 +96,7 @@ def test_a_directory_of_another_user_is_refused(recipe: Path, monkeypatch: pytes
     source, target = place(recipe)
     target.parents[2].mkdir(parents=True)
     monkeypatch.setattr("mepa_ds.safety.places.os.geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(UserError, match="MEPA_SCRATCH: .* is a directory of another user"):
+    with pytest.raises(UserError, match=r"MEPA_SCRATCH: .* is a directory of another user"):
         copy_set(source, target)
 
 
