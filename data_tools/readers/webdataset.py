@@ -10,11 +10,12 @@ from pathlib import Path
 from mepa_ds import log
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
+from mepa_ds.data.remote.schemes import check_given
 from mepa_ds.data.remote.urls import file_names, is_remote, unsigned
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.samples import LABEL_EXTENSION, image_samples, tar_files
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, image_samples, tar_files
 from mepa_ds.data_tools.readers.class_names import read_class_names
 from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
 from mepa_ds.data_tools.readers.source import COPIED_FROM
@@ -71,7 +72,10 @@ class WebDataset:
 
     def _urls(self, left_out: LeftOut | None = None) -> list[str]:
         if is_remote(self.shards):
-            return expand_braces(self.shards, "--shards")
+            urls = expand_braces(self.shards, "--shards")
+            for url in urls:
+                check_given(url, "--shards")
+            return urls
         if Path(self.shards).is_dir():
             found = [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:
@@ -128,6 +132,7 @@ def _list_tar(source: TarMembers, number: int, num_classes: int, left_out: LeftO
                 )
             _, place = members.pop(LABEL_EXTENSION)
             file.seek(place.offset)
-            label = parse_label(file.read(place.size), num_classes, lambda where=where: where)  # type: ignore[misc]
+            data = file.read(min(place.size, MOST_BYTES[LABEL_EXTENSION]))
+            label = parse_label(data, num_classes, lambda where=where: where)  # type: ignore[misc]
             ((_, image),) = members.values()
             source.add(number, *image, label)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mepa_ds import distributed, log
 from mepa_ds.errors import DivergedError, UserError
-from mepa_ds.files import write_json
+from mepa_ds.files import read_file, write_json
 from mepa_ds.runtime.lost_peers import is_lost_peer
 from mepa_ds.runtime.run_lock import is_held
 from mepa_ds.runtime.status import write_status
@@ -26,7 +26,8 @@ _PATIENCE_SECONDS = 3.0
 # How often a rank looks whether it must answer, and how long the asking rank waits for answers.
 _LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 _NAMED = 8
-_MOST_BYTES = 1 << 20
+_REPORT = {"rank": int, "time": float, "error": str, "lost_peer": bool}
+_MOST_BYTES = 1 << 22
 # NCCL's words for mistakes of the launcher or the environment. Starting again would not help then.
 _RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
 
@@ -43,6 +44,8 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
     if launch.is_main and not is_held(output_dir):  # before the ranks meet, so before any can claim it
         with suppress(OSError):
+            if directory.is_symlink():  # reports would be written elsewhere
+                directory.unlink()
             _claim_path(directory).unlink()
     if launch.world_size > 1:
         arguments = (directory, launch.rank, started)
@@ -125,7 +128,7 @@ def _answer(directory: Path, rank: int, started: float) -> None:
     while True:
         time.sleep(_LOOK_SECONDS)
         with suppress(OSError, ValueError):  # the claim is missing or still empty
-            if float(_claim_path(directory).read_text()) < started:  # a claim of an earlier start
+            if float(read_file(_claim_path(directory), _MOST_BYTES)) < started:  # a claim of an earlier start
                 continue
             answer = {"rank": rank, "time": time.time(), "error": "none: waits for others", "lost_peer": True}
             write_json(directory / f"alive_{rank:05d}.json", answer)
@@ -136,17 +139,11 @@ def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
     """Returns the reports and answers of this start of the run, earliest first."""
     reports = []
     for path in directory.glob("*.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError):
             report = read_json_object(path, _MOST_BYTES)
-            if report["time"] >= since:
-                reports.append(
-                    {
-                        "rank": int(report["rank"]),
-                        "time": float(report["time"]),
-                        "error": str(report["error"]),
-                        "lost_peer": bool(report["lost_peer"]),
-                    }
-                )
+            is_whole = all(isinstance(report.get(key), kind) for key, kind in _REPORT.items())
+            if is_whole and report["time"] >= since:
+                reports.append(report)
     return sorted(reports, key=lambda report: report["time"])
 
 

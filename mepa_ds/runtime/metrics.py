@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mepa_ds import log
 from mepa_ds.files import write_text
+from mepa_ds.safety.places import open_to_append
 from mepa_ds.safety.secrets import redacted_json
 
 METRICS_NAME = "metrics.jsonl"
+_MOST_LINE_BYTES = 1 << 24
 
 
 class MetricsWriter:
@@ -31,7 +35,7 @@ class MetricsWriter:
             kept = [r for r in kept if (r.get("step", 0), r.get("event")) != (resume_step, anew)]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._file = open_to_append(path)
         self._unwritten, self._failed = b"", False
 
     def write(self, record: dict[str, Any]) -> None:
@@ -72,16 +76,31 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write)."""
+    """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write).
+
+    Lines of more than 16 MiB are no records of ours, and are left out too.
+    """
     if not path.exists():
         return
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # also raised for bytes that are not text
-            continue
-        if isinstance(record, dict):
-            yield record
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device would never end
+            return
+        while line := file.readline(_MOST_LINE_BYTES):
+            if len(line) == _MOST_LINE_BYTES and not line.endswith(b"\n"):
+                _skip_line(file)
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # also raised for bytes that are not text
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _skip_line(file: IO[bytes]) -> None:
+    while (part := file.readline(_MOST_LINE_BYTES)) and not part.endswith(b"\n"):
+        pass
 
 
 def finite(value: Any) -> Any:

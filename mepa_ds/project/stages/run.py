@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.errors import UserError
-from mepa_ds.files import make_way, write_json
+from mepa_ds.files import make_way, rename_aside, write_json
 from mepa_ds.project.stages.display import Display, Expected
 from mepa_ds.project.stages.processes import run_python
 
@@ -100,11 +100,19 @@ class StageRun:
         finish(f"[{count}/{count}]", self)
 
     def _forget(self, stages: Sequence[Stage]) -> None:
-        """Removes the outputs of stages whose inputs are made anew: a report must not mix two runs."""
+        """Removes the outputs of stages whose inputs are made anew: a report must not mix two runs.
+
+        What is there although the stage has never run is not ours: it is renamed, and told of.
+        """
         for stage in stages:
+            is_known = self.spent[stage.name].work != ""
             self.spent[stage.name] = Spent()
             for path in stage.outputs:
-                make_way(path)
+                if is_known or path.is_symlink() or not os.path.lexists(path):
+                    make_way(path)
+                else:
+                    aside = rename_aside(path, "before")
+                    log.note(f"{path}: was there before, and no stage here has made it; it is {aside} now")
 
     def _run(self, stage: Stage, index: int, place: str, display: Display) -> None:
         mine = self.spent[stage.name]

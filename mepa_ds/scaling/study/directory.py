@@ -50,9 +50,18 @@ def write_recipes(output_dir: Path, recipes: Mapping[str, PretrainConfig], names
         path, text = folder / f"{run}.yaml", dump_yaml(recipe)
         if not path.is_file() or path.read_text() != text:
             write_text(path, text)
-    for path in folder.glob("*.yaml"):  # of an earlier plan
-        if path.stem not in names:
+    for path in folder.glob("*.yaml"):
+        if path.stem not in names and _is_of_a_plan(path, output_dir):
             path.unlink()
+
+
+def _is_of_a_plan(path: Path, output_dir: Path) -> bool:
+    """Whether a recipe is that of a run of an earlier plan. Others may lie there where output_dir is a clone."""
+    try:
+        place = read_yaml(path).get("output_dir")
+    except UserError:
+        return False
+    return isinstance(place, str) and Path(place) == output_dir / "runs" / path.stem
 
 
 def read_rows(output_dir: Path, expected_hash: str, what: str, planner: str) -> list[dict[str, Any]]:
