@@ -18,12 +18,14 @@ from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, check_regular, read_file, why_unreadable
 from mepa_ds.images.decoding import decode_image, is_image_name
 from mepa_ds.progress import Progress
+from mepa_ds.safety.reading import read_archive
 
 _MEMBER, _LABELS = "arr_0.npy", "arr_1"
 _MOST_DIGITS = 6  # of a class's number; longer ones, such as dates and WordNet's numbers, are names
 _LABELLED = re.compile(rf"class(\d{{1,{_MOST_DIGITS}}})_")
 _WANTED = "expected a directory of image files, or an .npz whose arr_0 is uint8 of shape (N, H, W, 3)"
 _SHOWN = 5
+_MOST_LABEL_BYTES = 1 << 28
 # Encrypted archives and unknown compression raise RuntimeError.
 _UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -127,12 +129,13 @@ def _labels_of(names: Sequence[Path]) -> NDArray[np.int64] | None:
 def _labels_in(path: Path, count: int) -> NDArray[np.int64] | None:
     """`arr_1` of an .npz, as ADM's samples have it; None where there is none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            labels = arrays[_LABELS] if _LABELS in arrays.files else None
+        with zipfile.ZipFile(path) as archive:
+            if f"{_LABELS}.npy" not in archive.namelist():
+                return None
+        with open(path, "rb") as file:
+            labels = read_archive(file, (_LABELS,), _MOST_LABEL_BYTES)[_LABELS]
     except Exception as error:  # damaged bytes raise almost anything
         raise UserError(f"{path}: {_LABELS} cannot be read ({error}); make the file again") from error
-    if labels is None:
-        return None
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
         raise UserError(
             f"{path}: {_LABELS} is {labels.dtype} of shape {labels.shape}; expected one whole number for each of the "
