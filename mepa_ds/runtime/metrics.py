@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mepa_ds import log
+from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.safety.places import open_to_append
+from mepa_ds.safety.reading import bounded_lines, parse_line
 from mepa_ds.safety.secrets import redacted_json
 
 METRICS_NAME = "metrics.jsonl"
-_MOST_LINE_BYTES = 1 << 24
+_MOST_STEP = 10**12
 
 
 class MetricsWriter:
@@ -76,31 +77,38 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write).
-
-    Lines of more than 16 MiB are no records of ours, and are left out too.
-    """
-    if not path.exists():
+    """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write)."""
+    if not path.is_file():
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a device would never end
-            return
-        while line := file.readline(_MOST_LINE_BYTES):
-            if len(line) == _MOST_LINE_BYTES and not line.endswith(b"\n"):
-                _skip_line(file)
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):  # also raised for bytes that are not text
-                continue
-            if isinstance(record, dict):
+    with open(path, "rb") as file:
+        for line in bounded_lines(file):
+            if (record := parse_record(line)) is not None:
                 yield record
 
 
-def _skip_line(file: IO[bytes]) -> None:
-    while (part := file.readline(_MOST_LINE_BYTES)) and not part.endswith(b"\n"):
-        pass
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for one that no run writes: torn, nested without end, of a step that none has."""
+    record = parse_line(line)
+    if record is None:
+        return None
+    step = record.get("step", 0)
+    is_usable = type(step) is int and 0 <= step <= _MOST_STEP and isinstance(record.get("event", ""), str)
+    return record if is_usable else None
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """For readers of records that a run wrote. Raises UserError where their numbers are missing or no numbers: somebody
+    else has written them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a record is not as a run of this version writes it ({type(error).__name__}: {str(error)[:200]}); "
+            "take the line out, or start that run anew in another directory"
+        ) from error
 
 
 def finite(value: Any) -> Any:

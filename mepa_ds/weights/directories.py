@@ -20,7 +20,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json
 from mepa_ds.safety.reading import read_json_object
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, read_json, read_state_dict
-from mepa_ds.weights.state_dicts import listed
+from mepa_ds.weights.state_dicts import MAX_NAMED, listed
 
 ID_TO_LABEL, LABEL_TO_ID = "id2label", "label2id"
 _MOST_CLASSES = 10**6
@@ -67,10 +67,12 @@ def load_strict(
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {listed([with_match(name, unexpected) for name in missing])}")
+        near = [with_match(name, unexpected) for name in missing[:MAX_NAMED]]
+        problems.append(f"{len(missing)} missing: {listed([*near, *missing[MAX_NAMED:]])}")
     if unexpected:
-        near = [with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
-        problems.append(f"{len(unexpected)} unexpected: {listed(near)}")
+        known = missing or [name_in_file(name) for name in expected]
+        near = [with_match(name, known) for name in unexpected[:MAX_NAMED]]
+        problems.append(f"{len(unexpected)} unexpected: {listed([*near, *unexpected[MAX_NAMED:]])}")
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {listed(mismatched)}")
     if problems:

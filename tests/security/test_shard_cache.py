@@ -47,7 +47,12 @@ def test_content_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """By whichever process comes first; never by one that finds it as it was verified."""
     cache, computed = cache_at(tmp_path, str(tmp_path / "cache")), list[int]()
     digest = cache_places.sha256_of
-    monkeypatch.setattr(shard_cache, "sha256_of", lambda file: (computed.append(file), digest(file))[1])
+
+    def noting(file: int) -> str:
+        computed.append(file)
+        return digest(file)
+
+    monkeypatch.setattr(shard_cache, "sha256_of", noting)
     for _ in range(3):
         assert content(cache_at(tmp_path, str(tmp_path / "cache")).open(0)) == GOOD
     assert not computed  # it was fetched, and compared then
