@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from mepa_ds.config.base import load_config, validate
+from mepa_ds.config.paths import expand_path
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.data.remote.remote_file import RemoteShards
 from mepa_ds.distributed import Launch
 from mepa_ds.errors import UserError
 from mepa_ds.runtime import failures
@@ -121,6 +123,15 @@ def test_a_run_keeps_no_secrets_of_its_environment(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     kept = done.stdout + done.stderr + everything_in(tmp_path / "run")
     assert not [name for name, value in MARKS.items() if value in kept]
+
+
+@pytest.mark.usefixtures("_marked")
+@pytest.mark.parametrize("name", ["$HF_TOKEN", "${AWS_SECRET_ACCESS_KEY}"])
+def test_no_path_of_a_strangers_file_is_named_by_a_secret(name: str) -> None:
+    with pytest.raises(ValueError, match="holds a secret, and paths are seen by others"):
+        expand_path(f"/tmp/{name}")
+    cache = RemoteShards(urls=("https://host/a.tar",), cache=f"$TMPDIR/{name}", cache_gigabytes=1, window=1)
+    assert "MARK" not in cache.directory
 
 
 @pytest.mark.parametrize(
