@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mepa_ds import distributed
 from mepa_ds.checkpoint.fragment import Fragment, WriteError
 from mepa_ds.checkpoint.progress import current_listener
 from mepa_ds.checkpoint.stored.elements import read_elements
@@ -163,6 +164,8 @@ def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool =
     Raises the same UserError on every rank for files that cannot be read or that hold other tensors.
     """
     named = {fragment.name: fragment for fragment in fragments}
+    failure: list[str] | None = None
+    cause: BaseException | None = None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
@@ -170,15 +173,21 @@ def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool =
                 {name: fragment.data for name, fragment in named.items()},
                 storage_reader=_Reader(directory),
                 planner=_LoadPlanner(named),
-                no_dist=alone,
+                no_dist=True,  # each rank knows what it reads; DCP would send all plans to rank 0 and back, as pickles
             )
     except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        if isinstance(cause, UserError):
-            raise UserError(f"{directory}: {cause}", agreed=True) from cause
-        if isinstance(cause, OSError):
-            raise UserError(f"{directory}: cannot be read: rank {rank}: {cause}", agreed=True) from cause
-        raise RuntimeError(f"{directory}: cannot be loaded: rank {rank}: {type(cause).__name__}: {cause}") from cause
+        (cause, _) = next(iter(error.failures.values()))
+        kind = "user" if isinstance(cause, UserError) else "system" if isinstance(cause, OSError) else "other"
+        failure = [kind, str(cause) if kind != "other" else f"{type(cause).__name__}: {cause}"]
+    failures = [failure] if alone else distributed.of_all(failure)
+    for rank, found in enumerate(failures):
+        if found is not None:
+            kind, said = found
+            if kind == "user":
+                raise UserError(f"{directory}: {said}", agreed=True) from cause
+            if kind == "system":
+                raise UserError(f"{directory}: cannot be read: rank {rank}: {said}", agreed=True) from cause
+            raise RuntimeError(f"{directory}: cannot be loaded: rank {rank}: {said}") from cause
 
 
 def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
