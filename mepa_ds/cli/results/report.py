@@ -11,6 +11,7 @@ import tyro
 from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
+from mepa_ds.safety.secrets import redacted_json
 
 
 @dataclass
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
     for records in read:
         report, path = report_of(records), records.directory / "report.json"
         try:
-            write_json(path, report)
+            write_json(path, redacted_json(report))
         except OSError as error:  # another user's run, say
             log.note(f"warning: {path} cannot be written: {error.strerror}")
         log.say(f"{records.directory}\n" if len(read) > 1 else "", end="")
