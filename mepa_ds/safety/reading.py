@@ -25,6 +25,7 @@ MOST_LINE_BYTES = 1 << 24
 """Of a line of JSON: one of the routing of a large model has a million."""
 _MOST_HEADER = 1 << 16
 _MOST_DEPTH = 100
+_LAST_CHARACTER = 0x10FFFF
 _MOST_ROWS = 1 << 40
 """Of an array without a value."""
 _MOST_INT = 10**300
@@ -152,30 +153,27 @@ def array_header(data: bytes) -> ArrayHeader:
 
 
 def parse_array(data: bytes) -> NDArray[Any]:
-    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
-    stream = io.BytesIO(data)
-    shape, is_fortran, dtype = _array_header(stream)
-    count = _check_extent(shape, dtype, len(data) - stream.tell())
-    values = np.frombuffer(data, dtype, count, stream.tell()) if count and dtype.itemsize else np.empty(shape, dtype)
-    return values.reshape(shape, order="F" if is_fortran else "C")
+    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles and records among it."""
+    header = array_header(data)
+    count, dtype = _count_of(header, len(data)), header.dtype
+    if dtype.names is not None or dtype.subdtype is not None:
+        raise ValueError("it holds records of several values, which are not read")
+    is_empty = not count or not dtype.itemsize
+    values = np.empty(header.shape, dtype) if is_empty else np.frombuffer(data, dtype, count, header.start)
+    if dtype.kind == "U" and not is_empty:  # Python itself breaks when it makes a str of what is beyond Unicode
+        codes = values.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if ((codes > _LAST_CHARACTER) | ((codes >= 0xD800) & (codes <= 0xDFFF))).any():
+            raise ValueError("it holds a text that is not Unicode")
+    return values.reshape(header.shape, order="F" if header.is_fortran else "C")
 
 
-def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(stream, max_header_size=_MOST_HEADER)
-    except Exception as error:  # of a literal of Python's with anything in it: a dozen kinds
-        raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
-
-
-def _check_extent(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> int:
-    """The count of values in the `size` bytes behind a header. Raises ValueError if they are not that many."""
-    if dtype.hasobject:
-        raise ValueError("it holds Python objects, which are not read")
-    count = math.prod(shape)
-    if any(length < 0 for length in shape) or count * dtype.itemsize != size or (not count and max(shape) > _MOST_ROWS):
-        raise ValueError(f"its shape {str(shape)[:100]} does not fit its {size} bytes")
+def _count_of(header: ArrayHeader, size: int) -> int:
+    """The count of values that begin behind a header and end a file of `size` bytes. Raises ValueError if they do not
+    end there."""
+    count = math.prod(header.shape)
+    size -= header.start
+    if count * header.dtype.itemsize != size or (not count and max(header.shape) > _MOST_ROWS):
+        raise ValueError(f"its shape {str(header.shape)[:100]} does not fit its {size} bytes")
     return count
 
 
@@ -186,11 +184,9 @@ def check_array_file(path: Path) -> None:
 
     check_regular(path)
     with open(path, "rb") as file:
-        if file.read(6) != b"\x93NUMPY":
-            return
-        file.seek(0)
-        shape, _, dtype = _array_header(file)
-        _check_extent(shape, dtype, path.stat().st_size - file.tell())
+        start = file.read(2 * _MOST_HEADER)
+    if start.startswith(b"\x93NUMPY"):
+        _count_of(array_header(start), path.stat().st_size)
 
 
 def _refuse_constant(name: str) -> None:
