@@ -2,7 +2,7 @@
 
 A run's figure is the CPU time of its process: with one thread it is what the clock of a quiet machine shows. The run is
 a nano MEPA on random tokens. The compared start is the same one after an import of torch.compile and of PyTorch's
-distributed tensors, which every start imported before mepa_ds/engine/lean_start.py. Starts alternate.
+distributed tensors, which every start imported before mepa_ds/engine/starting/lean_start.py. Starts alternate.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from typing import Any
 
 from mepa_ds import shipped
 from mepa_ds.config.base import read_text, validate
-from mepa_ds.config.engine_knobs import NO_KNOBS, NO_ZERO_KNOBS, Knobs
 from mepa_ds.config.pretrain import PretrainConfig
+from mepa_ds.engine.engine_knobs import NO_KNOBS, NO_ZERO_KNOBS, Knobs
 from mepa_ds.errors import UserError
 from mepa_ds.safety.reading import parse_json
 

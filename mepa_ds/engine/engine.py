@@ -24,9 +24,9 @@ from mepa_ds.engine.compilation import compile_blocks, compiles, uncompiled
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.gradients import gather_directly, gathers_directly, take_over_norm
-from mepa_ds.engine.initial_weights import load_initial_weights
-from mepa_ds.engine.lean_start import NothingDrawn, leave_out_needless_work, materialise
 from mepa_ds.engine.optimizer import build_optimizer
+from mepa_ds.engine.starting.initial_weights import load_initial_weights
+from mepa_ds.engine.starting.lean_start import NothingDrawn, leave_out_needless_work, materialise
 from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective

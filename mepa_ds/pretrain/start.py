@@ -18,7 +18,7 @@ from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import LogConfig, PretrainConfig
 from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.engine import PretrainEngine
-from mepa_ds.engine.lean_start import NothingDrawn
+from mepa_ds.engine.starting.lean_start import NothingDrawn
 from mepa_ds.machine import cpu_name
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.objective.flops import step_flops

@@ -17,7 +17,7 @@ from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.model import ModelConfig, MoEConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.engine.deepspeed_config import build, read_knobs
-from mepa_ds.engine.initial_weights import load_initial_weights
+from mepa_ds.engine.starting.initial_weights import load_initial_weights
 from mepa_ds.errors import UserError
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.upcycling import upcycle

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mepa_ds.engine.lean_start import NothingDrawn, materialise
+from mepa_ds.engine.starting.lean_start import NothingDrawn, materialise
 
 HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.checkpoint", "torch.distributed.tensor", "sympy")
 FIRST_STEP = f"""

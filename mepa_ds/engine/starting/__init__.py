@@ -1,0 +1,1 @@
+"""How an engine comes to its weights: made without drawing them twice, and filled from files."""
