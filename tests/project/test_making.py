@@ -209,7 +209,7 @@ def test_a_folder_with_a_line_break_in_its_name_gives_no_command_of_its_own(tmp_
     own = folder(tmp_path / "own\ntouch x", {"a": 3, "b": 3})
     make_project(tmp_path / "project", str(own), asked())
     script = (tmp_path / "project/commands.sh").read_text()
-    assert f"# From {tmp_path}/own touch x to a model" in script
+    assert f"# From {tmp_path}/own\\ntouch x to a model" in script, "the line break as text"
     assert load_config(PretrainConfig, tmp_path / "project/pretrain.yaml").model.num_classes == 2
 
 
