@@ -4,8 +4,11 @@ BIN := .venv/bin
 # Threads that wait by spinning slow a busy machine down several times.
 export OMP_WAIT_POLICY ?= PASSIVE
 STAMP := .venv/.installed
+# What `make setup` installs, by version and hash. `make setup LOCK=` takes what pip finds: for another build of PyTorch.
+LOCK ?= requirements.lock
 # that run tests side by side
 PROCESSES ?= 2
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Tests of `make test-fast` and `make coverage`: what needs one process and little time.
 FAST := -m "not slow and not slurm and not processes" $(addprefix tests/,config data data_tools generation images \
 	models objective reports teachers tokenizer weights pretrain/test_parts.py runtime/test_failures.py \
@@ -20,18 +23,37 @@ ABLATION := runs/ablation/fashion
 # Further words for `mepa ablate`.
 ABLATE ?=
 
-.PHONY: setup quickstart toy-study ablation test test-fast lint types coverage mutants docs reference clean-quickstart
+.PHONY: setup lock licences quickstart toy-study ablation test test-fast lint types coverage mutants docs reference clean-quickstart
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	@echo "installing into .venv (PyTorch and all: some minutes, about 6 GB)"
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("error: %s is Python %d.%d, but 3.10 or newer is needed; name another one: make PYTHON=python3.12" % (sys.executable, *sys.version_info[:2]))'
 	@test -x $(BIN)/python || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "error: $(PYTHON) has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@if [ -z "$(LOCK)" ] || ! $(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))'; then \
+		echo "without hashes: $(if $(LOCK),$(LOCK) is for Python 3.10 to 3.13,LOCK is empty); pip takes the newest that fits"; \
+		$(PIP) install --editable '.[dev]'; \
+	else \
+		echo "by version and hash: $(LOCK) (make setup LOCK= for another build of PyTorch)"; \
+		PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(PIP) install --require-hashes --requirement $(LOCK) && \
+		$(PIP) install --no-deps --no-build-isolation --no-index --editable .; \
+	fi
 	touch $(STAMP)
+
+# requirements.lock anew: the newest releases that pyproject.toml allows, for all Pythons and systems that it is for.
+lock: setup
+	$(PIP) install '.[lock]'
+	rm -f requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes \
+		--no-annotate --no-emit-index-url --no-emit-find-links --extra dev --group build \
+		--output-file requirements.lock pyproject.toml
+
+# The licences of what is installed: docs/licences.md.
+licences: setup
+	$(BIN)/python docs/tools/licences.py
 
 quickstart: setup
 	$(BIN)/mepa quickstart

@@ -166,7 +166,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     options.check()
     scratch = options.out / SCRATCH_NAME
     if (finished := _finished(reader, options)) is not None:
-        print(f"{options.out}: finished already, from the same files")
+        log.say(f"{options.out}: finished already, from the same files")
         if scratch.exists():  # of a build that was killed after its index was written
             shutil.rmtree(scratch)
         return finished
@@ -182,7 +182,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     mine = list(range(len(maker.manifest.shard_names)))[options.part :: options.num_parts]
     todo = [shard for shard in mine if not writer.is_complete(maker.manifest.shard_names[shard])]
     if len(todo) < len(mine):
-        print(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
+        log.say(f"{options.out}: {len(mine) - len(todo)} of {len(mine)} shards are there already")
     num_skipped = 0
     with Progress(total=_num_samples(maker, todo), unit="image", desc=str(options.out)) as progress:
         for written in unordered_map(partial(_write_shard, maker), todo, options.workers):
@@ -191,7 +191,7 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
             for message in written.skipped:
                 progress.write(f"skipped: {message}")
     if num_skipped:
-        print(f"{options.out}: {num_skipped} damaged images left out; index.json names them")
+        log.say(f"{options.out}: {num_skipped} damaged images left out; index.json names them")
     index = writer.finish()
     if index is not None and scratch.exists():
         shutil.rmtree(scratch)
@@ -321,9 +321,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "build_shards.py") -> No
     reader, options = command.reader, command.options
     index = build(reader, options)
     if index is None:
-        print(f"{options.out}: part {options.part} of {options.num_parts} is done, other parts are still to be written")
+        log.say(
+            f"{options.out}: part {options.part} of {options.num_parts} is done, other parts are still to be written"
+        )
     else:
-        print(f"{options.out}: {index.num_samples} images, {len(index.classes)} classes, {len(index.shards)} shards")
+        log.say(f"{options.out}: {index.num_samples} images, {len(index.classes)} classes, {len(index.shards)} shards")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, spread
 from mepa_ds.data.shards.index import images_identity
@@ -65,10 +65,10 @@ class FitTeacher:
                 raise UserError(
                     f"--out: {self.out}: holds a teacher fitted otherwise; give another directory or remove it"
                 )
-            print(f"{self.out}: fitted already, kept")
+            log.say(f"{self.out}: fitted already, kept")
             return
         teacher = self._fit(images, samples, config)
-        print(
+        log.say(
             f"{self.out}: {teacher.name} of width {teacher.width}, fitted on {len(samples)} images, {teacher.identity}"
         )
 

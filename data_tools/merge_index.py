@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "merge_index.py") -> Non
     command = tyro.cli(commands, prog=prog, args=argv, description=__doc__)
     log.make_stdout_a_log()
     index = command()
-    print(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")
+    log.say(f"{index.num_samples} {index.kind} in {len(index.shards)} shards, index.json written")
 
 
 if __name__ == "__main__":

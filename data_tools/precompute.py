@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before all that takes long to import
 
     raise_interrupts()
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -228,14 +227,14 @@ def _derive(
     start = time.monotonic()
     index = derive_set(images, writer, derivation, device, options)
     if index is None:
-        print(f"{writer.directory}: this part is done; {len(writer.missing())} shards are missing", flush=True)
+        log.say(f"{writer.directory}: this part is done; {len(writer.missing())} shards are missing", flush=True)
         return
     _report(writer.directory, index, time.monotonic() - start)
 
 
 def _report(directory: Path, index: ShardIndex, seconds: float) -> None:
     size = sum(shard.bytes for shard in index.shards)
-    print(
+    log.say(
         f"{directory}: {index.num_samples} samples in {len(index.shards)} shards, {size / 1e6:.1f} MB, made by "
         f"{index.made_by.name} ({index.made_by.identity}) in {seconds:.1f} s",
         flush=True,
@@ -263,7 +262,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "precompute.py") -> None
         command()
     except UserError as error:
         if not (launch := distributed.read_launch()).is_main:  # each rank has its own shards, and so its own error
-            print(f"error: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+            log.note(f"error: rank {launch.rank}: {error}")
         raise
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.data.images import decode_sample
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.remote.fetched_ahead import AHEAD
@@ -165,7 +165,9 @@ def derive_set(
     ours = range(worker, len(names), num_workers)
     todo = [number for number in ours if not writer.is_complete(names[number])]
     if len(todo) < len(ours):
-        print(f"{writer.directory}: {len(ours) - len(todo)} of {len(ours)} shards are there already, kept", flush=True)
+        log.say(
+            f"{writer.directory}: {len(ours) - len(todo)} of {len(ours)} shards are there already, kept", flush=True
+        )
     starts = np.cumsum([0, *sizes]).tolist()
     samples = chain.from_iterable(range(starts[number], starts[number + 1]) for number in todo)
     size = max(options.batch_size // max(derivation.views, 1), 1)

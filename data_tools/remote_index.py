@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from safetensors import SafetensorError, safe_open
 
+from mepa_ds import log
 from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.remote.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
@@ -77,7 +78,7 @@ def signed_anew(out: Path, remote: RemoteShards, classes: tuple[str, ...]) -> Sh
     if len(index.shards) != len(remote.urls) or index.classes != classes:
         return None
     remote.write(out)
-    print(f"{out}: the same shards as before, signed anew; their index is kept")
+    log.say(f"{out}: the same shards as before, signed anew; their index is kept")
     return index
 
 

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "show_shards.py") -> Non
     options = tyro.cli(Options, prog=prog, args=argv, description=__doc__)
     log.make_stdout_a_log()
     save_png(contact_sheet(options).pixels_HW3, options.out)
-    print(options.out)
+    log.say(options.out)
 
 
 if __name__ == "__main__":

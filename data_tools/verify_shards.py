@@ -22,6 +22,7 @@ from typing import Any
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.shard_set import ShardSet
@@ -119,29 +120,29 @@ def compare(first: SetReport, other: SetReport) -> None:
 def print_report(report: SetReport) -> None:
     """Problems by shard, classes, duplicates."""
     index = report.shards.index
-    print(f"{report.shards.directory}: {index.num_samples} {index.kind} in {len(index.shards)} shards")
+    log.say(f"{report.shards.directory}: {index.num_samples} {index.kind} in {len(index.shards)} shards")
     problems = [f"  {problem}" for problem in report.problems]
     problems += [
         f"  {index.shards[shard.shard].name}: {problem}" for shard in report.reports for problem in shard.problems
     ]
     for line in problems[:_SHOWN]:
-        print(line)
+        log.say(line)
     if len(problems) > _SHOWN:
-        print(f"  ... and {len(problems) - _SHOWN} problems more")
+        log.say(f"  ... and {len(problems) - _SHOWN} problems more")
     left_out = LeftOut()
     for shard in report.reports:
         left_out.update(shard.left_out)
     if left_out:
-        print(f"  {left_out}")
+        log.say(f"  {left_out}")
     skipped = sum(len(entry.skipped) for entry in index.shards)
     if skipped:
-        print(f"  {skipped} damaged source images were left out when the set was made (index.json names them)")
+        log.say(f"  {skipped} damaged source images were left out when the set was made (index.json names them)")
     counts = Counter(label for shard in report.reports for label in shard.labels)
     if counts:
         _print_histogram(counts, index.classes)
     _print_copies(report)
     if not problems:
-        print("  no damage found")
+        log.say("  no damage found")
 
 
 def _print_copies(report: SetReport) -> None:
@@ -151,23 +152,23 @@ def _print_copies(report: SetReport) -> None:
             keys.setdefault(content, []).append(key)
     copies = [same for same in keys.values() if len(same) > 1]
     if copies:
-        print(f"  {sum(map(len, copies)) - len(copies)} images are copies of others (a warning only):")
+        log.say(f"  {sum(map(len, copies)) - len(copies)} images are copies of others (a warning only):")
         for same in copies[:_SHOWN]:
-            print(f"    {' = '.join(same[:_SHOWN])}{' = ...' if len(same) > _SHOWN else ''}")
+            log.say(f"    {' = '.join(same[:_SHOWN])}{' = ...' if len(same) > _SHOWN else ''}")
         if len(copies) > _SHOWN:
-            print(f"    ... and {len(copies) - _SHOWN} images more that have copies")
+            log.say(f"    ... and {len(copies) - _SHOWN} images more that have copies")
 
 
 def _print_histogram(counts: Counter[int], classes: tuple[str, ...]) -> None:
     empty = [name for label, name in enumerate(classes) if not counts[label]]
     values = sorted(counts.values())
-    print(f"  {len(counts)} classes with {values[0]} to {values[-1]} samples, median {values[len(values) // 2]}")
+    log.say(f"  {len(counts)} classes with {values[0]} to {values[-1]} samples, median {values[len(values) // 2]}")
     if empty:
-        print(f"  {len(empty)} classes without samples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
+        log.say(f"  {len(empty)} classes without samples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
     if len(counts) <= _SHOWN:
         for label, count in sorted(counts.items()):
             name = classes[label] if classes else label
-            print(f"    {name!s:20.20} {count:8d} {'#' * (count * 40 // values[-1])}")
+            log.say(f"    {name!s:20.20} {count:8d} {'#' * (count * 40 // values[-1])}")
 
 
 def repair(first: SetReport, derived: list[SetReport], options: Options) -> None:
@@ -194,7 +195,7 @@ def repair(first: SetReport, derived: list[SetReport], options: Options) -> None
     for report, run in zip(damaged, runs, strict=True):
         for number in report.damaged:
             offset_index_path(report.shards.shard_paths[number]).unlink(missing_ok=True)  # it counts as incomplete now
-        print(f"{report.shards.directory}: making {len(report.damaged)} shards again")
+        log.say(f"{report.shards.directory}: making {len(report.damaged)} shards again")
         run()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import stat
 import sys
 from contextlib import suppress
 from typing import Any
 
+from mepa_ds.safety.secrets import redacted
 from mepa_ds.safety.text import message, printable_lines
 
 STDOUT = "stdout"
 """As errors of writing there name it."""
 # How long a reader may leave a pipe full before a log goes on without it.
 _PATIENCE_SECONDS = 10.0
+_FORGED = re.compile(r"(?i)\n((?:error|warning)\b)")
 
 
 class _Stream(io.FileIO):
@@ -112,6 +115,17 @@ def note(line: str) -> None:
         print(message(line), file=sys.stderr, flush=True)
 
 
-def say(*parts: object, sep: str = " ", end: str = "\n", flush: bool = False) -> None:
-    """`print`, for what a command is for: names in it that came from files cannot steer the terminal."""
-    print(printable_lines(sep.join(map(str, parts))), end=end, flush=flush)
+def shown(text: str) -> str:
+    """A text for stdout or above a bar: printable, and without secrets. No line of it but the first begins as an error
+    or a warning does, so that a line break in a name out of a file forges none."""
+    return _FORGED.sub(r"\n  \1", printable_lines(redacted(text)))
+
+
+def say(*parts: object, sep: str = " ", end: str = "\n", flush: bool = False, to_stderr: bool = False) -> None:
+    """`print` of what is `shown`: for what a command is for."""
+    print(shown(sep.join(map(str, parts))), end=end, flush=flush, file=sys.stderr if to_stderr else sys.stdout)
+
+
+def answer(text: str) -> None:
+    """Writes to stdout, as it is, what a shell or another program reads there."""
+    print(text, flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mepa_ds import log
 from mepa_ds.config.paths import given_path
 from mepa_ds.slurm.in_job.recipe_value import recipe_paths
 
@@ -137,7 +138,7 @@ def bandwidth(store: dist.Store, rank: int, world_size: int) -> list[str]:
     dist.destroy_process_group()
     if rank:
         return []
-    print("health: " + ", ".join(f"{name} {speed:.2f} GB/s a rank" for name, speed in speeds.items()), flush=True)
+    log.say("health: " + ", ".join(f"{name} {speed:.2f} GB/s a rank" for name, speed in speeds.items()), flush=True)
     least = float(os.environ.get("MEPA_MIN_BANDWIDTH_GBS", "0"))
     return [
         f"{name} at {speed:.2f} GB/s a rank, at least {least:g} wanted (MEPA_MIN_BANDWIDTH_GBS); "
@@ -166,14 +167,14 @@ def main() -> None:
     try:
         lines = meet(rank, world_size, node, local_trouble(state, recipe))
     except LoneTroubleError as trouble:
-        print(f"error: health: {trouble}", flush=True)
+        log.say(f"error: health: {trouble}", flush=True)
         sys.exit(1)
     if lines:
         if rank == 0:  # every rank knows; one tells
-            print("error: health: " + "; ".join(lines), flush=True)
+            log.say("error: health: " + "; ".join(lines), flush=True)
         sys.exit(1)
     if rank == 0:
-        print(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)
+        log.say(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def rank(state: Path, command: list[str]) -> int:
         except subprocess.TimeoutExpired:
             owner = _read(state / "owner")
             if owner and owner != me:
-                print(f"rank {env['RANK']}: the run now belongs to job and restart {owner}: killed", flush=True)
+                print(f"rank {env['RANK']}: the run now belongs to job and restart {owner!a}: killed", flush=True)
                 child.kill()
     if code == -signal.SIGUSR1:
         code = REQUEUE_CODE

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
 from mepa_ds.data.shards.left_out import few
 from mepa_ds.data.shards.samples import is_hidden
 from mepa_ds.data_tools.readers.class_names import read_class_names
@@ -46,7 +47,7 @@ class ImageFolder:
         images = {name: sorted(_images_below(self.root, name, left_out)) for name in progress}
         empty = [name for name in names if not images[name]]
         if empty and self.skip_empty:
-            print(f"{self.root}: {len(empty)} class folders without images are left out ({few(empty)})")
+            log.say(f"{self.root}: {len(empty)} class folders without images are left out ({few(empty)})")
             names, empty = [name for name in names if images[name]], []
         classes = self._classes(names)
         places = {name: place for place, name in enumerate(classes)}
@@ -55,7 +56,7 @@ class ImageFolder:
             files += images[name]
             labels += [0 if self.flat else places[name]] * len(images[name])
         if left_out:
-            print(
+            log.say(
                 f"{self.root}: {len(left_out)} files or folders are left out: not named .jpg or the like, hidden, or "
                 f"links to what is listed already ({few(left_out)})"
             )
@@ -65,7 +66,7 @@ class ImageFolder:
                 "fill or remove them, or name all classes with --classes"
             )
         if absent := sorted(set(classes) - {classes[label] for label in labels}):
-            print(f"{self.root}: {len(absent)} of {len(classes)} classes have no images here ({few(absent)})")
+            log.say(f"{self.root}: {len(absent)} of {len(classes)} classes have no images here ({few(absent)})")
         return ImageFolderSource(self.root, classes, files, labels)
 
     def _classes(self, folders: list[str]) -> tuple[str, ...]:

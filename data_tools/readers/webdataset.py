@@ -7,6 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from mepa_ds import log
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
 from mepa_ds.data.remote.urls import file_names, is_remote, unsigned
@@ -91,7 +92,7 @@ class WebDataset:
         places = dict(zip(paths, urls, strict=True))  # a pattern may name a shard twice
         missing = [(url, path) for path, url in places.items() if not path.exists()]
         if len(missing) < len(places):
-            print(f"{scratch}: {len(places) - len(missing)} of {len(places)} shards are copied already")
+            log.say(f"{scratch}: {len(places) - len(missing)} of {len(places)} shards are copied already")
         fetch_all(_copy, missing, "copying shards")
         return paths
 

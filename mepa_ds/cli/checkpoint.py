@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.errors import UserError
 
@@ -79,7 +80,7 @@ def _list(run: Path) -> None:
             images = "DAMAGED: run.json"
         size = sum(file.stat().st_size for file in path.iterdir())
         date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{path.name}  {images:>19}  {size / 1e6:>10.1f} MB  {date}")
+        log.say(f"{path.name}  {images:>19}  {size / 1e6:>10.1f} MB  {date}")
 
 
 def _verify(paths: tuple[Path, ...]) -> int:
@@ -91,7 +92,7 @@ def _verify(paths: tuple[Path, ...]) -> int:
     for checkpoint in [found for path in paths for found in _found(path)]:
         damage = find_damage(checkpoint)
         damaged += damage is not None
-        print(f"{checkpoint}: {'whole' if damage is None else 'DAMAGED: ' + damage}")
+        log.say(f"{checkpoint}: {'whole' if damage is None else 'DAMAGED: ' + damage}")
     return int(damaged > 0)
 
 
@@ -99,7 +100,7 @@ def _compare(options: Diff) -> int:
     from mepa_ds.checkpoint.compare import differences
 
     lines = list(differences(options.first, options.second))
-    print("\n".join(lines) if lines else "no difference")
+    log.say("\n".join(lines) if lines else "no difference")
     return int(bool(lines))
 
 

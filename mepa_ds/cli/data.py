@@ -10,6 +10,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 
+from mepa_ds import log
 from mepa_ds.command_line import entry
 
 
@@ -46,12 +47,12 @@ def main(argv: list[str]) -> None:
         prog = "mepa data" if tool.words else f"mepa data {name}"
         importlib.import_module(f"mepa_ds.data_tools.{tool.module}").main([*tool.words, *rest], prog=prog)
     elif name in ("-h", "--help"):
-        print(usage())
+        log.say(usage())
         sys.exit(0)
     else:
         near = difflib.get_close_matches(name, TOOLS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        print(f"error: no tool {name!r}{hint}\n{usage()}" if name else usage(), file=sys.stderr if name else sys.stdout)
+        log.say(f"error: no tool {name!r}{hint}\n{usage()}" if name else usage(), to_stderr=bool(name))
         sys.exit(2)
 
 

@@ -70,15 +70,15 @@ def main(argv: list[str]) -> None:
     tokenizer = found.tokenizer(options.tokenizer) if with_card else None
     check_writable(options.directory, "DIRECTORY")
     _export(options, found)
-    print(f"weights of {found.source} in {options.directory}")
+    log.say(f"weights of {found.source} in {options.directory}")
     if tokenizer is not None:
         _write_card(options, found, tokenizer)
     if options.push_to_hub is not None:
         from mepa_ds.model_cards.card import FILES
         from mepa_ds.model_cards.hub import push
 
-        print(f"uploading to {options.push_to_hub} ...", flush=True)
-        print(push(options.directory, options.push_to_hub, FILES, options.private))
+        log.say(f"uploading to {options.push_to_hub} ...", flush=True)
+        log.say(push(options.directory, options.push_to_hub, FILES, options.private))
 
 
 def _export(options: ExportOptions, found: RunModel) -> None:
@@ -103,8 +103,8 @@ def _write_card(options: ExportOptions, found: RunModel, tokenizer: Path) -> Non
     about = CardOptions(name, options.push_to_hub, options.license, options.dataset)
     opened = Tokenizer.open(tokenizer, model.config.scales)
     for line in write_card(options.directory, found, model, opened, about):
-        print(f"note: {line}")
-    print(f"model card: {options.directory / CARD_NAME}")
+        log.say(f"note: {line}")
+    log.say(f"model card: {options.directory / CARD_NAME}")
 
 
 if __name__ == "__main__":

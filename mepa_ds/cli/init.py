@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     if options.run:
         run_project(images, chosen, layout, options.out, "mepa init")
     else:
-        print(f"\nnext:     the same command with --run, or the commands in {options.out}/commands.sh")
+        log.say(f"\nnext:     the same command with --run, or the commands in {options.out}/commands.sh")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 
 import mepa_ds
+from mepa_ds import log
 from mepa_ds.command_line import entry
 
 COMMANDS = {
@@ -90,12 +91,12 @@ def main() -> None:
 def _answer(word: str) -> None:
     """Answers a first word that is no command."""
     if word in ("-V", "--version"):
-        print(version())
+        log.say(version())
     elif word in ("-h", "--help"):
-        print(usage())
+        log.say(usage())
         sys.exit(0)
     else:
-        print(f"error: no command {word!r}\n{usage()}" if word else usage(), file=sys.stderr if word else sys.stdout)
+        log.say(f"error: no command {word!r}\n{usage()}" if word else usage(), to_stderr=bool(word))
         sys.exit(2)
 
 

@@ -63,7 +63,7 @@ def _dry_run(config: PretrainConfig, options: argparse.Namespace) -> None:
     check_made_sets(config)
     machine = this_machine(config, world_size, None if options.memory is None else options.memory * 1e9)
     if distributed.read_launch().is_main:
-        print(format_plan(plan_run(config, machine, options.num_samples)))
+        log.say(format_plan(plan_run(config, machine, options.num_samples)))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def project() -> tuple[ImageFacts, Choices, Layout]:
 def main(argv: list[str]) -> None:
     if argv:
         usage = f"usage: mepa quickstart     (no options; it writes to {DATA.parent}/ and {RUNS}/ here)"
-        print(f"{__doc__}\n{usage}")
+        log.say(f"{__doc__}\n{usage}")
         sys.exit(0 if argv[0] in ("-h", "--help") else 2)
     log.make_stdout_a_log()
     from mepa_ds.project.running import run_project

@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
     tokenizer = Tokenizer.open(tokenizer_path, model.config.scales, phi_ratio=options.phi_ratio).to(device)
     classes = parse_classes(options.classes, model.config.num_classes, model.class_names)
     if options.run is not None:
-        print(f"weights: {found.source}" + ("" if found.step is None else f", step {found.step}"))
+        log.say(f"weights: {found.source}" + ("" if found.step is None else f", step {found.step}"))
     is_grid = options.out.suffix.lower() == ".png"
     check_writable(options.out.parent if is_grid else options.out, "--out")
     started = time.perf_counter()
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     else:
         drawn = _fill(model, tokenizer, classes, options, _made_by(found.source, tokenizer_path, options))
     seconds = time.perf_counter() - started
-    print(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
+    log.say(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
 
 
 def _draw_grid(model: NextScaleTransformer, tokenizer: Tokenizer, classes: list[int], options: SampleOptions) -> int:

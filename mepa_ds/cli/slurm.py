@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         os.chdir(root())
     if arguments.command == "status":
         report = status(arguments.run)
-        print(json.dumps(report) if arguments.json else format_status(report))
+        log.say(json.dumps(report) if arguments.json else format_status(report))
     elif arguments.command == "pipeline":
         log.make_stdout_a_log()
         run_pipeline(arguments.file, profile, arguments.dry_run, check_words)

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     model = upcycle(dense, moe, options.seed)
     model.class_names = dense.class_names
     model.save_pretrained(options.out)
-    print(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")
+    log.say(f"{options.out}: {count_parameters(model.config)} (from {count_parameters(dense.config)})")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def _leave_together(status: int) -> None:
 def _leave_anyway(status: int) -> None:
     from mepa_ds import distributed
 
-    print(f"rank {distributed.rank()}: does not end; stacks of all threads:", file=sys.stderr, flush=True)
+    log.note(f"rank {distributed.rank()}: does not end; stacks of all threads:")
     faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
     _exit(status)
 

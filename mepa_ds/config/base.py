@@ -19,8 +19,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from mepa_ds.config.yaml12 import Dumper, Loader
+from mepa_ds.config.yaml12 import MOST_BYTES, Dumper, Loader
 from mepa_ds.errors import UserError
+from mepa_ds.files import read_file
+
+_MOST_PARTS = 20
+"""Of a dotted key: recipes have three."""
+_MOST_TOLD = 20
+_MOST_SHOWN = 200
 
 
 class Section(BaseModel):
@@ -34,29 +40,33 @@ class Section(BaseModel):
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def read_text(path: Path, what: str) -> str:
-    """Raises UserError for a file that cannot be read, or is not UTF-8."""
+def read_text(path: Path, what: str, most_bytes: int = MOST_BYTES) -> str:
+    """Raises UserError for a file that cannot be read, is no regular file, is too large, or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, most_bytes).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot read {what}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot read {what}: it is no UTF-8 text ({error}); save it as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot read {what}: {error}; give a smaller file") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Raises UserError for what is no YAML, and for keys that are given twice: PyYAML takes the last one, and with it
-    drops a whole section without a word.
+    """Raises UserError for what is no YAML, for what loops, nests deep or grows large (`Loader`), and for keys that are
+    given twice: PyYAML takes the last one, and with it drops a whole section without a word.
     """
+    if len(text) > MOST_BYTES:
+        raise UserError(
+            f"{where[:_MOST_SHOWN]}: {len(text)} characters of YAML, more than the {MOST_BYTES} that are read"
+        )
     try:
         loader = Loader(text)
         node = loader.get_single_node()
         _refuse_repeated_keys(node, set())
-        value = None if node is None else loader.construct_document(node)
-        json.dumps(value)  # an anchor within itself
-    except (yaml.YAMLError, ValueError) as error:
+        return None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last: an escape far beyond Unicode
         raise UserError(f"{where}: not valid YAML: {error}") from error
-    return value
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, visited: set[int]) -> None:
@@ -71,7 +81,9 @@ def _refuse_repeated_keys(node: yaml.Node | None, visited: set[int]) -> None:
         seen: set[str] = set()
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value[:40]!r} is given twice", key.start_mark
+                )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
             _refuse_repeated_keys(value, visited)
@@ -102,6 +114,8 @@ def set_key(data: dict[str, Any], key: str, value: Any, where: str) -> None:
     Raises UserError for a key below a value; the message begins with `where`.
     """
     *parents, leaf = key.split(".")
+    if len(parents) >= _MOST_PARTS:
+        raise UserError(f"{where[:_MOST_SHOWN]}: a key of {len(parents) + 1} parts; those of recipes have up to three")
     for parent in parents:
         child = data.get(parent)
         if child is None:
@@ -128,7 +142,10 @@ def validate(config_type: type[ConfigT], data: dict[str, Any], where: str) -> Co
     try:
         return config_type.model_validate_json(json.dumps(data))
     except ValidationError as error:
-        lines = [_explain(config_type, detail) for detail in error.errors()]
+        details = error.errors()
+        lines = [_explain(config_type, detail) for detail in details[:_MOST_TOLD]]
+        if len(details) > _MOST_TOLD:
+            lines.append(f"and {len(details) - _MOST_TOLD} more")
         raise UserError(f"{where}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from None
 
 
@@ -150,8 +167,12 @@ def _explain(config_type: type[Section], detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not key:  # a model-wide check names its own keys
         return message
-    given = "" if detail["type"] == "value_error" else f" (given: {detail['input']!r})"
+    given = "" if detail["type"] == "value_error" else f" (given: {_shortened(repr(detail['input']))})"
     return f"{key}: {message}{_hint(detail['type'], detail['input'])}{given}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _hint(kind: str, given: Any) -> str:

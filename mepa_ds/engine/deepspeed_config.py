@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mepa_ds import shipped
-from mepa_ds.config.base import read_text
+from mepa_ds.config.base import read_text, validate
+from mepa_ds.config.engine_knobs import NO_KNOBS, NO_ZERO_KNOBS, Knobs
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
+from mepa_ds.safety.reading import parse_json
 
 # JSON keys that the recipe decides -> the recipe's keys for them.
 OWNED = {
@@ -27,34 +28,39 @@ OWNED = {
 
 
 def read_knobs(path: Path) -> dict[str, Any]:
-    """Reads the engine knobs. Raises UserError for keys that the recipe owns, and for settings that break experts."""
+    """Reads the engine knobs, of a file that anybody may have made: only `Knobs` pass.
+
+    Raises UserError for other keys, among them those that the recipe owns, and for settings that break experts.
+    """
     path = shipped.find(path)
     text = read_text(path.absolute(), "parallel.deepspeed")
+    where = f"parallel.deepspeed: {path}"
     try:
-        knobs = json.loads(text)
+        knobs = parse_json(text)
     except ValueError as error:
-        raise UserError(f"parallel.deepspeed: {path}: not valid JSON: {error}") from error
+        raise UserError(f"{where}: not valid JSON: {error}") from error
     if not isinstance(knobs, dict) or not isinstance(knobs.get("zero_optimization", {}), dict):
-        raise UserError(
-            f'parallel.deepspeed: {path}: expected an object such as {{"zero_optimization": {{"stage": 2}}}}'
-        )
+        raise UserError(f'{where}: expected an object such as {{"zero_optimization": {{"stage": 2}}}}')
     for key, owner in OWNED.items():
         if key in knobs:
-            raise UserError(f"parallel.deepspeed: {path}: {key!r} belongs into the recipe ({owner}); delete it here")
+            raise UserError(f"{where}: {key!r} belongs into the recipe ({owner}); delete it here")
     zero = knobs.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (1, 2):
         reason = "ZeRO-3 cannot partition expert-parallel layers" if stage == 3 else "masters are kept by ZeRO"
-        raise UserError(f"parallel.deepspeed: {path}: zero_optimization.stage must be 1 or 2, got {stage!r} ({reason})")
+        raise UserError(f"{where}: zero_optimization.stage must be 1 or 2, got {stage!r} ({reason})")
     if zero.get("round_robin_gradients") or zero.get("offload_optimizer"):
         raise UserError(
-            f"parallel.deepspeed: {path}: round_robin_gradients and offload_optimizer are not supported: "
+            f"{where}: round_robin_gradients and offload_optimizer are not supported: "
             "checkpoints read ZeRO's partitions"
         )
     for key in ("reduce_scatter", "contiguous_gradients"):  # without the latter, stage 1 averages different experts
         if zero.get(key) is False:
-            raise UserError(f"parallel.deepspeed: {path}: {key}: false does not work with experts; delete it here")
-    return knobs
+            raise UserError(f"{where}: {key}: false does not work with experts; delete it here")
+    for prefix, section, reasons in (("", knobs, NO_KNOBS), ("zero_optimization.", zero, NO_ZERO_KNOBS)):
+        for key in sorted(section.keys() & reasons.keys()):
+            raise UserError(f"{where}: {prefix}{key} is no engine knob: {reasons[key]}; delete it here")
+    return validate(Knobs, knobs, where).model_dump(exclude_unset=True, exclude_none=True)
 
 
 def zero_stage(path: Path) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.classifier import Classifier
@@ -57,7 +57,7 @@ def score_files(comparison: Comparison, json: Path | None = None) -> dict[str, A
     scorer.check_samples(len(samples), labels)
     with Progress(total=len(samples), desc="samples", unit="image") as bar:
         features = scorer.features_of_all(samples.batches(_BATCH), str(comparison.samples), bar.update)
-    print("distances and neighbours ...", flush=True)
+    log.say("distances and neighbours ...", flush=True)
     scores = {**scorer.score(features, labels), "samples": str(comparison.samples)}
     print_scores(scores)
     if json is not None:
@@ -98,15 +98,15 @@ def print_scores(scores: dict[str, Any]) -> None:
             interval = ""
             if f"{name}_low" in scores:
                 interval = f"   ({_shown(scores[f'{name}_low'])} to {_shown(scores[f'{name}_high'])})"
-            print(f"{name:<28} {_shown(value)}{interval}")
+            log.say(f"{name:<28} {_shown(value)}{interval}")
     for name, why in protocol["left_out"].items():
-        print(f"{name:<28} - ({why})")
+        log.say(f"{name:<28} - ({why})")
     for remark in protocol["remarks"]:
-        print(f"warning: {remark}")
+        log.say(f"warning: {remark}")
     if (classes := protocol["classes"]) is not None and not classes["balanced"]:
         low, high = classes["per_class"]
         empty = f"; classes without samples: {classes['empty']}" if "empty" in classes else ""
-        print(f"warning: classes are unbalanced: {low} to {high} samples each{empty}")
+        log.say(f"warning: classes are unbalanced: {low} to {high} samples each{empty}")
 
 
 def _shown(value: float) -> str:
@@ -132,7 +132,7 @@ def _check_sizes(comparison: Comparison, samples: ImageFiles, real: Images | Non
             "are needed"
         )
     if len(samples) < _PUBLISHED_IMAGES:
-        print(
+        log.say(
             f"warning: {len(samples)} images; published scores are of {_PUBLISHED_IMAGES}, and fewer have a larger FID",
             flush=True,
         )

@@ -9,6 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mepa_ds import log
+from mepa_ds.safety.text import printable
+
 # In a file: a first line after so many seconds, and so many seconds between lines. Quick commands write none.
 _FIRST_SECONDS, _LINE_SECONDS = 10.0, 30.0
 
@@ -24,7 +27,7 @@ class Progress(tqdm):  # type: ignore[type-arg]  # at run time it has no argumen
         self._line_due = time.monotonic() + _FIRST_SECONDS
         if self._writes_lines:
             options |= {"disable": bool(options.get("disable")), "leave": False, "ncols": 0, "delay": 0}
-        super().__init__(iterable, desc, *words, **options)
+        super().__init__(iterable, None if desc is None else printable(desc), *words, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:  # type: ignore[override]
         """Draws the bar, or writes a line if one is due. tqdm calls this for everything that it shows."""
@@ -32,7 +35,7 @@ class Progress(tqdm):  # type: ignore[type-arg]  # at run time it has no argumen
             return bool(super().display(msg, pos))  # type: ignore[func-returns-value]
         if msg is None and time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + _LINE_SECONDS
-            print(str(self).strip(), file=sys.stderr, flush=True)
+            log.note(str(self).strip())
         return False
 
     def clear(self, *arguments: Any, **options: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
 from mepa_ds.data.shards.left_out import few
 from mepa_ds.errors import UserError
 from mepa_ds.project import files
@@ -34,7 +35,7 @@ def make_project(out: Path, source: str, asked: dict[str, Any]) -> tuple[ImageFa
     place = source if source == DIGITS else str(Path(source).expanduser().absolute())
     files.check_place(out, place)
     images, layout = look(source), Layout()
-    print("\n".join(seen(images)), flush=True)
+    log.say("\n".join(seen(images)), flush=True)
     asked = {"source": images.source, **asked}
     before = files.read(out)
     if before is not None and (before.asked, before.images) == (asked, files.as_json(images)):
@@ -47,10 +48,10 @@ def make_project(out: Path, source: str, asked: dict[str, Any]) -> tuple[ImageFa
         )
     machine = this_machine(asked["gpus"], asked["memory"])
     chosen = _chosen(images, machine, asked, layout)
-    print("\n".join(chose(images, machine, chosen)))
+    log.say("\n".join(chose(images, machine, chosen)))
     texts = _texts(images, chosen, layout)
     files.write(out, texts, asked, images, machine, chosen)
-    print(f"written:  {', '.join([*texts, files.NAME])} in {printable(str(out))}", flush=True)
+    log.say(f"written:  {', '.join([*texts, files.NAME])} in {printable(str(out))}", flush=True)
     return images, chosen, layout
 
 
@@ -69,7 +70,7 @@ def _renew(out: Path, before: files.Written, images: ImageFacts, layout: Layout)
     """Writes what has been removed, and says what is kept as it was edited."""
     names = files.edited(out, before)
     if names:
-        print(f"kept:     {few(names)} as edited since; remove it to have it written anew")
+        log.say(f"kept:     {few(names)} as edited since; remove it to have it written anew")
     else:
-        print(f"kept:     the recipes of {printable(str(out))}, of an earlier start with the same images and options")
+        log.say(f"kept:     the recipes of {printable(str(out))}, of an earlier start with the same images and options")
     files.restore(out, before, _texts(images, before.choices, layout))

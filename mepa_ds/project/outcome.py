@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_json
 from mepa_ds.machine import peak_resident_bytes
@@ -22,7 +23,7 @@ from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
 
 def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, folder: Path) -> None:
     """Writes `layout.report` and says where everything is; `folder` is the project's, as the user named it."""
-    print(f"{place} report", flush=True)
+    log.say(f"{place} report", flush=True)
     started = time.perf_counter()
     code, usage = run_quietly(report_command(layout))
     if code:
@@ -38,11 +39,11 @@ def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, fol
     report["stage_seconds"] = {**seconds, "total": round(sum(seconds.values()), 2)}
     report["stage_peak_memory"] = {f"{name}_bytes": stage.peak_memory_bytes for name, stage in stages.items()}
     write_json(layout.report, report)
-    print(format_report(report))
+    log.say(format_report(report))
     page = layout.pretrain / "report.html"
-    print(f"\nsamples: {folder / layout.grid}\nreport:  {folder / (page if page.exists() else layout.report)}")
+    log.say(f"\nsamples: {folder / layout.grid}\nreport:  {folder / (page if page.exists() else layout.report)}")
     there = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
-    print(f"web page to draw on: {there}{serve_command(layout)}")
+    log.say(f"web page to draw on: {there}{serve_command(layout)}")
 
 
 def _scores(chosen: Choices, layout: Layout) -> dict[str, float]:

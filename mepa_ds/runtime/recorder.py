@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.log_line import LogLine, words_of_pretraining
 from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
@@ -143,7 +143,7 @@ class RunRecorder(Recorder):
 
     def say(self, line: str) -> None:
         with suppress(OSError):  # a full disk may cost lines of the log, but does not end a run
-            self._bar.write(line)
+            self._bar.write(log.shown(line))
             sys.stdout.flush()
 
     def warn(self, kind: str, step: int, line: str, **values: Any) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -21,18 +23,28 @@ MOST_ARCHIVE_BYTES = 1 << 29
 """512 MiB of arrays of one archive, unpacked: offset indices have less than 100 bytes a sample."""
 _MOST_HEADER = 1 << 16
 _MOST_DEPTH = 100
+_MOST_INT = 10**300
+_MUCH_TOO_LONG = "it holds a number that is beyond all floating-point numbers"
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Raises ValueError for what is no JSON, for NaN and infinities, and for what is nested without end."""
+    """Raises ValueError for what is no JSON, for NaN, infinities (1e999 too) and whole numbers beyond all floats, for
+    half characters, which no file can take, and for what is nested without end."""
     try:
+        text = text if isinstance(text, str) else text.decode("utf-8-sig")
         value = json.loads(text, parse_constant=_refuse_constant)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is no UTF-8 text ({error.reason} at byte {error.start})") from None
-    if _depth_exceeds(value, _MOST_DEPTH):
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
+    except UnicodeError as error:
+        raise ValueError(f"it is no UTF-8 text ({error})") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(_MUCH_TOO_LONG if "integer string conversion" in str(error) else str(error)) from None
+    _check_values(value)
     return value
 
 
@@ -113,18 +125,22 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is no JSON")
 
 
-def _depth_exceeds(value: Any, most: int) -> bool:
+def _check_values(value: Any) -> None:
     level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for item in level
-            if isinstance(item, (dict, list))
-            for inner in (item.values() if isinstance(item, dict) else item)
-        ]
-        if not level:
-            return False
-    return True
+    for _ in range(_MOST_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            kind = type(item)
+            if kind is dict:
+                inner.extend(item.values())
+            elif kind is list:
+                inner.extend(item)
+            elif (kind is int and not -_MOST_INT < item < _MOST_INT) or (kind is float and math.isinf(item)):
+                raise ValueError(_MUCH_TOO_LONG)
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
 def _kind(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.values import PositiveInt, UserPath
@@ -134,7 +134,7 @@ def run_pipeline(path: Path, profile: Profile, dry_run: bool, check_words: Check
         refuse_while_active(record)
     stages = [stage for stage in _stages(config, run) if stage.jobs]
     if not stages:
-        print(f"{run}: all stages are done")
+        log.say(f"{run}: all stages are done")
         return []
     check_cluster(profile, max(config.pretrain.nodes, config.tokenizer.nodes if config.tokenizer else 1), asks)
     _check_words(config, check_words)
@@ -218,7 +218,7 @@ def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bo
             ends = []
             for job, check in stage.jobs:
                 job = replace(job, after=after)
-                print(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
+                log.say(f"{stage.name}: {shlex.join(sbatch_command(job, profile))}")
                 if dry_run:
                     continue
                 number = submit(job, profile, record)
@@ -227,7 +227,7 @@ def _submit_all(stages: list[Stage], profile: Profile, record: Path, dry_run: bo
                     number = submit(replace(check, after=after, after_any=number), profile, record)
                     numbers.append(number)
                 ends.append(number)
-                print(f"{stage.name}: job {number}")
+                log.say(f"{stage.name}: job {number}")
             after = tuple(ends)
     return numbers
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.config.base import Section, load_config
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.pretrain import PretrainConfig
@@ -114,7 +114,7 @@ def asks_slurm(profile: Profile, dry_run: bool) -> bool:
     """Whether SLURM is asked. A dry run where there is no SLURM says what it leaves unchecked."""
     if not dry_run or scheduler.is_here():
         return True
-    print(
+    log.say(
         "no SLURM here (scontrol or sbatch is not found, or knows no cluster). Not checked: whether partition "
         f"{profile.get('PARTITION')} exists and has such nodes, whether a job is at work in the same output_dir, and "
         "whether SLURM would take the job"
@@ -152,7 +152,7 @@ def check_recipe(
     paths = list(recipe_paths(request.recipe, request.overrides))
     check_paths(profile, [("recipe", request.recipe.resolve()), ("output_dir", output_dir(request)), *paths])
     if later := [name for name, path in paths if request.after and not is_there(path)]:
-        print(f"not there yet, left to job {', '.join(request.after)}: {', '.join(later)}")
+        log.say(f"not there yet, left to job {', '.join(request.after)}: {', '.join(later)}")
         made_before = made_before | set(later)
     for name, path in paths:
         if name not in made_before:
@@ -165,7 +165,7 @@ def check_recipe(
         read_here = {name for name, _ in paths} - made_before
         if "branch_from" in read_here and (made_before | elsewhere).isdisjoint(("tokenizer", *SET_KEYS)):
             check_branch(config)
-        print(check_plan(profile, request.recipe.resolve(), config, world_size))
+        log.say(check_plan(profile, request.recipe.resolve(), config, world_size))
 
 
 def refuse_while_active(record: Path) -> None:
@@ -183,11 +183,11 @@ def hand_over(job: Job, profile: Profile, record: Path, dry_run: bool, hint: str
     command = sbatch_command(job, profile)
     if asks:
         test_only(command)
-    print(shlex.join(command))
+    log.say(shlex.join(command))
     if dry_run:
         return None
     number = submit(job, profile, record)
-    print(f"job {number} submitted; {hint}")
+    log.say(f"job {number} submitted; {hint}")
     return number
 
 
@@ -221,7 +221,7 @@ def _submit_study(request: Request, profile: Profile, asks: bool) -> str | None:
     if not left:
         if not request.dry_run:
             _link_parts(state, runs)
-        print(f"{manifest}: all {len(lines)} runs are done")
+        log.say(f"{manifest}: all {len(lines)} runs are done")
         return None
     # Members read their line when they start, and the user's file may have other lines by then.
     copied = state / "manifest.txt"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mepa_ds import distributed
+from mepa_ds import distributed, log
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.changes import changes_in_words, recipe_changes
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
@@ -276,4 +276,4 @@ def _start_from(tokenizer: Tokenizer, path: Path) -> None:
 
 def _say(message: str) -> None:
     if distributed.is_main():
-        print(message, flush=True)
+        log.say(message, flush=True)

@@ -72,7 +72,7 @@ class TokenizerRecords:
         """Prints a line, above the progress bar."""
         if self._writer is not None:
             with suppress(OSError):  # a full disk may cost lines of the log, but does not end a run
-                self._bar.write(line)
+                self._bar.write(log.shown(line))
                 sys.stdout.flush()
 
     def status(self, state: RunStatus, step: int, **facts: str) -> None:

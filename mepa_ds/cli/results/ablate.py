@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
         submit_planned(planned(ablation).fleet, options, options.dry_run)
     elif options.dry_run:
-        print(_format(ablation))
+        log.say(_format(ablation))
     else:
         _run(ablation, options)
 
@@ -66,9 +66,9 @@ def _run(ablation: AblationConfig, options: AblateOptions) -> None:
     if not options.report_only:
         members = FleetRunner(fleet, options.jobs).run()
         is_whole = end_of(fleet, list(members.values()), f"mepa ablate {ablation.output_dir}")
-    print(f"report: {write_report(ablation, fleet.members(), options.write_into)}")
+    log.say(f"report: {write_report(ablation, fleet.members(), options.write_into)}")
     if options.write_into is not None:
-        print(f"        {options.write_into}")
+        log.say(f"        {options.write_into}")
     if not is_whole:
         sys.exit(1)
 

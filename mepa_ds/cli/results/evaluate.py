@@ -107,7 +107,7 @@ def _make_reference(options: EvaluateOptions, shards: Path) -> None:
 
     assert options.out is not None
     counts = make_reference(shards, options.out, options.features, options.inception, options.image_side)
-    print(f"{options.out}: statistics of {counts['num_images']} images, and {counts['num_kept']} of them")
+    log.say(f"{options.out}: statistics of {counts['num_images']} images, and {counts['num_kept']} of them")
 
 
 def _fit_classifier(options: EvaluateOptions, shards: Path) -> None:
@@ -116,7 +116,7 @@ def _fit_classifier(options: EvaluateOptions, shards: Path) -> None:
 
     assert options.out is not None
     classifier = fit_classifier(shards, options.out, options.heldout, options.image_side)
-    print(
+    log.say(
         f"{options.out}: classifies {100 * classifier.heldout_accuracy:.2f} % of {classifier.config.num_heldout} "
         "held-out images rightly"
     )

@@ -96,10 +96,10 @@ def main(argv: list[str]) -> None:
         write_json(options.out / "scores.json", {**found.scores, "notes": found.notes, "protocol": protocol})
         title = f"{options.tokenizer.name}: {_headline(found.scores)}; columns: decoded up to each scale"
         save_png(tokenizer_sheet(tokenizer, found.shown_B3HW, title), options.out / "reconstructions.png")
-    print("\n".join(_table(found.scores, tokenizer.schedule.sides)))
+    log.say("\n".join(_table(found.scores, tokenizer.schedule.sides)))
     for note in found.notes:
-        print(f"note: {note}")
-    print(f"{options.out / 'scores.json'}\n{options.out / 'reconstructions.png'}")
+        log.say(f"note: {note}")
+    log.say(f"{options.out / 'scores.json'}\n{options.out / 'reconstructions.png'}")
 
 
 def _headline(scores: dict[str, Any]) -> str:

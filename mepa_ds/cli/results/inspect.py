@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     out = options.out or (subject.run or Path()) / "inspect" / subject.source.name
     check_writable(out, "--out")
     step = "" if subject.step is None else f", step {subject.step}"
-    print(f"inspecting {subject.source}{step}")
+    log.say(f"inspecting {subject.source}{step}")
     pictures = []
     with naming_full_disks(out), naming_full_gpus(options.batch_size):
         parts = _Parts(options, subject, out)
@@ -96,10 +96,10 @@ def main(argv: list[str]) -> None:
         left_out += parts.notes
         index = write_index(out, subject, pictures, left_out)
     for picture in pictures:
-        print(picture.path)
+        log.say(picture.path)
     for line in left_out:
-        print(f"left out: {line}")
-    print(f"what each shows: {index}")
+        log.say(f"left out: {line}")
+    log.say(f"what each shows: {index}")
 
 
 class _Parts:

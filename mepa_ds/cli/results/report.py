@@ -41,13 +41,13 @@ def main(argv: list[str]) -> None:
             write_json(path, report)
         except OSError as error:  # another user's run, say
             log.note(f"warning: {path} cannot be written: {error.strerror}")
-        print(f"{records.directory}\n" if len(read) > 1 else "", end="")
-        print(format_report(report))
+        log.say(f"{records.directory}\n" if len(read) > 1 else "", end="")
+        log.say(format_report(report))
         for note in records.notes:  # the page has them too
             log.note(f"note: {records.directory}: {note}")
     page = options.out or (read[0].directory / "report.html" if len(read) == 1 else Path("report.html"))
     size = write_page(read, page)
-    print(f"page: {page} ({size / 2**20:.1f} MiB)")
+    log.say(f"page: {page} ({size / 2**20:.1f} MiB)")
 
 
 if __name__ == "__main__":

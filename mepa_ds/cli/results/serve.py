@@ -72,13 +72,13 @@ def main(argv: list[str]) -> None:
 
     def ready() -> None:
         shown = f"[{host}]" if ":" in host else host
-        print(f"showing {found.source}{step}, {model.config.num_classes} classes", flush=True)
+        log.say(f"showing {found.source}{step}, {model.config.num_classes} classes", flush=True)
         if not is_loopback(server):
-            print("anybody on the network can use this page; --host 127.0.0.1 keeps it to this machine", flush=True)
-        print(f"open http://{shown}:{port}/   (Ctrl-C ends)", flush=True)
+            log.say("anybody on the network can use this page; --host 127.0.0.1 keeps it to this machine", flush=True)
+        log.say(f"open http://{shown}:{port}/   (Ctrl-C ends)", flush=True)
 
     serve(make_app(drawer), server, drawer, ready)
-    print("ended")
+    log.say("ended")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 
 COMMANDS = {
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
     """Calls the sub-command that `argv` names."""
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {name:<9}{meaning}" for name, meaning in COMMANDS.items()]
-        print("usage: mepa scale COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + f"\n\n{_EXAMPLE}\n")
-        print("mepa scale COMMAND --help explains each; docs/scaling.md explains the whole.")
+        log.say("usage: mepa scale COMMAND [ARGUMENTS]\n\n" + "\n".join(lines) + f"\n\n{_EXAMPLE}\n")
+        log.say("mepa scale COMMAND --help explains each; docs/scaling.md explains the whole.")
         sys.exit(0 if argv else 2)
     if argv[0] not in COMMANDS:
         raise UserError(f"mepa scale: no command {argv[0]!r}; there are {', '.join(COMMANDS)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.config.base import load_config
 from mepa_ds.config.pretrain import PretrainConfig
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
         from mepa_ds.planning.cluster.figure import draw
 
         draw([entry.best for entry in found if entry.best is not None], options.figure)
-    print(format_found(found, workload, cluster, options.assume, batch))
+    log.say(format_found(found, workload, cluster, options.assume, batch))
 
 
 def numbers_of(text: str) -> list[int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.scaling.columns import BY_SCALE, COLUMNS, SCORES
 from mepa_ds.scaling.running.collect import TABLE_NAME, collect
 from mepa_ds.scaling.study.plan import read_study
@@ -28,4 +29,4 @@ def main(argv: list[str]) -> None:
     study = read_study(options.study)
     table = collect(study)
     counts = ", ".join(f"{count} {status}" for status, count in table["status"].value_counts().items())
-    print(f"{len(table)} runs ({counts}): {study.output_dir / TABLE_NAME}.csv and .parquet")
+    log.say(f"{len(table)} runs ({counts}): {study.output_dir / TABLE_NAME}.csv and .parquet")

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.cli.scale.moe_option import DENSE, MoEText, moe_of
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
@@ -53,4 +54,4 @@ def main(argv: list[str]) -> None:
         for size in options.sizes:
             model = member(size, moe, options.head_width, settings)
             rows.append(family_row(size + suffix, model, options.ranks))
-    print(json.dumps(rows, indent=1) if options.json else format_family(rows))
+    log.say(json.dumps(rows, indent=1) if options.json else format_family(rows))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import pandas as pd
 import tyro
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.reports.html import short
 from mepa_ds.scaling.fit_files import write_fits
@@ -114,8 +115,8 @@ def main(argv: list[str]) -> None:
     )
     target = options.json or path.parent / FITS_NAME
     write_fits(target, analyse(table, path, asked))
-    print(format_fits(json.loads(target.read_text()), table, columns))
-    print(target)
+    log.say(format_fits(json.loads(target.read_text()), table, columns))
+    log.say(target)
 
 
 def _table_path(given: Path) -> Path:

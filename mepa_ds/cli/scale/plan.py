@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.scaling.study.plan import check_directory, make_plan, plan_facts, read_study, write_plan
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     facts = plan_facts(plan)
     if not options.dry_run:
         write_plan(plan)
-    print(json.dumps(facts, indent=1) if options.json else format_plan(facts, study.output_dir, options.dry_run))
+    log.say(json.dumps(facts, indent=1) if options.json else format_plan(facts, study.output_dir, options.dry_run))
 
 
 def format_plan(facts: dict[str, Any], output_dir: Path, dry_run: bool) -> str:

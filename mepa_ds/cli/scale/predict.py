@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.cli.scale.moe_option import MoEText, moe_of
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.config.base import validate
@@ -71,9 +72,9 @@ def main(argv: list[str]) -> None:
     found = predict(entry.fit, input_columns(entry.fit, entry.columns), models, flops, unique)
     warnings = [*stale(document), *found.warnings]
     if options.json:
-        print(json.dumps({**found.to_dict(), "warnings": warnings, "fits": str(path)}, indent=1))
+        log.say(json.dumps({**found.to_dict(), "warnings": warnings, "fits": str(path)}, indent=1))
     else:
-        print(format_prediction(found, path, warnings))
+        log.say(format_prediction(found, path, warnings))
 
 
 def _flops(options: PredictOptions, study: StudyConfig | None) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.scaling.laws import FitOptions
 from mepa_ds.scaling.report.hold_out import verdict
 from mepa_ds.scaling.report.page import warnings
@@ -36,9 +37,9 @@ def main(argv: list[str]) -> None:
     table = collect(study)
     report = write_report(study, table, FitOptions(draws=options.draws))
     for sentence in warnings(report.document, table):
-        print(f"warning: {sentence}")
+        log.say(f"warning: {sentence}")
     for name, found in report.document["hold_out"].items():
         for one in found:
-            print(f"held out, law {name}: {verdict(one)}")
+            log.say(f"held out, law {name}: {verdict(one)}")
     laws = ", ".join(report.document["laws"]) or "none"
-    print(f"{report.page}: {len(report.figures)} figures, laws {laws}")
+    log.say(f"{report.page}: {len(report.figures)} figures, laws {laws}")

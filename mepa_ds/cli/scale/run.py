@@ -45,16 +45,16 @@ def main(argv: list[str]) -> None:
     members = FleetRunner(fleet_of(study), options.jobs).run()
     if not end_of(fleet_of(study), list(members.values()), f"mepa scale run {study.output_dir}"):
         sys.exit(1)
-    print(f"all {len(members)} runs are finished; next: mepa scale report {study.output_dir}")
+    log.say(f"all {len(members)} runs are finished; next: mepa scale report {study.output_dir}")
 
 
 def end_of(fleet: Fleet, members: Sequence[Member], again: str) -> bool:
     """Returns whether all runs are finished; names those that are not, and the command that tries `again`."""
     bad = [member for member in members if member.state != "finished"]
     for member in bad:
-        print(f"{member.name}: {member.state}; log: {log_path(fleet, member.name)}")
+        log.say(f"{member.name}: {member.state}; log: {log_path(fleet, member.name)}")
     if bad:
-        print(f"{len(members) - len(bad)} of {len(members)} runs are finished; {again} tries again")
+        log.say(f"{len(members) - len(bad)} of {len(members)} runs are finished; {again} tries again")
     return not bad
 
 
@@ -66,7 +66,7 @@ def _submit(study: StudyConfig, options: RunOptions) -> None:
         return fleet_of(study)
 
     if waiting := submit_planned(planned, options, options.dry_run):
-        print(
+        log.say(
             f"{len(waiting)} runs wait for others (mepa scale status {study.output_dir} says for which): run this "
             "command again when those are done"
         )

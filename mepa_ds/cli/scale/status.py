@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.scaling.running.members import member_of
 from mepa_ds.scaling.running.status import format_status, status_rows
 from mepa_ds.scaling.study.plan import read_plan, read_study
@@ -26,4 +27,4 @@ class StatusOptions:
 def main(argv: list[str]) -> None:
     options = tyro.cli(StatusOptions, prog="mepa scale status", args=argv)
     members = [member_of(row) for row in read_plan(read_study(options.study))]
-    print(json.dumps(status_rows(members), indent=1) if options.json else format_status(members))
+    log.say(json.dumps(status_rows(members), indent=1) if options.json else format_status(members))

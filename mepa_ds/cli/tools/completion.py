@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.completion import Shell, Words
 
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(CompletionOptions, prog="mepa completion", args=argv)
     from mepa_ds.command_line.completion import script
 
-    print(script(options.shell, "mepa", all_words()), end="")
+    log.answer(script(options.shell, "mepa", all_words()).removesuffix("\n"))
 
 
 def all_words() -> Words:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from mepa_ds import log
 from mepa_ds.command_line import entry
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def main(argv: list[str]) -> None:
     options = tyro.cli(DoctorOptions, prog="mepa doctor", args=argv)
     findings = list(look(options))
     if options.json:
-        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+        log.say(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
-        print("\n".join(line for finding in findings for line in _lines(finding)))
+        log.say("\n".join(line for finding in findings for line in _lines(finding)))
         counts = Counter(finding.level for finding in findings)
-        print(f"{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok")
+        log.say(f"{counts['problem']} problems, {counts['note']} notes, {counts['ok']} ok")
     if any(finding.level == "problem" for finding in findings):
         sys.exit(1)
 

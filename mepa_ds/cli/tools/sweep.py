@@ -50,7 +50,7 @@ def main(argv: list[str]) -> None:
 
         submit_planned(planned(sweep).fleet, options, options.dry_run)
     elif options.dry_run:
-        print(_format_plan(sweep))
+        log.say(_format_plan(sweep))
     else:
         _run(sweep, options)
 
@@ -67,8 +67,8 @@ def _run(sweep: SweepConfig, options: SweepOptions) -> None:
         members = FleetRunner(fleet, options.jobs).run()
         is_whole = end_of(fleet, list(members.values()), f"mepa sweep {sweep.output_dir}")
     rows = table_of(fleet.members())
-    print("\n".join(aligned(format_table(rows))))
-    print(f"table: {write_table(rows, sweep.output_dir)}")
+    log.say("\n".join(aligned(format_table(rows))))
+    log.say(f"table: {write_table(rows, sweep.output_dir)}")
     if not is_whole:
         sys.exit(1)
 

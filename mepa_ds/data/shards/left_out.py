@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mepa_ds import log
 from mepa_ds.safety.text import printable
 
 _SHOWN = 5
@@ -49,7 +50,7 @@ class LeftOut:
     def note(self, where: object) -> None:
         """Prints what was left out of `where`, if anything was."""
         if self:
-            print(f"{where}: {self}")
+            log.say(f"{where}: {self}")
 
     def to_json(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         return {reason: (count, tuple(self.names[reason])) for reason, count in self.counts.items()}

@@ -14,6 +14,7 @@ from types import TracebackType
 from tqdm import tqdm
 from typing_extensions import Self
 
+from mepa_ds import log
 from mepa_ds.watching.run import WatchedRun
 
 _EVERY_SECONDS = 0.5
@@ -78,9 +79,9 @@ class Display:
     def say(self, line: str) -> None:
         """A line of the log, above the bar."""
         if self.has_bar:
-            self._bar.write(line)
+            self._bar.write(log.shown(line))
         else:
-            print(line, flush=True)
+            log.say(line, flush=True)
 
     def begin(self, index: int, spent_before: float) -> str:
         """A stage starts, on which earlier starts have spent so many seconds. Returns what to say of the time left."""

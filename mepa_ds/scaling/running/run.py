@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.interrupts import Interrupted
+from mepa_ds.safety.text import printable
 from mepa_ds.scaling.running.learning_rates import replan_after_sweep
 from mepa_ds.scaling.running.members import Member, member_of, set_stale_aside
 from mepa_ds.scaling.running.workers import Worker, last_lines, slots, start
@@ -68,7 +69,7 @@ class FleetRunner:
             UserError: the first runs all failed, so something is wrong with all of them.
             Interrupted: this process was asked to stop; the runs have saved by then.
         """
-        bar = tqdm(total=100.0, desc=self._fleet.name, unit="%", disable=None, bar_format=_BAR)
+        bar = tqdm(total=100.0, desc=printable(self._fleet.name), unit="%", disable=None, bar_format=_BAR)
         try:
             while True:
                 self._look()

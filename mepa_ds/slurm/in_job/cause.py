@@ -6,7 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+from mepa_ds import log
 from mepa_ds.runtime.lost_peers import is_lost_peer
+from mepa_ds.safety.text import printable
 
 _SUMMARY = "ChildFailedError"  # torchrun's last line, whatever has failed
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
@@ -48,7 +50,7 @@ def main() -> None:
         cause = cause_of(file.read().decode(errors="replace"))
     if cause is None:
         sys.exit(1)
-    print(cause)
+    log.say(printable(cause))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from mepa_ds import log
 from mepa_ds.config.paths import given_path
 from mepa_ds.errors import UserError
 from mepa_ds.files import make_way
@@ -73,18 +74,18 @@ def main(argv: Sequence[str]) -> None:
     action, scratch, recipe, *overrides = argv
     for key, source, target in sets_to_copy(Path(scratch), given_path(recipe, "recipe"), overrides):
         if action == "overrides":
-            print(f"{key}={target}")
+            log.answer(f"{key}={target}")
         elif copied := copy_set(source, target):
-            print(
+            log.say(
                 f"{os.environ.get('SLURMD_NODENAME', 'here')}: {source} -> {target}, {copied / 1e6:.1f} MB", flush=True
             )
         else:
-            print(f"{os.environ.get('SLURMD_NODENAME', 'here')}: {target} is there already", flush=True)
+            log.say(f"{os.environ.get('SLURMD_NODENAME', 'here')}: {target} is there already", flush=True)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (UserError, OSError) as error:
-        print(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}", file=sys.stderr, flush=True)
+        log.note(f"error: {os.environ.get('SLURMD_NODENAME', 'here')}: {error}")
         sys.exit(2 if isinstance(error, UserError) else 1)  # a failing disk may be a fault of one node

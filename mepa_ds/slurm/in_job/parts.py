@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mepa_ds import log
+
 RESULT = "result"
 DONE = "done"
 _SHOWN = 10
@@ -44,12 +46,12 @@ def main() -> None:
     state, parts = Path(sys.argv[1]), int(sys.argv[2])
     left = {part: result for part, result in results(state, parts).items() if result != DONE}
     if not left:
-        print(f"{state}: all {parts} parts are done", flush=True)
+        log.say(f"{state}: all {parts} parts are done", flush=True)
         return
     for part, result in list(left.items())[:_SHOWN]:
-        print(f"part {part}: {result}", flush=True)
+        log.say(f"part {part}: {result}", flush=True)
     first, cause = next(iter(left.items()))
-    print(
+    log.say(
         f"error: {len(left)} of {parts} parts are not done: {array_of(list(left))} (part {first}: {cause}); "
         "their logs are in "
         f"{state}; the same `mepa slurm` command again starts only these",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mepa_ds import shipped
+from mepa_ds import log, shipped
 from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.values import HUB
@@ -65,12 +65,12 @@ def main(argv: Sequence[str]) -> None:
     value = recipe_value(key, given_path(recipe, "recipe"), overrides)
     if value is None:
         raise UserError(f"{recipe}: {key}: required, but not given")
-    print(value)
+    log.answer(str(value))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        log.note(f"error: {error}")
         sys.exit(2)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.images.sets import write_npz
 
@@ -61,12 +62,12 @@ def pack(weights: Path, images: Path, per_class: int, out: Path) -> int:
 def main(argv: Sequence[str]) -> None:
     action, weights, *rest = argv
     if action == "classes":
-        print(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
+        log.answer(",".join(map(str, classes_of_part(Path(weights), int(rest[0]), int(rest[1])))))
         return
     images, per_class, out, scores, reference, inception = rest
     if not Path(out).exists():
         count = pack(Path(weights), Path(images), int(per_class), Path(out))
-        print(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
+        log.say(f"{out}: {count} images as arr_0, {num_classes(Path(weights))} classes", flush=True)
     if scores != "-":
         from mepa_ds.evaluation.score_files import Comparison, score_files
         from mepa_ds.evaluation.scorer import ScorerOptions
@@ -79,5 +80,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        log.note(f"error: {error}")
         sys.exit(2)
