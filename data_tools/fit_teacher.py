@@ -14,7 +14,9 @@ import tyro
 from torch import Tensor
 
 from mepa_ds import distributed, log
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.config.base import Section, validate
+from mepa_ds.data.remote.schemes import allow
 from mepa_ds.data.shard_set import LABEL_EXTENSION, ShardSet, spread
 from mepa_ds.data.shards.index import images_identity
 from mepa_ds.data.shards.offset_index import label_number
@@ -55,8 +57,12 @@ class FitTeacher:
     """Fit on this many images, spread evenly over the set. A network holds them in memory."""
     steps: int | None = None
     """A network: training steps of 128 images, or of all if there are fewer [default: 300]."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
     def __call__(self) -> None:
+        allow(self.remote_schemes)
         images = open_images(self.images)
         samples = spread(len(images), self.max_images)
         config = self._config(len(samples), images_identity(images.index))

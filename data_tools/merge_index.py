@@ -25,6 +25,7 @@ from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
+from mepa_ds.data.remote.schemes import check_given
 from mepa_ds.data.remote.urls import is_remote
 from mepa_ds.data.shards.index import (
     FOREIGN,
@@ -33,9 +34,11 @@ from mepa_ds.data.shards.index import (
     Member,
     ShardEntry,
     ShardIndex,
+    is_plain,
     keys_digest,
     read_description,
     stored_description,
+    why_not_plain,
     write_offset_index,
 )
 from mepa_ds.data.shards.left_out import LeftOut
@@ -90,6 +93,8 @@ class Scan:
         _check_foreign(out)
         if is_remote(self.shards):
             check_near(out)
+            for url in urls:
+                check_given(url, "shards")
             remote = self.cache.of(urls)
             if (index := signed_anew(out, remote, classes)) is not None:
                 return index
@@ -97,6 +102,8 @@ class Scan:
             scanned = fetch_all(partial(_scan_remote_shard, out), list(zip(urls, names, strict=True)), "scanning")
         else:
             names = [Path(path).name for path in urls]
+            if foreign := next((name for name in names if not is_plain(name)), None):
+                raise UserError(f"{out}: {why_not_plain(foreign)}, and scan again")
             if len(set(names)) < len(names):
                 raise UserError(f"{self.shards}: two of these shards have the same name; names in a set are unique")
             scan = unordered_map(partial(_scan_shard, out), names, self.workers)

@@ -81,7 +81,8 @@ class Tokens:
 
     def prepared(self) -> Callable[[], None]:
         """Opens everything and checks it against what `out` already holds. The returned function does the work."""
-        images, device = open_images(self.images), _device(self.run)
+        device = _device(self.run)
+        images = open_images(self.images)
         tokenizer = _load_tokenizer(self.tokenizer, self.scales).to(device)
         config = tokenizer.config
         views = Views.parse(self.views, config.image_side, self.views_seed)
@@ -134,7 +135,8 @@ class Features:
     def prepared(self) -> Callable[[], None]:
         """As `Tokens.prepared`. A PCA basis is fitted by the function that it returns."""
         components = pca_components(self.codec)
-        images, device = open_images(self.images), _device(self.run)
+        device = _device(self.run)
+        images = open_images(self.images)
         _allow_tf32(device)
         teacher = build_teacher(self.teacher, self.weights, self.grid_side).to(device)
         if self.cls and not teacher.has_cls:

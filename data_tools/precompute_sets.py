@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from mepa_ds import distributed, log
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.data.images import decode_sample
 from mepa_ds.data.prefetch import ordered_map
 from mepa_ds.data.remote.fetched_ahead import AHEAD
+from mepa_ds.data.remote.schemes import allow
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import Sample, ShardWriter, npy_bytes
@@ -50,8 +52,13 @@ class RunOptions:
     """Job array: split the shards into this many parts (under torchrun each part is split over the ranks)..."""
     part: int = 0
     """...and write this one (0-based). The part that finishes last writes index.json."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
     def check(self) -> None:
+        """Raises UserError for numbers that make no sense. Notes the user's word on addresses."""
+        allow(self.remote_schemes)
         for name, value, least in (("batch-size", self.batch_size, 1), ("workers", self.workers, 0)):
             if value < least:
                 raise UserError(f"--{name}: expected at least {least}, got {value}")

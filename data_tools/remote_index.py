@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import tyro
 from safetensors import SafetensorError, safe_open
 
@@ -18,11 +17,25 @@ from mepa_ds.config.base import validate
 from mepa_ds.data.codecs import BASIS_NAME, pca_components
 from mepa_ds.data.remote.fetching import Check, Transfer, WrongContentError, fetch, fetch_all, json_text, whole_archive
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
+from mepa_ds.data.remote.schemes import allow_these, check_given, how_to_allow, needs_word
 from mepa_ds.data.remote.urls import file_names, is_remote
-from mepa_ds.data.shards.index import INDEX_NAME, ShardEntry, ShardIndex, offset_index_path
+from mepa_ds.data.shards.index import (
+    INDEX_NAME,
+    MOST_OFFSET_BYTES,
+    ShardEntry,
+    ShardIndex,
+    offset_index_path,
+    parse_offset_index,
+)
+from mepa_ds.data.shards.offset_index import check_within
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.errors import UserError
+from mepa_ds.files import read_file
+from mepa_ds.safety.reading import MOST_JSON_BYTES, read_json_object
 from mepa_ds.safety.secrets import redacted
+
+_MOST_BASIS_BYTES = 1 << 28
+"""More than the 134 MB of a thousand components of a teacher 32 768 wide."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,13 @@ class CacheOptions:
     """How many shards are shuffled together (the window); the cache must hold three windows."""
 
     def of(self, urls: list[str]) -> RemoteShards:
+        """The content of remote.json. The addresses are the user's, who is told if others will need consent."""
+        if (scheme := needs_word(urls)) is not None:
+            print(
+                f"these shards are opened by {scheme}: addresses, which a data directory may not name by itself; to "
+                f"use this set, {how_to_allow(scheme)}"
+            )
+        allow_these(urls)
         values = {"urls": urls, "cache": self.cache, "cache_gigabytes": self.cache_gigabytes, "window": self.window}
         return validate(RemoteShards, values, "options")
 
@@ -97,6 +117,7 @@ class Remote:
         if not is_remote(self.url):
             raise UserError(f"{self.url}: is no URL; a local set is used where it lies")
         check_near(self.out)
+        check_given(self._url("x"), "url")
         index = self._index()
         (self.out / INDEX_NAME).unlink(missing_ok=True)  # what is there may be of an older version of the set
         for torn in self.out.glob(".*.tmp"):  # of an earlier start that was killed
@@ -104,7 +125,7 @@ class Remote:
         fetch_all(self._fetch_offset_index, index.shards, "fetching offsets")
         codec = index.made_by.settings.get("codec")
         if codec is not None and pca_components(codec) is not None:
-            fetch(self._url(BASIS_NAME), self.out / BASIS_NAME, _safetensors)
+            fetch(self._url(BASIS_NAME), self.out / BASIS_NAME, _safetensors, None, _MOST_BASIS_BYTES)
         self.cache.of([self._url(shard.name) for shard in index.shards]).write(self.out)
         index.write(self.out)
         return index
@@ -113,18 +134,22 @@ class Remote:
         path = offset_index_path(self.out / shard.name)
         check = partial(_is_offset_index_of, shard)
         if not (shard.sha256 and _passes(check, path)):  # fetched by an earlier start
-            fetch(self._url(path.name), path, check, transfer)
+            fetch(self._url(path.name), path, check, transfer, MOST_OFFSET_BYTES)
 
     def _index(self) -> ShardIndex:
         url = self._url(INDEX_NAME)
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / INDEX_NAME
-            fetch(url, path, json_text)
-            return validate(ShardIndex, json.loads(path.read_bytes()), redacted(url))
+            fetch(url, path, json_text, None, MOST_JSON_BYTES)
+            try:
+                data = read_json_object(path)
+            except ValueError as error:
+                raise UserError(f"{url}: is no index of a shard set: {error}; give the URL of a set") from None
+            return validate(ShardIndex, data, redacted(url))
 
     def _url(self, name: str) -> str:
-        if "{}" in self.url:
-            return self.url.replace("{}", name)
+        if "{}" in self.url:  # names in an index are plain, and quoted as if they were not
+            return self.url.replace("{}", shlex.quote(name) if self.url.startswith("pipe:") else name)
         directory, mark, query = self.url.partition("?")
         return f"{directory.rstrip('/')}/{name}{mark}{query}"
 
@@ -132,9 +157,12 @@ class Remote:
 def _is_offset_index_of(shard: ShardEntry, path: Path, digest: str) -> None:
     """A check: that this is the offset index of a shard, in the version that the index has."""
     whole_archive(path, digest)
-    with np.load(path) as stored:
-        entry_ = json.loads(str(stored["description"]))["entry"]
-    if validate(ShardEntry, entry_, shard.name) != shard:
+    try:
+        offset_index, description = parse_offset_index(read_file(path, MOST_OFFSET_BYTES))
+        check_within(offset_index, shard.bytes, {})
+    except ValueError as error:
+        raise WrongContentError(f"it is no offset index of the shard: {error}") from error
+    if description.entry != shard:
         raise WrongContentError("it is of another version of the shard than the index")
 
 

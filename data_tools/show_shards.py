@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.data.codecs import FEATURES_EXT, SCALE_EXT
 from mepa_ds.data.images import decode_sample
+from mepa_ds.data.remote.schemes import allow
 from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.samples import LABEL_EXTENSION
 from mepa_ds.data.training_sets import TOKENS_EXT, TrainingSets, check_siblings, open_training_sets
@@ -55,6 +57,9 @@ class Options:
     """Pixels of a tile."""
     out: Path = Path("shards.png")
     """PNG file."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
 
 def contact_sheet(options: Options) -> Sheet:
@@ -62,6 +67,7 @@ def contact_sheet(options: Options) -> Sheet:
     for name, value in (("count", options.count), ("side", options.side)):
         if value < 1:
             raise UserError(f"--{name}: expected at least 1, got {value}")
+    allow(options.remote_schemes)
     images = open_images(options.images)
     numbers = np.unique(np.linspace(0, len(images) - 1, options.count).astype(np.int64))
     titles, columns = ["image"], [[_image(images, int(number), options.side) for number in numbers]]

@@ -25,6 +25,7 @@ import tyro
 from mepa_ds import log
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import PathOrName
+from mepa_ds.data.remote.remote_file import REMOTE_NAME
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import offset_index_path, source_images
 from mepa_ds.data.shards.left_out import LeftOut
@@ -73,9 +74,9 @@ class SetReport:
 
 def check_set(directory: Path, options: Options) -> SetReport:
     """Checks all shards of one set."""
-    shards = ShardSet(directory)
-    if shards.cache is not None:
+    if (directory / REMOTE_NAME).exists():
         raise UserError(f"{directory}: its shards are remote; run this where they lie")
+    shards = ShardSet(directory)
     reports = []
     total = sum(shard.bytes for shard in shards.index.shards)
     with Progress(total=total, unit="B", unit_scale=True, desc=str(directory)) as progress:

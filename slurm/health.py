@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mepa_ds import log
 from mepa_ds.config.paths import given_path
+from mepa_ds.safety.text import message
 from mepa_ds.slurm.in_job.recipe_value import recipe_paths
 
 MEETING_SECONDS = 120.0
@@ -101,7 +102,7 @@ def _talk(store: dist.Store, rank: int, world_size: int, node: str, trouble: str
     while absent and time.monotonic() < end:
         for other in sorted(absent):
             if store.check([f"node-{other}"]):
-                name, text = store.get(f"node-{other}").decode().split("\n", 1)
+                name, _, text = store.get(f"node-{other}").decode(errors="replace").partition("\n")
                 lines += [f"{name}: {text}"] if text else []
                 absent.remove(other)
         time.sleep(0.05)
@@ -167,11 +168,11 @@ def main() -> None:
     try:
         lines = meet(rank, world_size, node, local_trouble(state, recipe))
     except LoneTroubleError as trouble:
-        log.say(f"error: health: {trouble}", flush=True)
+        log.say(message(f"error: health: {trouble}"), flush=True)
         sys.exit(1)
     if lines:
         if rank == 0:  # every rank knows; one tells
-            log.say("error: health: " + "; ".join(lines), flush=True)
+            log.say(message("error: health: " + "; ".join(lines)), flush=True)
         sys.exit(1)
     if rank == 0:
         log.say(f"health: {world_size} ranks on {os.environ['SLURM_JOB_NUM_NODES']} nodes are well", flush=True)

@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OWNER_CHECK_SECONDS = 10.0
 REQUEUE_CODE = 75  # as in lib.sh: "not done yet, start me again"
+MOST_BYTES = 4096  # of the owner's file
 RETRY_SECONDS = 0.2  # far below the second within which a rank takes two signals for one request
 
 
@@ -62,7 +65,7 @@ def rank(state: Path, command: list[str]) -> int:
         code = REQUEUE_CODE
     code = code if code >= 0 else 128 - code
     if _read(state / "owner") == me:
-        (state / f"exit-{env['SLURM_JOB_ID']}" / env["RANK"]).write_text(f"{code}\n")
+        _write_anew(state / f"exit-{int(env['SLURM_JOB_ID'])}", str(int(env["RANK"])), f"{code}\n")
     return code
 
 
@@ -112,10 +115,28 @@ def _signal(pid: int) -> None:
 
 
 def _read(path: Path) -> str:
+    """The text of a regular file; empty where there is none. A link is none, nor is what has no end."""
     try:
-        return path.read_text().strip()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return ""
+        return file.read(MOST_BYTES).decode(errors="replace").strip()
+
+
+def _write_anew(directory: Path, name: str, text: str) -> None:
+    """Writes a file of that name into a directory that is no link, in place of whatever has the name there."""
+    folder = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(name, flags, 0o666, dir_fd=folder), "w") as file:
+            file.write(text)
+    finally:
+        os.close(folder)
 
 
 if __name__ == "__main__":

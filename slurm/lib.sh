@@ -9,10 +9,13 @@
 #   mepa_work COMMAND...        runs COMMAND on every rank, then ends the job: done, requeued, or failed with its cause
 #
 # In STATE: owner (job and restart that may write), result (done, requeued, or failed: CAUSE), starts-JOB (a line a
-# start: restart, newest progress), exit-JOB/ (exit status of every rank).
+# start: restart, newest progress), exit-JOB/ (exit status of every rank). A run directory may come from a stranger, and
+# others may write to it: what is read there is checked, and links are not followed (state.sh).
 
 # This file's own folder: in a clone $MEPA_ROOT/slurm, else inside the installed package.
 MEPA_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=slurm/state.sh
+source "$MEPA_SLURM/state.sh"
 REQUEUE_CODE=75   # "not done yet, start me again": what pretrain.py exits with when it was asked to stop
 FENCE_SECONDS=15  # longer than OWNER_CHECK_SECONDS of launch.py
 USER_ERROR_CODE=2 # "your input is wrong": starting again would not help
@@ -21,8 +24,8 @@ say() { printf '=== %(%F %T)T %s\n' -1 "$*"; }
 
 # The last line of the log is the cause: fail STATUS CAUSE
 fail() {
-    [[ -z ${MEPA_STATE:-} ]] || echo "failed: $2" >"$MEPA_STATE/result"
-    echo "error: $2"
+    [[ -z ${MEPA_STATE:-} ]] || put "$MEPA_STATE/result" "failed: $(one_line "$2")" || true
+    printf 'error: %s\n' "$(one_line "$2")"
     exit "$1"
 }
 
@@ -38,21 +41,22 @@ mepa_setup() {
     STOP='' LOG_START=0 RESTART=${SLURM_RESTART_COUNT:-0}
     cd "$MEPA_ROOT" || fail $USER_ERROR_CODE "MEPA_ROOT=$MEPA_ROOT: not visible on $SLURMD_NODENAME"
     export PYTHONUNBUFFERED=1
+    export SLURM_EXPORT_ENV=ALL # sbatch had a list of what the job gets; all of that, and what is set here, is the ranks'
     [[ ! -d $MEPA_ROOT/mepa_ds ]] || export PYTHONPATH=$MEPA_ROOT${PYTHONPATH:+:$PYTHONPATH} # a clone
     load_profile
 }
 
 mepa_begin() {
-    MEPA_STATE=$1 PROGRESS=$2
-    mkdir -p "$MEPA_STATE" || fail $USER_ERROR_CODE "$MEPA_STATE: cannot be made on $SLURMD_NODENAME; choose an output_dir that all nodes can write"
+    open_state "$1"
+    PROGRESS=$(absolute "$2")
     LOG=$(patiently scontrol show job "$JOB" | sed -n 's/^ *StdOut=//p') || LOG=''
-    [[ ! -r $LOG ]] || LOG_START=$(stat -c %s "$LOG")
+    LOG=${LOG%%$'\n'*}
+    [[ ! -f $LOG || ! -r $LOG ]] || LOG_START=$(stat -L -c %s -- "$LOG")
     set_addresses
     take_ownership
     bound_restarts
-    rm -rf "$MEPA_STATE/exit-$SLURM_JOB_ID"
-    mkdir "$MEPA_STATE/exit-$SLURM_JOB_ID"
-    echo running >"$MEPA_STATE/result"
+    forget_exits
+    put "$MEPA_STATE/result" running
     say "job $JOB, start $((RESTART + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST) x $RANKS_PER_NODE ranks," \
         "$MEPA_LAUNCHER, $MASTER_ADDR:$MASTER_PORT"
 }
@@ -75,12 +79,23 @@ load_profile() {
         [[ -n ${MEPA_CONTAINER:-} || ! -x $MEPA_ROOT/.venv/bin/python ]] || MEPA_PYTHON=$MEPA_ROOT/.venv/bin/python
     fi
     set +u # module systems bear neither `set -u` nor, but for `||`, `set -e`
+    find_modules
     eval "${MEPA_SETUP:-}" || fail $USER_ERROR_CODE "MEPA_SETUP ended with status $?: $MEPA_SETUP"
     set -u
     [[ $MEPA_LAUNCHER == srun || $MEPA_LAUNCHER == torchrun ]] ||
         fail $USER_ERROR_CODE "MEPA_LAUNCHER=$MEPA_LAUNCHER: expected srun or torchrun"
     # A prefix of every command on the nodes, such as "apptainer exec --nv /path/image.sif".
     read -r -a CONTAINER <<<"${MEPA_CONTAINER:-}"
+}
+
+# `module` is a function of login shells. Functions do not come along with a job's list of variables.
+find_modules() {
+    local script
+    [[ ${MEPA_SETUP:-} == *module* ]] && ! declare -F module >/dev/null || return 0
+    for script in /etc/profile.d/{modules,lmod,z00_lmod}.sh; do
+        # shellcheck disable=SC1090
+        [[ ! -r $script ]] || source "$script" || true
+    done
 }
 
 run_python() { "${CONTAINER[@]}" "$MEPA_PYTHON" "$@"; }
@@ -108,16 +123,17 @@ patiently() {
     return $status
 }
 
-# Ranks and threads from the allocation; a port that differs between jobs, and between the starts of one job.
+# Ranks and threads from the allocation; a port and an id that nobody can foretell: whoever reaches the store of a
+# rendezvous can write there.
 set_addresses() {
     RANKS_PER_NODE=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     CPUS_PER_RANK=${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE / RANKS_PER_NODE))}
     ((CPUS_PER_RANK > 0)) || CPUS_PER_RANK=1
     MEPA_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_ADDR=${MEPA_NODES%%$'\n'*}
-    MASTER_PORT=$((10000 + (SLURM_JOB_ID * 64 + RESTART * 2) % 20000)) # below the range the kernel gives out
+    MASTER_PORT=$((10000 + 2 * (16#$(random_hex 4) % 10000))) # below the range the kernel gives out
     while port_in_use "$MASTER_PORT"; do MASTER_PORT=$((10000 + (MASTER_PORT - 10000 + 2) % 20000)); done
-    RENDEZVOUS_ID=mepa-$SLURM_JOB_ID-$RESTART
+    RENDEZVOUS_ID=mepa-$SLURM_JOB_ID-$RESTART-$(random_hex 16)
     : "${OMP_NUM_THREADS:=$((CPUS_PER_RANK < 8 ? CPUS_PER_RANK : 8))}" "${OMP_WAIT_POLICY:=PASSIVE}"
     # The number of rows of an expert is new in every step: a GPU's memory would be cut into pieces of all sizes.
     : "${PYTORCH_ALLOC_CONF:=expandable_segments:True}"
@@ -127,15 +143,19 @@ set_addresses() {
     export MEPA_NODES MASTER_ADDR MASTER_PORT RENDEZVOUS_ID RANKS_PER_NODE OMP_NUM_THREADS OMP_WAIT_POLICY PYTORCH_ALLOC_CONF
 }
 
+# random_hex BYTES
+random_hex() { od -An -v -tx1 -N"$1" /dev/urandom | tr -d ' \n'; }
+
 # This script runs on the head node, so it can ask: somebody answers on the port.
 port_in_use() { (: <>"/dev/tcp/127.0.0.1/$1" || : <>"/dev/tcp/$MASTER_ADDR/$1") 2>/dev/null; }
 
 # Two jobs must not write one run: another job that still runs is an error; ranks of an earlier start that lost touch
 # with SLURM (a node cut from the network) see that they are no longer the owner, and end (launch.py).
 take_ownership() {
-    local owner='' other
-    LAST_RESULT=$(content "$MEPA_STATE/result")
-    [[ ! -r $MEPA_STATE/owner ]] || read -r owner _ <"$MEPA_STATE/owner"
+    local owner other
+    LAST_RESULT=$(one_line "$(content "$MEPA_STATE/result")")
+    owner=$(owner_of_state)
+    owner=${owner% *}
     if [[ -n $owner && $owner != "$SLURM_JOB_ID" ]]; then
         # The number of an array's last member is that of the array too, so squeue may list other members.
         other=$(patiently squeue --noheader --jobs="$owner" --format='%A %T %i' | sed -n "s/^$owner RUNNING //p") || true
@@ -144,15 +164,12 @@ take_ownership() {
             exit $USER_ERROR_CODE
         fi
     fi
-    echo "$SLURM_JOB_ID $RESTART" >"$MEPA_STATE/.owner.$SLURM_JOB_ID"
-    mv -f "$MEPA_STATE/.owner.$SLURM_JOB_ID" "$MEPA_STATE/owner"
+    put "$MEPA_STATE/owner" "$SLURM_JOB_ID $RESTART"
     if [[ $LAST_RESULT == running ]]; then
         say "the last start ended without a word, perhaps with its node; waiting $FENCE_SECONDS s until its ranks have seen this one"
         sleep $FENCE_SECONDS
     fi
 }
-
-content() { [[ ! -r $1 ]] || cat "$1"; }
 
 # Age and name of the newest finished entry of PROGRESS; empty before the first. Names with a dot in front are being
 # written, and so change their directory. SETS is a pattern that may follow PROGRESS.
@@ -180,14 +197,15 @@ idle_starts() {
     local last=$1 count=0 line
     while read -r _ line; do
         if [[ $line == "$last" ]]; then count=$((count + 1)); else count=0; fi
-    done <"$MEPA_STATE/starts-$SLURM_JOB_ID"
+    done < <(content "$MEPA_STATE/starts-$SLURM_JOB_ID")
     echo "$count"
 }
 
 bound_restarts() {
-    local now
+    local now starts
     now=$(progress)
-    echo "$RESTART $now" >>"$MEPA_STATE/starts-$SLURM_JOB_ID"
+    starts=$(content "$MEPA_STATE/starts-$SLURM_JOB_ID")
+    put "$MEPA_STATE/starts-$SLURM_JOB_ID" "${starts:+$starts$'\n'}$RESTART $now"
     # mepa_work gives up before this can happen, unless the node died with it, or it was asked to stop each time.
     if (($(idle_starts "$now") > MEPA_MAX_RESTARTS + 1)); then
         [[ $LAST_RESULT != running ]] || LAST_RESULT="without a word, perhaps with its node (scontrol show job $JOB)"
@@ -234,7 +252,7 @@ mepa_check() {
     step "$RANKS_PER_NODE" "$CPUS_PER_RANK" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" rank "$MEPA_STATE" \
         "$MEPA_PYTHON" "$MEPA_SLURM/health.py" "$MEPA_STATE" "$@" || status=$?
     ((status == 0)) || finish $status
-    rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
+    forget_exits
 }
 
 mepa_work() {
@@ -250,20 +268,19 @@ mepa_work() {
 # What comes next: finish STATUS. Ranks' own exit codes decide; launchers and killed neighbours blur the step's.
 finish() {
     local status=$1 codes cause owner
-    owner=$(content "$MEPA_STATE/owner")
+    owner=$(owner_of_state)
     if [[ $owner != "$SLURM_JOB_ID $RESTART" ]]; then
         say "the run now belongs to job and restart $owner"
         exit 143
     fi
-    # None where all ranks were killed before they could write any.
-    codes=" $(find "$MEPA_STATE/exit-$SLURM_JOB_ID" -type f -exec cat {} + | tr '\n' ' ')"
+    codes=$(exit_codes)
     if ((status == 0)); then
-        echo "done" >"$MEPA_STATE/result"
+        put "$MEPA_STATE/result" "done"
         say "job $JOB: done"
         exit 0
     fi
     if [[ $STOP == terminated && $(job_state) != RUNNING ]]; then # cancelled, or SLURM requeues it by itself
-        echo "ended by SLURM ($(job_state))" >"$MEPA_STATE/result"
+        put "$MEPA_STATE/result" "ended by SLURM ($(job_state))"
         exit 143
     fi
     if in_good_order "$codes"; then
@@ -289,8 +306,8 @@ in_good_order() {
 job_state() { patiently scontrol show job "$JOB" | sed -n 's/^ *JobState=\([A-Z_]*\).*/\1/p'; }
 
 requeue() {
-    [[ -z ${MEPA_STATE:-} ]] || echo "requeued: $1" >"$MEPA_STATE/result"
-    say "job $JOB: $1; requeued"
+    [[ -z ${MEPA_STATE:-} ]] || put "$MEPA_STATE/result" "requeued: $(one_line "$1")"
+    say "job $JOB: $(one_line "$1"); requeued"
     set +e
     trap - ERR
     if patiently scontrol requeue "$JOB"; then
@@ -328,12 +345,12 @@ mepa_copy_sets() {
     step 1 "$CPUS_PER_RANK" "$MEPA_PYTHON" "$MEPA_SLURM/launch.py" rank "$MEPA_STATE" \
         "$MEPA_PYTHON" -m mepa_ds.slurm.in_job.node_copies copy "$MEPA_SCRATCH" "$@" || status=$?
     ((status == 0)) || finish $status
-    rm -f "$MEPA_STATE/exit-$SLURM_JOB_ID"/*
+    forget_exits
 }
 
 # An array member does part SLURM_ARRAY_TASK_ID of the work: mepa_part DIRECTORY PARTS PROGRESS COMMAND...
 mepa_part() {
-    PARTS=$2
+    PARTS=$(whole_number "$2") || fail $USER_ERROR_CODE "$2: expected the number of parts"
     mepa_begin "$1/part-$SLURM_ARRAY_TASK_ID" "$3"
     shift 3
     MEPA_LAUNCHER=srun # parts do not talk to each other
@@ -354,5 +371,5 @@ option_value() {
         esac
         shift
     done
-    echo "$value"
+    printf '%s\n' "$value"
 }

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+from mepa_ds.data.remote import schemes
 from mepa_ds.distributed import uses_gpu
 from tests.browser import Browser, opened
 from tests.on_request import FULL
@@ -60,6 +61,13 @@ class _ByFile(LoadScopeScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
     config.option.loadscopereorder = False
     return _ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _no_users_word() -> Iterator[None]:
+    """What a test allows remote.json to name counts for that test alone."""
+    yield
+    schemes.forget()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from mepa_ds import log
 from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.fetching import Transfer, fetch, fetch_all, whole_tar
+from mepa_ds.data.remote.schemes import check_given
 from mepa_ds.data.remote.urls import file_names, is_remote, unsigned
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
@@ -71,7 +72,10 @@ class WebDataset:
 
     def _urls(self, left_out: LeftOut | None = None) -> list[str]:
         if is_remote(self.shards):
-            return expand_braces(self.shards, "--shards")
+            urls = expand_braces(self.shards, "--shards")
+            for url in urls:
+                check_given(url, "--shards")
+            return urls
         if Path(self.shards).is_dir():
             found = [str(path) for path in tar_files(Path(self.shards), left_out)]
         else:

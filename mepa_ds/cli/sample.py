@@ -17,7 +17,7 @@ from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import check_one_of
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
-from mepa_ds.files import check_writable
+from mepa_ds.files import check_writable, identity_of_weights
 from mepa_ds.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 _DECIDES = ("per_class", "cfg", "top_k", "top_p", "seed", "smooth", "rng", "precision")
 _TOLD = ("num_heads", "depth", "phi_ratio")  # what foreign weights do not tell
-_DATED = ("config.json", "run.json")  # of exported weights, of a checkpoint: written last
 
 
 @dataclass
@@ -105,8 +104,8 @@ def main(argv: list[str]) -> None:
     found = find_chosen(options.run, options.weights)
     model = found.open(options.scales, num_heads=options.num_heads, depth=options.depth)
     model = model.to(device, torch.bfloat16 if options.precision == "bf16" else torch.float32)
-    tokenizer_path = found.tokenizer(options.tokenizer)
-    tokenizer = Tokenizer.open(tokenizer_path, model.config.scales, phi_ratio=options.phi_ratio).to(device)
+    tokenizer = Tokenizer.open(found.tokenizer(options.tokenizer), model.config.scales, phi_ratio=options.phi_ratio)
+    tokenizer = tokenizer.to(device)
     classes = parse_classes(options.classes, model.config.num_classes, model.class_names)
     if options.run is not None:
         log.say(f"weights: {found.source}" + ("" if found.step is None else f", step {found.step}"))
@@ -116,7 +115,8 @@ def main(argv: list[str]) -> None:
     if is_grid:
         drawn = _draw_grid(model, tokenizer, classes, options)
     else:
-        drawn = _fill(model, tokenizer, classes, options, _made_by(found.source, tokenizer_path, options))
+        made_by = _made_by(identity_of_weights(model.state_dict()), tokenizer.identity, options)
+        drawn = _fill(model, tokenizer, classes, options, made_by)
     seconds = time.perf_counter() - started
     log.say(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
 
@@ -202,12 +202,12 @@ def _sampler(
     return draw
 
 
-def _made_by(weights: Path, tokenizer: Path, options: SampleOptions) -> str:
-    """Everything that an image is a function of. Weights that were replaced are noticed by their time."""
-    dated = next((weights / name for name in _DATED if (weights / name).exists()), weights)
+def _made_by(weights: str, tokenizer: str, options: SampleOptions) -> str:
+    """Everything that an image is a function of, as JSON for its file. Weights are told by hashes: images are given
+    away, and a path tells of a person and a machine."""
     facts = {
-        "weights": f"{weights.resolve()} of {dated.stat().st_mtime:.0f}",
-        "tokenizer": str(tokenizer.resolve()),
+        "weights": weights,
+        "tokenizer": tokenizer,
         "classes": options.classes,
         **{name: getattr(options, name) for name in _DECIDES},
         **{name: getattr(options, name) for name in _TOLD if getattr(options, name) is not None},

@@ -12,7 +12,7 @@ from mepa_ds.config.base import Section
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.objective import ObjectiveConfig
 from mepa_ds.config.optim import PretrainOptimConfig
-from mepa_ds.config.values import Minutes, PathOrHub, PositiveInt, Seconds, UserPath
+from mepa_ds.config.values import Minutes, PathOrHub, PositiveInt, RemoteScheme, Seconds, UserPath
 from mepa_ds.errors import UserError
 
 
@@ -43,6 +43,9 @@ class DataConfig(Section):
     """Train on that many images of the set, drawn once by the seed, and count epochs over them; null: on all."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A sample that cannot be read: end the run with its name, or put the next one in its place, log it and count."""
+    remote_schemes: tuple[RemoteScheme, ...] = ()
+    """What remote.json of a set may name beside the web and stores; `pipe` runs its shell commands. Only for sets that
+    you trust."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Loader threads a rank (data.images: processes); the order of samples does not depend on it."""
 

@@ -11,7 +11,7 @@ from mepa_ds.config.base import Section
 from mepa_ds.config.optim import OptimConfig
 from mepa_ds.config.pretrain import TrainConfig
 from mepa_ds.config.tokenizer import TokenizerConfig
-from mepa_ds.config.values import PositiveInt, UserPath
+from mepa_ds.config.values import PositiveInt, RemoteScheme, UserPath
 from mepa_ds.errors import UserError
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -27,6 +27,9 @@ class TokenizerDataConfig(Section):
     """Held-out images for PSNR and codebook use; null: no evaluation."""
     on_damaged: Literal["stop", "skip"] = "stop"
     """A training image that cannot be read: end the run with its name, or put the next one in its place and count."""
+    remote_schemes: tuple[RemoteScheme, ...] = ()
+    """What remote.json of a set may name beside the web and stores; `pipe` runs its shell commands. Only for sets that
+    you trust."""
     num_workers: Annotated[int, Field(ge=0)] = 2
     """Loader processes a rank; the order of samples does not depend on it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -40,6 +40,8 @@ def _refuse_clock(value: Any, unit: str) -> Any:
     raise ValueError(f"a number of {unit}; {value} ({':'.join(parts)}) is {seconds / _UNITS[unit]:g}")
 
 
+RemoteScheme = Literal["pipe", "file", "sftp", "scp"]
+"""A scheme that the remote.json of a shard set may use only at the user's word (mepa_ds.data.remote.schemes)."""
 PositiveInt = Annotated[int, Field(gt=0)]
 UserPath = Annotated[Path, BeforeValidator(_expand)]
 """A path in any section: see `expand_path`."""

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from mepa_ds.data.order import Indices
 from mepa_ds.data.shards.index import FOREIGN, ShardIndex, keys_digest, read_offset_index
-from mepa_ds.data.shards.offset_index import OffsetIndex
-from mepa_ds.errors import DamagedError
+from mepa_ds.data.shards.offset_index import OffsetIndex, check_within
+from mepa_ds.errors import DamagedError, UserError
 
 REMEDY = "run mepa data verify on the set, and make it again if it is damaged"
-_RESCAN = "if it was replaced, run mepa data scan on the set again"
+RESCAN = "if it was replaced, run mepa data scan on the set again"
 
 
 def remedy(index: ShardIndex) -> str:
     """What a message advises when a shard is not the one that its index describes."""
-    return _RESCAN if index.made_by == FOREIGN else REMEDY
+    return RESCAN if index.made_by == FOREIGN else REMEDY
 
 
 class Places:
@@ -35,14 +35,21 @@ class Places:
     def __init__(self, index: ShardIndex, paths: list[str], what: str):
         self.extensions = tuple(index.members)
         self._index, self._paths, self._what = index, paths, what
+        self._array_bytes = {extension: member.num_bytes for extension, member in index.members.items()}
         self._starts = np.cumsum([0] + [shard.num_samples for shard in index.shards], dtype=np.int64)
         self._forget()
 
     def _forget(self) -> None:
         size, num_shards = int(self._starts[-1]), len(self._paths)
-        # Offset and size side by side: one access to memory for a sample. Pages are taken as they are written.
-        self._places_NM2 = np.empty((size, len(self.extensions), 2), np.int64)
-        self._labels_N = np.empty(size, np.int64)
+        try:
+            # Offset and size side by side: one access to memory for a sample. Pages are taken as they are written.
+            self._places_NM2 = np.empty((size, len(self.extensions), 2), np.int64)
+            self._labels_N = np.empty(size, np.int64)
+        except MemoryError:
+            raise UserError(
+                f"{self._what}: {size} samples with {len(self.extensions)} members each: their offsets do not fit in "
+                "this machine's memory; split the set, or give the job more memory"
+            ) from None
         self._keys: list[NDArray[np.bytes_] | None] = [None] * num_shards
         self._is_read = np.zeros(num_shards, np.bool_)
 
@@ -103,6 +110,10 @@ class Places:
                 f"{self._what}: {path}: has {len(offset_index)} samples, the index says {entry.num_samples}; "
                 f"{remedy(self._index)}"
             )
+        try:
+            check_within(offset_index, entry.bytes, self._array_bytes)
+        except ValueError as error:
+            raise DamagedError(f"{self._what}: {path}: its offsets are wrong: {error}; {remedy(self._index)}") from None
         # With this, sets whose indices have equal keys need not be compared again, batch by batch.
         if keys_digest(offset_index) != entry.keys_sha256:
             raise DamagedError(f"{self._what}: {path}: its keys are not those of the index; {remedy(self._index)}")

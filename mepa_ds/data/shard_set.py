@@ -21,24 +21,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mepa_ds.data.order import Indices
-from mepa_ds.data.places import REMEDY, Places, remedy
-from mepa_ds.data.remote.remote_file import RemoteShards
+from mepa_ds.data.places import REMEDY, RESCAN, Places, remedy
+from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
+from mepa_ds.data.remote.schemes import check_from_data
 from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shards.index import (
     FOREIGN,
     INDEX_NAME,
+    MANY_SAMPLES,
     Member,
     ShardEntry,
     ShardIndex,
+    is_plain,
     keys_digest,
+    offset_index_path,
     read_offset_index,
+    why_not_plain,
 )
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.offset_index import OffsetIndex, label_number
+from mepa_ds.data.shards.offset_index import OffsetIndex, check_within, label_number
 from mepa_ds.data.shards.open_files import OpenFile, OpenFiles
 from mepa_ds.data.shards.samples import LABEL_EXTENSION, tar_files
+from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import MANIFEST_NAME, read_npy_header
-from mepa_ds.errors import DamagedError
+from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import again
 from mepa_ds.progress import Progress
 
@@ -67,10 +73,14 @@ class ShardSet:
         else:
             self.index = ShardIndex.read(directory, what)
         remote = RemoteShards.read(directory)
+        if remote is not None:
+            check_from_data(remote.urls, f"{what}: {directory / REMOTE_NAME}")
         self.window = None if remote is None else remote.window
         """Shards that are shuffled together, where they have to be fetched; None for local files."""
         self.cache = None if remote is None else ShardCache(remote, self.index.shards, what)
         self._paths = [str(directory / shard.name) for shard in self.index.shards]
+        if self.index.num_samples > MANY_SAMPLES:
+            self._check_many()
         self._places = Places(self.index, self._paths, what)
         for shard, offset_index in enumerate(offset_indices):
             self._places.add(shard, offset_index)
@@ -89,12 +99,23 @@ class ShardSet:
     def shard_paths(self) -> list[Path]:
         return [Path(path) for path in self._paths]
 
+    def _check_many(self) -> None:
+        """Raises UserError unless a set that says it has very many samples has files of that size."""
+        for path, shard in zip(self.shard_paths, self.index.shards, strict=True):
+            file, least = (path, BLOCK) if self.cache is None else (offset_index_path(path), 1)
+            size = file.stat().st_size if file.is_file() else 0
+            if shard.num_samples * least > size:
+                raise UserError(
+                    f"{self.what}: {file} has {size} bytes, too few for the {shard.num_samples} samples that the index "
+                    f"says; {remedy(self.index)}"
+                )
+
     def _scan(self) -> tuple[ShardIndex, list[OffsetIndex]]:
         """An index of tars that came without one, and their offset indices."""
         left_out = LeftOut()
         paths = tar_files(self.directory, left_out)
         progress = Progress(paths, "reading headers (mepa data scan keeps them)", delay=5)
-        offset_indices = [read_offset_index(path, "images", foreign=True) for path in progress]
+        offset_indices = [self._scan_shard(path) for path in progress]
         for offset_index in offset_indices:
             left_out.update(offset_index.left_out)
         if left_out:
@@ -110,7 +131,20 @@ class ShardSet:
             for path, offset_index in zip(paths, offset_indices, strict=True)
         ]
         members = {extension: Member() for offset_index in offset_indices for extension in offset_index.extensions}
-        return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=FOREIGN), offset_indices
+        try:
+            return ShardIndex(kind="images", shards=tuple(entries), members=members, made_by=FOREIGN), offset_indices
+        except ValueError as error:
+            raise UserError(f"{self.what}: {self.directory}: {error}") from None
+
+    def _scan_shard(self, path: Path) -> OffsetIndex:
+        if not is_plain(path.name):
+            raise UserError(f"{self.what}: {self.directory}: {why_not_plain(path.name)}")
+        offset_index = read_offset_index(path, "images", foreign=True)
+        try:
+            check_within(offset_index, path.stat().st_size, {})
+        except ValueError as error:
+            raise DamagedError(f"{self.what}: {path}: its offsets are wrong: {error}; {RESCAN}") from None
+        return offset_index
 
     def key(self, sample: int) -> str:
         return self.keys(np.array([sample]))[0].decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from mepa_ds.files import naming_full_disks
 from mepa_ds.generation.class_names import file_word
 from mepa_ds.images.decoding import is_image_name
 from mepa_ds.images.pictures import is_whole_png, made_by_of, save_images
+from mepa_ds.safety.reading import parse_json
 
 _WITHOUT_NAME = re.compile(r"class(\d+)_\d+\.png")
 
@@ -91,5 +91,10 @@ def _class_of(path: Path) -> str:
 
 def _shared_facts(made_by: str | None) -> dict[str, object] | None:
     """The facts that are equal for jobs that share a directory."""
-    facts = json.loads(made_by) if made_by else None
-    return facts and {name: value for name, value in facts.items() if name not in ("classes", "seed")}
+    try:
+        facts = parse_json(made_by or "null")
+    except ValueError:  # somebody else's text
+        return None
+    if not isinstance(facts, dict):
+        return None
+    return {name: value for name, value in facts.items() if name not in ("classes", "seed")}

@@ -12,7 +12,6 @@ What it does with each kind of image (docs/data.md has the rules for users):
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 import warnings
@@ -20,30 +19,23 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import (
-    Image,
-    TiffImagePlugin,  # noqa: F401  (of the formats below Pillow would import these two with all others it has)
-    UnidentifiedImageError,
-    WebPImagePlugin,  # noqa: F401
-)
+from PIL import Image, UnidentifiedImageError
 
 from mepa_ds.errors import DamagedError
+from mepa_ds.safety.pictures import FORMATS, TooLargeError, open_image, orientation
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-"""Formats that are decoded, by Pillow's names. Its other plugins are never used: EPS starts another program."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
-"""File name endings of these formats, in lower case."""
+"""File name endings of these formats (mepa_ds/safety/pictures.py has the list), in lower case."""
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
 WHITE: Colour = (255, 255, 255)
 
-# Pillow warns of metadata that it cannot read, and of large images, which `_check_size` refuses. A filter set for each
+# Pillow warns of metadata that it cannot read, and of large images, which `open_image` refuses. A filter set for each
 # call would not be safe: images are decoded in threads, which share the filters.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-_ORIENTATION = 274
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,51 +69,42 @@ def decode_image(
         remedy: what the caller's user can do about an image that is damaged.
 
     Raises:
-        DamagedError: the bytes are of no format that is read, or are cut short; or the image has more pixels than
-            Pillow considers safe, or values of an unknown range.
+        DamagedError: the bytes are of no format that is read, or are cut short; or the image has more pixels than are
+            read (mepa_ds.safety.pictures), or values of an unknown range.
     """
     try:
         return _decode(data, background)
     except _UnsuitableError as error:
         raise DamagedError(f"{where}: {error}") from error
+    except TooLargeError as error:
+        raise DamagedError(f"{where}: the image is too large: {error}; resize it first") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DamagedError(f"{where}: the image is too large: {_one_line(str(error))}; resize it first") from error
     except Exception as error:  # a plugin raises whatever its parsing meets: KeyError, struct.error, MemoryError...
         raise DamagedError(f"{where}: not a readable image: {_reason(error, data)}; {remedy}") from error
 
 
+def size_of(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height as the header has them, before any rotation. Raises DamagedError as `decode_image` does."""
+    try:
+        return open_image(data).size
+    except Exception:  # a plugin raises whatever its parsing meets; the decoder says it in words
+        return decode_image(data, where).size
+
+
 def _decode(data: bytes, background: Colour) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-    _check_size(image)
+    image = open_image(data)
     raw_mode = _raw_mode(image)
     image.load()
-    turn = _turn(image)
+    turn = _BY_ORIENTATION.get(orientation(image))
     image = _to_rgb(image, raw_mode, background)
     return image if turn is None else image.transpose(turn)
-
-
-def _check_size(image: Image.Image) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise _UnsuitableError(
-            f"the image is too large: {image.width} x {image.height} pixels, more than {limit}; resize it first"
-        )
-    if image.width == 0 or image.height == 0:
-        raise ValueError(f"it has {image.width} x {image.height} pixels")
 
 
 def _raw_mode(image: Image.Image) -> str:
     """How a PNG's pixels are stored, such as `L;4`: its transparent colour is given in those units."""
     tiles = getattr(image, "tile", None)
     return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The rotation that EXIF asks for. Pillow's own function also rewrites the EXIF data, and fails if they are bad."""
-    try:
-        return _BY_ORIENTATION.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF data make no damaged image
-        return None
 
 
 def _to_rgb(image: Image.Image, raw_mode: str, background: Colour) -> Image.Image:

@@ -13,10 +13,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path
+from mepa_ds.files import atomic_path, check_regular
 from mepa_ds.images.sheets import draw_sheet
 
 _MADE_BY = "mepa_ds"
+_MOST_CHUNKS, _MOST_TEXT = 64, 1 << 16
 _BEGIN, _END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -38,7 +39,7 @@ def signed_to_uint8(images_B3HW: Tensor) -> NDArray[np.uint8]:
 
 
 def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = None) -> None:
-    """`made_by` is kept in the file: see `made_by_of`."""
+    """`made_by`, which is ASCII, is kept in the file: see `made_by_of`."""
     information = PngInfo()
     if made_by is not None:
         information.add_text(_MADE_BY, made_by)
@@ -49,6 +50,7 @@ def save_png(pixels_HW3: NDArray[np.uint8], path: Path, made_by: str | None = No
 def is_whole_png(path: Path) -> bool:
     """Whether the file is there and a PNG to its end: not empty or cut short, as full disks and broken copies leave."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             if file.read(len(_BEGIN)) != _BEGIN:
                 return False
@@ -59,12 +61,29 @@ def is_whole_png(path: Path) -> bool:
 
 
 def made_by_of(path: Path) -> str | None:
-    """The text that `save_png` stored in a file; None for a file without it, or one that is no PNG."""
+    """The text that `save_png` stored in a file; None for a file without it, or one that is no PNG.
+
+    Nothing is decoded, and little is read: the text stands before the pixels, in a chunk that is not packed.
+    """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return image.info.get(_MADE_BY)
-    except (OSError, SyntaxError, ValueError):  # not one of ours, or cut short
-        return None
+        check_regular(path)
+        with open(path, "rb") as file:
+            if file.read(len(_BEGIN)) != _BEGIN:
+                return None
+            for _ in range(_MOST_CHUNKS):
+                head = file.read(8)
+                length, kind = int.from_bytes(head[:4], "big"), head[4:]
+                if kind == b"IDAT" or len(head) < 8:
+                    return None
+                if kind == b"tEXt" and length <= _MOST_TEXT:
+                    word, _, text = file.read(length).partition(b"\0")
+                    if word == _MADE_BY.encode():
+                        return text.decode("latin-1")
+                    length = 0
+                file.seek(length + 4, os.SEEK_CUR)
+    except OSError:
+        pass
+    return None
 
 
 def save_images(images_B3HW: Tensor, paths: Sequence[Path], made_by: str | None = None) -> None:

@@ -6,7 +6,6 @@ import html
 import json
 import re
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,16 @@ from mepa_ds.checkpoint.run_models import RunModel
 from mepa_ds.checkpoint.weights import WEIGHTS_FACTS_NAME
 from mepa_ds.config.base import dump_yaml
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.files import atomic_path, write_json, write_text
+from mepa_ds.errors import DamagedError
+from mepa_ds.files import write_json, write_text
 from mepa_ds.generation.class_names import written_name
+from mepa_ds.images.pictures import save_png
+from mepa_ds.images.sets import read_pixels
 from mepa_ds.model_cards.numbers import numbers_of
 from mepa_ds.models.summary import count_parameters
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.safety.secrets import redacted
+from mepa_ds.safety.text import printable
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights.directories import CONFIG_NAME
 
@@ -114,7 +118,7 @@ def _copy_picture(found: RunModel, directory: Path) -> Path | None:
     by_step = {
         int(match[1]): path
         for path in (found.run / SAMPLES).glob("step_*.png")
-        if (match := _PICTURE.fullmatch(path.name))
+        if (match := _PICTURE.fullmatch(path.name)) and not path.is_symlink()
     }
     steps = [step for step in by_step if found.step is None or step <= found.step]
     for old in (directory / SAMPLES).glob("step_*.png"):
@@ -122,8 +126,11 @@ def _copy_picture(found: RunModel, directory: Path) -> Path | None:
     if not steps:
         return None
     path = by_step[max(steps)]
-    with atomic_path(directory / SAMPLES / path.name) as temporary:
-        shutil.copyfile(path, temporary)
+    try:  # decoded and encoded anew: a card is given away, and the run's directory may be a stranger's
+        pixels_HW3 = read_pixels(path)
+    except DamagedError:
+        return None
+    save_png(pixels_HW3, directory / SAMPLES / path.name)
     return path
 
 
@@ -140,7 +147,7 @@ def _numbers(numbers: dict[str, str]) -> str:
 
 def _use(model: NextScaleTransformer, options: CardOptions) -> str:
     names = model.class_names
-    first = next((name for name in names if name), None)
+    first = next((name for name in names if name and printable(name) == name), None)
     labels = "[0, 0, 0, 0]" if first is None else f"[{json.dumps(first, ensure_ascii=False)}] * 4"
     where = "OWNER/NAME" if options.repository is None else options.repository
     chosen = shlex.quote("0" if first is None else written_name(first))
@@ -178,8 +185,9 @@ def _classes(model: NextScaleTransformer) -> str:
 
 
 def _recipe(recipe: PretrainConfig) -> str:
-    """The recipe; of whole paths only their last part, since the others tell of a machine and nothing of a model."""
-    text = dump_yaml(recipe)
+    """The recipe, without secrets; of whole paths only their last part, since the others tell of a machine and nothing
+    of a model."""
+    text = redacted(dump_yaml(recipe))
     text = re.sub(r"(?m)(?<=[\s'\"])/(?:[^/\s'\"]+/)+(?=[^/\s'\"])", "", text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
     return f"<details><summary>The recipe</summary>\n\n{fence}yaml\n{text.strip()}\n{fence}\n\n</details>"
@@ -187,7 +195,7 @@ def _recipe(recipe: PretrainConfig) -> str:
 
 def _text(value: Any) -> str:
     """Plain text within Markdown, on one line: no HTML, no links, no cells of a table."""
-    line = html.escape(" ".join(str(value).split()), quote=False)
+    line = html.escape(printable(" ".join(str(value).split())), quote=False)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", line) if not re.fullmatch(r"`[^`|]*`", line) else line
 
 

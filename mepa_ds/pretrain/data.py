@@ -14,6 +14,7 @@ from mepa_ds.config.model import ModelConfig
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.lockstep import report_damaged
 from mepa_ds.data.options import LoaderOptions
+from mepa_ds.data.remote.schemes import allow
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.data.training import TrainingBatch, TrainingSets, open_training_sets, training_batches
@@ -42,6 +43,7 @@ def open_sets(config: PretrainConfig) -> TrainingSets | OnlineSets:
     Raises UserError for sets that are missing, or that do not fit the recipe or each other.
     """
     sets: TrainingSets | OnlineSets
+    allow(config.data.remote_schemes)
     unique = config.data.unique_images
     if config.data.tokens is None:
         sets = OnlineSets.open(config)
@@ -69,6 +71,7 @@ def check_made_sets(config: PretrainConfig) -> None:
 
     Raises UserError in the same cases as `open_sets`.
     """
+    allow(config.data.remote_schemes)
     data, training = config.data, None
     tokenizer_is_made = _is_tokenizer_made(config.tokenizer)
     if data.images is not None:

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from mepa_ds import distributed, log
+from mepa_ds.files import read_file
 from mepa_ds.machine import peak_resident_bytes
 from mepa_ds.runtime.log_line import LogLine, words_of_pretraining
 from mepa_ds.runtime.metrics import METRICS_NAME, MetricsWriter, finite, read_metrics
 from mepa_ds.runtime.status import STATUS_NAME, RunStatus, write_status
 from mepa_ds.runtime.trackers.selection import Chosen, load_maps, scalars
 from mepa_ds.runtime.trackers.tracker import Pixels, Tracker
+from mepa_ds.safety.pictures import open_image
 
 _STATUS_SECONDS = 1.0
 
@@ -136,7 +137,8 @@ class RunRecorder(Recorder):
     def _pictures(self, event: str, values: dict[str, Any]) -> Iterator[tuple[str, Pixels]]:
         """Yields the pictures that belong to a record: samples, and with each evaluation what the experts get."""
         if event == "samples":
-            with suppress(OSError), Image.open(self._directory / values["path"]) as picture:
+            with suppress(OSError):
+                picture = open_image(read_file(self._directory / values["path"]), ("PNG",))
                 yield "samples", np.asarray(picture.convert("RGB"))
         elif event == "heldout" and self._routing is not None:
             yield from load_maps(self._routing).items()

@@ -38,6 +38,27 @@ def private_directory(path: Path, what: str) -> Path:
     return path
 
 
+def real_directory(path: Path, what: str) -> Path:
+    """Makes a directory, if it is not there, and what is above it.
+
+    Args:
+        what: the setting that gave the place, for messages.
+
+    Raises:
+        UserError: a link is there, which would have us write and delete elsewhere, or something else.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{what}: {path} is no directory; remove it, or choose another {what}") from None
+    if path.is_symlink():
+        raise UserError(
+            f"{what}: {path} is a link to {os.readlink(path)}, and nothing is written through links there; remove it, "
+            f"or choose another {what}"
+        )
+    return path
+
+
 def user_directory(name: str) -> Path:
     """`private_directory` of this user in the temporary directory: `mepa_ds-<user number>/<name>`."""
     own = private_directory(Path(tempfile.gettempdir()) / f"mepa_ds-{os.getuid()}", "TMPDIR")

@@ -9,10 +9,11 @@ import io
 import json
 import math
 import re
+import sys
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ _MOST_DEPTH = 100
 _MOST_INT = 10**300
 _MUCH_TOO_LONG = "it holds a number that is beyond all floating-point numbers"
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+_MOST_DIMENSIONS = 32
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -101,8 +103,18 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any
     return parse_array(data)
 
 
-def parse_array(data: bytes) -> NDArray[Any]:
-    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
+class ArrayHeader(NamedTuple):
+    """What an `.npy` file says of its array."""
+
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype[Any]
+    start: int
+    """Where the values begin."""
+
+
+def array_header(data: bytes) -> ArrayHeader:
+    """The header of an `.npy` file. Raises ValueError for anything else, and for objects, which are pickles."""
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
@@ -112,13 +124,22 @@ def parse_array(data: bytes) -> NDArray[Any]:
         raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not read")
-    count = 1
-    for length in shape:
-        count *= length
-    if any(length < 0 for length in shape) or count * dtype.itemsize != len(data) - stream.tell():
-        raise ValueError(f"its shape {shape} does not fit its {len(data) - stream.tell()} bytes")
-    values = np.frombuffer(data, dtype, count, stream.tell()) if count and dtype.itemsize else np.empty(shape, dtype)
-    return values.reshape(shape, order="F" if is_fortran else "C")
+    if any(length < 0 for length in shape) or len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"its shape {shape[:_MOST_DIMENSIONS]} is none")
+    return ArrayHeader(shape, is_fortran, dtype, stream.tell())
+
+
+def parse_array(data: bytes) -> NDArray[Any]:
+    """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
+    shape, is_fortran, dtype, start = array_header(data)
+    count = math.prod(shape)
+    if count * dtype.itemsize != len(data) - start:
+        raise ValueError(f"its shape {shape} does not fit its {len(data) - start} bytes")
+    if not (count and dtype.itemsize):
+        if max(shape, default=0) > sys.maxsize or count > _MOST_HEADER:  # values without bytes, in any number
+            raise ValueError(f"its shape {shape} is none")
+        return np.empty(shape, dtype)
+    return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _refuse_constant(name: str) -> None:

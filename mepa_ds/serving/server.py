@@ -22,9 +22,10 @@ from mepa_ds.config.base import validate
 from mepa_ds.errors import UserError
 from mepa_ds.interrupts import Interrupted
 from mepa_ds.serving.drawing import Drawer, Event, Wish
+from mepa_ds.serving.guard import Guard
 
 _PAGE = Path(__file__).with_name("page.html")
-_MOST_BYTES = 10_000
+_MOST_BYTES, _MOST_CONNECTIONS = 10_000, 64
 _END_SECONDS = 5.0
 
 
@@ -55,9 +56,13 @@ def is_loopback(server: socket.socket) -> bool:
     return ipaddress.ip_address(server.getsockname()[0].partition("%")[0]).is_loopback
 
 
-def make_app(drawer: Drawer) -> FastAPI:
-    """`/` is the page, `/model` what it says, `/draw` takes a wish and answers with a line of JSON for each event."""
+def make_app(drawer: Drawer, is_local: bool = True) -> FastAPI:
+    """`/` is the page, `/model` what it says, `/draw` takes a wish and answers with a line of JSON for each event.
+
+    `is_local`: the server listens at a loopback address; see `Guard`.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, is_local=is_local)
     page = _PAGE.read_text(encoding="utf-8")
 
     @app.get("/")
@@ -98,7 +103,7 @@ async def _wish(request: Request) -> Wish:
             raise UserError("the request is too long")
     try:
         values = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the request is no JSON ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"the request: expected an object, got {type(values).__name__}")
@@ -128,7 +133,14 @@ async def _events(drawer: Drawer, wish: Wish) -> AsyncIterator[str]:
 
 def serve(app: FastAPI, server: socket.socket, drawer: Drawer, ready: Callable[[], object] = lambda: None) -> None:
     """Serves until Ctrl-C, which is a normal end. `ready` is called when the page can be opened."""
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+        lifespan="off",
+        limit_concurrency=_MOST_CONNECTIONS,
+    )
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [server]}, name="server", daemon=True)
     thread.start()

@@ -96,10 +96,13 @@ def check_data(config: Section, unseen: Set[str], looked_at: set[str]) -> None:
     Raises:
         UserError: a set is of another kind, or does not fit the model, its tokenizer, or another set.
     """
+    from mepa_ds.data.remote.schemes import allow
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.pretrain.data import check_subset, open_sets
     from mepa_ds.pretrain.online import open_images
 
+    if isinstance(config, (PretrainConfig, TokenizerTrainingConfig)):
+        allow(config.data.remote_schemes)
     if isinstance(config, TokenizerTrainingConfig):
         for key, path in (("data.images", config.data.images), ("data.heldout_images", config.data.heldout_images)):
             if path is not None and key not in unseen:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import shipped
+from mepa_ds.errors import UserError
 from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.safety.places import open_to_append, real_directory
+from mepa_ds.safety.secrets import redacted
+from mepa_ds.slurm.environment import exported
 from mepa_ds.slurm.profile import Profile, root
 from mepa_ds.slurm.scheduler import slurm
 
 JOBS_NAME = "jobs.jsonl"
+_NUMBER = re.compile(r"[0-9]+(_[0-9]+)?")
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def sbatch_command(job: Job, profile: Profile) -> list[str]:
             [f"afterok:{':'.join(job.after)}"] * bool(job.after) + [f"afterany:{job.after_any}"] * bool(job.after_any)
         ),
         "chdir": root(),
-        "export": ",".join(["ALL", *(f"{key}={value}" for key, value in _exports(job, profile).items())]),
+        "export": exported(_own_variables(job, profile), job.arguments, profile),
     }
     if gpu:
         kind = profile.get("GPU_TYPE")
@@ -80,7 +86,7 @@ def sbatch_command(job: Job, profile: Profile) -> list[str]:
     return ["sbatch", "--parsable", *words, str(shipped.folder("slurm") / f"{job.script}.sbatch"), *job.arguments]
 
 
-def _exports(job: Job, profile: Profile) -> dict[str, str]:
+def _own_variables(job: Job, profile: Profile) -> dict[str, str]:
     exports = {"MEPA_ROOT": str(root()), "MEPA_SLURM": str(shipped.folder("slurm"))}
     exports["MEPA_CLUSTER"] = str(profile.path)
     if not profile.get("PYTHON") and not profile.get("CONTAINER"):
@@ -99,18 +105,32 @@ def test_only(command: list[str]) -> None:
 
 def submit(job: Job, profile: Profile, record: Path) -> str:
     """Submits, appends a line to `record`/jobs.jsonl, and returns the job's number."""
-    job.state.mkdir(parents=True, exist_ok=True)
-    record.mkdir(parents=True, exist_ok=True)
+    for directory in {job.state, record}:
+        _make_state(directory)
     command = sbatch_command(job, profile)
     number = slurm(command).strip().partition(";")[0]
-    line = {"job": number, "name": job.name, "time": time.time(), "state": str(job.state), "command": command}
-    with open(record / JOBS_NAME, "a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
+    shown = [redacted(word) for word in command]
+    line = {"job": number, "name": job.name, "time": time.time(), "state": str(job.state), "command": shown}
+    with open_to_append(record / JOBS_NAME) as file:
+        file.write(json.dumps(line).encode() + b"\n")
         os.fsync(file.fileno())
     return number
 
 
+def _make_state(directory: Path) -> None:
+    """Makes a directory of a job's state. SLURM writes the job's log there, through a link if it finds one."""
+    real_directory(directory, "output_dir")
+    for path in directory.glob("*.log"):
+        if path.is_symlink():
+            raise UserError(f"{path}: is a link, and a job's log would be written through it; remove it")
+
+
 def recorded_jobs(record: Path) -> list[dict[str, Any]]:
-    """The jobs that were submitted for a run, oldest first."""
-    return list(read_metrics(record / JOBS_NAME))  # lines of JSON too, of which a lost node may leave a torn one
+    """The jobs that were submitted for a run, oldest first. Lines that say no job's number are none of ours."""
+    return [
+        line
+        for line in read_metrics(record / JOBS_NAME)  # lines of JSON too, of which a lost node may leave a torn one
+        if all(isinstance(line.get(key), str) for key in ("job", "name", "state"))
+        and isinstance(line.get("time"), (int, float))
+        and _NUMBER.fullmatch(line["job"])
+    ]

@@ -16,6 +16,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.safety.places import real_directory
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import (
     check_branch,
@@ -264,11 +265,14 @@ def cancelled_on_error(numbers: Sequence[str]) -> Iterator[None]:
 
 def _link_parts(state: Path, runs: Sequence[Path]) -> None:
     """Links `state`/part-<number> to the state of each run. The job after the array looks there."""
-    state.mkdir(parents=True, exist_ok=True)
+    real_directory(state, "MANIFEST")
     for part, run in enumerate(runs):
         link = state / f"part-{part}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(run / "slurm")
+        if link.is_symlink() or not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(run / "slurm")
+        else:
+            raise UserError(f"{link}: is no link of a study's run; move it away")
 
 
 def manifest_lines(path: Path) -> list[list[str]]:

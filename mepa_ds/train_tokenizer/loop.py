@@ -21,6 +21,7 @@ from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.images import ImageBatch, image_batches, images_once
 from mepa_ds.data.lockstep import lockstep, report_damaged
 from mepa_ds.data.options import LoaderOptions
+from mepa_ds.data.remote.schemes import allow
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import images_identity
 from mepa_ds.distributed import sum_over_ranks
@@ -238,6 +239,7 @@ def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _S
 
 
 def _start(config: TokenizerTrainingConfig, device: torch.device) -> _Start:
+    allow(config.data.remote_schemes)
     shards = ShardSet(config.data.images, "data.images")
     images = images_identity(shards.index) + (f", shuffled by {shards.window} shards" if shards.window else "")
     if config.data.heldout_images is not None:

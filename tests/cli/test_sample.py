@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from mepa_ds.data_tools.precompute import Tokens
 from mepa_ds.errors import UserError
 from mepa_ds.generation.class_names import parse_classes
 from mepa_ds.generation.sampling import Rng, sample
-from mepa_ds.images.pictures import to_uint8
+from mepa_ds.images.pictures import made_by_of, save_png, to_uint8
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.scales import parse_sides
 from mepa_ds.tokenizer import Tokenizer
@@ -51,6 +54,34 @@ def test_a_directory_gets_one_image_each(folder: Path, tmp_path: Path, rng: Rng)
     expected = to_uint8(sample(model, tokenizer, [2, 2, 7, 7, 8, 8], seed=3, rng=rng))
     found = np.stack([np.asarray(Image.open(tmp_path / "images" / name)) for name in names])
     assert np.array_equal(found, expected)
+
+
+def test_images_tell_of_weights_by_hashes_alone(folder: Path, tmp_path: Path) -> None:
+    """And of no person, place or machine: the same weights from another place make the same file."""
+    options = ["--classes", "1", "--per-class", "1", *SCALES]
+    run(folder, tmp_path / "here", *options)
+    elsewhere = tmp_path / "home/alice"
+    shutil.copytree(folder, elsewhere)
+    run(elsewhere, tmp_path / "there", *options)
+    name = "class0001_00000.png"
+    assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes()
+    facts = json.loads(made_by_of(tmp_path / "here" / name) or "")
+    assert all(re.fullmatch("[0-9a-f]{16}", facts[part]) for part in ("weights", "tokenizer"))
+    assert "/" not in json.dumps(facts)
+    run(folder, tmp_path / "here", *options)
+    other = Tokenizer.open(folder / "vae.pth", TINY_SCALES)
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    other.save_pretrained(folder / "other")
+    with pytest.raises(UserError, match="made by other weights or options"):
+        run(folder, tmp_path / "here", *options, tokenizer="other")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", '"x"', "no JSON"])
+def test_the_text_of_a_strangers_image_is_no_traceback(folder: Path, tmp_path: Path, text: str) -> None:
+    save_png(np.zeros((4, 4, 3), np.uint8), tmp_path / "out/class0003_00000.png", text)
+    with pytest.raises(UserError, match="made by another start with other weights or options"):
+        run(folder, tmp_path / "out", "--classes", "1", "--per-class", "1", *SCALES)
 
 
 def test_a_directory_goes_on_where_it_was(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
 from mepa_ds.errors import DamagedError
-from mepa_ds.images.decoding import FORMATS, decode_image
+from mepa_ds.images.decoding import decode_image
+from mepa_ds.safety.pictures import FORMATS
 from tests.data.shard_fixtures import encode, png
 from tests.tiny_run import ROOT
 

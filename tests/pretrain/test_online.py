@@ -165,7 +165,8 @@ def test_the_window_of_remote_sets_is_part_of_a_runs_identity(folder: Path, tmp_
         if window is not None:
             count = len(list(far.glob("*.tar")))
             RemoteShards(urls=("pipe:x",) * count, cache=str(tmp_path), cache_gigabytes=1, window=window).write(far)
-        config = config_of(folder, PRECOMPUTED, f"data.tokens={far}", "objective.alignment=null")
+        word = "data.remote_schemes=[pipe]"
+        config = config_of(folder, PRECOMPUTED, f"data.tokens={far}", "objective.alignment=null", word)
         identities.append(data_identity(config, open_checked(config)))
     assert "data.window" not in identities[0]
     assert identities[1]["data.window"] == "1 shards (remote.json)"

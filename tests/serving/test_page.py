@@ -124,6 +124,59 @@ def test_on_a_phone_in_the_dark(browser: Browser, address: str) -> None:
     assert browser.problems() == []
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:8000"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "evil.example:8000"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "192.0.2.1"}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": ""}, 403),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_refused(address: str, headers: dict[str, str], status: int) -> None:
+    """DNS rebinding: a page elsewhere reads and draws as if it were ours."""
+    httpx = pytest.importorskip("httpx")
+    for place in ("", "model"):
+        answer = httpx.get(address + place, headers=headers)
+        assert answer.status_code == status
+        assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [("", 403), ("null", 403), ("https://evil.example", 403), ("http://127.0.0.1:1", 403), ("http://[", 403),
+     (None, 400), ("ours", 400)],
+)  # fmt: skip
+def test_pages_elsewhere_do_not_draw(address: str, origin: str | None, status: int) -> None:
+    httpx = pytest.importorskip("httpx")
+    headers = {} if origin is None else {"Origin": address.rstrip("/") if origin == "ours" else origin}
+    assert httpx.post(address + "draw", content="{", headers=headers).status_code == status
+
+
+def test_a_request_nested_without_end_is_one_message(address: str) -> None:
+    httpx = pytest.importorskip("httpx")
+    answer = httpx.post(address + "draw", content="[" * 9_999)
+    assert answer.status_code == 400
+    assert "the request is no JSON" in answer.text
+
+
+def test_on_a_network_this_machines_names_and_addresses_are_taken() -> None:
+    from mepa_ds.serving.guard import Guard
+
+    async def nothing(*_: Any) -> None:
+        return None
+
+    guard = Guard(nothing, is_local=False)
+    for host, expected in (("192.0.2.1:8000", True), (socket.gethostname(), True), ("evil.example", False)):
+        assert guard._is_ours(host) is expected
+
+
 def test_bad_wishes_are_one_message(address: str) -> None:
     httpx = pytest.importorskip("httpx")
     for body, message in [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -176,7 +177,7 @@ def test_submitted(bed: Bed, outcome: Callable[[str], Any]) -> None:
     assert run.wait() == "COMPLETED", run.text
     assert len(run.losses) == STEPS
     assert "plan: 2 ranks" in result.first
-    assert run.text.count("-> /mnt/mepa_ds-shards/") == 3
+    assert run.text.count(f"-> /mnt/mepa_ds-{os.getuid()}/shards/") == 3
     assert "data.tokens: /mnt" in (run.output / "resolved.yaml").read_text().replace(
         "\n  tokens: ", "\n  data.tokens: "
     )

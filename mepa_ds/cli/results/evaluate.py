@@ -11,6 +11,7 @@ import tyro
 
 from mepa_ds import log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.errors import UserError
 
 
@@ -58,9 +59,15 @@ class EvaluateOptions:
     """What --make-reference (an .npz) or --fit-classifier (a directory) writes."""
     image_side: int | None = None
     """Pixels, for --make-reference and --fit-classifier of a set whose images are larger than the model's."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
 
-_TAKEN = {"--make-reference": ("features", "inception"), "--fit-classifier": ("heldout",)}
+_TAKEN = {
+    "--make-reference": ("features", "inception", "remote_schemes"),
+    "--fit-classifier": ("heldout", "remote_schemes"),
+}
 """Options of scoring that the other tasks take as well."""
 
 
@@ -69,6 +76,9 @@ def main(argv: list[str]) -> None:
     _check(options)
     if options.image_side is not None and options.image_side < 1:
         raise UserError(f"--image-side: expected at least 1, got {options.image_side}")
+    from mepa_ds.data.remote.schemes import allow
+
+    allow(options.remote_schemes)
     if options.make_reference is not None:
         _make_reference(options, options.make_reference)
     elif options.fit_classifier is not None:

@@ -11,6 +11,7 @@ import tyro
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.command_line.tables import aligned
 from mepa_ds.errors import UserError
@@ -48,6 +49,9 @@ class EvaluateTokenizerOptions:
     """Images in the picture."""
     scales: Scales = None
     """Sides of the token maps, for a tokenizer that is to be used with others than its own."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
 
 def main(argv: list[str]) -> None:
@@ -58,6 +62,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     log.make_stdout_a_log()
     from mepa_ds.data.images import evenly, images_once
+    from mepa_ds.data.remote.schemes import allow
     from mepa_ds.data.shard_set import ShardSet
     from mepa_ds.evaluation.feature_spaces import open_feature_spaces
     from mepa_ds.evaluation.tokenizer.scores import score_tokenizer, tokenizer_sheet
@@ -65,6 +70,7 @@ def main(argv: list[str]) -> None:
     from mepa_ds.tokenizer.perceptual import load_lpips
     from mepa_ds.tokenizer.tokenizer import Tokenizer
 
+    allow(options.remote_schemes)
     device = distributed.device_of(distributed.read_launch())
     tokenizer = Tokenizer.open(options.tokenizer, options.scales).to(device)
     there = len(ShardSet(options.shards, "images"))

@@ -12,6 +12,7 @@ import tyro
 
 from mepa_ds import distributed, log
 from mepa_ds.command_line import entry
+from mepa_ds.command_line.remote import RemoteSchemes
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, naming_full_disks, naming_full_gpus
@@ -66,6 +67,9 @@ class InspectOptions:
     """Images at a time."""
     scales: Scales = None
     """Sides of the token maps, such as 1 2 3 4, if VAR weights do not tell them and they are not VAR's own."""
+    remote_schemes: RemoteSchemes = ()
+    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
+    sets that you trust."""
 
 
 def main(argv: list[str]) -> None:
@@ -76,8 +80,10 @@ def main(argv: list[str]) -> None:
     if not options.only:
         raise UserError(f"--only: name at least one of {', '.join(get_args(Part))}")
     log.make_stdout_a_log()
+    from mepa_ds.data.remote.schemes import allow
     from mepa_ds.inspection.subject import open_subject, write_index
 
+    allow(options.remote_schemes)  # what the run's own recipe says is no word of the user
     device = distributed.device_of(distributed.read_launch())
     subject, left_out = open_subject(options.subject, options.tokenizer, options.scales, device)
     out = options.out or (subject.run or Path()) / "inspect" / subject.source.name

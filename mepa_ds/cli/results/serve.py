@@ -34,7 +34,7 @@ class ServeOptions:
     port: int = 8000
     """Port of the page; 0 takes any that is free."""
     host: str = "127.0.0.1"
-    """Address to listen at. 0.0.0.0 lets everybody on the network use the page."""
+    """Address to listen at. 0.0.0.0 lets everybody on the network use the page, without a password."""
     scales: Scales = None
     """Sides of the token maps, such as 1 2 3 4, if VAR weights do not tell them and they are not VAR's own."""
 
@@ -63,7 +63,10 @@ def main(argv: list[str]) -> None:
     model = found.open(options.scales).to(device)
     tokenizer_path = found.tokenizer(options.tokenizer)
     tokenizer = Tokenizer.open(tokenizer_path, model.config.scales).to(device)
-    where = ["--weights", str(found.source), "--tokenizer", str(tokenizer_path)]
+    is_local = is_loopback(server)
+    paths = [found.source, tokenizer_path]
+    weights_word, tokenizer_word = (str(path) if is_local else path.name for path in paths)  # others see no directories
+    where = ["--weights", weights_word, "--tokenizer", tokenizer_word]
     title = (options.run or found.source.parent).resolve().name or "mepa_ds"
     place = "/".join(found.source.resolve().parts[-2:])
     drawer = Drawer(model, tokenizer, Shown(title, place, found.step, f"mepa sample {shlex.join(where)}"))
@@ -73,11 +76,15 @@ def main(argv: list[str]) -> None:
     def ready() -> None:
         shown = f"[{host}]" if ":" in host else host
         log.say(f"showing {found.source}{step}, {model.config.num_classes} classes", flush=True)
-        if not is_loopback(server):
-            log.say("anybody on the network can use this page; --host 127.0.0.1 keeps it to this machine", flush=True)
+        if not is_local:
+            log.say(
+                "anybody on the network can use this page: it has no password; --host 127.0.0.1 keeps it to this "
+                "machine, and `ssh -L` brings it to another",
+                flush=True,
+            )
         log.say(f"open http://{shown}:{port}/   (Ctrl-C ends)", flush=True)
 
-    serve(make_app(drawer), server, drawer, ready)
+    serve(make_app(drawer, is_local), server, drawer, ready)
     log.say("ended")
 
 

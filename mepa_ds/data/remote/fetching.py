@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import sys
 import threading
-import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -22,6 +20,7 @@ from mepa_ds.data.shards.tar import list_members
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks
 from mepa_ds.progress import Progress
+from mepa_ds.safety.reading import read_archive, read_json
 from mepa_ds.safety.secrets import redacted
 
 ItemT = TypeVar("ItemT")
@@ -30,6 +29,7 @@ Check = Callable[[Path, str], object]
 """Checks a copy before it gets its name: (path, SHA-256). Raises WrongContentError, or whatever reading raises."""
 
 _ATTEMPTS = 3
+_HEAD = 64
 _PAUSE_SECONDS = 2.0
 _AT_ONCE = 4
 _MAY_NOT = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,6 +38,10 @@ _AGAIN = "check the address and the network, then try again"
 
 class WrongContentError(Exception):
     """The fetched bytes are not what was asked for; the message says what they are."""
+
+
+class TooMuchError(WrongContentError):
+    """More bytes come than were asked for."""
 
 
 @dataclass
@@ -59,7 +63,7 @@ def whole_tar(path: Path, _: str) -> None:
 
 def json_text(path: Path, _: str) -> None:
     try:
-        json.loads(path.read_bytes())
+        read_json(path)
     except ValueError as error:
         raise WrongContentError(_what_it_is(path) or f"it is no JSON: {error}") from error
 
@@ -67,12 +71,10 @@ def json_text(path: Path, _: str) -> None:
 def whole_archive(path: Path, _: str) -> None:
     """A check for what NumPy stores: `.npz`, all of it."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        with open(path, "rb") as file:
+            read_archive(file)
+    except (ValueError, OSError) as error:
         raise WrongContentError(_what_it_is(path) or f"it is no .npz file: {error}") from error
-    if torn is not None:
-        raise WrongContentError(f"its member {torn} is damaged")
 
 
 def content_of(sha256: str, num_bytes: int) -> Check:
@@ -95,7 +97,7 @@ def content_of(sha256: str, num_bytes: int) -> Check:
 def _what_it_is(path: Path) -> str | None:
     """Recognises, by its first bytes, what servers often send in place of data."""
     with open(path, "rb") as file:
-        first = file.read(64)
+        first = file.read(_HEAD)
     if not first:
         return "it is empty"
     if first.lstrip().startswith(b"<"):
@@ -105,8 +107,11 @@ def _what_it_is(path: Path) -> str | None:
     return None
 
 
-def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) -> None:
+def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None, most_bytes: int | None = None) -> None:
     """Copies what is at a URL to `path`; atomic, tried three times. Whatever the check refuses is thrown away.
+
+    Args:
+        most_bytes: a source that gives more is stopped there, and nothing of it is kept.
 
     Raises:
         DamagedError: it cannot be fetched, or is not what the check wants; the message holds no signature.
@@ -120,7 +125,7 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
         digest, complaints = "", list[str]()
         try:
             with naming_full_disks(path), atomic_path(path) as temporary:
-                digest = _copy(url, temporary, transfer, complaints)
+                digest = _copy(url, temporary, transfer, complaints, most_bytes)
                 check(temporary, digest)
             return
         except (UserError, StoppedError):
@@ -130,7 +135,8 @@ def fetch(url: str, path: Path, check: Check, transfer: Transfer | None = None) 
                 remedy = "get the right to write there, or give another directory"
                 raise UserError(f"{path.parent}: cannot write there: {error.strerror}; {remedy}") from None
             reason: Exception = error
-            if digest and digest == refused:  # the same bytes twice: they were not damaged on the way
+            # The same bytes twice were not damaged on the way; and a source without end is not read three times.
+            if (digest and digest == refused) or isinstance(error, TooMuchError):
                 break
             refused = digest
     why = redacted(": ".join([str(reason) or type(reason).__name__, *complaints]))
@@ -145,10 +151,17 @@ def _remedy(reason: Exception) -> str:
     return _AGAIN
 
 
-def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str]) -> str:
-    digest = hashlib.sha256()
-    with open(path, "wb") as file, closing(chunks_of(url, transfer.stop, complaints)) as chunks:
+def _copy(url: str, path: Path, transfer: Transfer, complaints: list[str], most_bytes: int | None) -> str:
+    digest, copied = hashlib.sha256(), 0
+    chunks = chunks_of(url, transfer.stop, complaints, most_bytes)
+    with open(path, "wb") as file, closing(chunks):
         for chunk in chunks:
+            copied += len(chunk)
+            if most_bytes is not None and copied > most_bytes:
+                file.write(chunk[: _HEAD - min(copied - len(chunk), _HEAD)])  # to see what it is
+                file.flush()
+                found = _what_it_is(path)
+                raise TooMuchError(f"{f'{found}, ' if found else ''}it has more than the {most_bytes} bytes expected")
             file.write(chunk)
             digest.update(chunk)
             transfer.num_bytes += len(chunk)

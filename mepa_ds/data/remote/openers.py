@@ -1,7 +1,8 @@
 """The bytes at a URL, from the program that its scheme needs.
 
-URLs are what webdataset opens (`https://`, `gs://`, `hf://`, `pipe:COMMAND`...) and `s3://`, which the AWS command line
-fetches. A `pipe:` URL is a shell command: use no URL that you would not run as a program.
+Which schemes there are, and which of them a data directory may name, is in mepa_ds.data.remote.schemes. A `pipe:` URL
+is a shell command: use no URL that you would not run as a program. What gives access (signatures, a token) reaches
+curl on its standard input, since everybody on a machine sees command lines.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import os
 import select
 import signal
+import stat
 import subprocess
 import tempfile
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
+from mepa_ds.data.remote.schemes import scheme_of
 from mepa_ds.errors import UserError
 
 _CHUNK = 1 << 20
@@ -30,37 +34,85 @@ header = "Accept-Encoding: identity"
 connect-timeout = 30
 speed-limit = 1
 speed-time = 60
+max-redirs = 10
 """
 """Servers are asked not to compress; what they compress anyway is unpacked. A stalled transfer is given up. No
 --retry: curl would append the second attempt to what it has written already."""
-_BY_CURL = ("http://", "https://", "ftp://", "ftps://", "sftp://", "scp://")
-_BY_PROGRAM = {"s3://": ("aws", "s3", "cp", "--only-show-errors"), "gs://": ("gsutil", "-q", "cp")}
+_BY_PROGRAM = {"s3": ("aws", "s3", "cp", "--only-show-errors"), "gs": ("gsutil", "-q", "cp")}
 
 
 class StoppedError(Exception):
     """The program is ending: nobody waits for this file any more."""
 
 
-def chunks_of(url: str, stop: threading.Event, complaints: list[str]) -> Generator[bytes, None, None]:
-    """The bytes at a URL. If a command succeeds but writes to stderr, its last line is added to `complaints`."""
-    program = next((words for scheme, words in _BY_PROGRAM.items() if url.startswith(scheme)), None)
-    if url.startswith("pipe:"):
-        yield from _output_of(url.removeprefix("pipe:"), stop, complaints)
-    elif program is not None:
-        yield from _output_of([*program, url, "-"], stop, complaints)
-    elif url.startswith(_BY_CURL):  # by a file: everybody on a machine sees command lines
-        if not url.isprintable():  # a new line would be read as an option
-            raise ValueError("the address holds a control character")
-        quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-        yield from _output_of(["curl", "--config", "-"], stop, complaints, f'{_CURL}url = "{quoted}"\n'.encode())
-    else:
-        from webdataset import gopen
+def chunks_of(
+    url: str, stop: threading.Event, complaints: list[str], most_bytes: int | None = None
+) -> Generator[bytes, None, None]:
+    """The bytes at a URL. If a command succeeds but writes to stderr, its last line is added to `complaints`.
 
-        with gopen(url, "rb") as stream:
-            while not stop.is_set() and (chunk := stream.read(_CHUNK)):
-                yield chunk
+    Args:
+        most_bytes: a server that announces more is not read; who takes the bytes counts them nonetheless.
+
+    Raises:
+        ValueError: an address that is not opened (`scheme_of`).
+        UserError: the program for it is not installed.
+        StoppedError: `stop` was set.
+    """
+    scheme = scheme_of(url)
+    if scheme == "pipe":
+        yield from _output_of(url.removeprefix("pipe:"), stop, complaints)
+    elif scheme in _BY_PROGRAM:
+        yield from _output_of([*_BY_PROGRAM[scheme], url, "-"], stop, complaints)
+    elif scheme == "file":
+        yield from _content_of(Path(url.removeprefix("file://")), stop)
+    else:
+        address, token = _of_the_hub(url) if scheme == "hf" else (url, None)
+        yield from _output_of(["curl", "--config", "-"], stop, complaints, _asks(address, token, most_bytes).encode())
     if stop.is_set():
         raise StoppedError
+
+
+def _asks(url: str, token: str | None, most_bytes: int | None) -> str:
+    """The configuration of curl that fetches a URL. Redirects stay with the web, and never leave TLS for plain text."""
+    scheme = scheme_of(url)
+    lines = [_CURL, f'url = "{_quoted(url)}"', f'proto = "={scheme}"']
+    lines.append(f'proto-redir = "={"http,https" if scheme == "http" else "https"}"')
+    if most_bytes is not None:
+        lines.append(f"max-filesize = {most_bytes}")
+    if token is not None:
+        lines.append(f'header = "{_quoted(f"Authorization: Bearer {token}")}"')
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """Inside the quotes of curl's configuration. Raises ValueError for line breaks, which would begin an option."""
+    if not text.isprintable():
+        raise ValueError("a control character in an address or a token")
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _of_the_hub(url: str) -> tuple[str, str | None]:
+    """The web address of an `hf://` URL, and the user's token, if there is one."""
+    from huggingface_hub import HfFileSystem, get_token, hf_hub_url
+
+    place: Any = HfFileSystem().resolve_path(url)
+    if not hasattr(place, "repo_id"):
+        raise ValueError("it names no file of a repository on the Hub")
+    address = hf_hub_url(
+        repo_id=place.repo_id, filename=place.path_in_repo, repo_type=place.repo_type, revision=place.revision
+    )
+    return address, get_token()
+
+
+def _content_of(path: Path, stop: threading.Event) -> Iterator[bytes]:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is no regular file")
+        while not stop.is_set() and (chunk := os.read(descriptor, _CHUNK)):
+            yield chunk
+    finally:
+        os.close(descriptor)
 
 
 def _output_of(

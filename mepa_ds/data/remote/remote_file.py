@@ -18,7 +18,8 @@ from mepa_ds.config.base import Section, validate
 from mepa_ds.config.values import PositiveInt
 from mepa_ds.data.remote.urls import unsigned
 from mepa_ds.errors import UserError
-from mepa_ds.files import naming_full_disks, write_json
+from mepa_ds.files import atomic_path, naming_full_disks
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.safety.secrets import redacted
 
 REMOTE_NAME = "remote.json"
@@ -53,7 +54,7 @@ class RemoteShards(Section):
         if not path.exists():
             return None
         try:
-            data = json.loads(path.read_text())
+            data = read_json_object(path)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: cannot be read: {error}; write it again, by `mepa data remote` or `scan`"
@@ -64,5 +65,9 @@ class RemoteShards(Section):
             raise UserError(redacted(str(error))) from None
 
     def write(self, directory: Path) -> None:
-        with naming_full_disks(directory / REMOTE_NAME):
-            write_json(directory / REMOTE_NAME, self.model_dump(mode="json"))
+        """Writes `remote.json`; where its URLs give access, so that only its owner can read it."""
+        path, gives_access = directory / REMOTE_NAME, list(self.urls) != self.places
+        with naming_full_disks(path), atomic_path(path) as temporary:
+            if gives_access:
+                temporary.chmod(0o600)
+            temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n")

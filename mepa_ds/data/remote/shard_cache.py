@@ -2,14 +2,15 @@
 
 Any of them may remove any tar at any time, to make room. A reader is therefore given an open file, not a path: a tar is
 opened before others can see it, and an open file stays readable when its name is gone.
+
+The directory may lie where others can write, such as /tmp. Each user has one of their own in it, which nobody else may
+enter, and only files of this user are used (mepa_ds.data.remote.cache_places), whose SHA-256 has been compared once.
 """
 
 from __future__ import annotations
 
 import errno
 import glob
-import hashlib
-import json
 import math
 import os
 import queue
@@ -20,7 +21,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.config.paths import given_path
+from mepa_ds.data.remote.cache_places import (
+    cache_directory,
+    is_noted,
+    make_private,
+    note_of,
+    note_verified,
+    read_note,
+    sha256_of,
+    write_note,
+)
 from mepa_ds.data.remote.fetching import Check, content_of, fetch
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.remote.shared_lock import locked
@@ -29,14 +39,16 @@ from mepa_ds.data.shards.index import ShardEntry
 from mepa_ds.data.shards.open_files import OpenFile
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.log import note
+from mepa_ds.safety.places import is_own_file
 
 _RETRY_AFTER_SECONDS = 300.0
 _BEGAN = time.monotonic()
 _FETCHERS = 2
 _MOST_ROOM_MADE = 3
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR)
-"""Errors for a cached file that another process removed, replaced or made unreadable: it is then fetched."""
+_NOT_THERE = (errno.ENOENT, errno.ESTALE, errno.EACCES, errno.ENOTDIR, errno.ELOOP, errno.EMLINK, errno.EINVAL)
+"""Errors for a cached file that another process removed, replaced (by a link, a device) or made unreadable: it is then
+fetched."""
 
 
 class ShardCache:
@@ -55,7 +67,8 @@ class ShardCache:
         self._remote, self._entries = remote, entries
         self._max_bytes = round(remote.cache_gigabytes * 1e9)
         self._names = [short_name(entry.name) for entry in entries]
-        self.directory = _cache_directory(remote, entries, what)
+        self._what = f"{what}: cache in {REMOTE_NAME}"
+        self.directory = cache_directory(remote, entries, what)
         largest = max((entry.bytes for entry in entries), default=0)
         needed = 3 * min(remote.window, len(entries)) * largest
         if self._max_bytes < min(needed, sum(entry.bytes for entry in entries)):
@@ -90,23 +103,35 @@ class ShardCache:
 
     def _open(self, shard: int) -> OpenFile:
         path = self.directory / self._names[shard]
+        make_private(self.directory, self._remote, self._what)
         file = self._at_hand(shard)
         if file is None:
             file = self._fetched(shard)
             self._evict(self._max_bytes, keep=path)
-        with suppress(OSError):  # removed meanwhile, or another user's
-            os.utime(path)  # the least recently used go first
+        with suppress(OSError):  # removed meanwhile
+            # The least recently used go first. The time of its content stays: by this it is known to be verified.
+            os.utime(path, ns=(time.time_ns(), os.fstat(file.descriptor).st_mtime_ns), follow_symlinks=False)
         return file
 
     def _at_hand(self, shard: int) -> OpenFile | None:
-        """The copy in the cache, if there is one of the right size."""
+        """The copy in the cache, if there is one: this user's own, of the right size and SHA-256."""
+        path, entry = self.directory / self._names[shard], self._entries[shard]
         try:
-            file = OpenFile(str(self.directory / self._names[shard]))
+            file = OpenFile(str(path))
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
             return None
-        return file if os.fstat(file.descriptor).st_size == self._entries[shard].bytes else None
+        if path.is_symlink() or not is_own_file(file.descriptor):
+            return None
+        if os.fstat(file.descriptor).st_size != entry.bytes:
+            return None
+        if not entry.sha256 or is_noted(path, file.descriptor, entry.sha256):
+            return file
+        if sha256_of(file.descriptor) != entry.sha256:
+            return None
+        note_verified(path, file.descriptor, entry.sha256)
+        return file
 
     def _fetched(self, shard: int) -> OpenFile:
         path = self.directory / self._names[shard]
@@ -120,10 +145,11 @@ class ShardCache:
             try:
                 file = self._copied(shard, path)
             except DamagedError as error:
-                with suppress(OSError):
-                    failure.write_text(json.dumps({"boot": _boot(), "at": time.monotonic(), "message": str(error)}))
+                write_note(failure, {"boot": _boot(), "at": time.monotonic(), "message": str(error)})
                 raise
             failure.unlink(missing_ok=True)
+            if self._entries[shard].sha256:
+                note_verified(path, file.descriptor, self._entries[shard].sha256)
             return file
 
     def _copied(self, shard: int, path: Path) -> OpenFile:
@@ -134,11 +160,12 @@ class ShardCache:
 
         def keep(temporary: Path, digest: str) -> None:
             check(temporary, digest)
+            temporary.chmod(0o600)  # what others could write is not used
             opened.append(OpenFile(str(temporary)))
 
         for attempt in range(_MOST_ROOM_MADE + 1):
             try:
-                fetch(self._remote.urls[shard], path, keep)
+                fetch(self._remote.urls[shard], path, keep, None, entry.bytes)
                 break
             except UserError as error:
                 full = isinstance(error.__cause__, OSError)
@@ -178,7 +205,8 @@ class ShardCache:
             for entry in entries:
                 if entry.name in names:  # with any ending: .tar, .tar.gz
                     with suppress(OSError):  # another process has just removed it
-                        found.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                        times = entry.stat(follow_symlinks=False)
+                        found.append((times.st_atime_ns, times.st_size, Path(entry.path)))
         return sorted(found)
 
     def _evict(self, most: int, keep: Path) -> bool:
@@ -192,8 +220,9 @@ class ShardCache:
                 if excess <= 0:
                     break
                 if path != keep:
-                    with suppress(OSError):  # another user's
+                    with suppress(OSError):
                         path.unlink(missing_ok=True)
+                        note_of(path).unlink(missing_ok=True)
                         excess -= size
                         removed = True
         return removed
@@ -222,8 +251,8 @@ def _recent(failure: Path) -> str | None:
     Times are the machine's monotonic clock, which its processes share: the time of a file comes from a file server, and
     the time of day may be set back.
     """
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        content = json.loads(failure.read_text())
+    with suppress(TypeError, ValueError, KeyError):
+        content = read_note(failure)
         now, then = time.monotonic(), float(content["at"])
         if content["boot"] == _boot() and max(_BEGAN, now - _RETRY_AFTER_SECONDS) <= then <= now:
             return str(content["message"])
@@ -235,12 +264,3 @@ def _boot() -> str:
     with suppress(OSError):
         return _BOOT_ID.read_text().strip()
     return os.uname().nodename
-
-
-def _cache_directory(remote: RemoteShards, entries: Sequence[ShardEntry], what: str) -> Path:
-    """The directory of this set's content alone: other sets and older versions have shards of the same names."""
-    text = remote.directory
-    if "$" in text:
-        raise UserError(f"{what}: cache {remote.cache!r} in {REMOTE_NAME} has a variable that is not set here")
-    content = "\n".join([*remote.places, *(entry.sha256 for entry in entries)])
-    return given_path(text, f"{what}: cache in {REMOTE_NAME}") / hashlib.sha256(content.encode()).hexdigest()[:12]

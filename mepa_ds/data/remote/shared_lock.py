@@ -8,6 +8,7 @@ touched for some time. Each waiting process measures that time by its own clock:
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import threading
@@ -19,6 +20,7 @@ from typing import IO
 
 from mepa_ds.errors import UserError
 from mepa_ds.files import naming_full_disks
+from mepa_ds.safety.places import make_new, open_lock, open_no_link, temporary_name
 
 _TOUCH_SECONDS = 5.0
 _STALE_SECONDS = 40.0
@@ -57,10 +59,15 @@ def _open(path: Path) -> IO[bytes]:
         try:
             with naming_full_disks(place):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                return open(place, "ab")
+                return open_lock(place)
         except FileNotFoundError:
             continue
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EMLINK, errno.EINVAL):
+                raise UserError(
+                    f"{place}: a link or a device lies where a lock is to be; remove it, or give another directory "
+                    "(cache in remote.json)"
+                ) from error
             raise UserError(
                 f"{path.parent}: cannot write there: {error.strerror}; get the right to write there, or give another "
                 "directory (cache in remote.json)"
@@ -103,7 +110,7 @@ def _claimed(claim: Path, wait: bool) -> Iterator[bool]:
 def _make(claim: Path) -> bool:
     with naming_full_disks(claim), suppress(FileNotFoundError):  # the directory was removed
         try:
-            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+            make_new(claim, 0o600)
         except FileExistsError:
             return False
     return True
@@ -111,15 +118,19 @@ def _make(claim: Path) -> bool:
 
 def _mark(claim: Path) -> tuple[int, int] | None:
     """Changes whenever the owner touches the claim. Some file systems ask their server only when a file is opened."""
-    with suppress(OSError), open(claim, "rb") as file:
-        found = os.fstat(file.fileno())
+    with suppress(OSError):
+        descriptor = open_no_link(claim, os.O_RDONLY)
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
         return found.st_ino, found.st_mtime_ns
     return None
 
 
 def _remove(claim: Path) -> None:
     """Removes a claim by a rename, in which one process succeeds. If it hits a newer claim, work is done twice."""
-    aside = claim.with_name(f"{claim.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
+    aside = temporary_name(claim)
     with suppress(OSError):
         os.rename(claim, aside)
         aside.unlink()

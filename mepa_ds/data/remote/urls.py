@@ -24,7 +24,7 @@ _MOST_BYTES = 120
 
 
 def is_remote(url: str) -> bool:
-    """Whether this is a URL for webdataset's openers rather than a path."""
+    """Whether this is meant as a URL rather than as a path."""
     return re.match(r"pipe:|[a-z0-9+]+://", url) is not None
 
 
@@ -50,8 +50,9 @@ def file_names(urls: Sequence[str]) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """A name that any file system takes: long ones keep their beginning, their extension and a digest."""
-    plain = re.sub(r"[^\w.+=@%,~-]", "_", name).lstrip(".") or "shard"
+    """A plain name (mepa_ds.data.shards.index.is_plain): long ones keep their beginning, their extension and a
+    digest."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", name).lstrip(".-") or "shard"
     if len(plain.encode()) <= _MOST_BYTES:
         return plain
     suffix = PurePosixPath(plain).suffix[:8]

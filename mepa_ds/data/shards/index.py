@@ -8,58 +8,131 @@ they come from, shard by shard: their `keys_sha256` are equal.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
+import math
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from mepa_ds.config.base import Section, validate
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.offset_index import OffsetIndex, scan_tar
+from mepa_ds.data.shards.offset_index import MOST_EXTENSIONS, OffsetIndex, check_offset_index, scan_tar
 from mepa_ds.data.shards.samples import Kind
+from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.errors import DamagedError, UserError
 from mepa_ds.files import atomic_path, naming_full_disks, read_file, write_json
+from mepa_ds.safety.reading import parse_json, read_archive, read_json_object
+from mepa_ds.safety.text import printable, printable_json
 
 INDEX_NAME = "index.json"
+DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
+          "float16", "float32", "float64")  # fmt: skip
+"""Types of .npy members."""
+MOST_OFFSET_BYTES = 1 << 28
+"""Largest size of an offset index, unpacked: three million samples of a shard, with keys of forty letters."""
+MOST_NAME = 150
+"""Longest name of a shard: the 255 bytes of file systems less what offset indices and temporary files add to it."""
+MANY_SAMPLES = 10_000_000
+"""An index that says more is looked at more closely before memory is taken for it."""
+_MOST_SHARD_BYTES = 1 << 44
+_MOST_SAMPLES = 1 << 32
+_MOST_MEMBER_BYTES = 1 << 30
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
+_EXTENSION = re.compile(r"[a-z0-9_][a-z0-9_.+-]{0,63}", re.ASCII)
+
+
+def is_plain(name: str) -> bool:
+    """Whether a shard may be called so: such a name is a word to every shell, address and file system."""
+    return len(name) <= MOST_NAME and _PLAIN.fullmatch(name) is not None
+
+
+def why_not_plain(name: str) -> str:
+    """What to tell of a name that is not plain."""
+    shown = repr(name[:40]) + ("..." if len(name) > 40 else "")
+    return (
+        f"{shown} is no name of a shard: at most {MOST_NAME} letters (a-z, A-Z), digits and _ . -, the first no dot or "
+        "dash; rename the file"
+    )
+
+
+def _check_plain(name: str) -> str:
+    if not is_plain(name):
+        raise ValueError(why_not_plain(name))
+    return name
+
+
+def _check_extension(extension: str) -> str:
+    if not _EXTENSION.fullmatch(extension):
+        raise ValueError(f"{extension[:40]!r} is no extension: letters, digits and _ . + -")
+    return extension
+
+
+ShardName = Annotated[str, AfterValidator(_check_plain)]
+Shown = Annotated[str, AfterValidator(printable)]
+"""Text that messages, terminals and logs show as it is."""
+Extension = Annotated[str, AfterValidator(_check_extension)]
+Count = Annotated[int, Field(ge=0)]
 
 
 class Member(Section):
     """What the members of one extension hold. Members that are no arrays (images, labels) have neither field."""
 
-    dtype: str | None = None
+    dtype: (
+        Literal[
+            "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
+            "float16", "float32", "float64",
+        ]
+        | None
+    ) = None  # fmt: skip
     """NumPy dtype string of an .npy member, such as `uint16`."""
-    shape: tuple[int, ...] | None = None
+    shape: Annotated[tuple[Count, ...], Field(max_length=8)] | None = None
     """Shape of an .npy member, the same for every sample."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the array of a sample; 0 for members that are no arrays."""
+        if self.shape is None or self.dtype is None:
+            return 0
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.dtype is None) != (self.shape is None):
+            raise ValueError("an array has a dtype and a shape")
+        if self.num_bytes > _MOST_MEMBER_BYTES:
+            raise ValueError(f"an array of a sample has {self.num_bytes} bytes; at most {_MOST_MEMBER_BYTES} are read")
+        return self
 
 
 class MadeBy(Section):
     """What made a set, and how."""
 
-    name: str
+    name: Shown
     """Tokenizer or teacher (or reader, for images), as a person names it."""
-    identity: str = ""
+    identity: Shown = ""
     """Hash of the weights (mepa_ds.files.identity_of_weights); empty for images."""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: Annotated[dict[str, Any], AfterValidator(printable_json)] = Field(default_factory=dict)
     """Everything else that the content depends on: scales, codebook size, codec, views, image side..."""
 
 
 class ShardEntry(Section):
     """One shard of a set."""
 
-    name: Annotated[str, Field(pattern=r"^[^/]*[^/.][^/]*$")]
+    name: ShardName
     """File name, such as `shard-000000.tar`; never a path."""
-    num_samples: int
-    bytes: int
-    sha256: str
+    num_samples: Count
+    bytes: Annotated[int, Field(ge=0, le=_MOST_SHARD_BYTES)]
+    sha256: Shown
     """SHA-256 of the tar file; empty if unknown (a set that others made)."""
-    keys_sha256: str
+    keys_sha256: Shown
     """SHA-256 of the keys in order, each ended by a newline."""
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Shown, ...] = ()
     """Damaged source images that were left out of this shard, with the reason."""
 
 
@@ -72,11 +145,26 @@ class ShardIndex(Section):
     version: Literal[1] = 1
     kind: Kind
     shards: tuple[ShardEntry, ...]
-    members: dict[str, Member]
+    members: Annotated[dict[Extension, Member], Field(max_length=MOST_EXTENSIONS)]
     """Members of a sample by extension, without the leading dot."""
-    classes: tuple[str, ...] = ()
+    classes: tuple[Shown, ...] = ()
     """Class names by label; empty when unknown."""
     made_by: MadeBy
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_samples > _MOST_SAMPLES:
+            raise ValueError(f"the shards have {self.num_samples} samples; at most {_MOST_SAMPLES} are read")
+        # Memory is taken by this number, so a large one must be possible. Each shard is checked when it is read.
+        if self.num_samples > MANY_SAMPLES:
+            for shard in self.shards:
+                if shard.num_samples > shard.bytes // BLOCK:  # each has a header at least
+                    raise ValueError(f"{shard.name}: {shard.num_samples} samples do not fit in {shard.bytes} bytes")
+        stems = [offset_index_path(Path(shard.name)).name for shard in self.shards]
+        if len(set(stems)) < len(stems):
+            twice = next(shard.name for place, shard in enumerate(self.shards) if stems[place] in stems[:place])
+            raise ValueError(f"the shard {twice} has another one's name; names in a set are unique")
+        return self
 
     @property
     def num_samples(self) -> int:
@@ -106,7 +194,7 @@ class ShardIndex(Section):
                 "others made, run `mepa data scan DIR`"
             )
         try:
-            data = json.loads(path.read_text())
+            data = read_json_object(path)
         except (OSError, ValueError) as error:
             raise UserError(f"{what}: {path}: cannot be read: {error}; make the set again") from error
         return validate(cls, data, f"{what}: {path}")
@@ -152,7 +240,7 @@ class Description(Section):
     mtime_ns: int | None = None
     """Time of the tar when its headers were read, for shards that others made. None for shards that this project wrote:
     for these equal content has equal offset indices, and size and SHA-256 in the index say whether the tar is whole."""
-    left_out: dict[str, tuple[int, tuple[str, ...]]] = Field(default_factory=dict)
+    left_out: dict[Shown, tuple[Count, tuple[Shown, ...]]] = Field(default_factory=dict)
     """Members that belong to no sample (LeftOut); only for shards that others made."""
 
     def is_of(self, shard: Path) -> bool:
@@ -189,40 +277,54 @@ def read_offset_index(shard: Path, kind: Kind, foreign: bool = False) -> OffsetI
     Args:
         foreign: whether others made the shard. Its offset index then counts only for the file that was scanned.
             In a copy that did not keep the times, the headers are read again, with the same result.
+
+    Raises:
+        DamagedError: the file cannot be read, or does not hold the places of samples in a tar.
     """
     if not offset_index_path(shard).exists():
         return scan_tar(shard, kind)
-    stored = _load_offset_index(shard)
-    description = _description(shard, stored)
+    offset_index, description = _load_offset_index(shard)
     if foreign and shard.exists() and not description.is_of(shard):
         return scan_tar(shard, kind)
-    labels = stored["labels"]
-    return OffsetIndex(
-        keys_N=stored["keys"],
-        extensions=tuple(str(extension) for extension in stored["extensions"]),
-        offsets_NM=stored["offsets"],
-        sizes_NM=stored["sizes"],
-        labels_N=labels if len(labels) == len(stored["keys"]) else None,
-        left_out=LeftOut.from_json(description.left_out),
-    )
+    return offset_index
 
 
-def _load_offset_index(shard: Path) -> dict[str, NDArray[Any]]:
+def _load_offset_index(shard: Path) -> tuple[OffsetIndex, Description]:
     """Raises DamagedError for whatever is wrong with the file."""
     path = offset_index_path(shard)
     try:
-        with np.load(io.BytesIO(read_file(path))) as stored:
-            return {name: stored[name] for name in ("keys", "extensions", "offsets", "sizes", "labels", "description")}
-    except Exception as error:  # zipfile and NumPy raise a dozen kinds for bytes that changed; CRCs are checked
-        reason = str(error) or type(error).__name__
+        return parse_offset_index(read_file(path, MOST_OFFSET_BYTES))
+    except (OSError, ValueError) as error:
         raise DamagedError(
-            f"{path}: the offsets cannot be read: {reason}; remove this file (offsets are then read from the shard), "
+            f"{path}: the offsets cannot be read: {error}; remove this file (offsets are then read from the shard), "
             "or remove the shard too and run what made the set again"
         ) from error
 
 
-def _description(shard: Path, stored: dict[str, NDArray[Any]]) -> Description:
-    return validate(Description, json.loads(str(stored["description"])), str(offset_index_path(shard)))
+def parse_offset_index(data: bytes) -> tuple[OffsetIndex, Description]:
+    """The content of an offset index's file. Raises ValueError for whatever is wrong with it."""
+    names = ("keys", "extensions", "offsets", "sizes", "labels", "description")
+    stored = read_archive(data, names, MOST_OFFSET_BYTES)
+    description = _parse_description(stored["description"])
+    labels_n, extensions_M = stored["labels"], stored["extensions"]
+    if extensions_M.ndim != 1 or len(extensions_M) > MOST_EXTENSIONS or extensions_M.dtype.kind not in "Uf":
+        raise ValueError("its extensions are no short list of texts")  # an empty list is stored as numbers
+    offset_index = OffsetIndex(
+        keys_N=stored["keys"],
+        extensions=tuple(printable(extension) for extension in extensions_M.tolist()),
+        offsets_NM=stored["offsets"],
+        sizes_NM=stored["sizes"],
+        labels_N=labels_n if labels_n.shape == stored["keys"].shape else None,
+        left_out=LeftOut.from_json(description.left_out),
+    )
+    check_offset_index(offset_index)
+    return offset_index, description
+
+
+def _parse_description(stored: NDArray[Any]) -> Description:
+    if stored.shape != () or stored.dtype.kind != "U":
+        raise ValueError("its description is no text")
+    return validate(Description, parse_json(str(stored)), "description")
 
 
 def stored_description(shard: Path) -> Description | None:
@@ -230,7 +332,7 @@ def stored_description(shard: Path) -> Description | None:
     if not offset_index_path(shard).exists():
         return None
     try:
-        return _description(shard, _load_offset_index(shard))
+        return _load_offset_index(shard)[1]
     except DamagedError:
         return None
 

@@ -57,4 +57,8 @@ class LeftOut:
 
     @classmethod
     def from_json(cls, data: Mapping[str, tuple[int, Sequence[str]]]) -> LeftOut:
-        return cls({k: count for k, (count, _) in data.items()}, {k: list(names) for k, (_, names) in data.items()})
+        """What an offset index said, as it may be shown."""
+        found = cls()
+        for reason, (count, names) in data.items():
+            found._add(printable(reason), count, [printable(name) for name in names[:_SHOWN]])
+        return found

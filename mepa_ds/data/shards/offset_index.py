@@ -6,6 +6,7 @@ Legend: N samples of a shard, M member extensions.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.samples import Kind, Samples, grouped, image_samples, split_member_name, visible_members
 from mepa_ds.errors import DamagedError
-from mepa_ds.safety.text import printable
+from mepa_ds.safety.text import printable, printable_lines
 
 _LABEL_DIGITS = 18
-_MOST_EXTENSIONS = 32
+MOST_EXTENSIONS = 32
 """Most extensions in one shard, since each is a column."""
+_MOST_KEY_BYTES = 1 << 28
+"""Keys of a shard are stored as wide as the longest, which one long name among many short ones would abuse."""
 _ANEW = "make the shard again, or a set of it by mepa data build webdataset"
 
 
@@ -53,6 +56,49 @@ class OffsetIndex:
         ).reshape(len(samples), len(extensions), 2)
         keys = np.array([key.encode() for key, _ in samples], dtype=np.bytes_)
         return cls(keys, extensions, places[..., 0].copy(), places[..., 1].copy())
+
+
+def check_offset_index(found: OffsetIndex) -> None:
+    """Checks what a file gave. Raises ValueError unless the arrays belong together and may be places in a tar."""
+    keys_N, shape = found.keys_N, (len(found.keys_N) if found.keys_N.ndim else 0, len(found.extensions))
+    if keys_N.ndim != 1 or keys_N.dtype.kind not in "Sf" or (len(keys_N) and keys_N.dtype.kind != "S"):
+        raise ValueError("its keys are no list of names")
+    for name, values in (("offsets", found.offsets_NM), ("sizes", found.sizes_NM)):
+        if values.dtype != np.int64 or values.shape != shape:
+            raise ValueError(f"its {name} are {values.dtype} {values.shape}, expected int64 {shape}")
+    if found.labels_N is not None and found.labels_N.dtype != np.int64:
+        raise ValueError(f"its labels are {found.labels_N.dtype}, expected int64")
+    if len(set(found.extensions)) < len(found.extensions):
+        raise ValueError("an extension comes twice")
+    if found.offsets_NM.min(initial=0) < 0 or found.sizes_NM.min(initial=0) < -1:
+        raise ValueError("an offset or a size is negative")
+    text = b"\n".join(keys_N.tolist()).decode(errors="surrogateescape")
+    if printable_lines(text) != text or "\t" in text or text.count("\n") != max(len(keys_N) - 1, 0):
+        raise ValueError("a key is not UTF-8, or has control characters")
+
+
+def check_within(found: OffsetIndex, num_bytes: int, arrays: Mapping[str, int]) -> None:
+    """Checks an offset index against its shard.
+
+    Args:
+        num_bytes: of the shard.
+        arrays: bytes of the array in each .npy member by extension. These lie side by side, each in its own place, so
+            that batches are no larger than what is read for them.
+
+    Raises:
+        ValueError: a member would end behind the shard, or is too small for its array.
+    """
+    offsets_NM, sizes_NM = found.offsets_NM, found.sizes_NM
+    if (sizes_NM > num_bytes).any() or (offsets_NM > num_bytes - np.maximum(sizes_NM, 0)).any():
+        raise ValueError(f"a member lies beyond the {num_bytes} bytes of the shard")
+    for column, extension in enumerate(found.extensions):
+        if not (least := arrays.get(extension, 0)):
+            continue
+        sizes_N = sizes_NM[:, column]
+        if ((sizes_N >= 0) & (sizes_N < least)).any():
+            raise ValueError(f"a member .{extension} has less than the {least} bytes of its array")
+        if float(np.maximum(sizes_N, 0).sum(dtype=np.float64)) > num_bytes:
+            raise ValueError(f"the members .{extension} have more bytes than the shard")
 
 
 def label_number(data: bytes) -> int | None:
@@ -94,8 +140,10 @@ def _check_keys(path: Path, samples: Samples) -> None:
         if key in seen:
             raise DamagedError(f"{path}: the members of sample {key!r} do not lie side by side; {_ANEW}")
         seen.add(key)
+    if len(samples) * max((len(key.encode()) for key in samples), default=0) > _MOST_KEY_BYTES:
+        raise DamagedError(f"{path}: the longest of its {len(samples)} keys is too long; {_ANEW}, with shorter names")
     extensions = {extension for found in samples.values() for extension in found}
-    if len(extensions) > _MOST_EXTENSIONS:
+    if len(extensions) > MOST_EXTENSIONS:
         raise DamagedError(
             f"{path}: has members of {len(extensions)} kinds ({', '.join(sorted(extensions)[:3])}, ...): a key ends at "
             "the first dot of the file name; make the shard again, with names that have one dot"

@@ -6,8 +6,10 @@ a network file system each time is a round trip to its metadata server.
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import stat
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
@@ -17,10 +19,13 @@ _ENOUGH = 1 << 16
 
 
 class OpenFile:
-    """A file that is closed when its last reader lets go of it."""
+    """A file that is closed when its last reader lets go of it. A pipe or a device, which would never end, is refused
+    (OSError)."""
 
     def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

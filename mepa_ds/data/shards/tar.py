@@ -6,6 +6,7 @@ names that ustar cannot hold. A link is read from the member it points at. Whate
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import tarfile
@@ -26,13 +27,21 @@ DEVICES = "devices and pipes"
 UNKNOWN_KINDS = "members of unknown types"
 BEHIND_THE_END = "pieces of data behind the end of the archive"
 
-_MOST_EXTENDED_BYTES = 1 << 24
+_MOST_EXTENDED_BYTES = 1 << 20
 """Largest size of one extended header: a larger one is damage and would fill the memory."""
+_MOST_EXTENDED = 16
+"""Most extended headers of one member: real ones have a PAX header, or a long name and a long link."""
+_MOST_NAME_BYTES = 4096
+"""The kernel's limit of a path: names are what is kept of a tar."""
 _MOST_LINKS = 40
 """The kernel's limit: a longer chain of links leads in a circle."""
 _CHUNK = 1 << 20
 _SPARSE_RECORDS = ("GNU.sparse.", "SCHILY.realsize", "SUN.holesdata")
 _AGAIN = "copy or make it again"
+
+_NAMES = ("path", "linkpath", "GNU.sparse.name")
+_READ = (*_NAMES, "size")
+"""Records that are looked at; others (times, owners, attributes) are not kept."""
 
 Read = Callable[[int, int], bytes]
 """(number of bytes, position) -> bytes."""
@@ -85,7 +94,7 @@ def _entries(path: Path, start: int, size: int | None) -> tuple[list[_Entry], Le
         if end == start:
             raise DamagedError(f"{path}: the file is empty, not a tar")
         read = partial(_read, file.fileno(), str(path))
-        return list(_step(read, start, end, str(path), left_out)), left_out
+        return list(_step(read, partial(_next_data, file.fileno()), start, end, left_out, str(path))), left_out
 
 
 def _read(descriptor: int, where: str, size: int, position: int) -> bytes:
@@ -95,22 +104,34 @@ def _read(descriptor: int, where: str, size: int, position: int) -> bytes:
     return data
 
 
+def _next_data(descriptor: int, position: int, end: int) -> int:
+    """The first position from here on that is in no hole: a file of a few bytes on its disk may say that it has tera-
+    bytes, and zeros in holes take as long to read as others."""
+    try:
+        return min(os.lseek(descriptor, position, os.SEEK_DATA), end)
+    except OSError as error:  # ENXIO: holes up to the end
+        return end if error.errno == errno.ENXIO else position
+
+
 def check_member_name(name: str, where: str) -> None:
     """Refuses names that would leave the directory a tar is unpacked in."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or not name:
         raise DamagedError(f"{where}: member {name!r} has an unsafe path; make the shard again without it")
 
 
-def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> Iterator[_Entry]:
+def _step(
+    read: Read, next_data: Callable[[int, int], int], start: int, end: int, left_out: LeftOut, where: str
+) -> Iterator[_Entry]:
     """All members except folders and labels. Records of extended headers are kept for the member that they describe."""
     position, is_over = start, False
-    common, own = dict[str, str](), dict[str, str]()
+    common, own, extended = dict[str, str](), dict[str, str](), 0
     while position + BLOCK <= end:
         block = read(BLOCK, position)
         if block == END:
             if own:
                 raise DamagedError(f"{where}: an extended header at the end has no member; {_AGAIN}")
-            position, is_over, common = _behind_zeros(read, position, start, end), True, {}
+            position = _behind_zeros(read, next_data, position, start, end)
+            is_over, common, extended = True, {}, 0
             continue
         if is_over and not headers.is_header(block):
             break
@@ -118,11 +139,13 @@ def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> It
         header = _parse(block, where, position, position == start)
         data = position + BLOCK
         if header.kind in headers.EXTENDED:
+            if (extended := extended + 1) > _MOST_EXTENDED:
+                raise DamagedError(f"{where}: {extended} extended headers before one member; {_AGAIN}")
             _take_extended(header, read, data, end, where, common, own)
             size = header.size
         else:
             entry = _member(header, {**common, **own} if common or own else own, read, data, end, where)
-            own, size = {}, entry.size
+            own, size, extended = {}, entry.size, 0
             if entry.kind not in headers.FOLDERS_AND_LABELS:
                 check_member_name(entry.name, where)
                 yield entry
@@ -133,9 +156,9 @@ def _step(read: Read, start: int, end: int, where: str, left_out: LeftOut) -> It
         left_out.add(BEHIND_THE_END, f"{end - position} bytes at the end of {where}")
 
 
-def _behind_zeros(read: Read, position: int, start: int, end: int) -> int:
+def _behind_zeros(read: Read, next_data: Callable[[int, int], int], position: int, start: int, end: int) -> int:
     """The first block, counted from `start`, that holds another byte; `end` if there is none."""
-    while position < end:
+    while (position := next_data(position, end)) < end:
         chunk = read(min(_CHUNK, end - position), position)
         if rest := chunk.lstrip(b"\0"):
             found = position + len(chunk) - len(rest)
@@ -158,15 +181,26 @@ def _take_extended(
     """Adds the records of an extended header to those of all following members, or to those of the next one."""
     if header.size > min(end - data, _MOST_EXTENDED_BYTES):
         raise DamagedError(f"{where}: an extended header at byte {data - BLOCK} is cut short or damaged; {_AGAIN}")
+    if header.size > _MOST_NAME_BYTES and header.kind in (headers.GNU_NAME, headers.GNU_LINK):
+        raise DamagedError(f"{where}: a name of {header.size} bytes at byte {data - BLOCK}; no file system has such")
     content = read(header.size, data)
     if header.kind in (headers.GNU_NAME, headers.GNU_LINK):
         # Where a member has both kinds of long name, PAX's counts, as it does for GNU tar.
         own.setdefault("path" if header.kind == headers.GNU_NAME else "linkpath", headers.text(content))
         return
     try:
-        (common if header.kind == headers.PAX_GLOBAL else own).update(headers.pax_records(content))
+        records = headers.pax_records(content)
     except ValueError as error:
         raise DamagedError(f"{where}: broken PAX header at byte {data - BLOCK}: {error}; {_AGAIN}") from error
+    if max(len(records.get(key, "")) for key in _NAMES) > _MOST_NAME_BYTES:
+        raise DamagedError(f"{where}: a name in the PAX header at byte {data - BLOCK} is too long; {_AGAIN}")
+    kept = {key: value for key, value in records.items() if key in _READ or key.startswith(_SPARSE_RECORDS)}
+    if header.kind == headers.PAX_GLOBAL:
+        common.update(kept)
+        for key in [key for key in common if key.startswith(_SPARSE_RECORDS) and not common[key]]:
+            del common[key]  # cancelled; others refuse the next member, so that their number is bounded
+    else:
+        own.update(kept)
 
 
 def _member(header: Header, records: dict[str, str], read: Read, data: int, end: int, where: str) -> _Entry:

@@ -19,6 +19,8 @@ WITHOUT_DATA = (*LINKS, *DEVICES, *FOLDERS_AND_LABELS)
 SPARSE, CONTINUED = b"S", b"M"
 EXTENDED = PAX, PAX_OF_SOLARIS, PAX_GLOBAL, GNU_NAME, GNU_LINK = b"x", b"X", b"g", b"L", b"K"
 
+_MOST_RECORDS = 1000
+"""Most records of a PAX header; real ones have a dozen, and some attributes."""
 _RECORD_LENGTH = re.compile(rb"([0-9]{1,18}) ")
 _NAME, _SIZE, _CHECKSUM, _KIND = slice(0, 100), slice(124, 136), slice(148, 156), slice(156, 157)
 _TARGET, _MAGIC, _PREFIX = slice(157, 257), slice(257, 263), slice(345, 500)
@@ -77,12 +79,14 @@ def text(field: bytes) -> str:
 
 def pax_records(data: bytes) -> dict[str, str]:
     """The `LENGTH KEY=VALUE newline` records of a PAX header. Raises ValueError where they are not that."""
-    records, position = {}, 0
+    records, position, count = dict[str, str](), 0, 0
     while position < len(data) and data[position]:  # some writers fill up with zeros
         match = _RECORD_LENGTH.match(data, position)
         end = position + int(match[1]) if match else 0
         if match is None or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
             raise ValueError(f"byte {position} begins no record")
+        if (count := count + 1) > _MOST_RECORDS:
+            raise ValueError(f"it has more than {_MOST_RECORDS} records")
         key, _, value = data[match.end() : end - 1].partition(b"=")
         records[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         position = end

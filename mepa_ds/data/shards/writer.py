@@ -23,12 +23,15 @@ from numpy.typing import NDArray
 from mepa_ds.config.base import Section, validate
 from mepa_ds.config.changes import changed
 from mepa_ds.data.shards.index import (
+    DTYPES,
     INDEX_NAME,
     Description,
     MadeBy,
     Member,
     ShardEntry,
     ShardIndex,
+    ShardName,
+    Shown,
     keys_digest,
     offset_index_path,
     read_description,
@@ -41,6 +44,7 @@ from mepa_ds.data.shards.tar import check_member_name, member_header
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks, write_json
+from mepa_ds.safety.reading import array_header, read_json_object
 
 MANIFEST_NAME = "index.plan.json"
 SCRATCH_NAME = ".scratch"
@@ -54,8 +58,8 @@ class Manifest(Section):
     """What a set will be once all its shards are there."""
 
     kind: Kind
-    shard_names: tuple[str, ...]
-    classes: tuple[str, ...] = ()
+    shard_names: tuple[ShardName, ...]
+    classes: tuple[Shown, ...] = ()
     made_by: MadeBy
 
 
@@ -72,13 +76,12 @@ def npy_bytes(array: NDArray[Any]) -> bytes:
 
 def read_npy_header(data: bytes) -> tuple[Member, int]:
     """(dtype and shape, bytes of the header) of an .npy file. Raises ValueError if it is none."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran or dtype.hasobject:
-        raise ValueError("arrays in Fortran order or of Python objects are not read")
-    return Member(dtype=str(dtype), shape=tuple(shape)), file.tell()
+    header = array_header(data)
+    if header.is_fortran:
+        raise ValueError("arrays in Fortran order are not read")
+    if (dtype := str(header.dtype)) not in DTYPES:
+        raise ValueError(f"arrays of {dtype} are not read; expected {', '.join(DTYPES)}")
+    return Member(dtype=dtype, shape=tuple(header.shape)), header.start  # type: ignore[arg-type]
 
 
 class ShardWriter:
@@ -177,7 +180,7 @@ class ShardWriter:
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     try:
-        data = json.loads(path.read_text())
+        data = read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; nothing was started here, or start it again") from error
     return validate(Manifest, data, str(path))

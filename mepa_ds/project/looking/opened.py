@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mepa_ds.data.shard_set import spread
 from mepa_ds.data_tools.readers.source import Source
 from mepa_ds.errors import DamagedError
-from mepa_ds.images.decoding import FORMATS, decode_image
+from mepa_ds.images.decoding import decode_image, size_of
 from mepa_ds.progress import Progress
 from mepa_ds.project.looking.facts import Colour
 
@@ -44,7 +42,7 @@ def open_some(listing: Source) -> Opened:
         where = listing.describe(number)
         try:
             data = listing.load(number)[1]
-            width, height = _size_of(data, where)
+            width, height = size_of(data, where)
             if place % every == 0:
                 is_grey = _is_grey(np.asarray(decode_image(data, where)))
                 opened.num_grey += is_grey
@@ -56,14 +54,6 @@ def open_some(listing: Source) -> Opened:
         shapes.add((width, height))
     opened.is_one_square = len(shapes) == 1 and all(width == height for width, height in shapes)
     return opened
-
-
-def _size_of(data: bytes, where: str) -> tuple[int, int]:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.size
-    except Exception:  # a plugin raises whatever its parsing meets; the decoder says it in words
-        return decode_image(data, where).size
 
 
 def _is_grey(pixels_HW3: np.ndarray[Any, Any]) -> bool:

@@ -13,12 +13,15 @@ from pathlib import Path
 
 from PIL import Image
 
+from mepa_ds.files import check_regular, read_file
 from mepa_ds.reports.page.series import spread
+from mepa_ds.safety.pictures import open_image
 
 _FOLDERS = ("samples", "reconstructions")
 _WIDTHS = (840, 640, 480, 360)
 _MOST, _FEWEST = 16, 5
 _QUALITY = 80
+_HEAD_BYTES, _MOST_BYTES = 1 << 16, 1 << 28
 
 
 @dataclass
@@ -77,11 +80,18 @@ def _step_of(path: Path) -> int | None:
 
 
 def _opens(path: Path) -> bool:
+    """Whether its header is one of a picture that may be decoded."""
     try:
-        with Image.open(path, formats=("PNG",)):
-            return True
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        open_image(_head(path), ("PNG",))
+    except Exception:  # Pillow raises a dozen kinds
         return False
+    return True
+
+
+def _head(path: Path) -> bytes:
+    check_regular(path)
+    with open(path, "rb") as file:
+        return file.read(_HEAD_BYTES)
 
 
 def _fitting(newest: Image.Image, count: int, budget: int) -> tuple[int, int]:
@@ -97,9 +107,8 @@ def _fitting(newest: Image.Image, count: int, budget: int) -> tuple[int, int]:
 def _pixels(path: Path) -> Image.Image | None:
     """Returns None for a broken picture."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return open_image(read_file(path, _MOST_BYTES), ("PNG",)).convert("RGB")
+    except Exception:  # Pillow raises a dozen kinds
         return None
 
 

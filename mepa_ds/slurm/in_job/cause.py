@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from mepa_ds import log
 from mepa_ds.runtime.lost_peers import is_lost_peer
-from mepa_ds.safety.text import printable
+from mepa_ds.safety.text import message
 
+_MOST_BYTES = 1 << 25  # of either end of a log
 _SUMMARY = "ChildFailedError"  # torchrun's last line, whatever has failed
 _RANK = re.compile(r"^(?:\[rank\d+\]: ?|\[\w+\d*\]: ?|\d+: )+")
 # A message of ours, of argparse or of tyro; the last line of a traceback; SLURM's message about a killed process; or
@@ -45,12 +49,23 @@ def cause_of(text: str) -> str | None:
 
 def main() -> None:
     path, start = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    with open(path, "rb") as file:
-        file.seek(start)
-        cause = cause_of(file.read().decode(errors="replace"))
+    text = read_log(path, start)
+    cause = None if text is None else cause_of(text)
     if cause is None:
         sys.exit(1)
-    log.say(printable(cause))
+    log.say(message(cause))
+
+
+def read_log(path: Path, start: int = 0) -> str | None:
+    """The text of a log from byte `start` on, without its middle if it is very long; None where no file is."""
+    with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return None
+        file.seek(start)
+        text = file.read(_MOST_BYTES)
+        file.seek(max(os.fstat(file.fileno()).st_size - _MOST_BYTES, file.tell()))
+        return (text + file.read(_MOST_BYTES)).decode(errors="replace")
+    return None
 
 
 if __name__ == "__main__":

@@ -5,14 +5,18 @@ Every member writes STATE/part-<number>/result: running, done, requeued: WHY, or
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from mepa_ds import log
+from mepa_ds.safety.places import open_no_link
+from mepa_ds.safety.text import printable
 
 RESULT = "result"
 DONE = "done"
 _SHOWN = 10
+_MOST_BYTES = 4096
 
 
 def results(state: Path, parts: int) -> dict[int, str]:
@@ -22,8 +26,11 @@ def results(state: Path, parts: int) -> dict[int, str]:
 
 def read_result(state: Path) -> str:
     """The result in a job's state directory; empty if the job has written none yet."""
-    path = state / RESULT
-    return path.read_text(errors="replace").strip() if path.is_file() else ""
+    try:
+        with open(open_no_link(state / RESULT, os.O_RDONLY), "rb") as file:
+            return printable(file.read(_MOST_BYTES).decode(errors="replace").strip())
+    except OSError:
+        return ""
 
 
 def open_parts(state: Path, parts: int) -> list[int]:

@@ -15,6 +15,7 @@ from mepa_ds.config.base import apply_overrides, read_yaml
 from mepa_ds.config.paths import given_path
 from mepa_ds.config.values import HUB
 from mepa_ds.errors import UserError
+from mepa_ds.safety.text import printable
 
 SET_KEYS = ("data.tokens", "data.features", "data.heldout_tokens", "data.images", "data.heldout_images")
 """Keys of recipes for shard sets."""
@@ -65,6 +66,8 @@ def main(argv: Sequence[str]) -> None:
     value = recipe_value(key, given_path(recipe, "recipe"), overrides)
     if value is None:
         raise UserError(f"{recipe}: {key}: required, but not given")
+    if printable(value) != str(value):  # a shell would take it for several words, or cut it
+        raise UserError(f"{recipe}: {key}: {value!r} has a line break or control character in it; choose another name")
     log.answer(str(value))
 
 

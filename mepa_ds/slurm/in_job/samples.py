@@ -8,7 +8,6 @@ merge WEIGHTS IMAGES PER_CLASS OUT SCORES REFERENCE INCEPTION
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +17,21 @@ import numpy as np
 from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.images.sets import write_npz
+from mepa_ds.safety.reading import read_json_object
 
 _SEED = 0
+_MOST_CLASSES = 10**6
 
 
 def num_classes(weights: Path) -> int:
     """Classes of an exported model."""
     path = weights / "config.json"
     try:
-        return int(json.loads(path.read_text())["num_classes"])
-    except (OSError, ValueError, KeyError) as error:
+        found = int(read_json_object(path)["num_classes"])
+        if not 0 < found <= _MOST_CLASSES:
+            raise ValueError(f"num_classes: {found}")
+        return found
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a model's config: {error}") from error
 
 

@@ -1,0 +1,12 @@
+"""The option `--remote-schemes`, alike in every command that reads shard sets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from mepa_ds.config.values import RemoteScheme
+
+RemoteSchemes = Annotated[tuple[RemoteScheme, ...], tyro.conf.UseAppendAction]
+"""What the remote.json of a set may name beside the web and stores; given once for each scheme."""
