@@ -115,7 +115,7 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
     if ratio != moe.expert_ratio:
         changes.append(f"model.moe.expert_ratio={ratio}")
     return (
-        f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\nand set {' '.join(changes)}; or train it dense, "
+        f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\n  and set {' '.join(changes)}; or train it dense, "
         "with model.moe=null"
     )
 

@@ -191,7 +191,7 @@ def test_the_command_that_a_refusal_names_makes_the_mixture(
     words = [str(tmp_path / "moe") if word == "OUT" else word for word in shlex.split(command)]
     assert words[:2] == ["mepa", "upcycle"]
     upcycle_command(words[2:])
-    settings = after.removeprefix("and set ").split(";")[0].split()
+    settings = after.removeprefix("  and set ").split(";")[0].split()
     assert settings[0] == "init_weights=OUT"
     values = apply_overrides({"model": {"moe": moe}}, settings[1:])["model"]["moe"]
     load_initial_weights(dense_model(qk_norm=not foreign, moe=values), tmp_path / "moe")
