@@ -115,8 +115,8 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
     if ratio != moe.expert_ratio:
         changes.append(f"model.moe.expert_ratio={ratio}")
     return (
-        f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\n  and set {' '.join(changes)}; or train it dense, "
-        "with model.moe=null"
+        f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\n  and set {' '.join(changes)}; or train it "
+        "dense, with model.moe=null"
     )
 
 
