@@ -22,7 +22,14 @@ from mepa_ds.scales import ScaleSchedule
 
 def model_of(**changes: Any) -> NextScaleTransformer:
     """With weights that the output depends on, in evaluation mode."""
-    values: dict[str, Any] = {"width": 32, "num_heads": 2, "num_classes": 4, "scales": (1, 2, 4), "codebook_size": 16, "code_width": 4}
+    values: dict[str, Any] = {
+        "width": 32,
+        "num_heads": 2,
+        "num_classes": 4,
+        "scales": (1, 2, 4),
+        "codebook_size": 16,
+        "code_width": 4,
+    }
     values |= {"ffn_ratio": 2.0, "head_init": 5.0, "adaln_gamma_init": 0.5, "adaln_init": 0.5, **changes}
     return NextScaleTransformer.from_preset("var-d2", **values).eval()
 
