@@ -165,6 +165,8 @@ def build(reader: Reader, options: BuildOptions) -> ShardIndex | None:
     """Writes one part of a set; returns the index if the set is now complete."""
     options.check()
     scratch = options.out / SCRATCH_NAME
+    if scratch.is_symlink():  # it is written in, and removed in the end
+        raise UserError(f"--out: {scratch} is a link; remove it, and run again")
     if (finished := _finished(reader, options)) is not None:
         log.say(f"{options.out}: finished already, from the same files")
         if scratch.exists():  # of a build that was killed after its index was written

@@ -15,7 +15,7 @@ from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.index import ShardIndex, keys_digest, offset_index_path, read_offset_index
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import OffsetIndex, label_number, scan_tar
-from mepa_ds.data.shards.samples import LABEL_EXTENSION
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, MOST_MEMBER_BYTES
 from mepa_ds.data.shards.writer import read_npy_header
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.errors import DamagedError
@@ -69,9 +69,9 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
         for row in range(len(offset_index) if decode else 0):
             members = {}
             for column, extension in enumerate(offset_index.extensions):
-                if offset_index.sizes_NM[row, column] >= 0:
+                if (size := int(offset_index.sizes_NM[row, column])) >= 0:
                     file.seek(int(offset_index.offsets_NM[row, column]))
-                    members[extension] = file.read(int(offset_index.sizes_NM[row, column]))
+                    members[extension] = file.read(min(size, MOST_BYTES.get(extension, MOST_MEMBER_BYTES) + 1))
             try:
                 _check_sample(shards.index, members, offset_index.key(row), report)
             except DamagedError as error:
@@ -105,7 +105,7 @@ def _labels(path: Path, offset_index: OffsetIndex) -> NDArray[np.int64]:
     with open(path, "rb") as file:
         for offset, size in zip(offset_index.offsets_NM[:, column], offset_index.sizes_NM[:, column], strict=True):
             file.seek(int(offset))
-            label = label_number(file.read(max(int(size), 0)))
+            label = label_number(file.read(min(max(int(size), 0), MOST_BYTES[LABEL_EXTENSION])))
             labels.append(-1 if label is None else label)
     return np.array(labels, np.int64)
 
@@ -119,6 +119,8 @@ def _check_sample(index: ShardIndex, members: dict[str, bytes], key: str, report
         decode_image(data, where)
         report.contents.append((hashlib.sha256(data).digest()[:16], key))
     for extension, data in members.items():
+        if len(data) > (most := MOST_BYTES.get(extension, MOST_MEMBER_BYTES)):
+            raise DamagedError(f"{where}: .{extension} has more than the {most} bytes that are read")
         if extension.endswith("npy"):
             _check_array(index, extension, data, where)
 
@@ -134,11 +136,13 @@ def _check_array(index: ShardIndex, extension: str, data: bytes, where: str) -> 
             f"{where}: .{extension} holds {member.dtype} {member.shape}, expected {expected.dtype} {expected.shape}"
         )
     assert member.shape is not None
+    if (len(data) - start) % np.dtype(member.dtype).itemsize:
+        raise DamagedError(f"{where}: .{extension} is cut short")
     values: NDArray[Any] = np.frombuffer(data, np.dtype(member.dtype), offset=start)
-    if values.size != int(np.prod(member.shape)):
+    if values.nbytes != member.num_bytes:
         raise DamagedError(f"{where}: .{extension} is cut short")
     codebook = index.made_by.settings.get("codebook_size")
-    if extension == TOKENS_EXT and codebook is not None and (values >= codebook).any():
+    if extension == TOKENS_EXT and isinstance(codebook, int) and ((values >= codebook) | (values < 0)).any():
         raise DamagedError(f"{where}: code {np.max(values)} is outside the codebook of {codebook}")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DamagedError(f"{where}: .{extension} has values that are not finite")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple, TypeVar
@@ -20,6 +20,7 @@ from torch import Tensor
 from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.machine import keep_freed_memory
+from mepa_ds.safety import between_ranks
 
 FactT = TypeVar("FactT")
 _ASK_SECONDS = 1.0
@@ -246,12 +247,11 @@ def agree(error: UserError | None) -> None:
 
 
 def of_main(mine: FactT) -> FactT:
-    """The main rank's value, on every rank: other nodes may see a shared file system later. Collective."""
-    if not dist.is_initialized():
-        return mine
-    shared = [mine]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+    """The main rank's value, on every rank: other nodes may see a shared file system later. Collective.
+
+    It is made of texts, numbers, booleans, None, lists, and dictionaries with texts as keys.
+    """
+    return between_ranks.broadcast(mine) if world_size() > 1 else mine
 
 
 def wait_for_main(work: Callable[[], FactT], on_wait: Callable[[], object]) -> FactT | None:
@@ -287,9 +287,10 @@ def wait_for_main(work: Callable[[], FactT], on_wait: Callable[[], object]) -> F
 
 
 def of_all(mine: FactT) -> list[FactT]:
-    """The value of every rank, by rank. Collective."""
-    if not dist.is_initialized():
-        return [mine]
-    everyone: list[FactT] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    """The value of every rank, by rank; of the same types as for `of_main`. Collective."""
+    return between_ranks.all_gather(mine) if world_size() > 1 else [mine]
+
+
+def tensors_of_all(mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The CPU tensors of every rank, by rank and name. Collective."""
+    return between_ranks.all_gather_tensors(mine) if world_size() > 1 else [dict(mine)]

@@ -9,12 +9,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+
+MOST_SIDE = 1024
+"""Of a token map: an image of 16384 pixels a side, by VAR's tokenizer."""
+MOST_SCALES = 256
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,12 @@ class ScaleSchedule:
 
     def __post_init__(self) -> None:
         if not self.sides or any(side < 1 for side in self.sides):
-            raise UserError(f"scales: expected positive sides such as 1,2,3,4, got {list(self.sides)}")
+            raise UserError(f"scales: expected positive sides such as 1,2,3,4, got {str(list(self.sides))[:200]}")
+        if len(self.sides) > MOST_SCALES or max(self.sides) > MOST_SIDE:
+            raise UserError(
+                f"scales: expected at most {MOST_SCALES} sides up to {MOST_SIDE}, got {len(self.sides)} up to "
+                f"{str(max(self.sides))[:20]}"
+            )
         if any(a >= b for a, b in zip(self.sides, self.sides[1:], strict=False)):
             raise UserError(f"scales: sides must grow from coarse to fine, got {list(self.sides)}")
 
@@ -54,7 +64,7 @@ class ScaleSchedule:
     @cached_property
     def bounds(self) -> tuple[tuple[int, int], ...]:
         """(start, end) of each scale in the sequence of L tokens."""
-        ends = [sum(self.lengths[: index + 1]) for index in range(self.num_scales)]
+        ends = accumulate(self.lengths)
         return tuple((end - length, end) for end, length in zip(ends, self.lengths, strict=True))
 
     @property

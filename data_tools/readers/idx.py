@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mepa_ds.errors import UserError
-from mepa_ds.files import why_unreadable
+from mepa_ds.files import check_regular, why_unreadable
 
 _UNSIGNED_BYTES = 0x08
+_MOST_VALUES = 1 << 32
+"""Six times as many as the largest of MNIST's successors has (EMNIST: 800 000 images of 784 pixels)."""
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,29 @@ class IdxSource:
 def _read(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """Returns the array of an IDX file: two zero bytes, type, number of dimensions, sizes (big-endian), values."""
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        check_regular(path)
+        with open(path, "rb") as packed:
+            is_packed = packed.read(2) == b"\x1f\x8b"
+        # Only what the sizes at its start announce is unpacked, and a byte more: gzip makes a terabyte of a gigabyte.
+        with gzip.open(path) if is_packed else open(path, "rb") as file:
+            head = file.read(4 + 4 * dimensions)
+            announced = math.prod(np.frombuffer(head, ">u4", offset=4).tolist()) if _is_idx(head, dimensions) else 0
+            content = head + file.read(min(announced, _MOST_VALUES) + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: is no whole gzip file ({error}); fetch it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {why_unreadable(path, error)}") from error
-    kind, found = (content[2], content[3]) if len(content) > 3 and content[:2] == b"\0\0" else (None, None)
-    if kind != _UNSIGNED_BYTES or found != dimensions:
+    if not _is_idx(content, dimensions):
         what = "images (idx3-ubyte)" if dimensions == 3 else "labels (idx1-ubyte)"
         raise UserError(f"{path}: is no IDX file of {what}; give the files as MNIST names them")
     sizes = np.frombuffer(content, ">u4", dimensions, offset=4).tolist()
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions)
     if len(values) != math.prod(sizes):
-        raise UserError(f"{path}: has {len(values)} of the {math.prod(sizes)} values that it announces; fetch it again")
+        found = f"{len(values)} of" if len(values) < announced else "more than"
+        raise UserError(f"{path}: has {found} the {math.prod(sizes)} values that it announces; fetch it again")
     return values.reshape(sizes)
+
+
+def _is_idx(content: bytes, dimensions: int) -> bool:
+    """Whether these bytes begin an IDX file of so many dimensions."""
+    return content[:4] == bytes((0, 0, _UNSIGNED_BYTES, dimensions)) and len(content) >= 4 + 4 * dimensions

@@ -17,6 +17,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.images.decoding import is_image_name
 from mepa_ds.progress import Progress
 
+_MOST_MAT_BYTES = 1 << 24
 _SYNSET, _NUMBER = re.compile(r"n\d{8}"), re.compile(r"\d{1,9}")
 
 
@@ -183,6 +184,8 @@ def _synsets_of_devkit(path: Path) -> dict[int, str]:
     except ImportError as error:
         raise UserError("--labels: meta.mat is read by SciPy; pip install scipy") from error
     # Each row: ILSVRC2012_ID, WNID, words, gloss, num_children, ...; inner nodes of WordNet have children.
+    if path.stat().st_size > _MOST_MAT_BYTES:
+        raise UserError(f"--labels: {path}: is no meta.mat of the devkit, which has less than a megabyte")
     try:
         rows = loadmat(path, squeeze_me=True)["synsets"]
         return {int(row[0]): str(row[1]) for row in rows if int(row[4]) == 0}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from mepa_ds.data_tools.readers.webdataset import WebDataset
 from mepa_ds.errors import UserError
 from mepa_ds.files import again, may_pass
 from mepa_ds.progress import Progress
+from mepa_ds.safety.reading import parse_json
 
 _OF_A_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 
@@ -178,7 +178,7 @@ def _class_names(table: Any, column: str) -> tuple[str, ...]:
     """From the `datasets` library's note in the file; empty if there is none."""
     note = (table.schema_arrow.metadata or {}).get(b"huggingface")
     try:
-        names = json.loads(note or b"")["info"]["features"][column]["names"]
+        names = parse_json(note or b"")["info"]["features"][column]["names"]
     except (ValueError, LookupError, TypeError):  # no note, or one of another kind: labels are numbers then
         return ()
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.data.shards.samples import MOST_MEMBER_BYTES
 from mepa_ds.errors import DamagedError
 from mepa_ds.files import again, why_unreadable
 from mepa_ds.safety.text import printable
@@ -40,6 +41,8 @@ class TarMembers:
 
     def load(self, number: int) -> tuple[str, bytes]:
         path, offset, size = self._members[number]
+        if size > MOST_MEMBER_BYTES:
+            raise DamagedError(f"{self.describe(number)}: has {size} bytes; at most {MOST_MEMBER_BYTES} are read")
         try:
             data = again(lambda: _read(self.paths[path], offset, size))
         except OSError as error:

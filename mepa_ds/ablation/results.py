@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mepa_ds.ablation.statistics import Scores
 from mepa_ds.errors import UserError
 from mepa_ds.evaluation.measures import INTERVAL
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.metrics import as_written, read_metrics
 from mepa_ds.scaling.running.collect import heldout_of, training_seconds
 from mepa_ds.scaling.running.members import Member
 
@@ -54,18 +54,20 @@ def read_results(members: Sequence[Member]) -> Results:
         rows.append(row)
         if member.state != "finished":
             continue
-        records = list(read_metrics(Path(member.row["output_dir"]) / "metrics.jsonl"))
-        row |= _measured(member.row, records)
-        scores = [record for record in records if record["event"] == "score" and record["step"] == row["steps"]]
-        if scores:
-            row |= scores_of(scores[-1])
-            protocols[member.name] = scores[-1].get("protocol", {})
-        if routing := [record for record in records if record["event"] == "routing"]:
-            layers = routing[-1]["layers"].values()
-            variance_S = np.mean([layer["load_variance_scale"] for layer in layers], axis=0)
-            variance.setdefault(str(member.row["arm"]), []).append(variance_S)
-            row[LOAD_VARIANCE] = float(variance_S.mean())
-            row["entropy"] = float(np.mean([layer["entropy_scale"] for layer in layers]))
+        path = Path(member.row["output_dir"]) / "metrics.jsonl"
+        with as_written(path):
+            records = [record for record in read_metrics(path) if {"event", "step"} <= record.keys()]
+            row |= _measured(member.row, records)
+            scores = [record for record in records if record["event"] == "score" and record["step"] == row["steps"]]
+            if scores:
+                row |= scores_of(scores[-1])
+                protocols[member.name] = dict(scores[-1].get("protocol", {}))
+            if routing := [record for record in records if record["event"] == "routing"]:
+                layers = routing[-1]["layers"].values()
+                variance_S = np.mean([layer["load_variance_scale"] for layer in layers], axis=0)
+                variance.setdefault(str(member.row["arm"]), []).append(variance_S)
+                row[LOAD_VARIANCE] = float(variance_S.mean())
+                row["entropy"] = float(np.mean([layer["entropy_scale"] for layer in layers]))
     _check_protocols(protocols, members)
     return Results(
         pd.DataFrame(rows),

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from mepa_ds import distributed
 from mepa_ds.checkpoint.files import digest
 from mepa_ds.checkpoint.fragment import Fragment, WriteError
+from mepa_ds.checkpoint.ownership import clear, discard
 from mepa_ds.checkpoint.progress import progress_noted_by
-from mepa_ds.files import make_way, remove
+from mepa_ds.safety import between_ranks
 
 Digests = dict[str, dict[str, Any]]
 FactT = TypeVar("FactT")
@@ -126,11 +127,11 @@ class BackgroundWriter:
         """Runs `action` in the thread; returns its results from all ranks, in order of rank. Collective."""
         self.wait()
         errors: list[Exception] = []
-        gathered: list[Any] = [None] * distributed.world_size()
+        gathered: list[FactT] = []
 
         def task() -> None:
             try:
-                dist.all_gather_object(gathered, action(), group=self._group)
+                gathered.extend(between_ranks.all_gather(action(), self._group))
             except Exception as error:
                 errors.append(error)
 
@@ -168,7 +169,7 @@ class BackgroundWriter:
         else:
             return None
         if distributed.is_main():
-            remove(temporary)
+            discard(temporary)
         return message
 
     def _do_before(self, what: str, action: Callable[[], None]) -> None:
@@ -181,15 +182,15 @@ class BackgroundWriter:
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Runs `action` on the main rank; an error there is raised on all ranks."""
-        message: list[str | None] = [None]
+        message: str | None = None
         if distributed.is_main():
             try:
                 action()
             except Exception as error:  # the other ranks must learn of any error
-                message = [f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(message, src=0, group=self._group)
-        if message[0] is not None:
-            raise _RemoteError(message[0])
+                message = f"{type(error).__name__}: {error}"
+        message = between_ranks.broadcast(message, self._group)
+        if message is not None:
+            raise _RemoteError(message)
 
     def _gather_digests(self, temporary: Path) -> Digests:
         """Returns, on every rank, the size and digest of all ranks' files."""
@@ -198,10 +199,8 @@ class BackgroundWriter:
             own = {path.name: digest(path) for path in temporary.glob(f"__{distributed.rank()}_*")}
         except OSError as error:
             own = f"rank {distributed.rank()}: {error}"
-        gathered: list[Any] = [None] * distributed.world_size()
-        dist.all_gather_object(gathered, own, group=self._group)
         merged: Digests = {}
-        for part in gathered:
+        for part in between_ranks.all_gather(own, self._group):
             if isinstance(part, str):
                 raise _RemoteError(part)
             merged |= part
@@ -213,5 +212,5 @@ class _RemoteError(Exception):
 
 
 def _make_anew(directory: Path) -> None:
-    make_way(directory)
+    clear(directory)
     directory.mkdir(parents=True)

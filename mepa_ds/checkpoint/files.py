@@ -8,9 +8,9 @@ directory is written under another name and renamed when complete, so a director
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
+import stat
 import time
 from collections.abc import Collection
 from dataclasses import asdict
@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds import log
+from mepa_ds.checkpoint.ownership import MANIFEST_NAME, check_ours, clear, discard, is_ours
 from mepa_ds.checkpoint.progress import note_progress
 from mepa_ds.checkpoint.state import RUN_NAME, RunState
-from mepa_ds.files import fsync_directory, make_way, remove, sha256_of_file, write_json
+from mepa_ds.errors import UserError
+from mepa_ds.files import fsync_directory, sha256_of_file, write_json
+from mepa_ds.safety.reading import read_json_object
+from mepa_ds.safety.text import printable
 
 _NAME = re.compile(r"step_(\d{8,})")
-MANIFEST_NAME = "manifest.json"
+_FILE = re.compile(r"[\w.-]*\w", re.ASCII)
 _DAMAGED = ".damaged"
 # The names that a killed run may leave half-written or half-deleted. The training loop chooses the names of exports.
 _UNFINISHED = re.compile(r"\.(step_\d{8,}|best|last|last_ema)\.(tmp|old|pruned)(\.left\d+)?")
@@ -92,19 +96,39 @@ def find_damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def _compare_with_manifest(checkpoint: Path, part: int, parts: int) -> str | None:
-    files = json.loads((checkpoint / MANIFEST_NAME).read_text())["files"]
+    files = _listed(read_json_object(checkpoint / MANIFEST_NAME))
     for name in sorted(files)[part::parts]:
-        if (checkpoint / name).stat().st_size != files[name]["bytes"]:
-            return f"{name} has {(checkpoint / name).stat().st_size} bytes, not {files[name]['bytes']}"
+        found = os.lstat(checkpoint / name)
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is a link or no regular file"
+        if found.st_size != files[name]["bytes"]:
+            return f"{name} has {found.st_size} bytes, not {files[name]['bytes']}"
         if _sha256(checkpoint / name) != files[name]["sha256"]:
             return f"{name} is not what was written (SHA-256)"
     return None
 
 
+def _listed(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a manifest. Raises ValueError for names that lead out of the checkpoint, and for no sizes."""
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not {RUN_NAME, ".metadata"} <= files.keys():
+        raise ValueError(f"{MANIFEST_NAME} does not list the files of a checkpoint")
+    for name, facts in files.items():
+        if not _FILE.fullmatch(name):
+            raise ValueError(f"{MANIFEST_NAME} lists {printable(name)[:100]!r}, no name of a checkpoint's file")
+        if (
+            not isinstance(facts, dict)
+            or type(facts.get("bytes")) is not int
+            or not isinstance(facts.get("sha256"), str)
+        ):
+            raise ValueError(f"{MANIFEST_NAME} has no size or SHA-256 of {name}")
+    return files
+
+
 def set_aside(checkpoint: Path) -> None:
     """Renames a damaged checkpoint, which keeps it for inspection but prevents its use and its counting."""
     target = checkpoint.with_name(checkpoint.name + _DAMAGED)
-    make_way(target)
+    clear(target)
     os.rename(checkpoint, target)
 
 
@@ -113,10 +137,14 @@ def publish(temporary: Path, target: Path) -> None:
 
     A link of that name (for example to another disk) is replaced, and its target stays: a directory can appear at once
     and complete only on the file system where it was written.
+
+    Raises:
+        FileExistsError: something is there that no run has written; it is left alone.
     """
     fsync_directory(temporary)
+    check_ours(target)
     aside = target.with_name(f".{target.name}.old")
-    make_way(aside)
+    clear(aside)
     if os.path.lexists(target):
         if target.is_symlink():
             log.note(
@@ -126,23 +154,26 @@ def publish(temporary: Path, target: Path) -> None:
         os.rename(target, aside)
     os.rename(temporary, target)
     fsync_directory(target.parent)
-    remove(aside)
+    discard(aside)
 
 
 def prune(directory: Path, keep: int, keep_every: int | None, keep_steps: Collection[int] = ()) -> None:
     """Deletes all checkpoints except the newest `keep`, those of every `keep_every`-th step, and `keep_steps`.
 
-    A checkpoint that cannot be deleted stays, with one warning.
+    A checkpoint that cannot be deleted stays, with one warning. So does what only has a checkpoint's name.
     """
     for old in list_checkpoints(directory)[:-keep]:
         if step_of(old) not in keep_steps and (keep_every is None or step_of(old) % keep_every):
+            if not is_ours(old):
+                _say_once(f"warning: {old} is not deleted: no run has written it")
+                continue
             aside = old.with_name(f".{old.name}.pruned")
             try:
-                make_way(aside)
+                clear(aside)
                 os.rename(old, aside)
             except OSError as error:
                 _say_once(f"warning: {old} cannot be deleted ({error.strerror}); log.keep_checkpoints asks for it")
-            remove(aside)
+            discard(aside)
 
 
 @functools.cache
@@ -158,7 +189,18 @@ def clean(directory: Path) -> None:
             continue
         target = directory / match[1]
         if match[2] == "old" and match[3] is None and path.is_dir() and not target.exists():
-            make_way(target)  # a link whose target is missing
+            clear(target)  # a link whose target is missing
             os.rename(path, target)  # the run was killed between the two renames of `publish`
-        elif not remove(path):
+        elif not is_ours(path):
+            _say_once(f"warning: {path} has a leftover's name, but no run has written it; it is left as it is")
+        elif not discard(path):
             _say_once(f"warning: {path}, a leftover, cannot be removed; remove it when nothing uses it")
+
+
+def check_exports(directory: Path, names: Collection[str]) -> None:
+    """Raises UserError, before a run begins, where it could not export at its end: something foreign has the name."""
+    for path in (directory / name for name in names):
+        try:
+            check_ours(path)
+        except FileExistsError as error:
+            raise UserError(f"output_dir: {path} {error.strerror}") from None

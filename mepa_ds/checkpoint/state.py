@@ -10,8 +10,14 @@ from typing import Any
 
 import mepa_ds
 from mepa_ds.errors import UserError
+from mepa_ds.files import read_file
+from mepa_ds.safety.reading import MOST_JSON_BYTES
 
 RUN_NAME = "run.json"
+_INNER: dict[str, type | tuple[type, ...]] = {
+    "loss_scaler": (int, float), "data": str, "class_names": str, "versions": str,
+}  # fmt: skip
+"""Types of the values in a field."""
 
 
 def versions() -> dict[str, str]:
@@ -63,6 +69,26 @@ class RunState:
 def read_state(path: Path) -> RunState:
     """Reads `run.json`. Raises UserError for a directory that holds no checkpoint of this project."""
     try:
-        return RunState(**json.loads((path / RUN_NAME).read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        values = json.loads(read_file(path / RUN_NAME, MOST_JSON_BYTES))  # of no score yet, it has an Infinity
+        if not isinstance(values, dict):
+            raise ValueError(f"{RUN_NAME} holds no object")
+        _check(values)
+        return RunState(**values)
+    except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this project: {error}") from error
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Raises ValueError for a value of another type than the field's, and for negative counts. Fields that are unknown,
+    the constructor refuses."""
+    like = RunState()
+    for name, value in values.items():
+        kind = type(getattr(like, name, value))
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
+            raise ValueError(f"{RUN_NAME}: {name} is not of type {kind.__name__}")
+        if kind is int and not 0 <= value < 1 << 62:
+            raise ValueError(f"{RUN_NAME}: {name} is {value}")
+    for name, inner in _INNER.items():
+        found = values.get(name, {})
+        if not all(isinstance(value, inner) for value in (found.values() if isinstance(found, dict) else found)):
+            raise ValueError(f"{RUN_NAME}: a value of {name} is not of the type that it has there")

@@ -6,11 +6,11 @@ arithmetic can then read any other partition. Each rank writes and reads only it
 
 from __future__ import annotations
 
-import pickle
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
+    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -39,7 +40,10 @@ from torch.futures import Future
 
 from mepa_ds.checkpoint.fragment import Fragment, WriteError
 from mepa_ds.checkpoint.progress import current_listener
+from mepa_ds.checkpoint.stored.elements import read_elements
+from mepa_ds.checkpoint.stored.table import read_table
 from mepa_ds.errors import UserError
+from mepa_ds.safety.places import open_no_link
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -96,27 +100,6 @@ def _chunk(fragment: Fragment) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size([fragment.offset]), torch.Size([len(fragment.data)]))
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's pickled table of contents. It builds only the classes of a table, so a foreign file runs no code."""
-
-    _CLASSES: ClassVar = {
-        "torch": {"Size", *(str(d).removeprefix("torch.") for d in vars(torch).values() if isinstance(d, torch.dtype))},
-        "torch.serialization": {"_get_layout"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
-        },
-        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
-        "pathlib._local": {"PosixPath"},
-    }  # fmt: skip
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in self._CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
-
-
 class _Writer(dcp.FileSystemWriter):
     """Reports a full disk as such; torch.save would report a wrong position in its file instead."""
 
@@ -131,14 +114,27 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Reader(dcp.FileSystemReader):
+    """Reads the bytes of tensors, and nothing else of what a checkpoint's files hold: no pickle is loaded."""
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with open(path, "rb") as file:
-                metadata: Metadata = _MetadataUnpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from error
-        return metadata
+        return read_table(Path(self.path))
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in by_file.items():
+            path = Path(self.path) / name
+            with open(open_no_link(path, os.O_RDONLY), "rb") as file:
+                for item in items:
+                    place = self.storage_data[item.storage_index]
+                    try:
+                        read_elements(file, place.offset, place.length, item, planner.resolve_tensor(item).detach())
+                    except ValueError as error:
+                        raise UserError(f"{path}: cannot be read: {item.storage_index.fqn}: {error}") from None
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
 
 def save_fragments(fragments: Iterable[Fragment], directory: Path, group: dist.ProcessGroup) -> None:
@@ -187,7 +183,7 @@ def load_fragments(fragments: Iterable[Fragment], directory: Path, alone: bool =
 
 def stored_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
     """Returns name -> size and type of every tensor in a checkpoint."""
-    stored = _Reader(directory).read_metadata().state_dict_metadata
+    stored = read_table(directory).state_dict_metadata
     return {name: item for name, item in stored.items() if isinstance(item, TensorStorageMetadata)}
 
 

@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from types import TracebackType
 from typing import NoReturn
 
 from mepa_ds import log
@@ -38,6 +40,7 @@ def run(main: Callable[[], object], reads_options: bool = True) -> None:
     the command at once. A command whose output nobody reads any more (`| head`) ends silently, with SIGPIPE's status.
     """
     log.open_streams()
+    sys.excepthook = _show_crash
     try:
         raise_interrupts()
         from mepa_ds.machine import limit_threads
@@ -58,6 +61,12 @@ def run(main: Callable[[], object], reads_options: bool = True) -> None:
             from mepa_ds import distributed
 
             distributed.stop()
+
+
+def _show_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A bug of ours, as Python shows it, but printable and without secrets: what it says may come from a file."""
+    with suppress(OSError):
+        log.say("".join(traceback.format_exception(kind, error, trace)), end="", to_stderr=True)
 
 
 def _types_of_options() -> AbstractContextManager[object]:

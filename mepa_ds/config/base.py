@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from mepa_ds.config.yaml12 import MOST_BYTES, Dumper, Loader
 from mepa_ds.errors import UserError
 from mepa_ds.files import read_file
+from mepa_ds.safety.secrets import redacted
 
 _MOST_PARTS = 20
 """Of a dotted key: recipes have three."""
@@ -150,8 +151,29 @@ def validate(config_type: type[ConfigT], data: dict[str, Any], where: str) -> Co
 
 
 def load_config(config_type: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Reads a recipe, applies command-line overrides and validates."""
-    return validate(config_type, apply_overrides(read_yaml(path), overrides), str(path))
+    """Reads a recipe, applies command-line overrides and validates.
+
+    Raises UserError also for a recipe that holds a secret.
+    """
+    data = apply_overrides(read_yaml(path), overrides)
+    for key, text in _texts(data):
+        if redacted(text) != text:
+            raise UserError(
+                f"{path}: {key}: it holds a secret: a token, a password, or an address with a signature. A recipe is "
+                "copied into runs, reports and cards; take the secret out of it and set the variable of the library "
+                "that wants it (HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY...); mepa data remote keeps addresses"
+            )
+    return validate(config_type, data, str(path))
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The texts of a recipe, by dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    for inner, item in value.items() if isinstance(value, dict) else ():
+        yield from _texts(item, f"{key}.{inner}" if key else str(inner))
+    for item in value if isinstance(value, list) else ():
+        yield from _texts(item, key)
 
 
 def _explain(config_type: type[Section], detail: ErrorDetails) -> str:

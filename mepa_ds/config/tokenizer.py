@@ -38,7 +38,7 @@ class TokenizerConfig(Section):
     """Channels of a code and of the latent grid."""
     channels: PositiveInt = 160
     """Width of the first convolution."""
-    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 1, 2, 2, 4)
+    channel_multipliers: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=16)] = (1, 1, 2, 2, 4)
     """Width of each resolution as a multiple of `channels`; every step but the last halves the side."""
     num_res_blocks: PositiveInt = 2
     """Residual blocks a resolution (the decoder has one more)."""

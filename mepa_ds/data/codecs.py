@@ -45,8 +45,14 @@ class PcaBasis:
             raise UserError(f"{path}: the PCA basis of the shard set is missing; precompute the features again")
         try:
             with safe_open(path, framework="pt") as file:
-                return cls(file.get_tensor("mean"), file.get_tensor("components"), file.metadata()["teacher"])
-        except (OSError, SafetensorError, LookupError, TypeError) as error:
+                mean, components = file.get_tensor("mean"), file.get_tensor("components")
+                teacher = file.metadata()["teacher"]
+            if mean.dim() != 1 or components.dim() != 2 or components.shape[1] != len(mean):
+                raise ValueError(f"shapes {tuple(mean.shape)} and {tuple(components.shape)} do not belong together")
+            if mean.dtype != torch.float32 or components.dtype != torch.float32:
+                raise ValueError(f"it holds {mean.dtype} and {components.dtype}, expected float32")
+            return cls(mean, components, teacher)
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{path}: the PCA basis of the shard set cannot be read: {error}; precompute the features again"
             ) from error

@@ -41,7 +41,7 @@ from mepa_ds.data.shards.index import (
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import OffsetIndex, check_within, label_number
 from mepa_ds.data.shards.open_files import OpenFile, OpenFiles
-from mepa_ds.data.shards.samples import LABEL_EXTENSION, tar_files
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, MOST_MEMBER_BYTES, tar_files
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import MANIFEST_NAME, read_npy_header
 from mepa_ds.errors import DamagedError, UserError
@@ -153,6 +153,14 @@ class ShardSet:
         """Keys of B samples, as stored."""
         return self._places.keys(samples_B)
 
+    def look_up(self, samples_B: Indices) -> None:
+        """Reads the offset indices of the samples' shards, if they are not at hand, and checks them against the index.
+
+        Raises:
+            DamagedError: an offset index cannot be read, or is not of what the index describes.
+        """
+        self._places.shards_of(samples_B)
+
     def read(self, sample: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of one sample.
 
@@ -244,8 +252,7 @@ class ShardSet:
             member, start = read_npy_header(data)
         except ValueError as error:
             raise DamagedError(f"{where} is no array: {error}; {REMEDY}") from error
-        num_bytes = int(np.prod(member.shape or (0,))) * np.dtype(member.dtype).itemsize
-        if member != expected or len(data) - start != num_bytes:
+        if member != expected or len(data) - start != member.num_bytes:
             raise DamagedError(
                 f"{where} holds {member.dtype} {member.shape}, expected {expected.dtype} {expected.shape}; {REMEDY}"
             )
@@ -255,6 +262,10 @@ class ShardSet:
         (shard,), (offset,), (size,) = (
             column.tolist() for column in self._member_places(np.array([sample]), extension)
         )
+        if size > (most := MOST_BYTES.get(extension, MOST_MEMBER_BYTES)):
+            raise DamagedError(
+                f"{self._where(sample)}: .{extension} has {size} bytes; at most {most} are read; {REMEDY}"
+            )
         data = bytearray(size)
         self._read_into([data], size, sample, shard, offset)
         return bytes(data)

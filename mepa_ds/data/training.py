@@ -93,6 +93,7 @@ class _Reader:
         whole = sets.whole_maps
         # (set, extension, dimensions of one view): a member with one dimension more holds several views.
         self._arrays = [(sets.tokens, TOKENS_EXT, 1)]
+        self._may_be_negative = not str(sets.tokens.index.members[TOKENS_EXT].dtype).startswith("u")
         if sets.features is not None:
             self._arrays.append((sets.features, FEATURES_EXT, 3 if whole else 2))
             if SCALE_EXT in sets.features.index.members:
@@ -173,12 +174,15 @@ class _Reader:
             views = np.zeros_like(positions)
             if self._stream is not None:
                 views = choose_views(self._seed, positions, num_views)
+        shards.look_up(samples)  # memory is taken for arrays that are there
         tensor = self._buffers.empty((len(samples), *shape), getattr(torch, str(member.dtype)))
         shards.read_arrays(samples, extension, tensor.numpy(), views)
         return tensor
 
     def _check_codes(self, tokens_BL: Tensor, keys: list[bytes]) -> None:
         over_B = tokens_BL.amax(dim=1) >= self._sets.codebook_size
+        if self._may_be_negative:
+            over_B |= tokens_BL.amin(dim=1) < 0
         if over_B.any():
             key = keys[int(over_B.nonzero()[0])].decode()
             raise DamagedError(

@@ -10,14 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mepa_ds.data.codecs import BASIS_NAME, FEATURES_EXT, FeatureDecoder, PcaBasis, codec_named, pca_components
+import numpy as np
+
+from mepa_ds.data.codecs import (
+    BASIS_NAME,
+    FEATURES_EXT,
+    SCALE_EXT,
+    FeatureDecoder,
+    PcaBasis,
+    codec_named,
+    pca_components,
+)
 from mepa_ds.data.remote.shard_cache import ShardCache
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import MadeBy, source_images
-from mepa_ds.data.views import WHOLE, check_same_views
+from mepa_ds.data.views import BOX_EXT, WHOLE, check_same_views
 from mepa_ds.errors import UserError
 
 TOKENS_EXT = "tokens.npy"
+_MOST_SCALES, _LONGEST_SIDE = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,11 @@ class TrainingSets:
 
     @property
     def scales(self) -> tuple[int, ...]:
-        return tuple(_setting(self.tokens, "scales"))
+        return _scales(self.tokens)
 
     @property
     def codebook_size(self) -> int:
-        return int(_setting(self.tokens, "codebook_size"))
+        return _count(self.tokens, "codebook_size")
 
     @property
     def num_views(self) -> int:
@@ -84,7 +95,7 @@ class TrainingSets:
     @property
     def feature_width(self) -> int | None:
         """C, the width of decoded features."""
-        return None if self.features is None else int(_setting(self.features, "width"))
+        return None if self.features is None else _count(self.features, "width")
 
     @property
     def whole_maps(self) -> bool:
@@ -97,7 +108,7 @@ class TrainingSets:
         if self.features is None:
             return None
         if self.whole_maps:
-            return int(_setting(self.features, "grid_side"))
+            return _count(self.features, "grid_side")
         shape = self.features.index.members[FEATURES_EXT].shape
         assert shape is not None
         return math.isqrt(shape[-2])
@@ -111,16 +122,33 @@ def open_training_sets(tokens: Path, features: Path | None, key: str = "data.tok
     """
     token_set = ShardSet(tokens, key)
     _check_kind(token_set, "tokens", TOKENS_EXT)
-    for name in ("scales", "codebook_size"):
-        _setting(token_set, name)
+    length = sum(side * side for side in _scales(token_set))
+    _count(token_set, "codebook_size")
+    _check_array(token_set, TOKENS_EXT, "ui", (1, 2), length)
+    if BOX_EXT in token_set.index.members:
+        _check_array(token_set, BOX_EXT, "f", (2,), 4)
     if features is None:
         return TrainingSets(token_set, None, None)
     feature_set = ShardSet(features, "data.features")
     _check_kind(feature_set, "features", FEATURES_EXT)
     check_siblings(token_set, feature_set)
     check_same_views(token_set.index.made_by.settings, feature_set.index.made_by.settings, "data")
-    codec = str(_setting(feature_set, "codec"))
-    basis = PcaBasis.load(features / BASIS_NAME) if pca_components(codec) is not None else None
+    codec, width = str(_setting(feature_set, "codec")), _count(feature_set, "width")
+    components = pca_components(codec)
+    basis = None if components is None else PcaBasis.load(features / BASIS_NAME)
+    if basis is not None and len(basis.mean) != width:
+        raise UserError(
+            f"data.features: {features / BASIS_NAME} is of a teacher of width {len(basis.mean)}, the set's is {width}; "
+            "precompute the features again"
+        )
+    whole = feature_set.index.made_by.settings.get("views") == WHOLE
+    dimensions = (3, 4) if whole else (2, 3)
+    _check_array(feature_set, FEATURES_EXT, "fi", dimensions, width if components is None else components)
+    if whole:
+        _count(feature_set, "grid_side")
+    if SCALE_EXT in codec_named(codec, basis).extensions:
+        _check_kind(feature_set, "features", SCALE_EXT)
+        _check_array(feature_set, SCALE_EXT, "f", tuple(count - 1 for count in dimensions), None)
     return TrainingSets(token_set, feature_set, FeatureDecoder(codec_named(codec, basis)))
 
 
@@ -129,6 +157,18 @@ def _check_kind(shards: ShardSet, kind: str, extension: str) -> None:
         raise UserError(
             f"{shards.what}: {shards.directory}: holds {shards.index.kind} ({', '.join(shards.index.members)}), not "
             f"{kind}; give the set that `mepa data precompute {kind}` made"
+        )
+
+
+def _check_array(shards: ShardSet, extension: str, kinds: str, dimensions: tuple[int, ...], width: int | None) -> None:
+    """Raises UserError unless the members are arrays of a kind (NumPy's letters), of so many axes, the last so long."""
+    member = shards.index.members[extension]
+    shape = member.shape or ()
+    right = member.dtype is not None and np.dtype(member.dtype).kind in kinds and len(shape) in dimensions
+    if not right or 0 in shape or (width is not None and shape[-1] != width):
+        raise UserError(
+            f"{shards.what}: {shards.directory}: index.json says that members .{extension} are {member.dtype} "
+            f"{member.shape}, which does not fit its settings; make the set again with mepa data precompute"
         )
 
 
@@ -144,6 +184,30 @@ def check_siblings(first: ShardSet, second: ShardSet) -> None:
             f"({len(second)} samples) are not made from the same images in the same order; "
             "run mepa data precompute again for one of them, on the image set of the other"
         )
+
+
+def _count(shards: ShardSet, name: str) -> int:
+    """A setting that is a number from 1 up."""
+    value = _setting(shards, name)
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise _wrong_setting(shards, name, value)
+    return value
+
+
+def _scales(shards: ShardSet) -> tuple[int, ...]:
+    value = _setting(shards, "scales")
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= _MOST_SCALES:
+        raise _wrong_setting(shards, "scales", value)
+    if any(type(side) is not int or not 0 < side <= _LONGEST_SIDE for side in value):
+        raise _wrong_setting(shards, "scales", value)
+    return tuple(value)
+
+
+def _wrong_setting(shards: ShardSet, name: str, value: object) -> UserError:
+    return UserError(
+        f"{shards.what}: {shards.directory}: index.json says {name!r} is {str(value)[:80]}; make the set again with "
+        f"mepa data precompute {shards.index.kind}"
+    )
 
 
 def _setting(shards: ShardSet, name: str) -> Any:

@@ -14,6 +14,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.models.block import Block
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.safety.compilers import keep_compiled_code_private
 
 _SHOWN = 200
 
@@ -53,6 +54,7 @@ def trouble_with_compiler(device: torch.device) -> str | None:
     try:
         for logger in chatty:
             logger.setLevel(logging.CRITICAL)
+        keep_compiled_code_private()
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             torch.compile(function)(x).backward()
@@ -71,6 +73,7 @@ def compile_blocks(transformer: NextScaleTransformer) -> None:
     Dispatchers are not compiled, and so cut a block's graph in two: the number of rows of an expert changes with every
     batch, and rows travel between ranks.
     """
+    keep_compiled_code_private()
     for block in transformer.blocks:
         ffn = cast(Block, block).ffn
         if isinstance(ffn, MoEFeedForward):

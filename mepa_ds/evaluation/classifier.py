@@ -24,6 +24,7 @@ from mepa_ds.evaluation.space import CLASSIFIER, FeatureSpace
 from mepa_ds.files import identity_of_weights
 from mepa_ds.progress import Progress
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.file_checks import check_fits
 
 KIND = "classifier"
 LARGEST_SIDE = 64
@@ -118,6 +119,7 @@ class Classifier:
     def load(cls, directory: Path, device: torch.device | str = "cpu") -> Classifier:
         """Reads what `save` wrote. Raises UserError for anything else."""
         config, state = read_pretrained(directory, ClassifierConfig, KIND)
+        check_fits(lambda: _network(config.side, config.num_classes), state, str(directory))
         classifier = cls(config, device)
         load_strict(classifier.network, state, str(directory))
         classifier._freeze()

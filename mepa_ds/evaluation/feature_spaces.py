@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -20,10 +21,12 @@ from mepa_ds.evaluation.formulas.checks import as_rows
 from mepa_ds.evaluation.inception import Inception
 from mepa_ds.evaluation.space import CLASSIFIER, INCEPTION, PATCH_PCA, TEACHER, FeatureSpace
 from mepa_ds.evaluation.teacher_space import TeacherSpace
-from mepa_ds.files import check_regular, why_unreadable
+from mepa_ds.files import why_unreadable
+from mepa_ds.safety.reading import check_array_file
 
 __all__ = ["FeatureSpace", "StoredFeatures", "open_feature_space", "open_feature_spaces"]
 
+_MOST_WIDTH = 8192
 KNOWN = (
     "inception, teacher:NAME[:WEIGHTS], patch-pca:DIR, classifier:DIR, or SAMPLES.npy:REFERENCE.npy (features that you "
     "have computed, one row an image)"
@@ -39,6 +42,11 @@ class StoredFeatures(FeatureSpace):
             raise UserError(
                 f"{samples} and {reference}: {self.samples_ND.shape[1]} and {self.reference_ND.shape[1]} features an "
                 "image; both files must come from the same feature space"
+            )
+        if self.samples_ND.shape[1] > _MOST_WIDTH:
+            raise UserError(
+                f"{samples}: {self.samples_ND.shape[1]} features an image; up to {_MOST_WIDTH} are compared (the "
+                "covariance has the square of them): give a smaller layer, or principal components"
             )
         self.name, self.width = samples.stem, self.samples_ND.shape[1]
         self.identity, self.preprocessing = str(reference), "the user's own"
@@ -99,11 +107,11 @@ def open_feature_space(spec: str, device: torch.device | str, inception: Path | 
 
 def _read_features(path: Path) -> Tensor:
     try:
-        check_regular(path)
+        check_array_file(path)
         values = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UserError(f"{path}: cannot read the features: {why_unreadable(path, error)}") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path}: no .npy file of plain numbers ({error}); write it with numpy.save") from error
     if not isinstance(values, np.ndarray):
         raise UserError(f"{path}: an .npz or another archive; expected an .npy file of shape (images, width)")

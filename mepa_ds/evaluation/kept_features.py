@@ -21,6 +21,7 @@ from mepa_ds.evaluation.references import Images
 from mepa_ds.evaluation.space import INCEPTION, FeatureSpace, check_finite
 from mepa_ds.progress import Progress
 from mepa_ds.weights.directories import write_safetensors
+from mepa_ds.weights.file_checks import check_safetensors
 
 EXTRAS = {INCEPTION: (SPATIAL,)}
 """What is kept of a space beside its features: it has statistics of its own."""
@@ -46,7 +47,7 @@ class KeptFeatures:
         if path is not None and path.exists():
             try:
                 return _read(path, wanted, len(images))
-            except (OSError, SafetensorError, ValueError) as error:
+            except (OSError, SafetensorError, ValueError, RuntimeError, TypeError) as error:
                 log.note(f"warning: {path}: cannot be used ({error}); the reference's features are computed again")
         found = _compute(space, images, wanted)
         if path is not None:
@@ -66,6 +67,7 @@ class KeptFeatures:
 
 def _read(path: Path, wanted: Sequence[str], count: int) -> dict[str, Tensor]:
     """Raises ValueError for features of something else, other errors for a damaged file."""
+    check_safetensors(path)
     found = load_file(path)
     if any(name not in found or found[name].ndim != 2 or len(found[name]) != count for name in wanted):
         raise ValueError(f"it does not hold {' and '.join(wanted)} of {count} images")

@@ -29,6 +29,7 @@ from mepa_ds.files import check_regular, why_unreadable
 from mepa_ds.images.resizing import adm_center_crop
 from mepa_ds.images.sets import ImageFiles
 from mepa_ds.machine import usable_cpus
+from mepa_ds.safety.reading import read_archive
 
 MOST_IMAGES = 50_000
 """Of a shard set, which may hold millions: this many, evenly spread."""
@@ -36,6 +37,8 @@ MOST_IMAGES = 50_000
 ADM_NAMES = {INCEPTION: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 _WIDTHS = {INCEPTION: POOL_WIDTH, SPATIAL: SPATIAL_WIDTH}
 _IDENTITY = "identity@"
+_MOST_RATIO, _SLACK = 100, 1 << 28
+"""How much an archive's arrays may be larger than it: images and statistics hardly shrink at all."""
 
 
 class Images(Protocol):
@@ -178,6 +181,8 @@ def _checked_members(path: Path) -> list[str]:
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            if sum(info.file_size for info in archive.infolist()) > _MOST_RATIO * path.stat().st_size + _SLACK:
+                raise ValueError(f"its arrays would have more than {_MOST_RATIO} times the file's bytes")
             damaged = archive.testzip()
     except OSError as error:
         raise UserError(f"{path}: cannot read the reference: {why_unreadable(path, error)}") from error
@@ -190,9 +195,9 @@ def _checked_members(path: Path) -> list[str]:
 
 def _read_arrays(path: Path, names: list[str]) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
-    except Exception as error:  # arrays of objects, headers of other programs
+        with open(path, "rb") as file:
+            return read_archive(file, names)
+    except (OSError, ValueError) as error:  # arrays of objects, headers of other programs
         raise UserError(_foreign(path, error)) from error
 
 

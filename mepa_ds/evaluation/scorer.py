@@ -334,7 +334,7 @@ def gather_features(features: dict[str, Tensor], numbers: Sequence[int]) -> dict
         features: this rank's, as `Scorer.features` gives them; {} where it has no images.
         numbers: which image each of its rows is of, among all.
     """
-    everyone = distributed.of_all((features, list(numbers)))
+    everyone = list(zip(distributed.tensors_of_all(features), distributed.of_all(list(numbers)), strict=True))
     order = np.argsort([number for _, mine in everyone for number in mine], kind="stable")
     parts = [found for found, mine in everyone if mine]
     return {name: torch.cat([part[name] for part in parts])[order] for name in (parts[0] if parts else {})}

@@ -11,6 +11,7 @@ from torch import nn
 
 from mepa_ds.models.block import BlockRunner, run_scale_of
 from mepa_ds.models.moe.layer import MoEFeedForward
+from mepa_ds.safety.compilers import keep_compiled_code_private
 
 BACKEND = "inductor"
 
@@ -39,4 +40,5 @@ def block_runner(model: nn.Module, compiled: bool) -> Iterator[BlockRunner]:
 
 @cache
 def _compiled(backend: str) -> BlockRunner:
+    keep_compiled_code_private()
     return torch.compile(run_scale_of, dynamic=True, backend=backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mepa_ds.data.shards.index import INDEX_NAME
 from mepa_ds.files import write_json
 from mepa_ds.generation.class_names import caption, which_of
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 
@@ -123,9 +123,10 @@ def write_index(directory: Path, subject: Subject, pictures: Sequence[Picture], 
 
 def _earlier(path: Path, subject: Subject) -> dict[str, dict[str, Any]]:
     try:
-        index = json.loads(path.read_text())
+        index = read_json_object(path)
         if any(index[name] != value for name, value in subject.facts.items()):
             return {}
-        return {entry.pop("picture"): entry for entry in index["pictures"]}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it is not ours
+        found = {entry.pop("picture"): entry for entry in index["pictures"]}
+        return {name: facts for name, facts in found.items() if Path(name).name == name}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is not ours
         return {}

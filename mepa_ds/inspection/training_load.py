@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from mepa_ds.files import atomic_path
 from mepa_ds.inspection.subject import Drawn, Picture, Subject
 from mepa_ds.reports import style
-from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, as_written, read_metrics
 
 _MOST_TIMES = 4  # loads above so many times the even one have one colour
 
@@ -31,11 +31,11 @@ def draw_training_load(subject: Subject, directory: Path) -> Drawn:
     if not records:
         return f"expert load over training: {subject.run / METRICS_NAME} has no routing record yet"
     load, entropy = directory / "expert_load.png", directory / "router_entropy.png"
-    steps = [record["step"] for record in records]
-    layers = list(records[0]["layers"])
-    _write_csv(load.with_suffix(".csv"), records, "load_scale", ("step", "block", "scale", "expert", "load"))
-    _write_csv(entropy.with_suffix(".csv"), records, "entropy_scale", ("step", "block", "scale", "entropy"))
-    with style.drawing():
+    with as_written(subject.run / METRICS_NAME), style.drawing():
+        steps = [record["step"] for record in records]
+        layers = list(records[0]["layers"])
+        _write_csv(load.with_suffix(".csv"), records, "load_scale", ("step", "block", "scale", "expert", "load"))
+        _write_csv(entropy.with_suffix(".csv"), records, "entropy_scale", ("step", "block", "scale", "entropy"))
         _draw_load(subject, records, layers, steps, load)
         _draw_entropy(subject, records, layers, steps, entropy)
     return [

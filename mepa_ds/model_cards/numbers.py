@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from mepa_ds.checkpoint.run_models import RunModel
 from mepa_ds.errors import UserError
 from mepa_ds.reports.records import RunRecords, read_records
 from mepa_ds.runtime.metrics import METRICS_NAME
+from mepa_ds.safety.reading import read_json_object
 
 BEST = "best"
 _SCORES = "scores.json"
@@ -73,8 +73,7 @@ def _of_step(records: list[dict[str, Any]], step: int | None) -> dict[str, Any]:
 def _written_scores(run: Path) -> dict[str, Any]:
     for path in (run / _SCORES, run.parent / _SCORES):
         try:
-            found = json.loads(path.read_text())
-            return found if isinstance(found, dict) else {}
+            return read_json_object(path)
         except (OSError, ValueError):
             continue
     return {}

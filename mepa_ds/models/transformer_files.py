@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
 from mepa_ds.weights.directories import load_strict, read_class_names, read_pretrained
+from mepa_ds.weights.file_checks import check_fits
 from mepa_ds.weights.var_settings import kind_of_vars
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -48,6 +49,7 @@ def with_weights(
 
     No initial weights are drawn. Raises UserError, with the names that the file has, for weights that do not fit.
     """
+    check_fits(make, state, where)
     with torch.device("meta"):
         model = make()
     model.to_empty(device="cpu")

@@ -13,13 +13,13 @@ from mepa_ds import distributed
 from mepa_ds.checkpoint import files
 from mepa_ds.checkpoint.background_writer import BackgroundWriter, Digests, Written
 from mepa_ds.checkpoint.fragment import EMA, MASTER, Fragment
+from mepa_ds.checkpoint.ownership import clear, discard
 from mepa_ds.checkpoint.progress import progress_noted_by
 from mepa_ds.checkpoint.state import RunState, read_state, versions
 from mepa_ds.checkpoint.weights import WEIGHTS_FACTS_NAME, convert_fragments, has_weights, step_of_weights
 from mepa_ds.engine.checkpoint import Staging, optimizer_facts, restore, stage
 from mepa_ds.engine.engine import PretrainEngine
 from mepa_ds.errors import UserError
-from mepa_ds.files import make_way, remove
 
 BEST = "best"
 
@@ -88,7 +88,7 @@ class RunCheckpoints:
             nonlocal state
             assert best is not None
             weights = _beside(self._output / BEST)
-            make_way(weights)
+            clear(weights)
             self._convert(temporary, weights, MASTER, state.step)
             files.publish(weights, self._output / BEST)
             state = replace(state, best_heldout_ce=best.heldout_ce)
@@ -109,7 +109,7 @@ class RunCheckpoints:
         def commit(_: Digests) -> None:
             self._convert(temporary, temporary / "weights", kind, step)
             files.publish(temporary / "weights", directory)
-            remove(temporary)
+            discard(temporary)
 
         self._writer.submit(name, self._stage((kind,)), temporary, commit)
 
@@ -161,7 +161,8 @@ class RunCheckpoints:
             UserError: on every rank, when all checkpoints are damaged (they then stay where they are).
         """
         damaged: dict[Path, str] = {}
-        for path in reversed(distributed.of_main(files.list_checkpoints(self.directory))):
+        seen = distributed.of_main([path.name for path in files.list_checkpoints(self.directory)])
+        for path in (self.directory / name for name in reversed(seen)):
             damage = self._find_damage(path)
             if damage is not None:
                 damaged[path] = f"{path} is damaged ({damage})"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mepa_ds import distributed
-from mepa_ds.checkpoint.files import clean
+from mepa_ds.checkpoint.files import check_exports, clean
 from mepa_ds.checkpoint.state import versions
 from mepa_ds.config.changes import changes_in_words
 from mepa_ds.config.pretrain import LogConfig, PretrainConfig
@@ -27,6 +27,9 @@ from mepa_ds.runtime.recorder import Recorder
 from mepa_ds.runtime.stopping import JOB_END
 from mepa_ds.runtime.trackers.opening import check_packages
 
+EXPORTS = ("best", "last", "last_ema")
+"""Directories of exported weights in output_dir."""
+
 
 @contextmanager
 def prepared_output(output_dir: Path, log: LogConfig) -> Iterator[None]:
@@ -34,11 +37,12 @@ def prepared_output(output_dir: Path, log: LogConfig) -> Iterator[None]:
 
     Raises:
         UserError: on every rank, when the main rank cannot write to the directory, another rank does not see it, or
-            another start is working in it.
+            another start is working in it, or something there has the name of what a run writes, and is not a run's.
     """
 
     def prepare() -> None:
         check_packages(log)
+        check_exports(output_dir, EXPORTS)
         clean(output_dir)
         clean(output_dir / "checkpoints")
 

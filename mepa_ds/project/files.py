@@ -15,6 +15,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
 from mepa_ds.project.choosing.choices import Choices
 from mepa_ds.project.looking.facts import ImageFacts, MachineFacts
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.safety.text import printable
 
 NAME = "project.json"
@@ -53,17 +54,25 @@ def read(out: Path) -> Written | None:
     if not path.exists():
         return None
     try:
-        data = json.loads(path.read_text())
+        data = read_json_object(path)
         if data["version"] != _VERSION:
-            raise ValueError(f"version {data['version']}")
-        return Written(
-            data["asked"], data["images"], _CHOICES.validate_json(json.dumps(data["choices"])), data["files"]
-        )
+            raise ValueError(f"version {str(data['version'])[:20]}")
+        asked, images, digests = (_object(data, name) for name in ("asked", "images", "files"))
+        if strange := [name for name in digests if Path(name).name != name]:
+            raise ValueError(f"files: {strange[0][:100]!r} is no name of a file beside it")
+        return Written(asked, images, _CHOICES.validate_json(json.dumps(data["choices"])), digests)
     except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:500]
         raise UserError(
             f"{printable(str(path))}: cannot be read ({reason}); remove it, and recipes are written anew"
         ) from error
+
+
+def _object(data: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(data[name], dict):
+        raise ValueError(f"{name} is no object")
+    found: dict[str, Any] = data[name]
+    return found
 
 
 def edited(out: Path, written: Written) -> list[str]:
@@ -71,7 +80,7 @@ def edited(out: Path, written: Written) -> list[str]:
     return [
         name
         for name, digest in written.digests.items()
-        if (out / name).exists() and _digest((out / name).read_text(errors="replace")) != digest
+        if (out / name).is_file() and _digest((out / name).read_text(errors="replace")) != digest
     ]
 
 
@@ -116,6 +125,6 @@ def restore(out: Path, before: Written, texts: Mapping[str, str]) -> None:
         return
     for name, text in missing.items():
         write_text(out / name, text)
-    data = json.loads((out / NAME).read_text())
+    data = read_json_object(out / NAME)
     data["files"] = {**before.digests, **{name: _digest(text) for name, text in missing.items()}}
     write_json(out / NAME, data)

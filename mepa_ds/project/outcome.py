@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from pathlib import Path
@@ -18,7 +17,8 @@ from mepa_ds.project.layout import Layout
 from mepa_ds.project.stages.processes import run_quietly
 from mepa_ds.project.stages.run import Spent, StageRun
 from mepa_ds.reports.run_report import format_report, run_report
-from mepa_ds.runtime.metrics import METRICS_NAME, read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, as_written, read_metrics
+from mepa_ds.safety.reading import read_json_object
 
 
 def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, folder: Path) -> None:
@@ -49,12 +49,17 @@ def write_report(place: str, run: StageRun, chosen: Choices, layout: Layout, fol
 def _scores(chosen: Choices, layout: Layout) -> dict[str, float]:
     if not chosen.classifier:
         return {}
-    scores = json.loads(layout.scores.read_text())
-    return {name: scores[name] for name in ("class_agreement", "classifier_heldout_accuracy", "classifier.fd")}
+    try:
+        scores = read_json_object(layout.scores)
+        return {name: scores[name] for name in ("class_agreement", "classifier_heldout_accuracy", "classifier.fd")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{layout.scores}: these are no scores ({error}); remove it and run again") from error
 
 
 def _tokenizer_scores(chosen: Choices, layout: Layout) -> dict[str, float]:
     if chosen.is_published or chosen.heldout == "none":
         return {}
-    records = [r for r in read_metrics(layout.tokenizer(chosen) / METRICS_NAME) if r.get("event") == "heldout"]
-    return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}
+    path = layout.tokenizer(chosen) / METRICS_NAME
+    with as_written(path):
+        records = [r for r in read_metrics(path) if r.get("event") == "heldout"]
+        return {"tokenizer_psnr": records[-1]["psnr"], "tokenizer_codebook_use": records[-1]["codebook_use"]}

@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from mepa_ds.safety.secrets import redacted
+from mepa_ds.safety.text import printable_lines
+
 _CSS = """
 :root { color-scheme: light; --ink: #222; --soft: #555; --faint: #666; --paper: #fff; --raised: #f6f6f6;
   --line: #e3e3e3; --warn: #fff7e6; --bad: #fdf0e8; --good: #eaf6f1; --accent: #0072b2; --grid: #e8e8e8;
@@ -57,7 +60,8 @@ def page(title: str, body: str, style: str = "") -> str:
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value))
+    """A text out of a file, as a page may show it: no markup, nothing unseen, no secrets."""
+    return html.escape(printable_lines(redacted(str(value))))
 
 
 def section(title: str, *parts: str) -> str:

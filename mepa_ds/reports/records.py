@@ -7,7 +7,6 @@ Shapes: N training records.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,13 +19,18 @@ from numpy.typing import NDArray
 from mepa_ds.config.base import read_yaml
 from mepa_ds.errors import UserError
 from mepa_ds.progress import Progress
-from mepa_ds.runtime.metrics import METRICS_NAME
+from mepa_ds.runtime.metrics import METRICS_NAME, parse_record
 from mepa_ds.runtime.status import read_status
+from mepa_ds.safety.reading import MOST_LINE_BYTES, bounded_lines
 
 RunKind = Literal["pretraining", "tokenizer"]
 Column = NDArray[np.float64]
 _ROUTING = b'{"event": "routing"'
 _SHOWN_LINES = 5
+_MOST_EVENTS = 200_000
+"""Of records that are neither of training nor routing, and of routing: a run of a million steps has some thousands."""
+_MOST_COLUMNS, _MOST_NUMBERS = 4096, 50_000_000
+"""Of training records: 400 MB."""
 _LINES_A_LOOK, _PATIENCE_SECONDS = 200, 2.0
 
 
@@ -68,7 +72,7 @@ class RunRecords:
         with open(self.directory / METRICS_NAME, "rb") as file:
             for place in places:
                 file.seek(place)
-                record = _parsed(file.readline())
+                record = _parsed(file.readline(MOST_LINE_BYTES))
                 if record is not None and isinstance(record.get("layers"), dict) and record["layers"]:
                     found.append(record)
         return found
@@ -94,26 +98,30 @@ def read_records(directory: Path) -> RunRecords:
     path = directory / METRICS_NAME
     if not path.is_file():
         raise UserError(f"{path}: no training is recorded there; give the output_dir of a pretraining or tokenizer run")
-    columns, events, routing, lost = _Columns(), list[dict[str, Any]](), list[int](), list[int]()
+    columns, events, routing, lost = _Columns(), list[dict[str, Any]](), list[int](), _Lost()
     try:
         for number, place, line in _lines(path):
-            if line.startswith(_ROUTING):
-                routing.append(place)
-                continue
-            record = _parsed(line)
-            if record is None:
-                lost.append(number)
+            record = None if (is_routing := line.startswith(_ROUTING)) else _parsed(line)
+            if is_routing or (record is not None and record["event"] == "routing"):  # other hands leave other spaces
+                if len(routing) < _MOST_EVENTS:
+                    routing.append(place)
+                else:
+                    lost.too_many += 1
+            elif record is None:
+                lost.add(number)
             elif record["event"] == "train":
                 columns.add(record)
-            elif record["event"] == "routing":  # written by other hands: with other spaces
-                routing.append(place)
-            else:
+            elif len(events) < _MOST_EVENTS:
                 events.append(record)
+            else:
+                lost.too_many += 1
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     if not columns.count:
         raise UserError(f"{path}: no training is recorded there yet{_why_not(directory, events)}")
-    notes = [_note_on(lost, number)] if lost else []
+    notes = lost.notes(number)
+    if columns.left_out:
+        notes.append(f"{columns.left_out} numbers of training records are more than a page can show: left out")
     train, unordered = columns.in_order()
     if unordered:
         notes.append(f"{unordered} training records stand behind later ones; the last record of each step counts")
@@ -143,11 +151,42 @@ def flat_numbers(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield key, number
 
 
-class _Columns:
-    """Rows that have the same names mostly become columns: a record of a long run costs its numbers alone."""
+class _Lost:
+    """Lines that are not used: the first ones by number, all by count."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.too_many = 0, 0
+        self._first: list[int] = []
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if len(self._first) <= _SHOWN_LINES:
+            self._first.append(number)
+
+    def notes(self, last: int) -> list[str]:
+        """`last`: the number of the file's last line."""
+        notes = []
+        if self.count == 1 and self._first == [last]:
+            notes.append(
+                f"the last line of {METRICS_NAME} is cut short (the run was killed, or is writing now): it is left out"
+            )
+        elif self.count:
+            shown = ", ".join(map(str, self._first[:_SHOWN_LINES])) + (", ..." if self.count > _SHOWN_LINES else "")
+            lines = "1 line" if self.count == 1 else f"{self.count} lines"
+            notes.append(f"{lines} of {METRICS_NAME} (number {shown}) hold no record: left out")
+        if self.too_many:
+            notes.append(f"{self.too_many} records of {METRICS_NAME} come after the first {_MOST_EVENTS}: left out")
+        return notes
+
+
+class _Columns:
+    """Rows that have the same names mostly become columns: a record of a long run costs its numbers alone.
+
+    `left_out`: how many numbers would have made them too large, by names that only some records have.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.left_out = 0
         self._columns: dict[str, array[float]] = {}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -155,9 +194,15 @@ class _Columns:
         if isinstance(ranks, dict) and isinstance(own := ranks.get("own_seconds"), dict):
             record["own_seconds_fastest"], record["own_seconds_slowest"] = own.get("min"), own.get("max")
         columns = self._columns
+        if len(columns) * self.count > _MOST_NUMBERS:
+            self.left_out += len(record)
+            return
         for name, value in flat_numbers(record):
             column = columns.get(name)
             if column is None:
+                if (len(columns) + 1) * self.count > _MOST_NUMBERS or len(columns) >= _MOST_COLUMNS:
+                    self.left_out += 1
+                    continue
                 column = columns[name] = array("d")
             if len(column) < self.count:
                 column.extend([np.nan] * (self.count - len(column)))
@@ -188,7 +233,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             total=size, desc=str(path), unit="B", unit_scale=True, delay=_PATIENCE_SECONDS, leave=False
         ) as progress,
     ):
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(bounded_lines(file), start=1):
             yield number, place, line
             place += len(line)
             if number % _LINES_A_LOOK == 0:
@@ -196,22 +241,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:  # also raised for bytes that are not text
-        return None
-    if isinstance(record, dict) and isinstance(record.get("event"), str) and type(record.get("step")) is int:
-        return record
-    return None
-
-
-def _note_on(lost: list[int], last: int) -> str:
-    """`last`: the number of the file's last line."""
-    if lost == [last]:
-        return f"the last line of {METRICS_NAME} is cut short (the run was killed, or is writing now): it is left out"
-    shown = ", ".join(map(str, lost[:_SHOWN_LINES])) + (", ..." if len(lost) > _SHOWN_LINES else "")
-    lines = "1 line" if len(lost) == 1 else f"{len(lost)} lines"
-    return f"{lines} of {METRICS_NAME} (number {shown}) hold no record: left out"
+    record = parse_record(line)
+    return record if record is not None and "event" in record and "step" in record else None
 
 
 def _why_not(directory: Path, events: list[dict[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
@@ -13,14 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from mepa_ds import distributed, log
 from mepa_ds.errors import DivergedError, UserError
-from mepa_ds.files import write_json
+from mepa_ds.files import read_file, write_json
 from mepa_ds.runtime.lost_peers import is_lost_peer
 from mepa_ds.runtime.run_lock import is_held
 from mepa_ds.runtime.status import write_status
+from mepa_ds.safety.reading import read_json_object
 
 ResultT = TypeVar("ResultT")
 # A rank may lose its connection before the report of the crashed peer is on disk, so it waits this long.
@@ -28,6 +26,8 @@ _PATIENCE_SECONDS = 3.0
 # How often a rank looks whether it must answer, and how long the asking rank waits for answers.
 _LOOK_SECONDS, _ANSWER_SECONDS = 3.0, 5.0
 _NAMED = 8
+_REPORT = {"rank": int, "time": float, "error": str, "lost_peer": bool}
+_MOST_BYTES = 1 << 22
 # NCCL's words for mistakes of the launcher or the environment. Starting again would not help then.
 _RECURS = re.compile(r"ncclInvalidUsage|Duplicate GPU detected")
 
@@ -44,6 +44,8 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
     started, directory, launch = time.time(), output_dir / "errors", distributed.read_launch()
     if launch.is_main and not is_held(output_dir):  # before the ranks meet, so before any can claim it
         with suppress(OSError):
+            if directory.is_symlink():  # reports would be written elsewhere
+                directory.unlink()
             _claim_path(directory).unlink()
     if launch.world_size > 1:
         arguments = (directory, launch.rank, started)
@@ -69,10 +71,10 @@ def reporting(output_dir: Path, body: Callable[[], ResultT]) -> ResultT:
 def _tell(error: Exception, output_dir: Path, started: float, launch: distributed.Launch) -> None:
     directory, rank = output_dir / "errors", launch.rank
     lost_peer = launch.world_size > 1 and isinstance(error, RuntimeError) and is_lost_peer(str(error))
-    message = f"{type(error).__name__}: {error}"
+    message = log.shown(f"{type(error).__name__}: {error}")
     report = {"rank": rank, "time": time.time(), "error": message, "lost_peer": lost_peer}
     with suppress(OSError):  # the disk itself may have failed
-        write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": traceback.format_exc()})
+        write_json(directory / f"rank_{rank:05d}.json", report | {"traceback": log.shown(traceback.format_exc())})
     heading = f"error: rank {rank} failed: {_in_a_line(message)}"
     if lost_peer:
         first = _first_cause(directory, started, _PATIENCE_SECONDS)
@@ -89,10 +91,12 @@ def _tell(error: Exception, output_dir: Path, started: float, launch: distribute
             return
     with suppress(OSError):
         write_status(output_dir, "failed", error=message, rank=rank)
-    log.note(f"{heading}\n{traceback.format_exc()}")
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows the first recorded error
-        with suppress(OSError):
-            get_error_handler().record_exception(error)
+    with suppress(OSError):
+        log.say(f"{heading}\n{traceback.format_exc()}", flush=True, to_stderr=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows the first recorded error
+        facts = {"py_callstack": log.shown(traceback.format_exc()), "timestamp": str(int(time.time()))}
+        with suppress(OSError):  # as torch's own handler writes it, which knows no secrets
+            write_json(Path(file), {"message": {"message": message, "extraInfo": facts}})
 
 
 def _in_a_line(message: str) -> str:
@@ -124,7 +128,7 @@ def _answer(directory: Path, rank: int, started: float) -> None:
     while True:
         time.sleep(_LOOK_SECONDS)
         with suppress(OSError, ValueError):  # the claim is missing or still empty
-            if float(_claim_path(directory).read_text()) < started:  # a claim of an earlier start
+            if float(read_file(_claim_path(directory), _MOST_BYTES)) < started:  # a claim of an earlier start
                 continue
             answer = {"rank": rank, "time": time.time(), "error": "none: waits for others", "lost_peer": True}
             write_json(directory / f"alive_{rank:05d}.json", answer)
@@ -136,8 +140,9 @@ def _reports(directory: Path, since: float) -> list[dict[str, Any]]:
     reports = []
     for path in directory.glob("*.json"):
         with suppress(OSError, ValueError):
-            report = json.loads(path.read_text())
-            if report["time"] >= since:
+            report = read_json_object(path, _MOST_BYTES)
+            is_whole = all(isinstance(report.get(key), kind) for key, kind in _REPORT.items())
+            if is_whole and report["time"] >= since:
                 reports.append(report)
     return sorted(reports, key=lambda report: report["time"])
 

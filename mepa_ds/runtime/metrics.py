@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mepa_ds import log
+from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.safety.places import open_to_append
+from mepa_ds.safety.reading import bounded_lines, parse_line
+from mepa_ds.safety.secrets import redacted_json
 
 METRICS_NAME = "metrics.jsonl"
+_MOST_STEP = 10**12
 
 
 class MetricsWriter:
@@ -30,12 +36,12 @@ class MetricsWriter:
             kept = [r for r in kept if (r.get("step", 0), r.get("event")) != (resume_step, anew)]
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._path = path
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the run
+        self._file = open_to_append(path)
         self._unwritten, self._failed = b"", False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes one record. Floats that JSON lacks (NaN, inf) become strings."""
-        self._unwritten += json.dumps(finite(record)).encode() + b"\n"
+        """Writes one record, without secrets. Floats that JSON lacks (NaN, inf) become strings."""
+        self._unwritten += json.dumps(finite(redacted_json(record))).encode() + b"\n"
         self._flush()
 
     def rewind(self, count: int, keep_warnings: bool) -> int:
@@ -72,15 +78,37 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the records of a run, without torn lines (from a kill or a lost node in the middle of a write)."""
-    if not path.exists():
+    if not path.is_file():
         return
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # also raised for bytes that are not text
-            continue
-        if isinstance(record, dict):
-            yield record
+    with open(path, "rb") as file:
+        for line in bounded_lines(file):
+            if (record := parse_record(line)) is not None:
+                yield record
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for one that no run writes: torn, nested without end, of a step that none has."""
+    record = parse_line(line)
+    if record is None:
+        return None
+    step = record.get("step", 0)
+    is_usable = type(step) is int and 0 <= step <= _MOST_STEP and isinstance(record.get("event", ""), str)
+    return record if is_usable else None
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """For readers of records that a run wrote. Raises UserError where their numbers are missing or no numbers: somebody
+    else has written them."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a record is not as a run of this version writes it ({type(error).__name__}: {str(error)[:200]}); "
+            "take the line out, or start that run anew in another directory"
+        ) from error
 
 
 def finite(value: Any) -> Any:

@@ -16,9 +16,11 @@ from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable
 from mepa_ds.runtime.run_lock import LOCK_NAME, RunLock
+from mepa_ds.safety.places import make_new
 
 # A network file system shows another node's new file late (NFS: by up to the age of its attribute cache).
 _VISIBLE_SECONDS = 5.0
+_WRITTEN = ("checkpoints", "samples", "reconstructions", "errors", "bad_batches", "tensorboard")
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iter
     if distributed.is_main():
         try:
             check_writable(directory, "output_dir")
+            _refuse_links(directory)
             lock.take()
             prepare()
         except UserError as raised:
@@ -53,12 +56,21 @@ def owned(directory: Path, prepare: Callable[[], object] = lambda: None) -> Iter
                     directory.rmdir()
 
 
+def _refuse_links(directory: Path) -> None:
+    """Raises UserError where a directory that a run writes to, and deletes in, is a link."""
+    for path in (directory / name for name in _WRITTEN):
+        if path.is_symlink():
+            raise UserError(
+                f"output_dir: {path} is a link to {os.readlink(path)}, and a run neither writes nor deletes through "
+                "links; name the place itself as output_dir, or remove the link"
+            )
+
+
 def _check_shared(directory: Path) -> None:
     """Checks that all ranks see the same directory, because every rank writes and reads its part of a checkpoint."""
-    name = distributed.of_main(f".probe.{secrets.token_hex(4)}")
-    probe = directory / name
+    probe = directory / distributed.of_main(f".probe.{secrets.token_hex(8)}")
     if distributed.is_main():
-        probe.write_text("")
+        make_new(probe)
     dist.barrier()
     end = time.monotonic() + _VISIBLE_SECONDS
     while not probe.exists() and time.monotonic() < end:

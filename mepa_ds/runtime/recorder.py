@@ -103,9 +103,9 @@ class RunRecorder(Recorder):
         losses, scores = list[Any](), list[Any]()
         for record in read_metrics(self._path):
             if record.get("event") == "train":
-                losses.append(record.get("step_loss", record["loss"]))
+                losses.append(record.get("step_loss", record.get("loss")))
             elif record.get("event") == "heldout":
-                scores.append(record["ce"])
+                scores.append(record.get("ce"))
         self._past_losses = [loss for loss in losses if isinstance(loss, float)]
         self._heldout_ce: float | None = scores[-1] if scores and isinstance(scores[-1], float) else None
 

@@ -13,11 +13,14 @@ from typing import IO
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
+from mepa_ds.safety.places import open_lock, open_no_link
+from mepa_ds.safety.text import printable
 
 LOCK_NAME = ".lock"
 _FLOCK = "@hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
 # A file server keeps a lost node's lock for some time (NFSv4: a lease of 90 s).
 _LOST_NODE_SECONDS = 180.0
+_MOST_BYTES = 512
 
 
 class RunLock:
@@ -57,6 +60,7 @@ class RunLock:
         if self._file is not None:
             with suppress(OSError):  # a full disk is reported elsewhere
                 self._file.truncate(0)
+                self._file.seek(0)
                 self._file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
@@ -72,7 +76,7 @@ def is_held(directory: Path) -> bool:
     tries to take it at the same moment.
     """
     try:
-        file = open(directory / LOCK_NAME, "r+b", buffering=0)  # noqa: SIM115
+        file = open(open_no_link(directory / LOCK_NAME, os.O_RDWR), "r+b", buffering=0)  # noqa: SIM115
     except OSError:
         return False
     with file:
@@ -85,10 +89,10 @@ def is_held(directory: Path) -> bool:
 
 def _open(path: Path) -> IO[bytes] | None:
     with suppress(OSError):
-        return open(path, "a+b", buffering=0)
-    with suppress(OSError):  # another user's lock file in a directory that both may write to
+        return open_lock(path, 0o666)
+    with suppress(OSError):  # a link, or another user's lock file in a directory that both may write to
         path.unlink()
-        return open(path, "a+b", buffering=0)
+        return open_lock(path, 0o666)
     return None
 
 
@@ -104,4 +108,4 @@ def _try(file: IO[bytes]) -> bool:
 
 def _owner(file: IO[bytes]) -> str:
     file.seek(0)
-    return file.read().decode(errors="replace").strip() or "an unknown process"
+    return printable(file.read(_MOST_BYTES).decode(errors="replace").strip()) or "an unknown process"

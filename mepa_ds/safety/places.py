@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -93,6 +94,19 @@ def open_no_link(path: Path, flags: int, mode: int = 0o666) -> int:
 def open_lock(path: Path, mode: int = 0o600) -> IO[bytes]:
     """The file of a lock, made if it is not there; its content stays. A link is not followed (OSError)."""
     return open(open_no_link(path, os.O_RDWR | os.O_CREAT, mode), "r+b", buffering=0)
+
+
+def write_anew(path: Path, data: bytes) -> None:
+    """Writes a small file in place of what has the name: a link is replaced, never followed. Not atomic.
+
+    Raises:
+        FileExistsError: another process has just made one.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o666), "wb") as file:
+        file.write(data)
 
 
 def open_to_append(path: Path) -> IO[bytes]:

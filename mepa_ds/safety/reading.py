@@ -9,9 +9,8 @@ import io
 import json
 import math
 import re
-import sys
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,8 +21,12 @@ MOST_JSON_BYTES = 1 << 25
 """32 MiB: the index of 100 000 shards. Parsed, the worst text takes 24 times as much memory."""
 MOST_ARCHIVE_BYTES = 1 << 29
 """512 MiB of arrays of one archive, unpacked: offset indices have less than 100 bytes a sample."""
+MOST_LINE_BYTES = 1 << 24
+"""Of a line of JSON: one of the routing of a large model has a million."""
 _MOST_HEADER = 1 << 16
 _MOST_DEPTH = 100
+_MOST_ROWS = 1 << 40
+"""Of an array without a value."""
 _MOST_INT = 10**300
 _MUCH_TOO_LONG = "it holds a number that is beyond all floating-point numbers"
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
@@ -48,6 +51,25 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError(_MUCH_TOO_LONG if "integer string conversion" in str(error) else str(error)) from None
     _check_values(value)
     return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse_constant(name))
+_BEYOND_FLOATS = re.compile(rb"[eE]\+?0*[1-9]\d\d|\d{300}")
+
+
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of JSON; None for anything else, as for one that `parse_json` would refuse. As quick as
+    json.loads: a run has millions of lines."""
+    try:
+        value = parse_json(line) if _BEYOND_FLOATS.search(line) else _DECODER.decode(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Yields the lines of a file; one that is longer than `MOST_LINE_BYTES` in pieces, which are no JSON."""
+    return iter(lambda: file.readline(MOST_LINE_BYTES), b"")
 
 
 def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
@@ -131,15 +153,44 @@ def array_header(data: bytes) -> ArrayHeader:
 
 def parse_array(data: bytes) -> NDArray[Any]:
     """The array of an `.npy` file, read-only. Raises ValueError for anything else, pickles among it."""
-    shape, is_fortran, dtype, start = array_header(data)
+    stream = io.BytesIO(data)
+    shape, is_fortran, dtype = _array_header(stream)
+    count = _check_extent(shape, dtype, len(data) - stream.tell())
+    values = np.frombuffer(data, dtype, count, stream.tell()) if count and dtype.itemsize else np.empty(shape, dtype)
+    return values.reshape(shape, order="F" if is_fortran else "C")
+
+
+def _array_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(stream, max_header_size=_MOST_HEADER)
+    except Exception as error:  # of a literal of Python's with anything in it: a dozen kinds
+        raise ValueError(f"it is no NumPy array: {str(error) or type(error).__name__}") from None
+
+
+def _check_extent(shape: tuple[int, ...], dtype: np.dtype[Any], size: int) -> int:
+    """The count of values in the `size` bytes behind a header. Raises ValueError if they are not that many."""
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not read")
     count = math.prod(shape)
-    if count * dtype.itemsize != len(data) - start:
-        raise ValueError(f"its shape {shape} does not fit its {len(data) - start} bytes")
-    if not (count and dtype.itemsize):
-        if max(shape, default=0) > sys.maxsize or count > _MOST_HEADER:  # values without bytes, in any number
-            raise ValueError(f"its shape {shape} is none")
-        return np.empty(shape, dtype)
-    return np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if is_fortran else "C")
+    if any(length < 0 for length in shape) or count * dtype.itemsize != size or (not count and max(shape) > _MOST_ROWS):
+        raise ValueError(f"its shape {str(shape)[:100]} does not fit its {size} bytes")
+    return count
+
+
+def check_array_file(path: Path) -> None:
+    """Raises ValueError for an .npy file whose header says more or less than the file has, and for one of objects:
+    NumPy takes the memory first. OSError: it cannot be read. What is no .npy file passes."""
+    from mepa_ds.files import check_regular
+
+    check_regular(path)
+    with open(path, "rb") as file:
+        if file.read(6) != b"\x93NUMPY":
+            return
+        file.seek(0)
+        shape, _, dtype = _array_header(file)
+        _check_extent(shape, dtype, path.stat().st_size - file.tell())
 
 
 def _refuse_constant(name: str) -> None:

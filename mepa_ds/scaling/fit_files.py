@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mepa_ds.errors import UserError
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.scaling.fits import TableFit, fit_table, hold_out_table, rolling_table
 from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla
 from mepa_ds.scaling.laws.hold_out import LAWS as PREDICTABLE
@@ -131,9 +131,9 @@ def read_fits(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text())
+        data = read_json_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); `mepa scale fit` writes it") from None
-    if not isinstance(data, dict) or data.get("version") != VERSION or "laws" not in data:
+    if data.get("version") != VERSION or not isinstance(data.get("laws"), dict):
         raise UserError(f"{path}: these are no fits of version {VERSION}; fit the table again")
     return data | {"laws": {law: TableFit.from_dict(entry) for law, entry in data["laws"].items()}}

@@ -39,6 +39,10 @@ IDENTITY = (
 )  # fmt: skip
 """What makes two runs the same run but for their seed."""
 
+_MOST_CELLS = 5_000_000
+"""Of a table: 10 000 runs with 500 columns."""
+_MOST_TABLE_BYTES = 1 << 27
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -72,6 +76,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if not path.is_file():
         raise UserError(f"{path}: no such file; `mepa scale collect` writes a study's table")
     try:
+        _check_extent(path)
         table = readers[path.suffix](path)
     except Exception as error:  # pandas and pyarrow raise many kinds, all of a damaged file
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -85,6 +90,24 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if table.empty:
         raise UserError(f"{path}: the table has no rows; collect a study with finished runs")
     return table
+
+
+def _check_extent(path: Path) -> None:
+    """Raises ValueError for what no table of runs has: a Parquet file of some bytes can have any number of rows."""
+    if path.suffix == ".parquet":
+        from pyarrow.parquet import read_metadata
+
+        facts = read_metadata(path)
+        groups = (facts.row_group(number) for number in range(min(facts.num_row_groups, _MOST_CELLS)))
+        cells, size = facts.num_rows * facts.num_columns, sum(group.total_byte_size for group in groups)
+    else:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            columns = file.readline(_MOST_TABLE_BYTES).count(b",") + 1
+            lines = 1 + sum(part.count(b"\n") for part in iter(lambda: file.read(1 << 20), b""))
+        cells = columns * lines
+    if size > _MOST_TABLE_BYTES or cells > _MOST_CELLS:
+        raise ValueError(f"{cells} cells, {size} bytes: up to {_MOST_CELLS} and {_MOST_TABLE_BYTES} are read")
 
 
 def choose_rows(

@@ -128,9 +128,9 @@ def _make_state(directory: Path) -> None:
 def recorded_jobs(record: Path) -> list[dict[str, Any]]:
     """The jobs that were submitted for a run, oldest first. Lines that say no job's number are none of ours."""
     return [
-        line
+        {"name": "?", **line}
         for line in read_metrics(record / JOBS_NAME)  # lines of JSON too, of which a lost node may leave a torn one
-        if all(isinstance(line.get(key), str) for key in ("job", "name", "state"))
+        if all(isinstance(line.get(key), str) for key in ("job", "state"))
         and isinstance(line.get("time"), (int, float))
         and _NUMBER.fullmatch(line["job"])
     ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mepa_ds.files import write_json, write_text
-from mepa_ds.runtime.metrics import METRICS_NAME, finite, read_metrics
+from mepa_ds.runtime.metrics import METRICS_NAME, as_written, finite, read_metrics
 from mepa_ds.scaling.running.collect import heldout_of, training_seconds
 from mepa_ds.scaling.running.members import Member
 
@@ -33,10 +33,12 @@ def _row(member: Member, keys: Sequence[str]) -> dict[str, Any]:
     row: dict[str, Any] = {key: member.row["changes"].get(key) for key in keys}
     row |= {"seed": member.row["seed"], "state": member.state, **dict.fromkeys((*_MEASURED, "seconds"))}
     if member.state == "finished":
-        records = list(read_metrics(Path(member.row["output_dir"]) / METRICS_NAME))
-        if (heldout := heldout_of(member.row, records)) is not None:
-            row |= {key: heldout[key] for key in _MEASURED}
-        row["seconds"] = training_seconds(member.row, records)
+        path = Path(member.row["output_dir"]) / METRICS_NAME
+        with as_written(path):
+            records = list(read_metrics(path))
+            if (heldout := heldout_of(member.row, records)) is not None:
+                row |= {key: heldout[key] for key in _MEASURED}
+            row["seconds"] = training_seconds(member.row, records)
     return row | {key: member.row[key] for key in _FACTS} | {"run": member.name}
 
 

@@ -19,6 +19,7 @@ from mepa_ds.config.base import Section
 from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.file_checks import check_fits
 
 Kind = Literal["contrastive", "supervised"]
 KINDS: tuple[Kind, ...] = ("contrastive", "supervised")
@@ -110,6 +111,7 @@ class ConvTeacher(Teacher):
     def load(cls, kind: Kind, directory: Path, name: str | None = None) -> ConvTeacher:
         """Reads what `save` wrote. Raises UserError for anything else."""
         config, state = read_pretrained(directory, ConvNetConfig, kind)
+        check_fits(lambda: cls(kind, config), state, str(directory))
         teacher = cls(kind, config, name)
         load_strict(teacher, state, str(directory))
         return teacher.freeze()

@@ -24,6 +24,7 @@ from mepa_ds.config.values import PositiveInt
 from mepa_ds.teachers.base import Teacher, resize
 from mepa_ds.teachers.pca import RunningCovariance
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.file_checks import check_fits
 
 KIND = "patch-pca"
 
@@ -101,6 +102,7 @@ class PatchPca(Teacher):
     def load(cls, directory: Path, name: str = KIND) -> PatchPca:
         """Reads what `save` wrote. Raises UserError for anything else."""
         config, state = read_pretrained(directory, PatchPcaConfig, KIND)
+        check_fits(lambda: cls(config), state, str(directory))
         teacher = cls(config, name)
         load_strict(teacher, state, str(directory))
         return teacher.freeze()

@@ -21,6 +21,7 @@ from mepa_ds.precision import full_fp32
 from mepa_ds.scales import ScaleSchedule, bicubic_matrix
 from mepa_ds.tokenizer.tokenizer_files import read_tokenizer
 from mepa_ds.weights.directories import load_strict
+from mepa_ds.weights.file_checks import check_fits
 
 
 class Phi(nn.Conv2d):
@@ -71,8 +72,9 @@ class MultiScaleQuantizer(nn.Module):
         """The quantizer alone, in evaluation mode, of a tokenizer on disk (see `Tokenizer.open`)."""
         prefix = "quantizer."
         config, state, name_in_file = read_tokenizer(path, scales, prefix=prefix)
-        quantizer = cls(config)
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        check_fits(lambda: cls(config), own, str(path))
+        quantizer = cls(config)
         load_strict(quantizer, own, str(path), lambda name: name_in_file(prefix + name))
         return quantizer.requires_grad_(False).eval()
 

@@ -6,7 +6,7 @@ Shape legend: B batch, H = W the image's side, L tokens over all scales, C code 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from mepa_ds.tokenizer.layers import Decoder, Encoder
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer_files import KIND, convert_var, read_tokenizer
 from mepa_ds.weights.directories import load_strict, read_pretrained, save_pretrained
+from mepa_ds.weights.file_checks import check_fits
 
 
 class Tokenizer(nn.Module):
@@ -49,6 +50,7 @@ class Tokenizer(nn.Module):
             UserError: it holds neither, or `phi_ratio` is not the one in the settings beside the weights.
         """
         config, state, name_in_file = read_tokenizer(path, scales, phi_ratio)
+        check_fits(partial(cls, config), state, str(path))
         tokenizer = cls(config)
         load_strict(tokenizer, state, str(path), name_in_file)
         return tokenizer.requires_grad_(False).eval()
@@ -74,8 +76,10 @@ class Tokenizer(nn.Module):
             UserError: not such a checkpoint, keys or shapes that do not fit, a pickle with more than tensors.
         """
         config, state, name_in_file = convert_var(source, scales, phi_ratio)
+        where = "the state dict" if isinstance(source, Mapping) else str(source)
+        check_fits(partial(cls, config), state, where)
         tokenizer = cls(config)
-        load_strict(tokenizer, state, "the state dict" if isinstance(source, Mapping) else str(source), name_in_file)
+        load_strict(tokenizer, state, where, name_in_file)
         return tokenizer.requires_grad_(False).eval()
 
     @classmethod
@@ -86,7 +90,9 @@ class Tokenizer(nn.Module):
             scales: another schedule for the same weights; None: the one they were trained with.
         """
         config, state = read_pretrained(directory, TokenizerConfig, KIND)
-        tokenizer = cls(config.with_scales(scales, str(directory)))
+        config = config.with_scales(scales, str(directory))
+        check_fits(partial(cls, config), state, str(directory))
+        tokenizer = cls(config)
         load_strict(tokenizer, state, str(directory))
         return tokenizer.requires_grad_(False).eval()
 

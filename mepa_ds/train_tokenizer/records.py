@@ -36,7 +36,7 @@ class TokenizerRecords:
             mininterval=1.0,
         )
         self._line = LogLine(num_steps)
-        scores = [r["psnr"] for r in read_metrics(path) if r.get("event") == "heldout"] if is_main else []
+        scores = [r.get("psnr") for r in read_metrics(path) if r.get("event") == "heldout"] if is_main else []
         self._heldout_psnr: float | None = scores[-1] if scores and isinstance(scores[-1], float) else None
         self._recent: dict[str, Any] = {}
         """Numbers of the last record, for status.json."""

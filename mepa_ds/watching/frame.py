@@ -10,6 +10,8 @@ from typing import Any
 from rich.text import Text
 
 from mepa_ds.runtime.log_line import duration
+from mepa_ds.safety.secrets import redacted
+from mepa_ds.safety.text import printable
 from mepa_ds.watching.run import RunNow
 
 _COLOURS = {
@@ -23,6 +25,7 @@ _COLOURS = {
 }
 _LEVELS = "▁▂▃▄▅▆▇█"
 _BAR = 30
+_LONGEST = 20  # of a number that stands as a text: nan, inf
 _NUMBERS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("train", "epoch", "epoch", "{:.2f}".format),
     ("train", "loss", "loss", "{:.4f}".format),
@@ -47,7 +50,7 @@ def frame(runs: Sequence[RunNow], width: int) -> Text:
 
 
 def _lines(run: RunNow, width: int) -> Iterator[Text]:
-    head = Text.assemble((str(run.path), "bold"), "  ", (run.state, _COLOURS.get(run.state, "")))
+    head = Text.assemble((printable(run.path), "bold"), "  ", (printable(run.state), _COLOURS.get(run.state, "")))
     if run.num_steps:
         share = min(run.step / run.num_steps, 1.0)
         done = round(share * _BAR)
@@ -66,10 +69,10 @@ def _lines(run: RunNow, width: int) -> Iterator[Text]:
     if len(run.losses) > 1:
         yield Text(f"  loss {_spark(run.losses, min(width - 30, 80))}")
     if error := run.status.get("error"):
-        yield Text(f"  {' '.join(str(error).split())}", "red")
+        yield Text(f"  {_in_a_line(error)}", "red")
     if run.warning is not None:
         step, message = run.warning
-        yield Text(f"  warning at step {step}: {' '.join(message.split())}", "yellow")
+        yield Text(f"  warning at step {step}: {_in_a_line(message)}", "yellow")
 
 
 def _numbers(run: RunNow) -> Iterator[str]:
@@ -79,7 +82,12 @@ def _numbers(run: RunNow) -> Iterator[str]:
         if isinstance(value, (int, float)):
             yield f"{word} {write(value)}".strip()
         elif isinstance(value, str):  # a number that JSON lacks
-            yield f"{word} {value}".strip()
+            yield f"{word} {printable(value[:_LONGEST])}".strip()
+
+
+def _in_a_line(said: object) -> str:
+    """A text of a run's files. Rich's `Text` reads no markup, but lets control characters through."""
+    return printable(redacted(" ".join(str(said).split())))
 
 
 def _spark(losses: Sequence[float], width: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from contextlib import suppress
@@ -16,6 +15,7 @@ from mepa_ds.runtime.status import STATUS_NAME, read_status
 from mepa_ds.watching.tail import MetricsTail
 
 _LOSSES = 240
+_LARGEST = 1e30
 # A file system without locks: a run that has written its status so lately is taken to be running.
 _FRESH_SECONDS = 120.0
 _STATES = {"requeue": "stopped"}
@@ -64,7 +64,7 @@ class WatchedRun:
             self._path,
             self._state(status),
             step,
-            num_steps if isinstance(num_steps, int) else None,
+            num_steps if isinstance(num_steps, int) and num_steps > 0 else None,
             status,
             self._train,
             self._heldout,
@@ -82,7 +82,7 @@ class WatchedRun:
         event = record.get("event")
         if event == "train":
             self._train = record
-            if isinstance(loss := record.get("loss"), (int, float)) and math.isfinite(loss):
+            if isinstance(loss := record.get("loss"), (int, float)) and abs(loss) < _LARGEST:
                 self._losses.append(float(loss))
         elif event == "heldout":
             self._heldout = record

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from mepa_ds.files import check_regular
+from mepa_ds.runtime.metrics import parse_record
+
 # Enough for a line of losses even where each record has a large one of the routing beside it, which is left out.
 _FIRST_BYTES = 4 << 20
+_MOST_NEW_BYTES = 64 << 20
+"""Between two looks; of what grows faster the end is read."""
 _PROOF_BYTES = 256
 
 
@@ -28,6 +32,7 @@ class MetricsTail:
         no records.
         """
         try:
+            check_regular(self._path)
             with open(self._path, "rb") as file:
                 return self._read(file)
         except OSError:
@@ -37,12 +42,16 @@ class MetricsTail:
     def _read(self, file: Any) -> tuple[list[dict[str, Any]], bool]:
         size, inode = os.fstat(file.fileno()).st_size, os.fstat(file.fileno()).st_ino
         file.seek(max(self._offset - len(self._proof), 0))
-        continues = inode == self._inode and size >= self._offset and file.read(len(self._proof)) == self._proof
+        continues = (
+            inode == self._inode
+            and 0 <= size - self._offset <= _MOST_NEW_BYTES
+            and file.read(len(self._proof)) == self._proof
+        )
         if not continues:
             self._inode, self._offset = inode, max(size - _FIRST_BYTES, 0)
             file.seek(self._offset)
             if self._offset:
-                self._offset += len(file.readline())  # the rest of a line whose beginning is not read
+                self._offset += len(file.readline(_FIRST_BYTES))  # the rest of a line whose beginning is not read
         new = file.read(max(size - self._offset, 0))
         new = new[: new.rfind(b"\n") + 1]
         self._offset += len(new)
@@ -54,8 +63,4 @@ class MetricsTail:
 def _record(line: bytes) -> dict[str, Any] | None:
     if b'"event": "routing"' in line[:64]:  # large
         return None
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    return parse_record(line)

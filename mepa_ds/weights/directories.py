@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mepa_ds.config.base import Section, validate
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, read_json, read_state_dict
-from mepa_ds.weights.state_dicts import listed
+from mepa_ds.weights.state_dicts import MAX_NAMED, listed
 
 ID_TO_LABEL, LABEL_TO_ID = "id2label", "label2id"
 _MOST_CLASSES = 10**6
@@ -66,10 +67,12 @@ def load_strict(
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {listed([with_match(name, unexpected) for name in missing])}")
+        near = [with_match(name, unexpected) for name in missing[:MAX_NAMED]]
+        problems.append(f"{len(missing)} missing: {listed([*near, *missing[MAX_NAMED:]])}")
     if unexpected:
-        near = [with_match(name, missing or [name_in_file(known) for known in expected]) for name in unexpected]
-        problems.append(f"{len(unexpected)} unexpected: {listed(near)}")
+        known = missing or [name_in_file(name) for name in expected]
+        near = [with_match(name, known) for name in unexpected[:MAX_NAMED]]
+        problems.append(f"{len(unexpected)} unexpected: {listed([*near, *unexpected[MAX_NAMED:]])}")
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {listed(mismatched)}")
     if problems:
@@ -99,10 +102,14 @@ def save_pretrained(
         kind: what the directory holds ("tokenizer", ...), stored as `model_type`.
         class_names: names of the classes by label, stored as Hugging Face's `id2label` and `label2id`; `label2id` has
             no name that several classes share.
+
+    Raises:
+        UserError: another kind of model is there, whose files would be lost.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     directory = Path(directory)
+    check_no_other_model(directory, kind)
     (directory / CONFIG_NAME).unlink(missing_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_bytes)
@@ -117,6 +124,18 @@ def save_pretrained(
         (directory / INDEX_NAME).unlink(missing_ok=True)
     stored = {"model_type": kind, **json.loads(config.model_dump_json()), **_named(class_names)}
     write_json(directory / CONFIG_NAME, stored)
+
+
+def check_no_other_model(directory: Path, kind: str) -> None:
+    """Raises UserError where the directory holds another kind of model: files of the same names would be replaced."""
+    path = directory / CONFIG_NAME
+    try:
+        found = read_json_object(path).get("model_type")
+    except (OSError, ValueError):  # none, or a torn one
+        return
+    if found != kind:
+        held = "a model" if found is None else f"a model of type {found!r}"
+        raise UserError(f"{directory}: holds {held}, which a {kind} would replace; choose another directory")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -1,11 +1,11 @@
 """Files with state dicts, foreign ones too, read safely.
 
-Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors.
+Nothing here executes a pickle: `.pth` files are read with `weights_only=True`, all else is safetensors. What a file
+says of its sizes is held against its own size before memory is taken (mepa_ds.weights.file_checks).
 """
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -21,15 +21,18 @@ from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.files import check_regular
 from mepa_ds.log import note
-from mepa_ds.weights.state_dicts import Wanted, averages_not_read, find, listed, nests_of, notes_in
+from mepa_ds.safety.reading import read_json_object
+from mepa_ds.weights.file_checks import check_safetensors, check_tensors, check_torch_file
+from mepa_ds.weights.state_dicts import MAX_NAMED, Wanted, averages_not_read, find, listed, nests_of, notes_in
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
 _HUB_NAMES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
-_MAX_NAMED = 5
+_SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
 
 def read_state_dict(
@@ -93,7 +96,11 @@ def _chosen(
 ) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
     nests = nests_of(tree)
     if not nests:
-        held = ", ".join(map(repr, list(tree)[:_MAX_NAMED])) or "nothing" if isinstance(tree, Mapping) else None
+        held = (
+            ", ".join(repr(key)[:100] for key in list(tree)[:MAX_NAMED]) or "nothing"
+            if isinstance(tree, Mapping)
+            else None
+        )
         raise UserError(
             f"{where}: not a plain state dict of tensors (found {held or type(tree).__name__}). "
             "Give a mapping from parameter names to tensors, alone or nested in others"
@@ -124,17 +131,23 @@ def read_torch_file(path: Path, remedy: str) -> Any:
     """Reads what `torch.save` wrote, on the CPU; classes and functions in it are refused, not executed.
 
     Raises:
-        UserError: no such file, a damaged one, or one with more than plain values and tensors.
+        UserError: no such file, a damaged one, one with more than plain values and tensors, or one whose tensors would
+            be larger than the file.
     """
     try:
+        check_torch_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # on pickle protocols that torch.save does not use
-            return torch.load(path, map_location="cpu", weights_only=True)
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(tree, path)
+        return tree
+    except UserError as error:
+        raise UserError(f"{path}: damaged, or not a file of torch.save: {error}. {remedy}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         # torch's own text says how to read the file unsafely.
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]{1,200})", str(error))
         held = f"it holds {refused[1]}" if refused else "it holds something else"
         raise UserError(
             f"{path}: not a plain state dict of tensors ({held}), so it was refused and nothing in it was executed. "
@@ -156,8 +169,11 @@ def _shards_in(path: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict):
         raise UserError(f"{index_path}: no 'weight_map' in the index of the shards")
     for shard in weight_map.values():
-        if Path(str(shard)).name != shard:
-            raise UserError(f"{index_path}: a shard must lie beside its index, got {shard!r}")
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise UserError(
+                f"{index_path}: a shard must lie beside its index, under a plain name such as "
+                f"model-00001-of-00002.safetensors; got {str(shard)[:100]!r}"
+            )
     return {name: path / shard for name, shard in weight_map.items()}
 
 
@@ -180,20 +196,27 @@ def _load_from(shards: Mapping[str, Path], names: Mapping[str, str]) -> dict[str
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
+        check_regular(path)
+        check_safetensors(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot read the weights: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); copy or write it again") from error
+    except (RuntimeError, TypeError, OverflowError, AttributeError, KeyError, MemoryError) as error:
+        # PyTorch, of shapes and types that it does not have
+        said = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{path}: it has a tensor that cannot be read ({said}); write it again") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises UserError for what is no JSON object."""
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read it as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(data).__name__}")
-    return data
+        return read_json_object(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: cannot read it as JSON: {error}; copy or write it again") from error

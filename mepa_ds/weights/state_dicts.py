@@ -21,7 +21,10 @@ _COUNTERS = ("n_averaged",)  # beside the weights of torch's AveragedModel
 _NOTES = ("args", "config", "cfg", "hparams", "hyper_parameters")
 _AVERAGE = re.compile(r"(^|_)ema(_|$)", re.IGNORECASE)
 _MAX_DEPTH = 6
-_MAX_NAMED = 5
+MAX_NAMED = 5
+_MAX_MATCHES = 16
+"""Of one mapping: two that differ are refused."""
+_MAX_SHOWN = 100
 
 T = TypeVar("T")
 Key = str | int
@@ -91,14 +94,18 @@ def averages_not_read(tree: Any, found: Found[Any], wanted: Wanted | None) -> li
     `find` refuses a file with both, unless they are equal.
     """
     keys: list[str] = []
+    unread: dict[int, bool] = {}  # many names may have one value
     for key in (*found.place, None):
         for name, child in _children(tree):
-            if name != key and _AVERAGE.search(str(name)) and _is_unread(child, wanted):
-                keys.append(str(name))
+            if name != key and _AVERAGE.search(str(name)):
+                if id(child) not in unread:
+                    unread[id(child)] = _is_unread(child, wanted)
+                if unread[id(child)]:
+                    keys.append(str(name))
         if key is not None:
             tree = dict(_children(tree))[key]
     beside = tree.keys() - set(found.names_in_file) if found.prefix else ()
-    firsts = dict.fromkeys(str(name).split(".")[0] for name in beside if isinstance(tree[name], Tensor))
+    firsts = dict.fromkeys(str(name).split(".", 1)[0] for name in beside if isinstance(tree[name], Tensor))
     return keys + sorted(first for first in firsts if _AVERAGE.search(first))
 
 
@@ -143,8 +150,13 @@ def _is_unread(node: Any, wanted: Wanted | None) -> bool:
 
 
 def _has_tensors(node: Any, depth: int) -> bool:
-    children = [child for _, child in _children(node)]
-    return any(isinstance(child, Tensor) or (depth > 0 and _has_tensors(child, depth - 1)) for child in children)
+    level = {id(node): node}  # each node once: nested lists of one list have as many entries as there are atoms
+    for _ in range(depth + 1):
+        children = [child for inner in level.values() for _, child in _children(inner)]
+        if any(isinstance(child, Tensor) for child in children):
+            return True
+        level = {id(child): child for child in children if isinstance(child, Mapping | list | tuple)}
+    return False
 
 
 def _without_wrappers(entries: Mapping[str, T]) -> dict[str, str]:
@@ -168,7 +180,7 @@ def _matches(
     )
     least = len(wanted.names) / 2
     full = [prefix for prefix in prefixes if sum(prefix + name in cleaned for name in wanted.names) > least]
-    for prefix in full:
+    for prefix in full[:_MAX_MATCHES]:
         yield _found(cleaned, entries, place, prefix, [other for other in full if len(other) > len(prefix)])
 
 
@@ -198,7 +210,7 @@ def _equal(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def _ambiguous(matches: Sequence[Found[Any]], wanted: Wanted | None, where: str, file: Path | None) -> str:
-    labels = ", ".join(found.label for found in matches)
+    labels = listed([found.label for found in matches])
     what = "state dict" if wanted is None else f"state dict of {wanted.what}"
     told = f"{where}: more than one {what} in it, with other values: {labels}. "
     if file is None:
@@ -228,5 +240,7 @@ def _shared_start(names: Sequence[str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """The first five, and how many more there are."""
-    more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return (
+        ", ".join(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..." for name in names[:MAX_NAMED]) + more
+    )

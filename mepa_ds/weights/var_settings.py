@@ -60,4 +60,6 @@ def _all(notes: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 def _sides_of(pn: Any) -> Sequence[int] | None:
     if not isinstance(pn, str):
         return None
-    return _NAMED.get(pn) or (list(map(int, re.split("[_-]", pn))) if re.fullmatch(r"\d+([_-]\d+)*", pn) else None)
+    return _NAMED.get(pn) or (
+        list(map(int, re.split("[_-]", pn))) if re.fullmatch(r"\d{1,6}([_-]\d{1,6}){,99}", pn) else None
+    )

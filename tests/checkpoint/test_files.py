@@ -56,13 +56,17 @@ def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path: Path, capsys: p
 
 
 def test_anything_may_have_the_name_of_an_export(tmp_path: Path) -> None:
+    """A link goes; a file is somebody's, and stays."""
     (tmp_path / "best").symlink_to(tmp_path / "nowhere")
     (tmp_path / "last").write_text("a file")
     (tmp_path / ".best.old").write_text("a file")
     (tmp_path / ".last.old").symlink_to(tmp_path / "nowhere")
-    for name in ("best", "last"):
-        publish(directory(tmp_path / f".{name}.tmp"), tmp_path / name)
-    assert names(tmp_path) == ["best", "last"]
+    publish(directory(tmp_path / ".best.tmp"), tmp_path / "best")
+    with pytest.raises(FileExistsError, match="no run has written it"):
+        publish(directory(tmp_path / ".last.tmp"), tmp_path / "last")
+    (tmp_path / "last").unlink()
+    publish(tmp_path / ".last.tmp", tmp_path / "last")
+    assert names(tmp_path) == [".best.old.foreign1", "best", "last"]
 
 
 def test_what_cannot_be_removed_is_moved_out_of_the_way(

@@ -83,7 +83,8 @@ def test_neither_batches_nor_ranks_matter(folder: Path, monkeypatch: pytest.Monk
     whole = scorer.features(pixels)
     in_parts = scorer.features_of_all(pixels[first : first + 8] for first in range(0, 75, 8))
     ranks = [(scorer.features(pixels[rank::3]), list(range(rank, 75, 3))) for rank in range(3)]
-    monkeypatch.setattr("mepa_ds.distributed.of_all", lambda mine: [*ranks, ({}, [])])
+    monkeypatch.setattr("mepa_ds.distributed.of_all", lambda mine: [*(numbers for _, numbers in ranks), []])
+    monkeypatch.setattr("mepa_ds.distributed.tensors_of_all", lambda mine: [*(found for found, _ in ranks), {}])
     gathered = gather_features(*ranks[0])
     for name, rows in whole.items():
         assert torch.equal(rows, in_parts[name])

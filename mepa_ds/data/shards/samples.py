@@ -21,6 +21,10 @@ from mepa_ds.safety.text import printable
 Kind = Literal["images", "tokens", "features"]
 
 LABEL_EXTENSION = "cls"
+MOST_MEMBER_BYTES = 1 << 29
+"""Largest member that is read into memory as a whole: an image of 512 MiB."""
+MOST_BYTES = {LABEL_EXTENSION: 1 << 10}
+"""The same of members that are never large."""
 IMAGE_EXTENSIONS = EXTENSIONS
 
 HIDDEN = "hidden names, as macOS packs them beside files"

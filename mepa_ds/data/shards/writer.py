@@ -43,8 +43,8 @@ from mepa_ds.data.shards.samples import LABEL_EXTENSION, Kind, is_hidden, split_
 from mepa_ds.data.shards.tar import check_member_name, member_header
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.errors import UserError
-from mepa_ds.files import atomic_path, naming_full_disks, write_json
-from mepa_ds.safety.reading import array_header, read_json_object
+from mepa_ds.files import atomic_path, check_regular, naming_full_disks, write_json
+from mepa_ds.safety.reading import MOST_JSON_BYTES, array_header, parse_json
 
 MANIFEST_NAME = "index.plan.json"
 SCRATCH_NAME = ".scratch"
@@ -180,7 +180,9 @@ class ShardWriter:
 def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     try:
-        data = read_json_object(path)
+        check_regular(path)
+        with open(path, "rb") as file:
+            data = parse_json(file.read(MOST_JSON_BYTES))  # what is longer is no whole text
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}; nothing was started here, or start it again") from error
     return validate(Manifest, data, str(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -12,11 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mepa_ds import shipped
+from pydantic import TypeAdapter
+
+from mepa_ds import log, shipped
 from mepa_ds.errors import UserError
-from mepa_ds.files import make_way, write_json
+from mepa_ds.files import make_way, rename_aside, write_json
 from mepa_ds.project.stages.display import Display, Expected
 from mepa_ds.project.stages.processes import run_python
+from mepa_ds.safety.reading import read_json_object
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Spent:
     """Hash of its commands and recipes at its last start."""
 
 
+_SPENT = TypeAdapter(Spent)
+
 _TYPED = (
     (re.compile(r"-m torch\.distributed\.run "), "torchrun "),
     (re.compile(r"-m mepa_ds "), "mepa "),
@@ -73,8 +77,19 @@ class StageRun:
 
     def __init__(self, stages: Sequence[Stage], progress_file: Path, program: str, threads: int = 1):
         self.stages, self._file, self._program, self._threads = tuple(stages), progress_file, program, threads
-        known = json.loads(progress_file.read_text()) if progress_file.exists() else {}
-        self.spent = {stage.name: Spent(**known.get(stage.name, {})) for stage in self.stages}
+        self.spent = {stage.name: Spent() for stage in self.stages}
+        if progress_file.exists():
+            self._recall()
+
+    def _recall(self) -> None:
+        try:
+            known = read_json_object(self._file)
+            self.spent = {name: _SPENT.validate_python(known.get(name, {})) for name in self.spent}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._file}: cannot be read ({' '.join(str(error).split())[:300]}); remove it, and every stage runs "
+                "again"
+            ) from error
 
     def run(self, finish: Callable[[str, StageRun], None]) -> None:
         """Runs what is not done; `finish` is the last stage, which runs always, and gets its place ("[7/7]").
@@ -100,11 +115,19 @@ class StageRun:
         finish(f"[{count}/{count}]", self)
 
     def _forget(self, stages: Sequence[Stage]) -> None:
-        """Removes the outputs of stages whose inputs are made anew: a report must not mix two runs."""
+        """Removes the outputs of stages whose inputs are made anew: a report must not mix two runs.
+
+        What is there although the stage has never run is not ours: it is renamed, and told of.
+        """
         for stage in stages:
+            is_known = self.spent[stage.name].work != ""
             self.spent[stage.name] = Spent()
             for path in stage.outputs:
-                make_way(path)
+                if is_known or path.is_symlink() or not os.path.lexists(path):
+                    make_way(path)
+                else:
+                    aside = rename_aside(path, "before")
+                    log.note(f"{path}: was there before, and no stage here has made it; it is {aside} now")
 
     def _run(self, stage: Stage, index: int, place: str, display: Display) -> None:
         mine = self.spent[stage.name]

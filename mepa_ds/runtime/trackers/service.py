@@ -16,6 +16,7 @@ import psutil
 from mepa_ds import log
 from mepa_ds.files import write_text
 from mepa_ds.runtime.trackers.tracker import Pixels, in_a_line, rests
+from mepa_ds.safety.secrets import redacted
 
 # Sending the rest of the numbers at the end of a run takes a while. Once the service is killed, little is left to do.
 _CLOSE_SECONDS, _KILLED_SECONDS = 60.0, 5.0
@@ -29,7 +30,7 @@ class _Service:
     """Of the recipe's key and of the library, as a warning names them."""
 
     def __init__(self, project: str, output_dir: Path, recipe: dict[str, Any]):
-        self._project, self._output_dir, self._recipe = project, output_dir, recipe
+        self._project, self._output_dir, self._recipe = project, output_dir, _for_others(recipe)
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._resting = False
         self._library: Any = None
@@ -117,7 +118,8 @@ class Wandb(_Service):
             mode=mode,
             dir=str(self._output_dir),
             config=self._recipe,
-            settings=wandb.Settings(console="off", silent=True),
+            # Otherwise it also sends the command line, this machine's name, and the repository around the run.
+            settings=wandb.Settings(console="off", silent=True, x_disable_meta=True, disable_git=True, save_code=False),
         )
         # The counter of wandb cannot go back, but a resumed run trains some steps again.
         self._run.define_metric("*", step_metric="step")
@@ -173,6 +175,17 @@ class Trackio(_Service):
     def _lost(self, message: str, *_: Any, **__: Any) -> None:
         """What the library would warn of, and go on."""
         self._rest(f"warns ({' '.join(str(message).split())[:300]})")
+
+
+def _for_others(recipe: Any) -> Any:
+    """A recipe as a service gets it: without secrets, and of whole paths only their last part."""
+    if isinstance(recipe, dict):
+        return {key: _for_others(value) for key, value in recipe.items()}
+    if isinstance(recipe, list):
+        return [_for_others(value) for value in recipe]
+    if isinstance(recipe, str):
+        return redacted(Path(recipe).name if recipe.startswith("/") else recipe)
+    return recipe
 
 
 def _unheard(*_: Any, **__: Any) -> None:

@@ -15,6 +15,7 @@ import mepa_ds
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
 from mepa_ds.reports import style
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.scaling.fit_files import write_fits
 from mepa_ds.scaling.laws import FitOptions
 from mepa_ds.scaling.report.analysis import Asked, analyse, study_laws
@@ -160,9 +161,16 @@ def _facts(study: StudyConfig, table: pd.DataFrame) -> dict[str, str]:
         if values:
             facts[label] = "; ".join(values)
     plan = study.output_dir / PLAN_NAME
-    if plan.is_file() and (needed := json.loads(plan.read_text())["total_device_hours"]) is not None:
+    if plan.is_file() and isinstance(needed := _planned_hours(plan), (int, float)):
         facts["device-hours of the plan"] = f"{needed:.4g}"
     return facts
+
+
+def _planned_hours(plan: Path) -> Any:
+    try:
+        return read_json_object(plan).get("total_device_hours")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{plan}: cannot be read ({error}); run mepa scale plan again") from None
 
 
 def _commands(study: StudyConfig) -> list[str]:

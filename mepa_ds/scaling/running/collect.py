@@ -17,8 +17,9 @@ from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path
 from mepa_ds.models.summary import count_parameters
-from mepa_ds.runtime.metrics import read_metrics
+from mepa_ds.runtime.metrics import as_written, read_metrics
 from mepa_ds.runtime.schedule import phase_steps
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.scaling.columns import COLUMNS, SCORES
 from mepa_ds.scaling.family import model_facts
 from mepa_ds.scaling.running.members import Member, member_of, recipe_hash
@@ -118,7 +119,12 @@ def _of_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def _of_records(directory: Path, config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]:
-    records = list(read_metrics(directory / "metrics.jsonl"))
+    path = directory / "metrics.jsonl"
+    with as_written(path):
+        return _measured([record for record in read_metrics(path) if "event" in record], config, row)
+
+
+def _measured(records: list[dict[str, Any]], config: PretrainConfig, row: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if starts := [record for record in records if record["event"] == "start"]:
         step_flops = row["flops"] / row["steps"]
@@ -151,7 +157,7 @@ def heldout_of(row: Mapping[str, Any], records: Sequence[Mapping[str, Any]] | No
     """Returns the held-out scores of a run's last weights; None if it has not come to its last step."""
     if records is None:
         records = list(read_metrics(Path(row["output_dir"]) / "metrics.jsonl"))
-    found = [record for record in records if record["event"] == "heldout" and record["step"] == row["steps"]]
+    found = [record for record in records if record.get("event") == "heldout" and record.get("step") == row["steps"]]
     return found[-1] if found else None
 
 
@@ -159,6 +165,6 @@ def _of_scores(directory: Path) -> dict[str, Any]:
     """Returns the scores of generated images, if `mepa evaluate` has written any beside the run."""
     scores: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        scores = json.loads((directory / SCORES_NAME).read_text())
+        scores = read_json_object(directory / SCORES_NAME)
     named = {"is": scores.get("inception_score"), **scores}
     return {key: named[key] for key in SCORES if isinstance(named.get(key), (int, float))}

@@ -15,6 +15,7 @@ import torch
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.safety.places import open_to_append, real_directory
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -52,7 +53,7 @@ class Worker:
 
 def start(name: str, recipe: Path, slot: Slot, ranks: int, log: Path) -> Worker:
     """Starts `mepa pretrain` on a recipe. Its output is added to `log`; it ends when this process is killed."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    real_directory(log.parent, "output_dir")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "mepa_ds", "pretrain", str(recipe)]
     threads = str(max(len(slot.cores) // ranks, 1))
@@ -67,7 +68,7 @@ def start(name: str, recipe: Path, slot: Slot, ranks: int, log: Path) -> Worker:
         if os.getppid() != parent:  # it was killed in between
             os._exit(1)
 
-    output = open(log, "ab")  # noqa: SIM115 - lives as long as the process
+    output = open_to_append(log)
     # A session of its own: Ctrl-C reaches this process alone, which asks each run once.
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=output, start_new_session=True, preexec_fn=prepare

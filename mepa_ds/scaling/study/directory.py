@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from mepa_ds.config.base import Section, dump_yaml, load_config, read_yaml
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.errors import UserError
 from mepa_ds.files import write_text
+from mepa_ds.safety.reading import read_json_object
 
 PLAN_NAME = "plan.json"
 FileT = TypeVar("FileT", bound=Section)
@@ -50,9 +50,18 @@ def write_recipes(output_dir: Path, recipes: Mapping[str, PretrainConfig], names
         path, text = folder / f"{run}.yaml", dump_yaml(recipe)
         if not path.is_file() or path.read_text() != text:
             write_text(path, text)
-    for path in folder.glob("*.yaml"):  # of an earlier plan
-        if path.stem not in names:
+    for path in folder.glob("*.yaml"):
+        if path.stem not in names and _is_of_a_plan(path, output_dir):
             path.unlink()
+
+
+def _is_of_a_plan(path: Path, output_dir: Path) -> bool:
+    """Whether a recipe is that of a run of an earlier plan. Others may lie there where output_dir is a clone."""
+    try:
+        place = read_yaml(path).get("output_dir")
+    except UserError:
+        return False
+    return isinstance(place, str) and Path(place) == output_dir / "runs" / path.stem
 
 
 def read_rows(output_dir: Path, expected_hash: str, what: str, planner: str) -> list[dict[str, Any]]:
@@ -68,10 +77,15 @@ def read_rows(output_dir: Path, expected_hash: str, what: str, planner: str) -> 
     path = output_dir / PLAN_NAME
     if not path.is_file():
         raise UserError(f"{path}: the {what} is not planned yet; run {planner} first")
-    facts = json.loads(path.read_text())
-    if facts[f"{what}_hash"] != expected_hash:
+    try:
+        facts = read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); run {planner} again") from None
+    if facts.get(f"{what}_hash") != expected_hash:
         raise UserError(f"{path}: the {what} file has changed since it was planned; run {planner} again")
-    rows: list[dict[str, Any]] = facts["runs"]
+    rows = facts.get("runs")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: it has no list of runs; run {planner} again")
     return rows
 
 

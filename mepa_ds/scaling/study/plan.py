@@ -14,7 +14,9 @@ from mepa_ds import shipped
 from mepa_ds.config.base import dump_yaml, read_yaml, validate
 from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
+from mepa_ds.errors import UserError
 from mepa_ds.files import write_json, write_text
+from mepa_ds.safety.reading import read_json_object
 from mepa_ds.scaling.study import directory
 from mepa_ds.scaling.study.config import StudyConfig
 from mepa_ds.scaling.study.costs import check_budget, hours_of, memory_of
@@ -77,8 +79,10 @@ def read_lr_law(study: StudyConfig) -> dict[str, Any] | None:
     path = study.output_dir / LR_LAW_NAME
     if study.lr.rule != "tuned" or not path.is_file():
         return None
-    law: dict[str, Any] = json.loads(path.read_text())
-    return law
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it, and mepa scale run fits it again") from None
 
 
 def check_directory(study: StudyConfig) -> None:

@@ -1,0 +1,1 @@
+"""What a checkpoint's files hold, read as the bytes that they are: nothing of them is executed."""
