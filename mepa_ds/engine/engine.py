@@ -23,6 +23,7 @@ from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.compilation import compile_blocks, compiles, uncompiled
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
+from mepa_ds.engine.freezing import freeze
 from mepa_ds.engine.gradients import gather_directly, gathers_directly, take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.lean_start import NothingDrawn, leave_out_needless_work, materialise
@@ -80,6 +81,7 @@ class PretrainEngine:
         objective.init_weights(config.seed, config.optim.mup_base_width)
         if config.init_weights is not None and not resumes:
             load_initial_weights(objective.transformer, config.init_weights, config.init_missing)
+        freeze(objective, config.optim.freeze)
         self._compiled = compiles(config.parallel.compile, config.parallel.activation_checkpointing, device)
         if self._compiled:
             compile_blocks(objective.transformer)
