@@ -52,7 +52,7 @@ class CacheOptions:
     def of(self, urls: list[str]) -> RemoteShards:
         """The content of remote.json. The addresses are the user's, who is told if others will need consent."""
         if (scheme := needs_word(urls)) is not None:
-            print(
+            log.say(
                 f"these shards are opened by {scheme}: addresses, which a data directory may not name by itself; to "
                 f"use this set, {how_to_allow(scheme)}"
             )

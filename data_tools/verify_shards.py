@@ -28,11 +28,12 @@ from mepa_ds.command_line.paths import PathOrName
 from mepa_ds.data.remote.remote_file import REMOTE_NAME
 from mepa_ds.data.shard_set import ShardSet
 from mepa_ds.data.shards.index import offset_index_path, source_images
-from mepa_ds.data.shards.left_out import LeftOut
+from mepa_ds.data.shards.left_out import LeftOut, few
 from mepa_ds.data_tools.pool import DEFAULT_WORKERS, unordered_map
 from mepa_ds.data_tools.shard_checks import ShardReport, check_shard
 from mepa_ds.errors import UserError
 from mepa_ds.progress import Progress
+from mepa_ds.safety.text import printable
 
 _SHOWN = 20
 
@@ -155,7 +156,7 @@ def _print_copies(report: SetReport) -> None:
     if copies:
         log.say(f"  {sum(map(len, copies)) - len(copies)} images are copies of others (a warning only):")
         for same in copies[:_SHOWN]:
-            log.say(f"    {' = '.join(same[:_SHOWN])}{' = ...' if len(same) > _SHOWN else ''}")
+            log.say(f"    {' = '.join(map(printable, same[:_SHOWN]))}{' = ...' if len(same) > _SHOWN else ''}")
         if len(copies) > _SHOWN:
             log.say(f"    ... and {len(copies) - _SHOWN} images more that have copies")
 
@@ -165,11 +166,11 @@ def _print_histogram(counts: Counter[int], classes: tuple[str, ...]) -> None:
     values = sorted(counts.values())
     log.say(f"  {len(counts)} classes with {values[0]} to {values[-1]} samples, median {values[len(values) // 2]}")
     if empty:
-        log.say(f"  {len(empty)} classes without samples: {', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
+        log.say(f"  {len(empty)} classes without samples: {few(empty, 10)}")
     if len(counts) <= _SHOWN:
         for label, count in sorted(counts.items()):
             name = classes[label] if classes else label
-            log.say(f"    {name!s:20.20} {count:8d} {'#' * (count * 40 // values[-1])}")
+            log.say(f"    {printable(name):20.20} {count:8d} {'#' * (count * 40 // values[-1])}")
 
 
 def repair(first: SetReport, derived: list[SetReport], options: Options) -> None:

@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
     if is_grid:
         drawn = _draw_grid(model, tokenizer, classes, options)
     else:
-        made_by = _made_by(identity_of_weights(model.state_dict()), tokenizer.identity, options)
+        made_by = _made_by(options, weights=identity_of_weights(model.state_dict()), tokenizer=tokenizer.identity)
         drawn = _fill(model, tokenizer, classes, options, made_by)
     seconds = time.perf_counter() - started
     log.say(f"{drawn} images in {seconds:.1f} s ({drawn / seconds:.1f} images/s): {options.out}")
@@ -202,12 +202,11 @@ def _sampler(
     return draw
 
 
-def _made_by(weights: str, tokenizer: str, options: SampleOptions) -> str:
-    """Everything that an image is a function of, as JSON for its file. Weights are told by hashes: images are given
-    away, and a path tells of a person and a machine."""
+def _made_by(options: SampleOptions, **hashes: str) -> str:
+    """Everything that an image is a function of, as JSON for its file. Weights are told by `hashes`: images are
+    given away, and a path tells of a person and a machine."""
     facts = {
-        "weights": weights,
-        "tokenizer": tokenizer,
+        **hashes,
         "classes": options.classes,
         **{name: getattr(options, name) for name in _DECIDES},
         **{name: getattr(options, name) for name in _TOLD if getattr(options, name) is not None},

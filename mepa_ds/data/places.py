@@ -77,6 +77,11 @@ class Places:
                 self._read(shard)
         return shards_B
 
+    def look_up(self, samples_B: Indices) -> None:
+        """`shards_of`, if there is a shard left whose offset index is not at hand."""
+        if not self._is_read.all():
+            self.shards_of(samples_B)
+
     def members(self, samples_B: Indices) -> tuple[Indices, Indices, Indices]:
         """(B,) shards and (B, M) offsets and sizes of members, of `extensions` in order; size -1: no such member."""
         shards_B = self.shards_of(samples_B)

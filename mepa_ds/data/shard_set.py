@@ -159,7 +159,7 @@ class ShardSet:
         Raises:
             DamagedError: an offset index cannot be read, or is not of what the index describes.
         """
-        self._places.shards_of(samples_B)
+        self._places.look_up(samples_B)
 
     def read(self, sample: int) -> tuple[str, dict[str, bytes]]:
         """Key and members of one sample.

@@ -26,6 +26,7 @@ _TILES_A_LETTER = 12
 _ROW_CAPTION = 12  # the most width of a row's caption, in letters' sizes
 _TITLE_WIDTH = 320  # a narrow sheet grows to this, so that its title needs few lines
 _INK, _CUT = "#222222", "..."
+_MOST_TEXT = 400  # characters; longer ones fit nowhere, and measuring them takes a while
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _height(text: str, size: int) -> int:
 def _wrapped(text: str, size: int, width: int, height: int | None = None) -> str:
     """The text in lines of at most `width` pixels; what goes beyond `height` is cut off, marked by dots."""
     lines: list[str] = []
-    for paragraph in text.splitlines():
+    for paragraph in text[:_MOST_TEXT].splitlines():
         line = ""
         for word in paragraph.split(" "):
             longer = f"{line} {word}" if line else word
@@ -156,7 +157,7 @@ def _cut(line: str, size: int, width: int) -> str:
     """The line, or its beginning with dots where it is too wide."""
     if _width(line, size) <= width:
         return line
-    kept = line.removesuffix(_CUT)
+    kept = line.removesuffix(_CUT)[:width]  # no letter is narrower than a pixel
     while kept and _width(kept + _CUT, size) > width:
         kept = kept[:-1]
     return kept + _CUT

@@ -142,7 +142,9 @@ def _figure(subject: Subject, traced: Traced, table: dict[int, list[Specialisati
         shares_CE = np.stack([_shares(counts_BE, traced.labels_B, int(label)) for label in classes])
         drawn = right.imshow(shares_CE, vmin=0, cmap="magma", aspect="auto")
         figure.colorbar(drawn, ax=right, label="share of the class's choices")
-        right.set_yticks(range(len(classes)), [subject.caption(int(label))[:24] for label in classes], fontsize=8)
+        right.set_yticks(
+            range(len(classes)), [style.plain(subject.caption(int(label)), 24) for label in classes], fontsize=8
+        )
         right.set_xticks(range(counts_BE.shape[1]) if counts_BE.shape[1] <= 16 else range(0, counts_BE.shape[1], 8))
         best = table[blocks[row]][scale]
         title = (

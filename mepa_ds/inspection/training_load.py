@@ -17,6 +17,7 @@ from mepa_ds.files import atomic_path
 from mepa_ds.inspection.subject import Drawn, Picture, Subject
 from mepa_ds.reports import style
 from mepa_ds.runtime.metrics import METRICS_NAME, as_written, read_metrics
+from mepa_ds.safety.text import cell
 
 _MOST_TIMES = 4  # loads above so many times the even one have one colour
 
@@ -62,9 +63,11 @@ def _write_csv(path: Path, records: list[dict[str, Any]], name: str, columns: tu
             for block, layer in record["layers"].items():
                 for scale, values in enumerate(layer[name], start=1):
                     if isinstance(values, list):
-                        writer.writerows([record["step"], block, scale, *pair] for pair in enumerate(values))
+                        writer.writerows(
+                            [record["step"], cell(block), scale, *map(cell, pair)] for pair in enumerate(values)
+                        )
                     else:
-                        writer.writerow([record["step"], block, scale, values])
+                        writer.writerow([record["step"], cell(block), scale, cell(values)])
 
 
 def _draw_load(

@@ -14,9 +14,11 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from mepa_ds.files import atomic_path
+from mepa_ds.safety.text import printable, printable_lines
 
 # Okabe and Ito's: told apart with every kind of colour vision, and in grey.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -60,7 +62,23 @@ def new_figure(panels: int = 1, title: str = "") -> tuple[Figure, list[Axes]]:
     return figure, list(np.ravel(figure.subplots(1, panels)))
 
 
+def plain(name: str, most: int) -> str:
+    """A name out of a file, for the label of a tick: matplotlib would read what stands between two dollars."""
+    return printable(name)[:most].replace("$", r"\$")
+
+
+def _without_formulas(figure: Figure) -> None:
+    """All texts are names and words, but for the numbers at ticks, which matplotlib writes as formulas itself."""
+    ticks = {id(label) for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+             for label in (*axis.get_ticklabels(which="both"), axis.get_offset_text())}  # fmt: skip
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in ticks:
+            text.set_parse_math(False)
+            text.set_text(printable_lines(text.get_text()))
+
+
 def save_png(figure: Figure, path: Path) -> None:
+    _without_formulas(figure)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
 

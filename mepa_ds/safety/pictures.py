@@ -22,6 +22,7 @@ MOST_PIXELS = 1 << 26
 
 _MOST_BLOCKS = 1000  # of a GIF before its picture; Pillow copies all earlier comments at each
 _MOST_COPIED = 1 << 24  # bytes of fields beyond those that a file has; damaged fields point anywhere
+_HARMLESS = 1 << 14  # bytes that hold too few fields to claim more than that
 _EXIF = b"Exif\0\0"
 _UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 """Bytes of a value, by TIFF's number of its type."""
@@ -41,7 +42,7 @@ def open_image(data: bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
     """
     if data[:4] == b"GIF8":
         _check_gif(data)
-    elif data[:2] == b"\xff\xd8":
+    elif data[:2] == b"\xff\xd8" and len(data) > _HARMLESS:
         _check_fields(b"".join(_exif_of_jpeg(data)))
     elif data[:2] in (b"II", b"MM"):
         _check_fields(data)
@@ -77,6 +78,8 @@ def _number(value: object) -> int:
 def _check_fields(data: bytes) -> None:
     """Of TIFF or EXIF: Pillow copies the bytes of every field of the first directory at once, and a thousand fields may
     each claim all the file. Raises TooLargeError for fields of far more bytes than there are."""
+    if len(data) <= _HARMLESS:
+        return
     try:
         order = {b"II": "<", b"MM": ">"}[data[:2]]
         is_big = struct.unpack_from(f"{order}H", data, 2)[0] == 43

@@ -37,6 +37,7 @@ _TOKEN = re.compile(
 )
 """Tokens that are known by how they begin: Hugging Face's, GitHub's, Amazon's, GitLab's, Slack's..."""
 _SECRET_NAME = re.compile(r"(?i)(?:TOKEN|(?:API|_)KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?)$")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)
 _SHORTEST = 8
 
 
@@ -76,6 +77,11 @@ def redacted_json(value: Any) -> Any:
 def _without_query(found: re.Match[str]) -> str:
     """The punctuation behind an address is the sentence's."""
     return f"{found[1]}?...{found[2][len(found[2].rstrip(':;,)')) :]}"
+
+
+def expanded_variables(text: str) -> str:
+    """`os.path.expandvars`, but for variables that hold secrets: what is expanded becomes the name of a file."""
+    return _VARIABLE.sub(lambda v: v[0] if is_secret_name(v[1] or v[2]) else os.path.expandvars(v[0]), text)
 
 
 def is_secret_name(variable: str) -> bool:

@@ -45,6 +45,17 @@ def printable_json(value: Any) -> Any:
     return value
 
 
+def cell(value: Any) -> Any:
+    """A cell of a table for other programs: a text that a spreadsheet would compute (=, +, -, @) gets an apostrophe."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{printable(value)}"
+    return value
+
+
 def _escape(found: re.Match[str]) -> str:
     code = ord(found[0])
     if found[0] in "\t\n\r":

@@ -12,6 +12,7 @@ from typing import Any
 
 from mepa_ds.files import write_json, write_text
 from mepa_ds.runtime.metrics import METRICS_NAME, as_written, finite, read_metrics
+from mepa_ds.safety.text import cell
 from mepa_ds.scaling.running.collect import heldout_of, training_seconds
 from mepa_ds.scaling.running.members import Member
 
@@ -48,7 +49,7 @@ def write_table(rows: Sequence[dict[str, Any]], output_dir: Path) -> Path:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({key: json.dumps(v) if isinstance(v, (list, dict)) else v for key, v in row.items()})
+        writer.writerow({key: json.dumps(v) if isinstance(v, (list, dict)) else cell(v) for key, v in row.items()})
     write_text(output_dir / "sweep.csv", text.getvalue())
     write_json(output_dir / "sweep.json", finite(list(rows)))
     return output_dir / "sweep.csv"

@@ -33,11 +33,12 @@ from mepa_ds.runtime.schedule import check_phases
 from mepa_ds.runtime.stopping import Agreement, StopRequests, stopped, undisturbed
 from mepa_ds.tokenizer import Tokenizer
 from mepa_ds.tokenizer.discriminator import PatchDiscriminator
+from mepa_ds.tokenizer.tokenizer_files import KIND
 from mepa_ds.train_tokenizer.checkpoint import read_checkpoint, write_checkpoint
 from mepa_ds.train_tokenizer.evaluation import evaluate_tokenizer, reconstruction_sheet
 from mepa_ds.train_tokenizer.records import TokenizerRecords
 from mepa_ds.train_tokenizer.trainer import TokenizerTrainer
-from mepa_ds.weights.directories import load_strict
+from mepa_ds.weights.directories import check_no_other_model, load_strict
 from mepa_ds.weights.state_dict_files import WEIGHTS_NAME
 
 
@@ -224,6 +225,7 @@ def _agree_on_start(config: TokenizerTrainingConfig, device: torch.device) -> _S
     start: _Start | None = None
     error: UserError | None = None
     try:
+        check_no_other_model(config.output_dir, KIND)
         start = _start(config, device)
     except UserError as found:
         error = found

@@ -20,7 +20,7 @@ from mepa_ds.data.remote.urls import unsigned
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, naming_full_disks
 from mepa_ds.safety.reading import read_json_object
-from mepa_ds.safety.secrets import redacted
+from mepa_ds.safety.secrets import expanded_variables, redacted
 
 REMOTE_NAME = "remote.json"
 
@@ -41,7 +41,7 @@ class RemoteShards(Section):
     def directory(self) -> str:
         """`cache`, expanded as far as variables are set here."""
         text = self.cache.replace("$TMPDIR", tempfile.gettempdir()).replace("$UID", str(os.getuid()))
-        return os.path.expandvars(text)
+        return expanded_variables(text)
 
     @property
     def places(self) -> list[str]:

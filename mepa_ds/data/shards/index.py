@@ -309,6 +309,8 @@ def parse_offset_index(data: bytes) -> tuple[OffsetIndex, Description]:
     labels_n, extensions_M = stored["labels"], stored["extensions"]
     if extensions_M.ndim != 1 or len(extensions_M) > MOST_EXTENSIONS or extensions_M.dtype.kind not in "Uf":
         raise ValueError("its extensions are no short list of texts")  # an empty list is stored as numbers
+    if labels_n.shape not in ((0,), stored["keys"].shape):
+        raise ValueError(f"its labels are {labels_n.shape}, expected {stored['keys'].shape}")
     offset_index = OffsetIndex(
         keys_N=stored["keys"],
         extensions=tuple(printable(extension) for extension in extensions_M.tolist()),
