@@ -23,7 +23,7 @@ from mepa_ds.engine import deepspeed_config
 from mepa_ds.engine.compilation import compile_blocks, compiles, uncompiled
 from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
-from mepa_ds.engine.freezing import freeze
+from mepa_ds.models.adapting.freezing import freeze
 from mepa_ds.engine.gradients import gather_directly, gathers_directly, take_over_norm
 from mepa_ds.engine.initial_weights import load_initial_weights
 from mepa_ds.engine.lean_start import NothingDrawn, leave_out_needless_work, materialise

@@ -8,7 +8,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 
 from mepa_ds.config.optim import PretrainOptimConfig
-from mepa_ds.engine.freezing import is_frozen
+from mepa_ds.models.adapting.freezing import is_frozen
 from mepa_ds.engine.lean_start import AdamW
 from mepa_ds.models.parametrisation import lr_factor, width_multiplier
 

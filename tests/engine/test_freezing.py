@@ -9,7 +9,7 @@ import torch
 
 from mepa_ds.config.base import apply_overrides, validate
 from mepa_ds.config.pretrain import PretrainConfig
-from mepa_ds.engine.freezing import frozen_names
+from mepa_ds.models.adapting.freezing import frozen_names
 from mepa_ds.errors import UserError
 from mepa_ds.objective.objective import ModelInputs
 from tests.engine.ranks import run_on_ranks, take_step
