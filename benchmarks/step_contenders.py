@@ -279,12 +279,12 @@ def _without_matrices(objective: PretrainingObjective) -> Any:
 
 
 def _without_loss(objective: PretrainingObjective) -> Any:
-    def scores(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(logits_BLV: Tensor, tokens_BL: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         logits = logits_BLV.float()
-        ce_BL = F.cross_entropy(logits.transpose(1, 2), tokens_BL, reduction="none")
-        return ce_BL, (logits.detach().argmax(-1) == tokens_BL).float()
+        loss_BL = F.cross_entropy(logits.transpose(1, 2), tokens_BL, reduction="none", label_smoothing=label_smoothing)
+        return loss_BL, loss_BL.detach(), (logits.detach().argmax(-1) == tokens_BL).float()
 
-    return patch("mepa_ds.objective.objective.token_scores", scores)
+    return patch("mepa_ds.objective.objective.token_losses", losses)
 
 
 WITHOUT: dict[str, Callable[[PretrainingObjective], Any]] = {

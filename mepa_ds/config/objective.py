@@ -44,6 +44,12 @@ class ObjectiveConfig(Section):
 
     ce_weight: Weight = 1.0
     """Weight of the cross-entropy."""
+    ce_over: Literal["tokens", "scales", "log_normal"] = "tokens"
+    """What CE is a mean over: `tokens` (the finest scale has more of them than all others together), `scales` (each
+    counts the same), or scales weighted by `log_normal`, HMAR's weights, which are largest for the middle ones
+    (arXiv 2506.04421). Records and scores always have the mean over tokens."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of each token's target that is spread evenly over the codebook. Records and scores have CE without it."""
     alignment: AlignmentConfig | None = AlignmentConfig()
     """Semantic guidance"""
     balance_weight: Weight = 0.01

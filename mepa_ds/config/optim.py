@@ -53,6 +53,9 @@ class OptimConfig(Section):
 class PretrainOptimConfig(OptimConfig):
     """AdamW with VAR's settings."""
 
+    freeze: tuple[str, ...] = ()
+    """Weights that stay as they are, by patterns of their names in exported files: `blocks.[0-7].*`,
+    `blocks.*.attention.*`, `projector.*`. They cost as much as others; a later start may thaw them."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of an average of the weights, exported to <output_dir>/last_ema; null: none (VAR, MEPA)."""
     mup_base_width: Annotated[int, Field(gt=0)] | None = None

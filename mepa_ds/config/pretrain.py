@@ -220,6 +220,10 @@ class PretrainConfig(Section):
     """Seed of initial weights, order of samples and dropout."""
     init_weights: UserPath | None = None
     """Start from these weights: a directory of `mepa export` or `mepa upcycle`, or VAR's var_d16.pth; null: drawn."""
+    init_missing: Literal["classes", "scales", "all"] = "classes"
+    """In what init_weights may differ from the model. `classes`: classes, whose embeddings start anew but for those
+    with the same name; `scales`: also the schedule, to which embeddings of positions and scales are resampled; `all`:
+    also experts, which are made from a dense model's FFNs or copied from fewer experts."""
     branch_from: UserPath | None = None
     """Start from this checkpoint of another run, RUN/checkpoints/step_<number>, with all of its state, and go on with
     this recipe's length and schedule, which must have had the same rates so far; null: start at step 0."""

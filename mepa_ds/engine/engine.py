@@ -28,6 +28,7 @@ from mepa_ds.engine.optimizer import build_optimizer
 from mepa_ds.engine.starting.initial_weights import load_initial_weights
 from mepa_ds.engine.starting.lean_start import NothingDrawn, leave_out_needless_work, materialise
 from mepa_ds.engine.waiting import WaitingClock
+from mepa_ds.models.adapting.freezing import freeze
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
@@ -49,9 +50,17 @@ class PretrainEngine:
     """Builds the sharded objective and trains it. Needs an initialised process group (one rank is enough).
 
     resumes: a checkpoint will be loaded, so `config.init_weights` is not read and need not exist any more.
+    class_names: of the data, by label.
     """
 
-    def __init__(self, config: PretrainConfig, teacher_width: int | None, device: torch.device, resumes: bool = False):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        teacher_width: int | None,
+        device: torch.device,
+        resumes: bool = False,
+        class_names: tuple[str, ...] = (),
+    ):
         self.device = device
         deepspeed_logger.setLevel(logging.ERROR)
         # DeepSpeed makes these calls: newer versions of PyTorch would warn of each after every evaluation and export.
@@ -63,6 +72,7 @@ class PretrainEngine:
         """Of this step: how long this rank waited for other ranks' tokens ("all_to_all") and counts ("counts")."""
         with torch.device("meta"), NothingDrawn():
             transformer = NextScaleTransformer(config.model)
+            transformer.class_names = class_names
             transformer.recompute = config.parallel.activation_checkpointing
             objective = PretrainingObjective(transformer, config.objective, teacher_width, self._sum_over_ranks)
             shard_experts(objective, config.parallel.ep_size, self.waits)
@@ -70,7 +80,8 @@ class PretrainEngine:
         mark_expert_parameters(objective)
         objective.init_weights(config.seed, config.optim.mup_base_width)
         if config.init_weights is not None and not resumes:
-            load_initial_weights(objective.transformer, config.init_weights)
+            load_initial_weights(objective.transformer, config.init_weights, config.init_missing)
+        freeze(objective, config.optim.freeze)
         self._compiled = compiles(config.parallel.compile, config.parallel.activation_checkpointing, device)
         if self._compiled:
             compile_blocks(objective.transformer)

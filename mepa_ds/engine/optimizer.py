@@ -9,6 +9,7 @@ from torch import nn
 
 from mepa_ds.config.optim import PretrainOptimConfig
 from mepa_ds.engine.starting.lean_start import AdamW
+from mepa_ds.models.adapting.freezing import is_frozen
 from mepa_ds.models.parametrisation import lr_factor, width_multiplier
 
 # VAR's list in our names: embeddings of start, position and scale, AdaLN offsets, temperatures.
@@ -25,12 +26,14 @@ def build_optimizer(model: nn.Module, config: PretrainOptimConfig, width: int) -
 
     It is PyTorch's fused one, which goes over gradient, master and moments once and needs no memory of its own.
 
-    The rate of a group is `lr_scale` times the schedule's; it is 1 unless muP scales rates with the model's `width`.
+    The rate of a group is `lr_scale` times the schedule's; it is 1 unless muP scales rates with the model's `width`,
+    and 0 for what is frozen.
     """
     m = width_multiplier(width, config.mup_base_width)
     members: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        members.setdefault((has_decay(name, parameter), lr_factor(name, m)), []).append(parameter)
+        kind = (False, 0.0) if is_frozen(parameter) else (has_decay(name, parameter), lr_factor(name, m))
+        members.setdefault(kind, []).append(parameter)
     named: list[dict[str, Any]] = [
         {
             "params": members[decays, scale],

@@ -1,32 +1,33 @@
 """Class-conditional sampling, scale by scale, with classifier-free guidance (VAR's sampler).
 
-Shapes: B images, l tokens of the current scale, L tokens over all scales, V codebook, Z code width.
+Shapes: B images, l tokens of the current scale, L tokens over all scales, V codebook, Z code width, C width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mepa_ds.errors import UserError
+from mepa_ds.generation.by_scale import CfgSchedule, by_scale
 from mepa_ds.generation.class_names import labels_of
+from mepa_ds.generation.draws import CodeDraw, Draw, SmoothDraw
+from mepa_ds.generation.editing import Given, checked
 from mepa_ds.generation.scale_blocks import block_runner
-from mepa_ds.machine import copied_to
 from mepa_ds.models.block import BlockRunner
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.random_streams import uniforms
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 Rng = Literal["image", "var"]
+Labels = Tensor | NDArray[Any] | Sequence[int | str | None]
+"""Classes in 0..num_classes - 1, or by their names, for a model that has `class_names`; None is no class."""
 OnScale = Callable[[int, Tensor], None]
 """Is called with the number of each scale and f_hat (B, Z, H, W) after it, batch by batch."""
 
@@ -39,11 +40,18 @@ class NonFiniteLogitsError(UserError):
 def sample(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
-    labels_B: Tensor | NDArray[Any] | Sequence[int | str],
+    labels_B: Labels,
     *,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
+    cfg: float | Sequence[float] = 1.5,
+    cfg_schedule: CfgSchedule = "linear",
+    guided_scales: tuple[int, int] | None = None,
+    negative: Labels | None = None,
+    towards: Labels | None = None,
+    share: float = 0.5,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 900,
+    top_p: float | Sequence[float] = 0.96,
+    given: Given | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     first_index: int = 0,
@@ -54,11 +62,22 @@ def sample(
 ) -> Tensor:
     """Generates one image for each label: (B, 3, H, W) float32 in [0, 1]. The model samples in evaluation mode.
 
+    Whatever takes one value for all scales also takes a sequence with one for each, the coarsest first.
+
     Args:
-        labels_B: classes in 0..num_classes - 1, or by their names, for a model that has `class_names`.
+        labels_B: classes in 0..num_classes - 1, or by their names, for a model that has `class_names`; None is no
+            class (unconditional).
         cfg: guidance; at scale k of 0..S-1 the logits are (1 + t) conditional - t unconditional, t = cfg k / (S - 1).
+            A sequence holds the weights t themselves.
+        cfg_schedule: "linear" as above; "constant": t = cfg at all scales.
+        guided_scales: the first and the last scale with guidance (1-based); None: all.
+        negative: classes to lead away from, in place of no class: one for each label.
+        towards: a second class for each label; the class embeddings are mixed.
+        share: of the second class, 0..1.
+        temperature: divides the logits before top_k and top_p.
         top_k: keep the k most probable codes; 0 keeps all.
         top_p: of those, keep the most probable ones whose mass first exceeds p; 0 or 1 keeps all.
+        given: tokens of an image, and which of them stay (mepa_ds.generation.editing).
         seed: image number i draws from a stream of its own, a function of (seed, first_index + i) alone.
         batch_size: images at a time (None: all); the result does not depend on it but for rounding.
         first_index: number of the first image, for a job that generates a part of a larger set.
@@ -76,19 +95,26 @@ def sample(
         NonFiniteLogitsError: the weights give NaN or infinity.
     """
     device = model.head.weight.device
-    labels = _as_labels(labels_B, model.class_names).to(device)
-    _check(model, tokenizer, labels, rng, batch_size)
-    _check_numbers(cfg, top_k, top_p, seed, first_index)
+    classes = _Classes.of(model, labels_B, negative, towards, share)
+    _check(model, tokenizer, len(classes), rng, batch_size)
+    for name, number in (("seed", seed), ("first_index", first_index)):
+        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 0:
+            raise UserError(f"{name}: expected a whole number of at least 0, got {number!r}")
+    S = model.schedule.num_scales
+    settings = by_scale(S, cfg, cfg_schedule, guided_scales, temperature, top_k, top_p)
+    if given is not None:
+        given = checked(given, len(classes), model.schedule, model.config.codebook_size)
     tokenizer = tokenizer.to(device)
-    step = batch_size or max(len(labels), 1)
+    step = batch_size or max(len(classes), 1)
     images = []
     with _evaluating(model), block_runner(model, compiled) as run:
-        for start in range(0, len(labels), step):
-            part = labels[start : start + step]
+        for start in range(0, len(classes), step):
+            part = slice(start, min(start + step, len(classes)))
             generator = torch.Generator(device).manual_seed(seed) if rng == "var" else None
-            index_B = np.arange(first_index + start, first_index + start + len(part))
-            draw = (_SmoothDraw if smooth else _CodeDraw)(seed, index_B, generator, top_k, top_p)
-            images.append(_sample_batch(model, tokenizer, part, cfg, draw, run, on_scale))
+            index_B = np.arange(first_index + part.start, first_index + part.stop)
+            draw = (SmoothDraw if smooth else CodeDraw)(seed, index_B, generator, settings)
+            kept = None if given is None else Given(given.tokens_BL[part].to(device), given.keep_L.to(device))
+            images.append(_sample_batch(model, tokenizer, classes.to(part, device), draw, kept, run, on_scale))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
@@ -105,27 +131,66 @@ def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
             module.training = True
 
 
+@dataclass
+class _Classes:
+    """What images are of: (B,) int64 each. No class is the number behind the last."""
+
+    labels_B: Tensor
+    negative_B: Tensor
+    towards_B: Tensor | None
+    share: float
+
+    @classmethod
+    def of(
+        cls, model: NextScaleTransformer, labels: Labels, negative: Labels | None, towards: Labels | None, share: float
+    ) -> _Classes:
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UserError(f"share: expected a number in 0..1, got {share!r}")
+        labels_B = _as_labels(labels, model, "labels")
+        others: dict[str, Tensor] = {}
+        for name, given in (("negative", negative), ("towards", towards)):
+            if given is not None:
+                others[name] = _as_labels(given, model, name)
+                if (count := len(others[name])) != len(labels_B):
+                    raise UserError(f"{name}: has {count} classes for {len(labels_B)} labels; give one for each")
+        none_B = torch.full_like(labels_B, model.config.num_classes)
+        return cls(labels_B, others.get("negative", none_B), others.get("towards"), share)
+
+    def __len__(self) -> int:
+        return len(self.labels_B)
+
+    def to(self, part: slice, device: torch.device) -> _Classes:
+        towards_B = None if self.towards_B is None else self.towards_B[part].to(device)
+        return _Classes(self.labels_B[part].to(device), self.negative_B[part].to(device), towards_B, self.share)
+
+    def embedded(self, model: NextScaleTransformer, guided: bool) -> Tensor:
+        """(B, C), or (2 B, C) with the classes to lead away from behind."""
+        class_BC = model.class_embed(torch.cat([self.labels_B, self.negative_B]) if guided else self.labels_B)
+        if self.towards_B is not None:
+            mixed_BC = torch.lerp(class_BC[: len(self)], model.class_embed(self.towards_B), self.share)
+            class_BC = torch.cat([mixed_BC, class_BC[len(self) :]])
+        return class_BC
+
+
 def _sample_batch(
     model: NextScaleTransformer,
     tokenizer: Tokenizer,
-    labels_B: Tensor,
-    cfg: float,
-    draw: _Draw,
+    classes: _Classes,
+    draw: Draw,
+    given: Given | None,
     run: BlockRunner,
     on_scale: OnScale | None,
 ) -> Tensor:
-    quantizer, schedule = tokenizer.quantizer, model.schedule
-    B, guided = len(labels_B), cfg != 0
-    null_B = torch.full_like(labels_B, model.config.num_classes)
-    class_BC = model.class_embed(torch.cat([labels_B, null_B]) if guided else labels_B)
+    quantizer, schedule, settings = tokenizer.quantizer, model.schedule, draw.by_scale
+    B, guided = len(classes), any(settings.cfg_S)
+    class_BC = classes.embedded(model, guided)
     modulations = model.modulations(class_BC)
     caches = model.new_caches(len(class_BC))
     f_hat = quantizer.empty_f_hat(B)
     x_BlC = model.first_input(class_BC)
     total = f_hat.new_zeros(())  # of all logits: NaN or infinite if any of them is
     for scale in range(schedule.num_scales):
-        ratio = scale / max(schedule.num_scales - 1, 1)
-        t = cfg * ratio
+        t, temperature = settings.cfg_S[scale], settings.temperature_S[scale]
         x_BlC = model.run_scale(x_BlC, modulations, scale, caches, run)
         rows = len(class_BC) if t else B  # without a weight the unconditional rows only leave their keys and values
         logits_BlV = model.logits(x_BlC[:rows], class_BC[:rows]).float()
@@ -134,7 +199,11 @@ def _sample_batch(
         total = total + logits_BlV.sum()
         if draw.generator is not None:  # torch.multinomial would fail on them with a message of its own
             _check_finite(total)
-        codes_BlZ = draw(logits_BlV, scale, ratio, quantizer.codebook.weight)
+        if temperature != 1:
+            logits_BlV = logits_BlV / temperature
+        codes_BlZ = draw(logits_BlV, scale, quantizer.codebook.weight)
+        if given is not None:
+            codes_BlZ = _with_given(codes_BlZ, given, slice(*schedule.bounds[scale]), quantizer.codebook.weight)
         f_hat = quantizer.add_codes(f_hat, codes_BlZ, scale)
         if on_scale is not None:
             on_scale(scale, f_hat)
@@ -146,102 +215,34 @@ def _sample_batch(
     return tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1)
 
 
-def keep_top(logits_BlV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Sets all but the top-k, then all but the top-p codes to -inf (VAR's order and comparisons)."""
-    V = logits_BlV.shape[-1]
-    if 0 < top_k < V:
-        smallest = logits_BlV.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        logits_BlV = logits_BlV.masked_fill(logits_BlV < smallest, -torch.inf)
-    if 0 < top_p < 1:
-        ascending, order = logits_BlV.sort(dim=-1)
-        remove = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        remove[..., -1:] = False
-        logits_BlV = logits_BlV.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
-    return logits_BlV
+def _with_given(codes_BlZ: Tensor, given: Given, scale: slice, codebook_VZ: Tensor) -> Tensor:
+    """All codes are drawn, so that the draws of the others do not depend on what stays (and are VAR's)."""
+    return torch.where(given.keep_L[scale, None], codebook_VZ[given.tokens_BL[:, scale]], codes_BlZ)
 
 
-class _Draw:
-    """Turns the logits of a scale into codes; `generator` only with rng="var"."""
-
-    def __init__(self, seed: int, index_B: np.ndarray, generator: torch.Generator | None, top_k: int, top_p: float):
-        self.seed, self.index_B, self.generator = seed, index_B, generator
-        self.top_k, self.top_p = top_k, top_p
-
-    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
-        """(B, l, Z) codes. ratio: the scale's place in 0..1."""
-        raise NotImplementedError
-
-    def var_tokens(self, kept_BlV: Tensor) -> Tensor:
-        drawn = torch.multinomial(kept_BlV.softmax(-1).flatten(0, 1), 1, generator=self.generator)
-        return drawn.view(kept_BlV.shape[:2])
-
-
-class _CodeDraw(_Draw):
-    """Draws one code for each position."""
-
-    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
-        if self.generator is not None:
-            return codebook_VZ[self.var_tokens(keep_top(logits_BlV, self.top_k, self.top_p))]
-        drawn_Bl = uniforms(self.seed, f"sample/{scale}", self.index_B, logits_BlV.shape[1])
-        uniform_Bl = copied_to(torch.from_numpy(drawn_Bl), logits_BlV.device)
-        chosen_Bl = draw_top(logits_BlV, self.top_k, self.top_p, uniform_Bl)
-        return codebook_VZ[chosen_Bl]
-
-
-def draw_top(logits_BlV: Tensor, top_k: int, top_p: float, uniform_Bl: Tensor) -> Tensor:
-    """(B, l) codes: inverse of the cumulative distribution over `keep_top`'s codes at one uniform number a position.
-
-    Works on the k largest logits in descending order: no sort of the whole codebook, and rounding of the sums can
-    never make an excluded code come out.
-    """
-    V = logits_BlV.shape[-1]
-    logits_Blk, codes_Blk = logits_BlV.topk(min(top_k, V) if top_k > 0 else V, dim=-1)
-    mass_Blk = logits_Blk.softmax(-1).cumsum(-1)
-    count_Bl1 = torch.full_like(codes_Blk[..., :1], codes_Blk.shape[-1])
-    if 0 < top_p < 1:
-        # A code stays while the mass before it is below p.
-        count_Bl1 = (mass_Blk < top_p).sum(-1, keepdim=True).add_(1).clamp_(max=codes_Blk.shape[-1])
-    target_Bl1 = uniform_Bl[..., None] * mass_Blk.gather(-1, count_Bl1 - 1)
-    place_Bl1 = torch.minimum(torch.searchsorted(mass_Blk, target_Bl1, right=True), count_Bl1 - 1)
-    return codes_Blk.gather(-1, place_Bl1)[..., 0]
-
-
-class _SmoothDraw(_Draw):
-    """Mixes the kept codes by Gumbel-softmax weights, colder at finer scales."""
-
-    def __call__(self, logits_BlV: Tensor, scale: int, ratio: float, codebook_VZ: Tensor) -> Tensor:
-        temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
-        kept_BlV = keep_top(logits_BlV, self.top_k, self.top_p)
-        if self.generator is not None:
-            self.var_tokens(kept_BlV)  # VAR draws them, and then mixes: its generator has moved on
-            noise = torch.empty_like(kept_BlV).exponential_(generator=self.generator)
-        else:
-            count = kept_BlV.shape[1] * kept_BlV.shape[2]
-            drawn = uniforms(self.seed, f"smooth/{scale}", self.index_B, count)
-            noise = -copied_to(torch.from_numpy(drawn), kept_BlV.device).view_as(kept_BlV).neg().log1p()
-        gumbels = -noise.clamp_min(1e-30).log()
-        weights = F.softmax((kept_BlV * (1 + ratio) + gumbels) / temperature, dim=-1)
-        return weights @ codebook_VZ.float()
-
-
-def _as_labels(labels_B: Tensor | NDArray[Any] | Sequence[int | str], names: Sequence[str]) -> Tensor:
+def _as_labels(given: Labels, model: NextScaleTransformer, what: str) -> Tensor:
     """(B,) int64."""
-    if isinstance(labels_B, str):
-        raise UserError(f"labels: expected a list with a class for each image, such as [{labels_B!r}], got a text")
+    if isinstance(given, str):
+        raise UserError(f"{what}: expected a list with a class for each image, such as [{given!r}], got a text")
+    none, is_none_B = model.config.num_classes, [False]
     try:
-        if isinstance(labels_B, np.ndarray) and labels_B.dtype.kind in "UO":
-            labels_B = labels_B.tolist()
-        if isinstance(labels_B, (list, tuple)):
-            labels_B = labels_of(labels_B, names)
-        labels = torch.as_tensor(labels_B)
+        if isinstance(given, np.ndarray) and given.dtype.kind in "UO":
+            given = given.tolist()
+        if isinstance(given, (list, tuple)):
+            is_none_B = [label is None for label in given]
+            given = labels_of([0 if label is None else label for label in given], model.class_names)
+        labels = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"labels: expected a list of class numbers ({error})") from error
+        raise UserError(f"{what}: expected a list of class numbers ({error})") from error
     if labels.ndim != 1 or (len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool)):
         raise UserError(
-            f"labels: expected a list of class numbers, got {str(labels.dtype).removeprefix('torch.')} of shape "
+            f"{what}: expected a list of class numbers, got {str(labels.dtype).removeprefix('torch.')} of shape "
             f"{tuple(labels.shape)}"
         )
-    return labels.to(torch.int64)
+    labels = labels.to(torch.int64).cpu()
+    if outside := sorted({int(label) for label in labels.tolist() if not 0 <= label < none}):
+        raise UserError(f"{what}: {outside} are no classes of this model; give 0..{none - 1}, or None for no class")
+    return labels.masked_fill(torch.tensor(is_none_B), none) if any(is_none_B) else labels
 
 
 def _check_finite(total: Tensor) -> None:
@@ -252,28 +253,14 @@ def _check_finite(total: Tensor) -> None:
         )
 
 
-def _check(model: NextScaleTransformer, tokenizer: Tokenizer, labels: Tensor, rng: str, batch_size: int | None) -> None:
+def _check(model: NextScaleTransformer, tokenizer: Tokenizer, count: int, rng: str, batch_size: int | None) -> None:
     if rng not in get_args(Rng):
         raise UserError(f"rng: expected one of {', '.join(get_args(Rng))}, got {rng!r}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size: expected at least 1, or None for all at once; got {batch_size}")
-    last = model.config.num_classes - 1
-    outside = sorted({int(label) for label in labels.tolist() if not 0 <= label <= last})
-    if outside:
-        raise UserError(f"labels: {outside} are no classes of this model; give 0..{last}")
     for name in ("scales", "codebook_size", "code_width"):
         ours, theirs = getattr(model.config, name), getattr(tokenizer.config, name)
         if ours != theirs:
             raise UserError(f"tokenizer: its {name} is {theirs}, the model's {ours}; give the model's own tokenizer")
-    if rng == "var" and batch_size is not None and batch_size < len(labels):
+    if rng == "var" and batch_size is not None and batch_size < count:
         raise UserError('rng="var" draws for the whole batch at once: leave batch_size unset')
-
-
-def _check_numbers(cfg: float, top_k: int, top_p: float, seed: int, first_index: int) -> None:
-    for name, number in (("top_k", top_k), ("seed", seed), ("first_index", first_index)):
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 0:
-            raise UserError(f"{name}: expected a whole number of at least 0, got {number!r}")
-    if isinstance(cfg, bool) or not isinstance(cfg, Real) or not math.isfinite(cfg):
-        raise UserError(f"cfg: expected a finite number such as 1.5, got {cfg!r}")
-    if isinstance(top_p, bool) or not isinstance(top_p, Real) or not 0 <= top_p <= 1:
-        raise UserError(f"top_p: expected a number in 0..1, got {top_p!r}")

@@ -23,36 +23,58 @@ def token_scores(logits_BLV: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]
     Equal to `F.cross_entropy(logits.float())`. For the backward pass only the logits, in their own type, and one number
     a token are kept; PyTorch's own keeps the logits and their softmax in fp32.
     """
-    ce_T, hits_T = _TokenScores.apply(logits_BLV.flatten(0, -2), tokens_BL.flatten())
-    return ce_T.view_as(tokens_BL), hits_T.view_as(tokens_BL)
+    ce_BL, _, hits_BL = token_losses(logits_BLV, tokens_BL, 0.0)
+    return ce_BL, hits_BL
+
+
+def token_losses(logits_BLV: Tensor, tokens_BL: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each token, its cross-entropy and whether the largest logit was its own: all (B, L) fp32.
+
+    The loss is `F.cross_entropy(..., label_smoothing=...)`: of each target the share `label_smoothing` is spread evenly
+    over all V codes (arXiv 1512.00567). Only the loss has a gradient.
+    """
+    scores = _TokenScores.apply(logits_BLV.flatten(0, -2), tokens_BL.flatten(), label_smoothing)
+    loss_BL, ce_BL, hits_BL = (score_T.view_as(tokens_BL) for score_T in scores)
+    return loss_BL, ce_BL, hits_BL
 
 
 class _TokenScores(torch.autograd.Function):
-    """ce_t = logsumexp(logits_t) - logits_t[token_t]; its gradient is softmax(logits_t) less 1 at the token."""
+    """loss_t = logsumexp(logits_t) - sum over v of target_tv logits_tv; its gradient is softmax(logits_t) - target_t.
+
+    target_tv is smoothing / V, and 1 - smoothing more at the token.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_TV: Tensor, tokens_T: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
         normaliser_T = logits_TV.new_empty(len(logits_TV), dtype=torch.float32)
         ce_T, hits_T = torch.empty_like(normaliser_T), torch.empty_like(normaliser_T)
+        loss_T = torch.empty_like(normaliser_T)
         for part in _parts(logits_TV):
             logits, tokens = logits_TV[part].float(), tokens_T[part]
             torch.logsumexp(logits, dim=-1, out=normaliser_T[part])
             ce_T[part] = normaliser_T[part] - logits.gather(1, tokens[:, None])[:, 0]
             hits_T[part] = (logits.argmax(-1) == tokens).float()
+            if smoothing:
+                loss_T[part] = torch.lerp(ce_T[part], normaliser_T[part] - logits.mean(-1), smoothing)
+            else:
+                loss_T[part] = ce_T[part]
         ctx.save_for_backward(logits_TV, tokens_T, normaliser_T)
-        ctx.mark_non_differentiable(hits_T)
-        return ce_T, hits_T
+        ctx.smoothing = smoothing
+        ctx.mark_non_differentiable(ce_T, hits_T)
+        return loss_T, ce_T, hits_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_T: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         logits_TV, tokens_T, normaliser_T = ctx.saved_tensors
         grad_TV = torch.empty_like(logits_TV)
         for part in _parts(logits_TV):
             grad = (logits_TV[part].float() - normaliser_T[part, None]).exp_()
-            grad.scatter_add_(1, tokens_T[part, None], grad.new_full((len(grad), 1), -1.0))
+            grad.scatter_add_(1, tokens_T[part, None], grad.new_full((len(grad), 1), ctx.smoothing - 1.0))
+            if ctx.smoothing:
+                grad -= ctx.smoothing / grad.shape[1]
             torch.mul(grad, grad_T[part, None], out=grad)
             grad_TV[part] = grad
-        return grad_TV, None
+        return grad_TV, None, None
 
 
 def _parts(logits_TV: Tensor) -> Iterator[slice]:

@@ -19,7 +19,8 @@ from mepa_ds.models.parametrisation import init_factor, width_multiplier
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.alignment import Projector, alignment_loss
 from mepa_ds.objective.balance import balance_loss, global_counts, router_z_loss
-from mepa_ds.objective.cross_entropy import token_scores
+from mepa_ds.objective.cross_entropy import token_losses
+from mepa_ds.objective.scale_weights import token_weights
 from mepa_ds.random_streams import generator
 from mepa_ds.scales import ScaleSchedule
 
@@ -135,9 +136,8 @@ class PretrainingObjective(nn.Module):
             branch_scale_D2B=inputs.branch_scale_D2B,
             hidden_after=self.hidden_after,
         )
-        ce_BL, hits_BL = token_scores(output.logits_BLV, inputs.tokens_BL)
-        ce = ce_BL.mean()
-        total, terms = self.config.ce_weight * ce, {"ce": ce.detach()}
+        loss_BL, ce_BL, hits_BL = token_losses(output.logits_BLV, inputs.tokens_BL, self.config.label_smoothing)
+        total, terms = self.config.ce_weight * self._mean(loss_BL), {"ce": ce_BL.mean()}
         counts_NE: Tensor | None = None
         if self.config.alignment is not None:
             alignment = self._alignment(output.hidden_BLC, inputs)
@@ -154,8 +154,15 @@ class PretrainingObjective(nn.Module):
                 z_N = router_z_loss(layers)
                 total = total + self.config.router_z_weight * z_N.sum()
                 terms["router_z"] = z_N.detach().mean()
-        scores = sum_scales(ce_BL.detach(), hits_BL, self.transformer.schedule)
+        scores = sum_scales(ce_BL, hits_BL, self.transformer.schedule)
         return Losses(total, terms | {"total": total.detach()}, scores, output.routing, counts_NE)
+
+    def _mean(self, loss_BL: Tensor) -> Tensor:
+        """The mean over `objective.ce_over`, of the scales that this step trains."""
+        if self.config.ce_over == "tokens":
+            return loss_BL.mean()
+        weights_L = token_weights(self.config.ce_over, self.transformer.schedule, loss_BL.device)[: loss_BL.shape[1]]
+        return (loss_BL * (weights_L / weights_L.mean())).mean()
 
     def update_balance_bias(self, counts_NE: Tensor) -> None:
         """One step of loss-free balancing, where it is on: the routed pairs of a whole optimizer step."""

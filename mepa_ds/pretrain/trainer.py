@@ -58,8 +58,7 @@ class PretrainRun:
         data = data_identity(config, sets)
         resumes = distributed.of_main(bool(list_checkpoints(config.output_dir / "checkpoints")))
         self.branch = None if resumes or config.branch_from is None else open_branch(config, data, sets.num_samples)
-        self.engine = PretrainEngine(config, sets.feature_width, device, resumes)
-        self.engine.objective.transformer.class_names = sets.class_names
+        self.engine = PretrainEngine(config, sets.feature_width, device, resumes, sets.class_names)
         quantizer = MultiScaleQuantizer.load(config.tokenizer, config.model.scales)
         self.inputs = InputMaker(config.model, quantizer, config.seed, device)
         self.watchdog = Watchdog(config.guards.hang_timeout, config.output_dir)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from mepa_ds.errors import UserError
 from mepa_ds.generation import scale_blocks
-from mepa_ds.generation.sampling import NonFiniteLogitsError, Rng, _SmoothDraw, draw_top, keep_top, sample
+from mepa_ds.generation.by_scale import by_scale
+from mepa_ds.generation.draws import SmoothDraw, draw_top, keep_top
+from mepa_ds.generation.sampling import NonFiniteLogitsError, Rng, sample
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.quantizer import MultiScaleQuantizer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
@@ -160,7 +162,8 @@ def test_smooth_draws_are_vars_more_smooth(top_k: int, top_p: float) -> None:
     """VAR's steps written out: `sample_with_top_k_top_p_` masks in place, then the Gumbel softmax sees what is left."""
     torch.manual_seed(1)
     codebook_VZ = torch.randn(12, 3)
-    draw = _SmoothDraw(0, np.arange(2), torch.Generator().manual_seed(3), top_k, top_p)
+    settings = by_scale(3, 1.5, "linear", None, 1.0, top_k, top_p)
+    draw = SmoothDraw(0, np.arange(2), torch.Generator().manual_seed(3), settings)
     rng = torch.Generator().manual_seed(3)
     for scale in range(3):
         logits_BlV, ratio = torch.randn(2, 4, 12) * 2, scale / 2
@@ -177,7 +180,7 @@ def test_smooth_draws_are_vars_more_smooth(top_k: int, top_p: float) -> None:
         temperature = max(0.27 * (1 - ratio * 0.95), 0.005)
         gumbels = -torch.empty_like(expected).exponential_(generator=rng).log()
         mixed = ((expected.mul(1 + ratio) + gumbels) / temperature).softmax(-1) @ codebook_VZ
-        torch.testing.assert_close(draw(logits_BlV, scale, ratio, codebook_VZ), mixed, atol=1e-6, rtol=0)
+        torch.testing.assert_close(draw(logits_BlV, scale, codebook_VZ), mixed, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rng", ["image", "var"])

@@ -60,7 +60,7 @@ def test_records_without_number_are_bounded(tmp_path: Path, monkeypatch: pytest.
 def test_readers_of_records_that_lack_a_number_say_so(tmp_path: Path) -> None:
     record: dict[str, float] = {}
     with pytest.raises(UserError, match="not as a run"), as_written(tmp_path):
-        record["ce"]  # noqa: B018
+        record["ce"]
 
 
 def test_a_pipe_for_a_log_is_not_waited_for(tmp_path: Path) -> None:

@@ -8,37 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.engine.fragments import parameter_layout
 from mepa_ds.errors import UserError
 from mepa_ds.log import note
+from mepa_ds.models.adapting.adapt import Missing, adapt
 from mepa_ds.models.moe.routing import Router
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import read_transformer
 from mepa_ds.models.upcycling import NO_BIAS_AFTER_UPCYCLING, is_fresh_from_upcycling
 from mepa_ds.models.var_checkpoint import Given
 
-_CLASSES = "class_embed.weight"
 _UNFIT = "does not fit the recipe's model"
 
 
-def load_initial_weights(transformer: NextScaleTransformer, path: Path) -> None:
+def load_initial_weights(transformer: NextScaleTransformer, path: Path, missing: Missing = "classes") -> None:
     """Fills the transformer, whose experts may be sharded over ranks. Collective.
 
     path: a directory of safetensors + config.json, or VAR's transformer such as var_d16.pth.
+    missing: in what the weights may differ from the model (mepa_ds.models.adapting.adapt).
 
-    If the weights have another number of classes, the embeddings of classes stay as they were drawn, and all other
-    weights are taken (also the embedding of "no class"). A line on stderr says so.
+    If the weights have other classes, the embeddings of classes stay as they were drawn, but for those that have the
+    same name, and all other weights are taken (also the embedding of "no class"). A line on stderr says so.
 
     Raises UserError, on every rank, for weights of another architecture. The message names the recipe's keys that
     differ, including keys that only change what the same weights compute, and how to start from these weights anyway.
     """
     error: UserError | None = None
     try:
-        _fill(transformer, path)
+        _fill(transformer, path, missing)
     except UserError as raised:
         error = UserError(f"init_weights: {raised}")
     distributed.agree(error)
@@ -70,7 +70,7 @@ def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
     """Raises UserError, with a remedy, for weights whose config differs from the recipe's."""
     if (theirs.moe is None) != (ours.moe is None):
         if ours.moe is not None:
-            way = _way_to_experts(theirs, ours, path)
+            way = _way_to_experts(theirs, ours, path) + ". init_missing=all makes one without a file of its own"
             raise UserError(f"{path} {_UNFIT}: it is dense, and the recipe's has experts. {way}")
         settings = _settings(_architecture(theirs), "moe.")
         raise UserError(f"{path} {_UNFIT}: it has experts, and the recipe's is dense; set {settings}")
@@ -82,7 +82,10 @@ def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
     way = f"To start from these weights, set {_settings(differing)}"
     if "scales" in differing:
         sides = " ".join(map(str, theirs.scales))
-        way += f", and use tokens of these scales (mepa data precompute tokens IMAGES --scales {sides} ...)"
+        way += (
+            f", and use tokens of these scales (mepa data precompute tokens IMAGES --scales {sides} ...); or set "
+            "init_missing=scales, which resamples the embeddings of positions and scales"
+        )
     raise UserError(f"{path} {_UNFIT}: {faults}. {way}")
 
 
@@ -118,13 +121,22 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
 
 
 @torch.no_grad()
-def _fill(transformer: NextScaleTransformer, path: Path) -> None:
+def _fill(transformer: NextScaleTransformer, path: Path, missing: Missing) -> None:
     ours = transformer.config
-    theirs, state, _, _ = read_transformer(path, Given(ours.scales, ours.num_heads, ours.depth))
-    _refuse_another(theirs, ours, path)
+    stored = read_transformer(path, Given(ours.scales if missing == "classes" else None, ours.num_heads, ours.depth))
+    try:
+        adapted = adapt(
+            stored.config, stored.state, stored.class_names, ours, transformer.class_names, missing,
+            lambda: transformer.class_embed.weight.detach().clone(),
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    state = adapted.state
+    _refuse_another(adapted.config, ours, path)
+    if distributed.is_main():
+        for line in adapted.notes:
+            note(f"init_weights: {path} {line}")
     layout = parameter_layout(transformer)
-    if theirs.num_classes != ours.num_classes:
-        state[_CLASSES] = _drawn_classes(transformer, state, theirs, path)
     faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
     for name, (shape, _) in layout.items():
         found = tuple(state[name].shape) if name in state else None
@@ -146,21 +158,3 @@ def _fill(transformer: NextScaleTransformer, path: Path) -> None:
     for name, buffer in transformer.named_buffers():  # the steps of loss-free balancing, if both models have them
         if name in state:
             buffer.copy_(state[name])
-
-
-def _drawn_classes(
-    transformer: NextScaleTransformer, state: Mapping[str, Tensor], theirs: ModelConfig, path: Path
-) -> Tensor:
-    """Returns (classes of the recipe + 1, C) embeddings: as drawn, except for the taken last row ("no class")."""
-    drawn = transformer.class_embed.weight.detach().clone()
-    rows = state.get(_CLASSES)
-    expected = (theirs.num_classes + 1, drawn.shape[1])
-    if rows is None or rows.shape != expected:
-        raise UserError(f"{path}: {_CLASSES}: {'missing' if rows is None else tuple(rows.shape)}, expected {expected}")
-    drawn[-1] = rows[-1].to(drawn)
-    if distributed.is_main():
-        note(
-            f"init_weights: {path} knows {theirs.num_classes} classes, model.num_classes is "
-            f"{transformer.config.num_classes}: embeddings of the classes start anew, all else is taken"
-        )
-    return drawn

@@ -1,0 +1,1 @@
+"""Weights of one model as a start for another one: other classes, other scales, experts."""
