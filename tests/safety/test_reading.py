@@ -26,7 +26,7 @@ from mepa_ds.safety.reading import parse_array, parse_json, read_archive, read_j
         ('{"a":' * 150 + "1" + "}" * 150, "nested more than 100"),
         ('{"a": NaN}', "NaN"),
         ("[1e5, -Infinity]", "Infinity"),
-        ("9" * 5000, "limit"),
+        ("9" * 5000, "beyond all floating-point numbers"),
         (b"\xff\xfe\xfd", "no UTF-8"),
         ("{", "Expecting"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from tests.on_request import FULL
 
 ROOT = Path(__file__).parent.parent.parent
-SEEDS = [int(os.environ["MEPA_FUZZ_SEED"])] if "MEPA_FUZZ_SEED" in os.environ else [1, 2]
+SEEDS = [int(os.environ["MEPA_FUZZ_SEED"])] if "MEPA_FUZZ_SEED" in os.environ else [1, 2] if FULL else [1]
 COUNT = 20_000 if FULL else 1200
 
 

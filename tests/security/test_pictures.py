@@ -102,10 +102,11 @@ BEARABLE = {
     "a PNG's profile": png_of(1, 1, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(1 << 28)))),
 }
 SCRIPT = """
-import pickle, resource, sys, time
+import pickle, sys, time
 from PIL import Image
 Image.MAX_IMAGE_PIXELS = None
 from mepa_ds.images.decoding import decode_image, size_of
+from mepa_ds.machine import peak_resident_bytes
 for name, data in pickle.load(sys.stdin.buffer).items():
     for read in (decode_image, size_of):
         began = time.process_time()
@@ -114,7 +115,7 @@ for name, data in pickle.load(sys.stdin.buffer).items():
             said = "whole"
         except ValueError as error:
             said = str(error)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        peak = peak_resident_bytes() >> 20
         print(name, read.__name__, f"{peak} {time.process_time() - began:.1f}", said, sep="|")
 """
 
