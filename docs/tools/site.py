@@ -1,6 +1,6 @@
 """Hooks of MkDocs (mkdocs.yml): pages that lie elsewhere in the clone, and links to what is no page.
 
-README.md is the first page, CONTRIBUTING.md and CHANGELOG.md are pages too. A link to another file of the clone (a
+README.md is the first page; CONTRIBUTING.md, SECURITY.md and CHANGELOG.md are pages too. A link to another file of the clone (a
 recipe, a module) becomes the path in code style, after a check that the file is there.
 """
 
@@ -15,7 +15,12 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent.parent
-_ELSEWHERE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+_ELSEWHERE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
+    "changelog.md": "CHANGELOG.md",
+}
 _PAGE_OF = {source: page for page, source in _ELSEWHERE.items()}
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 _log = logging.getLogger("mkdocs.hooks.site")

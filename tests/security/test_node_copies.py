@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -112,3 +114,34 @@ def test_names_that_a_shell_would_split_are_refused(recipe: Path) -> None:
     (recipe.parent / "set").rename(odd)
     with pytest.raises(UserError, match="line break"):
         list(sets_to_copy(recipe.parent, recipe, [f"data.tokens={json.dumps(str(odd))}"]))
+
+
+def stage_as(user: int, source: Path, target: Path) -> None:
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    copy_set(source, target)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be two users")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_users_stage_on_one_node() -> None:
+    """Really two, each of them in a process without root's rights."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others
+        folder = Path(name)
+        folder.chmod(0o755)
+        scratch = folder / "local"
+        scratch.mkdir()
+        scratch.chmod(0o1777)
+        for user in (12001, 12002, 12001):
+            source = folder / f"set{user}"
+            source.mkdir(exist_ok=True)
+            (source / "index.json").write_text(json.dumps({"shards": [], "of": user}))
+            own = scratch / f"mepa_ds-{user}"
+            target = own / "shards" / "0" / source.name
+            process = get_context("fork").Process(target=stage_as, args=(user, source, target))
+            process.start()
+            process.join(60)
+            assert process.exitcode == 0
+            assert (target / "index.json").exists()
+            assert (own.stat().st_uid, stat.S_IMODE(own.stat().st_mode)) == (user, 0o700)
