@@ -1,7 +1,7 @@
 """Hooks of MkDocs (mkdocs.yml): pages that lie elsewhere in the clone, and links to what is no page.
 
-README.md is the first page; CONTRIBUTING.md, SECURITY.md and CHANGELOG.md are pages too. A link to another file of the clone (a
-recipe, a module) becomes the path in code style, after a check that the file is there.
+README.md is the first page; CONTRIBUTING.md, SECURITY.md and CHANGELOG.md are pages too. A link to another file of the
+clone (a recipe, a module) becomes the path in code style, after a check that the file is there.
 """
 
 from __future__ import annotations
