@@ -20,8 +20,11 @@ def caption(label: int, names: Sequence[str]) -> str:
     return f"class {label}" if name in ("", str(label)) else f"{label} {' '.join(name.split())}"
 
 
-def file_word(label: int, names: Sequence[str]) -> str:
-    """What a file's name says of the class: `class0003_Dress`; letters of ASCII, digits and single hyphens alone."""
+def file_word(label: int | None, names: Sequence[str]) -> str:
+    """What a file's name says of the class: `class0003_Dress`; letters of ASCII, digits and single hyphens alone.
+    `unconditional` of no class."""
+    if label is None:
+        return "unconditional"
     name = names[label] if label < len(names) else ""
     letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     word = re.sub(r"[^A-Za-z0-9]+", "-", letters)[:_MOST_LETTERS].strip("-")

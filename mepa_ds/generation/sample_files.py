@@ -18,7 +18,7 @@ from mepa_ds.safety.reading import parse_json
 _WITHOUT_NAME = re.compile(r"class(\d+)_\d+\.png")
 
 
-def image_paths(directory: Path, labels: Sequence[int], names: Sequence[str]) -> list[Path]:
+def image_paths(directory: Path, labels: Sequence[int | None], names: Sequence[str]) -> list[Path]:
     """`class0003_Dress_00012.png` for each image, or `class0003_00012.png` for a class without a name.
 
     A directory that an earlier version began has no names in it, not even of classes that have one, and gets none.
