@@ -100,7 +100,8 @@ def test_strips_show_every_scale(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert shown["columns"] == len(TINY_SCALES)
     assert shown["rows"] == ["class 3", "class 3", "class 5", "class 5"]
     rows = shown["images"].unflatten(0, (4, len(TINY_SCALES)))
-    assert np.array_equal(to_uint8(rows[:, -1]), expected(folder, [3, 3, 5, 5]))
+    levels = to_uint8(rows[:, -1]).astype(int) - expected(folder, [3, 3, 5, 5])
+    assert abs(levels).max() <= 1  # batches differ by rounding
     assert not torch.equal(rows[:, 0], rows[:, -1])
 
 
