@@ -46,6 +46,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.data_peers import PEERS, is_peer, peer_ways
+from mepa_ds.config.model import SCALES_256
 from mepa_ds.data.codecs import BASIS_NAME, PcaBasis, codec_named, pca_components
 from mepa_ds.data.images import image_batches
 from mepa_ds.data.options import LoaderOptions
@@ -157,7 +158,7 @@ def make_shards(root: Path, options: Options) -> None:
         Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
         return {"jpg": buffer.getvalue(), "cls": str(number % 1000).encode()}
 
-    write_set(root / "tokens", "tokens", options.samples, tokens, scales=[1], codebook_size=4096)
+    write_set(root / "tokens", "tokens", options.samples, tokens, scales=list(SCALES_256), codebook_size=4096)
     if not options.peers:
         write_set(root / "images", "images", options.images, photo)
     for name in ("int8",) if options.peers else CODECS:
@@ -180,7 +181,7 @@ def make_shards(root: Path, options: Options) -> None:
             many: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "codec": name, "width": WIDTH}
             write_set(root / "many-int8", "features", num, lambda number: few[number % 64], **many)  # noqa: B023
     for name, per_shard in () if options.peers else (("many-tokens", MANY_TOKENS), ("many-int8-tokens", MANY_FEATURES)):
-        settings: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "scales": [1], "codebook_size": 4096}
+        settings: dict[str, Any] = {"num_shards": IMAGENET_SHARDS, "scales": list(SCALES_256), "codebook_size": 4096}
         write_set(root / name, "tokens", per_shard * IMAGENET_SHARDS, tokens, **settings)
 
 

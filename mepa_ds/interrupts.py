@@ -52,17 +52,19 @@ def raise_interrupts() -> None:
     SIGUSR1 is for those that save on request (`runtime.stopping`): it ends all others, as ever.
     """
     first: float | None = None
+    # Known before: a signal that comes amid this function is handled within it, and many at once would go too deep.
+    window, clock = same_request_seconds(), time.monotonic
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal first
-        now = time.monotonic()
+        now = clock()
         if first is None:
             first = now
             if not _is_importing(frame):
                 raise Interrupted(number)
             tell(number)
             os._exit(128 + number)
-        if now - first > same_request_seconds():
+        if now - first > window:
             os._exit(128 + number)
 
     if threading.current_thread() is threading.main_thread():

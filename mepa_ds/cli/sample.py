@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import tyro
 
 from mepa_ds import distributed, log
-from mepa_ds.cli.sampling.asked import Asked, asked_of, one_or_all
-from mepa_ds.cli.sampling.options import SampleOptions
 from mepa_ds.command_line import entry
 from mepa_ds.command_line.paths import check_one_of
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, identity_of_weights
+from mepa_ds.generation.asked.arguments import Asked, asked_of, one_or_all
+from mepa_ds.generation.asked.options import SampleOptions
 from mepa_ds.progress import Progress
 
 if TYPE_CHECKING:

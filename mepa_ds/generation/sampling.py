@@ -114,7 +114,7 @@ def sample(
             index_B = np.arange(first_index + part.start, first_index + part.stop)
             draw = (SmoothDraw if smooth else CodeDraw)(seed, index_B, generator, settings)
             kept = None if given is None else Given(given.tokens_BL[part].to(device), given.keep_L.to(device))
-            images.append(_sample_batch(model, tokenizer, classes.to(part, device), draw, kept, run, on_scale))
+            images.append(_sample_batch(model, tokenizer, classes.part(part), draw, kept, run, on_scale))
     side = tokenizer.config.image_side
     return torch.cat(images) if images else torch.empty(0, 3, side, side)
 
@@ -133,7 +133,7 @@ def _evaluating(model: NextScaleTransformer) -> Iterator[None]:
 
 @dataclass
 class _Classes:
-    """What images are of: (B,) int64 each. No class is the number behind the last."""
+    """What images are of: (B,) int64 each, on the model's device. No class is the number behind the last."""
 
     labels_B: Tensor
     negative_B: Tensor
@@ -159,9 +159,9 @@ class _Classes:
     def __len__(self) -> int:
         return len(self.labels_B)
 
-    def to(self, part: slice, device: torch.device) -> _Classes:
-        towards_B = None if self.towards_B is None else self.towards_B[part].to(device)
-        return _Classes(self.labels_B[part].to(device), self.negative_B[part].to(device), towards_B, self.share)
+    def part(self, part: slice) -> _Classes:
+        towards_B = None if self.towards_B is None else self.towards_B[part]
+        return _Classes(self.labels_B[part], self.negative_B[part], towards_B, self.share)
 
     def embedded(self, model: NextScaleTransformer, guided: bool) -> Tensor:
         """(B, C), or (2 B, C) with the classes to lead away from behind."""
@@ -239,10 +239,10 @@ def _as_labels(given: Labels, model: NextScaleTransformer, what: str) -> Tensor:
             f"{what}: expected a list of class numbers, got {str(labels.dtype).removeprefix('torch.')} of shape "
             f"{tuple(labels.shape)}"
         )
-    labels = labels.to(torch.int64).cpu()
+    labels = labels.to(model.head.weight.device, torch.int64)
     if outside := sorted({int(label) for label in labels.tolist() if not 0 <= label < none}):
         raise UserError(f"{what}: {outside} are no classes of this model; give 0..{none - 1}, or None for no class")
-    return labels.masked_fill(torch.tensor(is_none_B), none) if any(is_none_B) else labels
+    return labels.masked_fill(torch.tensor(is_none_B, device=labels.device), none) if any(is_none_B) else labels
 
 
 def _check_finite(total: Tensor) -> None:

@@ -33,9 +33,9 @@ def token_losses(logits_BLV: Tensor, tokens_BL: Tensor, label_smoothing: float) 
     The loss is `F.cross_entropy(..., label_smoothing=...)`: of each target the share `label_smoothing` is spread evenly
     over all V codes (arXiv 1512.00567). Only the loss has a gradient.
     """
-    scores = _TokenScores.apply(logits_BLV.flatten(0, -2), tokens_BL.flatten(), label_smoothing)
-    loss_BL, ce_BL, hits_BL = (score_T.view_as(tokens_BL) for score_T in scores)
-    return loss_BL, ce_BL, hits_BL
+    loss_T, hits_T, ce_T = _TokenScores.apply(logits_BLV.flatten(0, -2), tokens_BL.flatten(), label_smoothing)
+    ce_T = loss_T.detach() if ce_T is None else ce_T
+    return loss_T.view_as(tokens_BL), ce_T.view_as(tokens_BL), hits_T.view_as(tokens_BL)
 
 
 class _TokenScores(torch.autograd.Function):
@@ -45,10 +45,13 @@ class _TokenScores(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, tokens_T: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits_TV: Tensor, tokens_T: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Loss, hits, and the cross-entropy where the loss is another one."""
         normaliser_T = logits_TV.new_empty(len(logits_TV), dtype=torch.float32)
         ce_T, hits_T = torch.empty_like(normaliser_T), torch.empty_like(normaliser_T)
-        loss_T = torch.empty_like(normaliser_T)
+        loss_T = torch.empty_like(normaliser_T) if smoothing else ce_T
         for part in _parts(logits_TV):
             logits, tokens = logits_TV[part].float(), tokens_T[part]
             torch.logsumexp(logits, dim=-1, out=normaliser_T[part])
@@ -56,12 +59,13 @@ class _TokenScores(torch.autograd.Function):
             hits_T[part] = (logits.argmax(-1) == tokens).float()
             if smoothing:
                 loss_T[part] = torch.lerp(ce_T[part], normaliser_T[part] - logits.mean(-1), smoothing)
-            else:
-                loss_T[part] = ce_T[part]
         ctx.save_for_backward(logits_TV, tokens_T, normaliser_T)
         ctx.smoothing = smoothing
-        ctx.mark_non_differentiable(ce_T, hits_T)
-        return loss_T, ce_T, hits_T
+        if not smoothing:
+            ctx.mark_non_differentiable(hits_T)
+            return loss_T, hits_T, None
+        ctx.mark_non_differentiable(hits_T, ce_T)
+        return loss_T, hits_T, ce_T
 
     @staticmethod
     def backward(ctx: Any, grad_T: Tensor, *_: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

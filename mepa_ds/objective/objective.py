@@ -137,7 +137,9 @@ class PretrainingObjective(nn.Module):
             hidden_after=self.hidden_after,
         )
         loss_BL, ce_BL, hits_BL = token_losses(output.logits_BLV, inputs.tokens_BL, self.config.label_smoothing)
-        total, terms = self.config.ce_weight * self._mean(loss_BL), {"ce": ce_BL.mean()}
+        loss = self._mean(loss_BL)
+        is_plain = self.config.ce_over == "tokens" and not self.config.label_smoothing
+        total, terms = self.config.ce_weight * loss, {"ce": loss.detach() if is_plain else ce_BL.mean()}
         counts_NE: Tensor | None = None
         if self.config.alignment is not None:
             alignment = self._alignment(output.hidden_BLC, inputs)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mepa_ds.errors import UserError
-from mepa_ds.safety.reading import read_json_object
+from mepa_ds.safety.reading import read_json
 from mepa_ds.scaling.fits import TableFit, fit_table, hold_out_table, rolling_table
 from mepa_ds.scaling.laws import ChinchillaFit, FitOptions, fit_chinchilla
 from mepa_ds.scaling.laws.hold_out import LAWS as PREDICTABLE
@@ -131,9 +131,10 @@ def read_fits(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = read_json_object(path)
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); `mepa scale fit` writes it") from None
-    if data.get("version") != VERSION or not isinstance(data.get("laws"), dict):
+    is_fits = isinstance(data, dict) and data.get("version") == VERSION and isinstance(data.get("laws"), dict)
+    if not is_fits:
         raise UserError(f"{path}: these are no fits of version {VERSION}; fit the table again")
     return data | {"laws": {law: TableFit.from_dict(entry) for law, entry in data["laws"].items()}}

@@ -97,7 +97,7 @@ def test_more_images_than_there_are(folder: Path) -> None:
 
 def test_sets_that_are_fetched_have_no_subsets(folder: Path) -> None:
     shutil.copytree(folder / "train.tokens", folder / "remote.tokens")
-    urls = tuple(map(str, sorted((folder / "train.tokens").glob("*.tar"))))
+    urls = tuple(f"https://host/{path.name}" for path in sorted((folder / "train.tokens").glob("*.tar")))
     cache = str(folder / "cache")
     RemoteShards(urls=urls, cache=cache, cache_gigabytes=1.0, window=1).write(folder / "remote.tokens")
     message = r"data\.unique_images: 5: a set that is fetched \(remote\.json; .*copy its shards to a local directory"

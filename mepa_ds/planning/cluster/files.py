@@ -3,12 +3,12 @@
 The numbers are those of this project's code, call by call: tests count the real calls of a few ranks. The page cache of
 a node, which saves bytes but no opens, is left out.
 
-    loader       each rank opens index.json of a set, after 5 looks at what is there; of each shard that it meets it
-                 opens the offset index (2 looks), reads it whole, and opens the tar (a look)
+    loader       each rank opens index.json of a set, after 6 looks at what is there; of each shard that it meets it
+                 opens the offset index (2 looks), reads it whole, and opens the tar (2 looks)
     checkpoint   each rank writes one file and opens it again for its digest; the main rank looks twice at each file,
-                 and writes the table of contents, run.json and manifest.json in 10 opens
-    resuming     each rank opens manifest.json, run.json, the table of contents twice, one file for its digest and
-                 its own to read it
+                 and writes the table of contents, run.json and manifest.json in 12 opens
+    resuming     each rank opens manifest.json, run.json, the table of contents, one file for its digest and its own to
+                 read it
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mepa_ds.config.pretrain import PretrainConfig
 from mepa_ds.data.order import SampleOrder
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 
-LOOKS_A_SET, LOOKS_A_SHARD = 5, 3
+LOOKS_A_SET, LOOKS_A_SHARD = 6, 4
 _OFFSET_BYTES, _OFFSET_FILE_BYTES = 64, 2700
 """Of a sample in an offset index (key, label, offset and size of each member); of the file beside these."""
 _ENTRY_BYTES = 330
@@ -83,9 +83,9 @@ def loader_files(
 
 def checkpoint_files(world_size: int, size: float) -> FileWork:
     """Returns what all ranks do to write a checkpoint of `size` bytes, and to read it again for the digests."""
-    return FileWork(opened=2 * world_size + 10, looked_at=2 * world_size, bytes=2 * size)
+    return FileWork(opened=2 * world_size + 12, looked_at=2 * world_size, bytes=2 * size)
 
 
 def resume_files(world_size: int, size: float) -> FileWork:
     """Returns what all ranks do to resume on as many ranks: they check all files, and each reads its own."""
-    return FileWork(opened=6 * world_size + 2, looked_at=world_size + 2, bytes=2 * size)
+    return FileWork(opened=5 * world_size + 2, looked_at=world_size + 2, bytes=2 * size)

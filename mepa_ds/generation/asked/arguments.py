@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mepa_ds.cli.sampling.options import SampleOptions
 from mepa_ds.errors import UserError
 from mepa_ds.files import read_file
+from mepa_ds.generation.asked.options import SampleOptions
 from mepa_ds.generation.class_names import parse_classes
 
 if TYPE_CHECKING:
