@@ -30,6 +30,7 @@ from mepa_ds.engine.starting.lean_start import NothingDrawn, leave_out_needless_
 from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.adapting.freezing import freeze
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.moved.names import moved_name
 from mepa_ds.objective.objective import Losses, ModelInputs, PretrainingObjective
 
 _RETIRED_COLLECTIVES = (
@@ -192,3 +193,8 @@ class PretrainEngine:
                 yield transformer
         finally:
             transformer.train()
+
+
+def __getattr__(name: str) -> Any:
+    """What this module had before version 0.2; to be deleted with version 0.3."""
+    return moved_name("engine.engine", name)

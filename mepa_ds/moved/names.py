@@ -36,6 +36,7 @@ NAMES: dict[str, dict[str, str | Callable[..., Any]]] = {
         "RemoteShards": "data.remote.remote_file.RemoteShards",
         "ShardCache": "data.remote.shard_cache.ShardCache",
     },
+    "engine.engine": {"_compile_blocks": "engine.compilation.compile_blocks"},
     "data.shards.index": {"write_table": _write_table},
     "data.shards.tar": {"SampleTable": "data.shards.offset_index.OffsetIndex", "scan_tar": _scan_tar},
 }
