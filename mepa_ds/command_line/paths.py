@@ -37,13 +37,14 @@ def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="FLOAT",
-        instance_from_str=lambda words: _finite(words[0]),
+        instance_from_str=lambda words: finite(words[0]),
         is_instance=lambda value: isinstance(value, (int, float)),
         str_from_instance=lambda number: [str(number)],
     )
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """Raises ValueError for what is no finite number."""
     if not math.isfinite(number := float(text)):
         raise ValueError(f"expected a finite number, got {text}")
     return number

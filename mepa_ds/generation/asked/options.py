@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mepa_ds.command_line.by_scale import Counts, Numbers
 from mepa_ds.command_line.scales import Scales
 from mepa_ds.errors import UserError
 from mepa_ds.generation.by_scale import CfgSchedule
@@ -15,7 +16,7 @@ from mepa_ds.generation.by_scale import CfgSchedule
 class DrawingOptions:
     """How codes are drawn. What takes one value for all scales also takes one for each, the coarsest first."""
 
-    cfg: tuple[float, ...] = (1.5,)
+    cfg: Numbers = (1.5,)
     """Guidance: its weight grows linearly from 0 at the coarsest scale to cfg at the finest. Several: the weights of
     the scales themselves."""
     cfg_schedule: CfgSchedule = "linear"
@@ -24,11 +25,11 @@ class DrawingOptions:
     """The first and the last scale with guidance, such as 3 7; without it, all."""
     negative: str | None = None
     """A class that guidance leads away from, instead of from no class."""
-    temperature: tuple[float, ...] = (1.0,)
+    temperature: Numbers = (1.0,)
     """Divides the logits: below 1 the probable codes become more probable."""
-    top_k: tuple[int, ...] = (900,)
+    top_k: Counts = (900,)
     """Draw from the k most probable codes; 0 is no limit."""
-    top_p: tuple[float, ...] = (0.96,)
+    top_p: Numbers = (0.96,)
     """Draw from the most probable codes that together have this probability; 0 is no limit."""
     towards: str | None = None
     """A second class: embeddings of each class are mixed with its embedding."""
