@@ -58,8 +58,6 @@ class FitTeacher:
     steps: int | None = None
     """A network: training steps of 128 images, or of all if there are fewer [default: 300]."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
     def __call__(self) -> None:
         allow(self.remote_schemes)

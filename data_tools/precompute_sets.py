@@ -53,8 +53,6 @@ class RunOptions:
     part: int = 0
     """...and write this one (0-based). The part that finishes last writes index.json."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
     def check(self) -> None:
         """Raises UserError for numbers that make no sense. Notes the user's word on addresses."""

@@ -15,7 +15,7 @@ from mepa_ds.data.shard_set import ShardSet, parse_label
 from mepa_ds.data.shards.index import ShardIndex, keys_digest, offset_index_path, read_offset_index
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import OffsetIndex, label_number, scan_tar
-from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, MOST_MEMBER_BYTES
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, most_bytes
 from mepa_ds.data.shards.writer import read_npy_header
 from mepa_ds.data.training_sets import TOKENS_EXT
 from mepa_ds.errors import DamagedError
@@ -71,7 +71,7 @@ def _check_shard(shards: ShardSet, decode: bool, report: ShardReport) -> None:
             for column, extension in enumerate(offset_index.extensions):
                 if (size := int(offset_index.sizes_NM[row, column])) >= 0:
                     file.seek(int(offset_index.offsets_NM[row, column]))
-                    members[extension] = file.read(min(size, MOST_BYTES.get(extension, MOST_MEMBER_BYTES) + 1))
+                    members[extension] = file.read(min(size, most_bytes(extension) + 1))
             try:
                 _check_sample(shards.index, members, offset_index.key(row), report)
             except DamagedError as error:
@@ -105,7 +105,7 @@ def _labels(path: Path, offset_index: OffsetIndex) -> NDArray[np.int64]:
     with open(path, "rb") as file:
         for offset, size in zip(offset_index.offsets_NM[:, column], offset_index.sizes_NM[:, column], strict=True):
             file.seek(int(offset))
-            label = label_number(file.read(min(max(int(size), 0), MOST_BYTES[LABEL_EXTENSION])))
+            label = label_number(file.read(min(max(int(size), 0), most_bytes(LABEL_EXTENSION))))
             labels.append(-1 if label is None else label)
     return np.array(labels, np.int64)
 
@@ -119,7 +119,7 @@ def _check_sample(index: ShardIndex, members: dict[str, bytes], key: str, report
         decode_image(data, where)
         report.contents.append((hashlib.sha256(data).digest()[:16], key))
     for extension, data in members.items():
-        if len(data) > (most := MOST_BYTES.get(extension, MOST_MEMBER_BYTES)):
+        if len(data) > (most := most_bytes(extension)):
             raise DamagedError(f"{where}: .{extension} has more than the {most} bytes that are read")
         if extension.endswith("npy"):
             _check_array(index, extension, data, where)

@@ -58,8 +58,6 @@ class Options:
     out: Path = Path("shards.png")
     """PNG file."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
 
 def contact_sheet(options: Options) -> Sheet:

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mepa_ds import log
 from mepa_ds.errors import UserError
-from mepa_ds.safety.places import make_new, temporary_name
+from mepa_ds.safety.places import make_new, open_regular, temporary_name
 
 if TYPE_CHECKING:  # who only writes text need not wait for torch
     from torch import Tensor
@@ -159,17 +158,12 @@ def read_file(path: Path, most_bytes: int | None = None) -> bytes:
 
 
 def _read_file(path: Path, most_bytes: int | None) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(-1 if most_bytes is None else most_bytes + 1)
+    with open(open_regular(path), "rb") as file:
+        data = file.read(-1 if most_bytes is None else most_bytes + 1)
         if most_bytes is not None and len(data) > most_bytes:
-            raise ValueError(f"it has {os.fstat(descriptor).st_size} bytes, more than the {most_bytes} that are read")
+            size = os.fstat(file.fileno()).st_size
+            raise ValueError(f"it has {size} bytes, more than the {most_bytes} that are read")
         return data
-    finally:
-        os.close(descriptor)
 
 
 def check_regular(path: Path) -> None:

@@ -15,7 +15,7 @@ from mepa_ds.data.remote.urls import file_names, is_remote, unsigned
 from mepa_ds.data.shard_set import parse_label
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.data.shards.left_out import LeftOut
-from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, image_samples, tar_files
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, image_samples, most_bytes, tar_files
 from mepa_ds.data_tools.readers.class_names import read_class_names
 from mepa_ds.data_tools.readers.patterns import check_files, expand_braces
 from mepa_ds.data_tools.readers.source import COPIED_FROM
@@ -132,7 +132,7 @@ def _list_tar(source: TarMembers, number: int, num_classes: int, left_out: LeftO
                 )
             _, place = members.pop(LABEL_EXTENSION)
             file.seek(place.offset)
-            data = file.read(min(place.size, MOST_BYTES[LABEL_EXTENSION]))
+            data = file.read(min(place.size, most_bytes(LABEL_EXTENSION)))
             label = parse_label(data, num_classes, lambda where=where: where)  # type: ignore[misc]
             ((_, image),) = members.values()
             source.add(number, *image, label)

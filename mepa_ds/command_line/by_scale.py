@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
-import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from mepa_ds.command_line.paths import finite
 
 
-def _numbers(words: list[str]) -> tuple[float, ...]:
-    if not words:
-        raise ValueError("expected a number, or one for each scale")
-    return tuple(finite(word) for word in words)
+def _by_scale(kind: str, parse: Callable[[str], Any]) -> PrimitiveConstructorSpec[tuple[Any, ...]]:
+    def parse_all(words: list[str]) -> tuple[Any, ...]:
+        if not words:
+            raise ValueError("expected a number, or one for each scale")
+        return tuple(map(parse, words))
 
-
-def _counts(words: list[str]) -> tuple[int, ...]:
-    if not words:
-        raise ValueError("expected a whole number, or one for each scale")
-    return tuple(int(word) for word in words)
-
-
-Numbers = Annotated[
-    tuple[float, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
+    return PrimitiveConstructorSpec(
         nargs="*",
-        metavar="FLOAT [FLOAT ...]",
-        instance_from_str=_numbers,
+        metavar=f"{kind} [{kind} ...]",
+        instance_from_str=parse_all,
         is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(number) for number in value],
-    ),
-]
-Counts = Annotated[
-    tuple[int, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="INT [INT ...]",
-        instance_from_str=_counts,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(number) for number in value],
-    ),
-]
+        str_from_instance=lambda value: list(map(str, value)),
+    )
+
+
+Numbers = Annotated[tuple[float, ...], _by_scale("FLOAT", finite)]
+Counts = Annotated[tuple[int, ...], _by_scale("INT", int)]

@@ -8,5 +8,12 @@ import tyro
 
 from mepa_ds.config.values import RemoteScheme
 
-RemoteSchemes = Annotated[tuple[RemoteScheme, ...], tyro.conf.UseAppendAction]
-"""What the remote.json of a set may name beside the web and stores; given once for each scheme."""
+RemoteSchemes = Annotated[
+    tuple[RemoteScheme, ...],
+    tyro.conf.UseAppendAction,
+    tyro.conf.arg(
+        help="Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. "
+        "Only for sets that you trust."
+    ),
+]
+"""Given once for each scheme."""

@@ -41,7 +41,7 @@ from mepa_ds.data.shards.index import (
 from mepa_ds.data.shards.left_out import LeftOut
 from mepa_ds.data.shards.offset_index import OffsetIndex, check_within, label_number
 from mepa_ds.data.shards.open_files import OpenFile, OpenFiles
-from mepa_ds.data.shards.samples import LABEL_EXTENSION, MOST_BYTES, MOST_MEMBER_BYTES, tar_files
+from mepa_ds.data.shards.samples import LABEL_EXTENSION, most_bytes, tar_files
 from mepa_ds.data.shards.tar_headers import BLOCK
 from mepa_ds.data.shards.writer import MANIFEST_NAME, read_npy_header
 from mepa_ds.errors import DamagedError, UserError
@@ -262,7 +262,7 @@ class ShardSet:
         (shard,), (offset,), (size,) = (
             column.tolist() for column in self._member_places(np.array([sample]), extension)
         )
-        if size > (most := MOST_BYTES.get(extension, MOST_MEMBER_BYTES)):
+        if size > (most := most_bytes(extension)):
             raise DamagedError(
                 f"{self._where(sample)}: .{extension} has {size} bytes; at most {most} are read; {REMEDY}"
             )

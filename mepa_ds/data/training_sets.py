@@ -196,9 +196,8 @@ def _count(shards: ShardSet, name: str) -> int:
 
 def _scales(shards: ShardSet) -> tuple[int, ...]:
     value = _setting(shards, "scales")
-    if not isinstance(value, (list, tuple)) or not 0 < len(value) <= _MOST_SCALES:
-        raise _wrong_setting(shards, "scales", value)
-    if any(type(side) is not int or not 0 < side <= _LONGEST_SIDE for side in value):
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) <= _MOST_SCALES
+    if not is_list or any(type(side) is not int or not 0 < side <= _LONGEST_SIDE for side in value):
         raise _wrong_setting(shards, "scales", value)
     return tuple(value)
 

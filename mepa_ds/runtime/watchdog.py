@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mepa_ds import distributed, log
-from mepa_ds.safety.places import open_no_link, write_anew
+from mepa_ds.safety.places import open_anew
 
 # The exit code of timeout(1): the run made no progress for guards.hang_timeout seconds.
 HANG_EXIT_CODE = 124
@@ -45,8 +45,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 self._directory.mkdir(parents=True, exist_ok=True)
                 path = self._directory / f"hang_rank_{rank:05d}.txt"
-                write_anew(path, b"")
-                with open(open_no_link(path, os.O_WRONLY), "w") as file:
+                with open_anew(path) as file:
                     faulthandler.dump_traceback(file=file, all_threads=True)
             finally:
                 os._exit(HANG_EXIT_CODE)

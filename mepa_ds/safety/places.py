@@ -77,36 +77,44 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}.{secrets.token_hex(8)}.tmp")
 
 
-def make_new(path: Path, mode: int = 0o666) -> None:
-    """Makes an empty file. Raises FileExistsError if there is one, or a link that leads anywhere or nowhere."""
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
+def open_new(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A new file to write. Raises FileExistsError if there is one, or a link that leads anywhere or nowhere."""
+    return open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, mode), "wb")
 
 
-def open_no_link(path: Path, flags: int, mode: int = 0o666) -> int:
-    """`os.open` of a regular file. Raises OSError for a link (ELOOP), and for a device or a pipe (EINVAL)."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return descriptor
-
-
-def open_lock(path: Path, mode: int = 0o600) -> IO[bytes]:
-    """The file of a lock, made if it is not there; its content stays. A link is not followed (OSError)."""
-    return open(open_no_link(path, os.O_RDWR | os.O_CREAT, mode), "r+b", buffering=0)
-
-
-def write_anew(path: Path, data: bytes) -> None:
-    """Writes a small file in place of what has the name: a link is replaced, never followed. Not atomic.
+def open_anew(path: Path, mode: int = 0o666) -> IO[bytes]:
+    """A file to write in place of what has the name: a link is replaced, never followed. Not atomic.
 
     Raises:
         FileExistsError: another process has just made one.
     """
     with suppress(FileNotFoundError):
         os.unlink(path)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o666), "wb") as file:
-        file.write(data)
+    return open_new(path, mode)
+
+
+def make_new(path: Path, mode: int = 0o666) -> None:
+    """Makes an empty file. Raises as `open_new`."""
+    open_new(path, mode).close()
+
+
+def open_regular(path: Path | str, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
+    """`os.open` of a regular file. Raises OSError (EINVAL) for a device or a pipe, which may never end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def open_no_link(path: Path, flags: int, mode: int = 0o666) -> int:
+    """`open_regular` of what is no link, for which it raises OSError (ELOOP)."""
+    return open_regular(path, flags | os.O_NOFOLLOW, mode)
+
+
+def open_lock(path: Path, mode: int = 0o600) -> IO[bytes]:
+    """The file of a lock, made if it is not there; its content stays. A link is not followed (OSError)."""
+    return open(open_no_link(path, os.O_RDWR | os.O_CREAT, mode), "r+b", buffering=0)
 
 
 def open_to_append(path: Path) -> IO[bytes]:

@@ -18,7 +18,7 @@ from mepa_ds.runtime.metrics import MetricsWriter, read_metrics
 from mepa_ds.runtime.output import owned
 from mepa_ds.runtime.run_lock import RunLock, is_held
 from mepa_ds.runtime.status import read_status, write_status
-from mepa_ds.safety.places import write_anew
+from mepa_ds.safety.places import open_anew
 from mepa_ds.scaling.study.directory import write_recipes
 from mepa_ds.weights.directories import save_pretrained
 
@@ -44,7 +44,8 @@ def test_nothing_is_written_through_a_link(run: Path, thesis: Path) -> None:
     with owned(run):
         write_status(run, "running", step=1)
         MetricsWriter(run / "metrics.jsonl").write({"event": "train"})
-        write_anew(run / "hang_rank_00000.txt", b"stacks")
+        with open_anew(run / "hang_rank_00000.txt") as file:
+            file.write(b"stacks")
     assert not is_held(run)
     assert (thesis / "thesis.tex").read_text() == WORK
     assert [record["event"] for record in read_metrics(run / "metrics.jsonl")] == ["train"]

@@ -60,8 +60,6 @@ class EvaluateOptions:
     image_side: int | None = None
     """Pixels, for --make-reference and --fit-classifier of a set whose images are larger than the model's."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
 
 _TAKEN = {

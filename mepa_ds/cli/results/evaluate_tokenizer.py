@@ -50,8 +50,6 @@ class EvaluateTokenizerOptions:
     scales: Scales = None
     """Sides of the token maps, for a tokenizer that is to be used with others than its own."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
 
 def main(argv: list[str]) -> None:

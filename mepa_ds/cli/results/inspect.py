@@ -68,8 +68,6 @@ class InspectOptions:
     scales: Scales = None
     """Sides of the token maps, such as 1 2 3 4, if VAR weights do not tell them and they are not VAR's own."""
     remote_schemes: RemoteSchemes = ()
-    """Schemes that remote.json of a set may name beside the web and stores: `pipe` runs its shell commands. Only for
-    sets that you trust."""
 
 
 def main(argv: list[str]) -> None:

@@ -15,7 +15,7 @@ from mepa_ds.config.paths import given_path
 from mepa_ds.data.remote.remote_file import REMOTE_NAME, RemoteShards
 from mepa_ds.data.shards.index import ShardEntry
 from mepa_ds.errors import UserError
-from mepa_ds.safety.places import is_own_file, open_no_link, private_directory
+from mepa_ds.safety.places import is_own_file, open_anew, open_no_link, private_directory
 from mepa_ds.safety.reading import parse_json
 
 _MOST_NOTE_BYTES = 1 << 16
@@ -97,11 +97,8 @@ def sha256_of(descriptor: int) -> str:
 
 def write_note(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a note in a private directory, for this user alone. A note that cannot be written is left out."""
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR), "w") as file:
-            json.dump(content, file)
+    with suppress(OSError), open_anew(path, 0o600) as file:
+        file.write(json.dumps(content).encode())
 
 
 def read_note(path: Path) -> Any:

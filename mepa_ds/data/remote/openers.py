@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import stat
 import subprocess
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 from mepa_ds.data.remote.schemes import scheme_of
 from mepa_ds.errors import UserError
+from mepa_ds.safety.places import open_regular
 
 _CHUNK = 1 << 20
 _CURL = """
@@ -105,14 +105,9 @@ def _of_the_hub(url: str) -> tuple[str, str | None]:
 
 
 def _content_of(path: Path, stop: threading.Event) -> Iterator[bytes]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(f"{path} is no regular file")
-        while not stop.is_set() and (chunk := os.read(descriptor, _CHUNK)):
+    with open(open_regular(path), "rb") as file:
+        while not stop.is_set() and (chunk := file.read(_CHUNK)):
             yield chunk
-    finally:
-        os.close(descriptor)
 
 
 def _output_of(

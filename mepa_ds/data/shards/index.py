@@ -31,8 +31,9 @@ from mepa_ds.safety.reading import parse_json, read_archive, read_json_object
 from mepa_ds.safety.text import printable, printable_json
 
 INDEX_NAME = "index.json"
-DTYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
-          "float16", "float32", "float64")  # fmt: skip
+DType = Literal[
+    "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32", "float64"
+]
 """Types of .npy members."""
 MOST_OFFSET_BYTES = 1 << 28
 """Largest size of an offset index, unpacked: three million samples of a shard, with keys of forty letters."""
@@ -83,13 +84,7 @@ Count = Annotated[int, Field(ge=0)]
 class Member(Section):
     """What the members of one extension hold. Members that are no arrays (images, labels) have neither field."""
 
-    dtype: (
-        Literal[
-            "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64",
-            "float16", "float32", "float64",
-        ]
-        | None
-    ) = None  # fmt: skip
+    dtype: DType | None = None
     """NumPy dtype string of an .npy member, such as `uint16`."""
     shape: Annotated[tuple[Count, ...], Field(max_length=8)] | None = None
     """Shape of an .npy member, the same for every sample."""

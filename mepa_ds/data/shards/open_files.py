@@ -6,13 +6,13 @@ a network file system each time is a round trip to its metadata server.
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
-import stat
 import weakref
 from collections import OrderedDict
 from contextlib import suppress
+
+from mepa_ds.safety.places import open_regular
 
 _ENOUGH = 1 << 16
 """More shards than anybody has. Hard limits of a thousand million exist, and slow children that close every number."""
@@ -23,9 +23,7 @@ class OpenFile:
     (OSError)."""
 
     def __init__(self, path: str):
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
+        self.descriptor = open_regular(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

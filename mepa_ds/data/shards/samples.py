@@ -23,8 +23,7 @@ Kind = Literal["images", "tokens", "features"]
 LABEL_EXTENSION = "cls"
 MOST_MEMBER_BYTES = 1 << 29
 """Largest member that is read into memory as a whole: an image of 512 MiB."""
-MOST_BYTES = {LABEL_EXTENSION: 1 << 10}
-"""The same of members that are never large."""
+_MOST_LABEL_BYTES = 1 << 10
 IMAGE_EXTENSIONS = EXTENSIONS
 
 HIDDEN = "hidden names, as macOS packs them beside files"
@@ -37,6 +36,11 @@ _HIDDEN_PART = re.compile(r"(?:^|/)(?:\.+[^./]|__MACOSX(?:/|$))")
 
 Samples = dict[str, dict[str, tuple[int, TarMember]]]
 """Key -> extension -> (number of the member in its tar, member), in the order of the tar."""
+
+
+def most_bytes(extension: str) -> int:
+    """How many bytes a member of this extension may have to be read."""
+    return _MOST_LABEL_BYTES if extension == LABEL_EXTENSION else MOST_MEMBER_BYTES
 
 
 def is_hidden(name: str) -> bool:

@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from mepa_ds.config.base import Section, validate
 from mepa_ds.config.changes import changed
 from mepa_ds.data.shards.index import (
-    DTYPES,
     INDEX_NAME,
     Description,
+    DType,
     MadeBy,
     Member,
     ShardEntry,
@@ -79,8 +79,8 @@ def read_npy_header(data: bytes) -> tuple[Member, int]:
     header = array_header(data)
     if header.is_fortran:
         raise ValueError("arrays in Fortran order are not read")
-    if (dtype := str(header.dtype)) not in DTYPES:
-        raise ValueError(f"arrays of {dtype} are not read; expected {', '.join(DTYPES)}")
+    if (dtype := str(header.dtype)) not in get_args(DType):
+        raise ValueError(f"arrays of {dtype} are not read; expected {', '.join(get_args(DType))}")
     return Member(dtype=dtype, shape=tuple(header.shape)), header.start  # type: ignore[arg-type]
 
 

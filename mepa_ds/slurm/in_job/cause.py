@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 from mepa_ds import log
 from mepa_ds.runtime.lost_peers import is_lost_peer
+from mepa_ds.safety.places import open_regular
 from mepa_ds.safety.text import message
 
 _MOST_BYTES = 1 << 25  # of either end of a log
@@ -58,9 +58,7 @@ def main() -> None:
 
 def read_log(path: Path, start: int = 0) -> str | None:
     """The text of a log from byte `start` on, without its middle if it is very long; None where no file is."""
-    with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            return None
+    with suppress(OSError), open(open_regular(path), "rb") as file:
         file.seek(start)
         text = file.read(_MOST_BYTES)
         file.seek(max(os.fstat(file.fileno()).st_size - _MOST_BYTES, file.tell()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from mepa_ds import log
 from mepa_ds.errors import UserError
 from mepa_ds.files import sha256_of_file, write_json
-from mepa_ds.safety.places import open_no_link
+from mepa_ds.safety.places import open_new, open_no_link
 from mepa_ds.safety.reading import read_json_object
 
 _CHUNK = 1 << 22
@@ -103,8 +103,7 @@ def _copy(source: Path, target: Path, size: int, on_bytes: Callable[[int], objec
             raise
         raise UserError(_link(source)) from None
     digest, left = hashlib.sha256(), size
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with open(descriptor, "rb") as reader, open(os.open(target, flags, 0o600), "wb") as writer:
+    with open(descriptor, "rb") as reader, open_new(target, 0o600) as writer:
         while left and (chunk := reader.read(min(_CHUNK, left))):
             digest.update(chunk)
             writer.write(chunk)
