@@ -25,6 +25,7 @@ ABLATE ?=
 
 .PHONY: setup lock licences quickstart toy-study ablation test test-fast lint types coverage mutants docs reference clean-quickstart
 
+# pip comes first: one older than 25.3 cannot hold what packages are built with (setuptools, for DeepSpeed) to hashes.
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml requirements.lock
@@ -38,7 +39,9 @@ $(STAMP): pyproject.toml requirements.lock
 		$(PIP) install --editable '.[dev]'; \
 	else \
 		echo "by version and hash: $(LOCK) (make setup LOCK= for another build of PyTorch)"; \
-		PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(PIP) install --require-hashes --requirement $(LOCK) && \
+		awk '/^pip==/ {on = 1} on; on && !/\\$$/ {exit}' $(LOCK) > .venv/pip.lock && \
+		$(PIP) install --require-hashes --requirement .venv/pip.lock && \
+		PIP_BUILD_CONSTRAINT=$(LOCK) $(PIP) install --require-hashes --requirement $(LOCK) && \
 		$(PIP) install --no-deps --no-build-isolation --no-index --editable .; \
 	fi
 	touch $(STAMP)
