@@ -83,6 +83,9 @@ class ModelConfig(Section):
     """One AdaLN projection for all blocks plus a learned offset each (VAR-d36)."""
     qk_norm: bool = True
     """L2-normalised queries and keys with a learned temperature per head."""
+    markovian: bool = False
+    """Each scale attends to itself alone (HMAR, arXiv 2506.04421): it sees coarser scales by their sum, which is its
+    input. false: to all coarser scales, too (VAR)."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Stochastic depth of the last block, growing linearly from 0; null: 0.1 x depth / 24."""
     class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1

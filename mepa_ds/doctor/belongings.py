@@ -13,7 +13,6 @@ from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.doctor.finding import Finding, note, ok, problem
 from mepa_ds.errors import UserError
-from mepa_ds.models.var_checkpoint import Given
 from mepa_ds.runtime.run_lock import is_held
 from mepa_ds.runtime.status import STATUS_NAME, read_status
 from mepa_ds.slurm import scheduler
@@ -21,6 +20,7 @@ from mepa_ds.slurm.checks import check_partition
 from mepa_ds.slurm.profile import read_profile
 from mepa_ds.weights.directories import read_kind
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_json, read_state_dict
+from mepa_ds.weights.var_sizes import GivenSizes
 
 _MOST_RUNS = 200
 
@@ -112,7 +112,7 @@ def _layout_of(path: Path) -> str | None:
     from mepa_ds.tokenizer.tokenizer_files import convert_var as tokenizer
 
     with suppress(UserError):
-        return f"VAR's transformer of depth {transformer(path, Given())[0].depth}"
+        return f"VAR's transformer of depth {transformer(path, GivenSizes())[0].depth}"
     with suppress(UserError):
         return f"VAR's tokenizer of {tokenizer(path, None, None).config.codebook_size} codes"
     return None

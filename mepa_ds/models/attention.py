@@ -1,4 +1,4 @@
-"""Block-causal self-attention without a mask, and the key-value cache for sampling.
+"""Self-attention over scales without a mask, and the key-value cache for sampling.
 
 Shapes: B batch, L positions, C width, H heads, D = C / H width of a head.
 """
@@ -35,14 +35,14 @@ class SelfAttention(nn.Module):
     """VAR's attention. Queries and values have biases, keys have none.
 
     With `qk_norm`, queries and keys are L2-normalised, and each head learns the logarithm of a temperature. Without it,
-    the softmax scale is 0.25 / sqrt(D), as in VAR.
+    the softmax scale is 0.25 / sqrt(D), as in VAR. A `markovian` one sees no scale but its own.
     """
 
     MAX_LOG_TEMPERATURE = math.log(100)
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool):
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, markovian: bool = False):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.markovian = num_heads, markovian
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -51,7 +51,7 @@ class SelfAttention(nn.Module):
         self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
 
     def forward(self, x_BLC: Tensor, bounds: Sequence[tuple[int, int]], cache: KVCache | None = None) -> Tensor:
-        """Lets each scale attend to itself and to all scales before it: (B, L, C) -> (B, L, C).
+        """Lets each scale attend to itself and, unless `markovian`, to all scales before it: (B, L, C) -> (B, L, C).
 
         In training, `bounds` are the (start, end) of each scale in the whole sequence. In sampling, x is one scale,
         `cache` holds the scales before it, and `bounds` is not used.
@@ -66,8 +66,11 @@ class SelfAttention(nn.Module):
             q_BHLD = q_BHLD * (temperature / length)
             k_BHLD = F.normalize(k_BHLD, dim=-1)
         if cache is not None:
-            k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
+            if not self.markovian:
+                k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
             out_BLHD = attend(q_BHLD, k_BHLD, v_BHLD, self.softmax_scale)
+        elif self.markovian:
+            out_BLHD = own_scale_attention(q_BHLD, k_BHLD, v_BHLD, bounds, self.softmax_scale)
         else:
             out_BLHD = prefix_attention(q_BHLD, k_BHLD, v_BHLD, bounds, self.softmax_scale)
         return self.proj(out_BLHD.reshape(B, L, C))
@@ -87,18 +90,30 @@ def prefix_attention(
     (B, L, H, D), in which the heads of a position lie side by side, as the output projection reads them.
     """
     dtype = q_BHLD.dtype
-    if _is_slow_with_gradients(q_BHLD):
-        q_BHLD, k_BHLD, v_BHLD = q_BHLD.float(), k_BHLD.float(), v_BHLD.float()
+    q_BHLD, k_BHLD, v_BHLD = _in_a_fast_type(q_BHLD, k_BHLD, v_BHLD)
     ends = [end for _, end in bounds]
     queries = q_BHLD.split([end - start for start, end in bounds], dim=2)
     parts = zip(queries, prefixes(k_BHLD, ends), prefixes(v_BHLD, ends), strict=True)
     return torch.cat([attend(q, k, v, softmax_scale) for q, k, v in parts], dim=1).to(dtype)
 
 
-def _is_slow_with_gradients(q_BHLD: Tensor) -> bool:
-    """Whether the backward pass in this type takes longer than in fp32: that of PyTorch's CPU kernel in half types."""
-    is_half_on_cpu = q_BHLD.device.type == "cpu" and q_BHLD.dtype in (torch.bfloat16, torch.float16)
-    return is_half_on_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+def own_scale_attention(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, bounds: Sequence[tuple[int, int]], softmax_scale: float
+) -> Tensor:
+    """Block-diagonal attention: each scale attends to itself alone. Shapes as in `prefix_attention`."""
+    dtype = q_BHLD.dtype
+    q_BHLD, k_BHLD, v_BHLD = _in_a_fast_type(q_BHLD, k_BHLD, v_BHLD)
+    lengths = [end - start for start, end in bounds]
+    parts = zip(*(x_BHLD.split(lengths, dim=2) for x_BHLD in (q_BHLD, k_BHLD, v_BHLD)), strict=True)
+    return torch.cat([attend(q, k, v, softmax_scale) for q, k, v in parts], dim=1).to(dtype)
+
+
+def _in_a_fast_type(*x_BHLD: Tensor) -> tuple[Tensor, ...]:
+    """In fp32 where the backward pass in their type takes longer: that of PyTorch's CPU kernel in half types."""
+    is_half_on_cpu = x_BHLD[0].device.type == "cpu" and x_BHLD[0].dtype in (torch.bfloat16, torch.float16)
+    if is_half_on_cpu and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        return tuple(x.float() for x in x_BHLD)
+    return x_BHLD
 
 
 def prefixes(x_BHLD: Tensor, ends: Sequence[int]) -> tuple[Tensor, ...]:

@@ -29,7 +29,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         C = config.C
-        self.attention = SelfAttention(C, config.H, config.qk_norm)
+        self.attention = SelfAttention(C, config.H, config.qk_norm, config.markovian)
         self.ffn: FeedForward | MoEFeedForward
         if config.is_moe_block(index):
             self.ffn = MoEFeedForward(config)

@@ -27,8 +27,9 @@ from mepa_ds.models.initialisation import init_weights
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.recomputation import Recompute, run_block
 from mepa_ds.models.transformer_files import KIND, read_transformer, with_weights
-from mepa_ds.models.var_checkpoint import Given, check_given, convert_var, name_in_var, name_of
+from mepa_ds.models.var_checkpoint import convert_var, name_in_var, name_of
 from mepa_ds.weights.directories import read_class_names, read_pretrained, save_pretrained
+from mepa_ds.weights.var_sizes import GivenSizes, check_given
 
 if TYPE_CHECKING:
     from mepa_ds.scales import ScaleSchedule
@@ -97,7 +98,7 @@ class NextScaleTransformer(nn.Module):
         The model is in evaluation mode. Raises UserError for anything else at that path, and for scales, heads or a
         depth that the weights do not have.
         """
-        given = Given(scales, num_heads, depth)
+        given = GivenSizes(scales, num_heads, depth)
         stored = read_transformer(Path(path), given)
         check_given(stored.config, given, str(path))
         model = with_weights(partial(cls, stored.config), stored.state, str(path), stored.name_in_file)
@@ -119,7 +120,7 @@ class NextScaleTransformer(nn.Module):
         gives them: `scales` that are neither VAR's for 256 px nor for 512 px, `num_heads` of a model without QK
         normalisation, and a `depth` that is not width / 64.
         """
-        given, where = Given(scales, num_heads, depth), name_of(weights)
+        given, where = GivenSizes(scales, num_heads, depth), name_of(weights)
         config, state = convert_var(weights, given)
         check_given(config, given, where)
         return with_weights(partial(cls, config), state, where, name_in_var)
@@ -239,10 +240,11 @@ class NextScaleTransformer(nn.Module):
         return x_BlC
 
     def new_caches(self, batch: int) -> list[KVCache]:
-        """An empty key-value cache for each block."""
+        """An empty key-value cache for each block. Markovian attention looks back at nothing, so it has no memory."""
         head_width = self.config.C // self.config.H
         like = self.head.weight
-        return [KVCache(batch, self.config.H, self.schedule.num_tokens, head_width, like) for _ in self.blocks]
+        length = 0 if self.config.markovian else self.schedule.num_tokens
+        return [KVCache(batch, self.config.H, length, head_width, like) for _ in self.blocks]
 
     def logits(self, x_BLC: Tensor, class_BC: Tensor) -> Tensor:
         """The final AdaLN and the head: (B, L, C) -> (B, L, V)."""

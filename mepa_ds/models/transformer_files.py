@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.models.var_checkpoint import Given, convert_var, name_in_var
+from mepa_ds.models.var_checkpoint import convert_var, name_in_var
 from mepa_ds.weights.directories import load_strict, read_class_names, read_pretrained
 from mepa_ds.weights.file_checks import check_fits
 from mepa_ds.weights.var_settings import kind_of_vars
+from mepa_ds.weights.var_sizes import GivenSizes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -32,7 +33,7 @@ class StoredTransformer(NamedTuple):
     """By label; empty where the file does not tell."""
 
 
-def read_transformer(path: Path, given: Given) -> StoredTransformer:
+def read_transformer(path: Path, given: GivenSizes) -> StoredTransformer:
     """Reads a directory of ours, or VAR's weights. `convert_var` says what `given` is for.
 
     Raises UserError if the path holds no transformer, or if its sizes are neither in the weights nor given.

@@ -1,26 +1,21 @@
-"""VAR's transformer checkpoints (`var_d16.pth` ... `var_d36.pth`): their keys under our names, and their sizes."""
+"""VAR's transformer checkpoints (`var_d16.pth` ... `var_d36.pth`), and HMAR's: their keys under our names."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from mepa_ds.config.base import validate
-from mepa_ds.config.model import SCALES_256, SCALES_512, ModelConfig
-from mepa_ds.config.tokenizer import checked_sides
-from mepa_ds.errors import UserError
-from mepa_ds.scales import ScaleSchedule
-from mepa_ds.weights.directories import size_in, with_match
+from mepa_ds import distributed
+from mepa_ds.config.model import ModelConfig
+from mepa_ds.log import note
+from mepa_ds.weights.hmar_names import is_hmars, under_vars_names
 from mepa_ds.weights.state_dict_files import read_checkpoint
-from mepa_ds.weights.state_dicts import Wanted
-from mepa_ds.weights.var_settings import schedule_in, setting_in
+from mepa_ds.weights.var_settings import is_markovian
+from mepa_ds.weights.var_sizes import WANTED, GivenSizes, infer_config
 
 # VAR's key -> our key; {n} is the number of the block.
 KEYS = {
@@ -54,27 +49,11 @@ KEYS = {
 IGNORED = {"lvl_1L", "attn_bias_for_masking", "blocks.{n}.attn.zero_k_bias"}
 
 
-WANTED = Wanted(
-    "VAR's transformer",
-    ("head.weight", "class_emb.weight", "word_embed.weight", "pos_1LC", "blocks.0.ffn.fc1.weight"),
-)
 # Marks a foreign key that happens to be a name of ours.
 OUTSIDE = " (not in VAR's layout)"
-_NORM_EPS = 1e-6
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the caller says about sizes that no tensor shows. None: unknown, or as in VAR."""
-
-    scales: Sequence[int] | None = None
-    num_heads: int | None = None
-    """The temperatures of QK normalisation show this number; without QK normalisation, no tensor does."""
-    depth: int | None = None
-    """The blocks in the file show this number if there are width / 64, as in VAR. Else the file may be incomplete."""
-
-
-def convert_var(weights: Path | str | Mapping[str, Tensor], given: Given) -> tuple[ModelConfig, dict[str, Tensor]]:
+def convert_var(weights: Path | str | Mapping[str, Tensor], given: GivenSizes) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Converts VAR's state dict to our config and state dict. Unknown keys are kept, and strict loading names them.
 
     Sizes that the file states (in its settings or buffers) take precedence over `given`; `check_given` compares them.
@@ -84,17 +63,22 @@ def convert_var(weights: Path | str | Mapping[str, Tensor], given: Given) -> tup
             neither in the file nor given.
     """
     source, notes = read_checkpoint(weights, WANTED)
+    where = name_of(weights)
+    hmars = is_hmars(source)
+    if hmars:
+        source, left_out = under_vars_names(source)
+        _say_left_out(where, len(left_out))
     state = {_our_name(key): tensor for key, tensor in source.items() if _pattern(key) not in IGNORED}
-    return _infer_config(source, notes, given, name_of(weights)), state
+    config = infer_config(source, notes, given, where)
+    markovian = hmars or is_markovian(source.get("attn_bias_for_masking"), config.scales, where)
+    return config.model_copy(update={"markovian": markovian}), state
 
 
-def check_given(config: ModelConfig, given: Given, where: str) -> None:
-    """Raises UserError if the caller gave other sizes than the weights have."""
-    if given.scales is not None and checked_sides(given.scales, where) != list(config.scales):
-        raise UserError(f"scales: {where} was trained with {list(config.scales)}, and has no other")
-    for name, said, found in (("num_heads", given.num_heads, config.H), ("depth", given.depth, config.depth)):
-        if said is not None and said != found:
-            raise UserError(f"{name}: {where} was trained with {found}, and has no other; got {said}")
+@cache
+def _say_left_out(where: str, count: int) -> None:
+    """Once for each file: a run opens it several times."""
+    if count and distributed.is_main():
+        note(f"{where}: HMAR's; its {count} tensors of masked refinement (mask_blocks, mask_head, ...) are left out")
 
 
 def name_in_var(name: str) -> str:
@@ -123,139 +107,3 @@ def _renamed(key: str, table: Mapping[str, str]) -> str:
 
 def _pattern(key: str) -> str:
     return re.sub(r"^blocks\.\d+\.", "blocks.{n}.", key)
-
-
-def _infer_config(
-    state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, where: str
-) -> ModelConfig:
-    """Reads all sizes from VAR's names and shapes. Each size is read in several places (see `size_in`)."""
-    if missing := [with_match(key, list(state)) for key in WANTED.names if key not in state]:
-        own = (
-            "; these are weights of mepa_ds: NextScaleTransformer.open and all commands take their directory, with its "
-        )
-        own += "config.json"
-        raise UserError(
-            f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}"
-            + (own if "class_embed.weight" in state else "")
-        )
-
-    def size(*places: tuple[str, int, int]) -> int:
-        return size_in(state, places, where)
-
-    C = size(
-        ("head.weight", 2, 1), ("word_embed.weight", 2, 0), ("class_emb.weight", 2, 1), ("pos_1LC", 3, 2),
-        ("blocks.0.ffn.fc1.weight", 2, 1),
-    )  # fmt: skip
-    _check_settings(notes, C, where)
-    depth = _find_depth(state, notes, given, C, where)
-    temperatures = [(key, 4, 1) for key in state if key.endswith(".attn.scale_mul_1H11")]
-    num_tokens = size(("pos_1LC", 3, 1), ("lvl_1L", 2, 1))
-    return validate(
-        ModelConfig,
-        {
-            "depth": depth,
-            "width": C,
-            "num_heads": size(*temperatures) if temperatures else _find_heads(notes, given, C, where),
-            "ffn_ratio": size(("blocks.0.ffn.fc1.bias", 1, 0), ("blocks.0.ffn.fc1.weight", 2, 0)) / C,
-            "num_classes": size(("class_emb.weight", 2, 0)) - 1,
-            "scales": _find_scales(state.get("lvl_1L"), num_tokens, notes, given.scales, where),
-            "codebook_size": size(("head.bias", 1, 0), ("head.weight", 2, 0)),
-            "code_width": size(("word_embed.weight", 2, 1)),
-            "shared_adaln": any(key.startswith("shared_ada_lin.") for key in state),
-            "qk_norm": bool(temperatures),
-        },
-        where,
-    )
-
-
-def _check_settings(notes: Sequence[Mapping[str, Any]], C: int, where: str) -> None:
-    """Raises UserError for settings that belong to other weights, or that this package does not implement."""
-    if (width := setting_in(notes, "embed_dim", int)) not in (None, C):
-        raise UserError(
-            f"{where}: the weights are of width {C}, but the settings beside them (config.json) are of a model of "
-            f"width {width}; put together what was saved together"
-        )
-    if (eps := setting_in(notes, "norm_eps", float)) not in (None, _NORM_EPS):
-        raise UserError(f"{where}: trained with norm_eps {eps}; only VAR's {_NORM_EPS} can be computed here")
-
-
-def _find_depth(
-    state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str
-) -> int:
-    """Returns the number of blocks. It must be VAR's width / 64, unless settings or the caller say another number.
-
-    Without this rule, an incomplete file would load as a shallower model.
-    """
-    numbers = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
-    there = next(number for number in range(len(numbers) + 1) if number not in numbers)
-    usual = max(1, C // 64)
-    known = setting_in(notes, "depth", int)
-    if known is None and there != usual:
-        known = given.depth
-    depth = usual if known is None else known
-    lost = [str(number) for number in range(depth) if number not in numbers]
-    others = f"or say depth={there} (--depth {there}) if the model has no more" if there else ""
-    if lost and known is None:
-        raise UserError(
-            f"{where}: the weights do not fit the model; without block {', '.join(lost)}: a VAR transformer of width "
-            f"{C} has {depth} blocks. Download or copy the file again" + (f", {others}" if others else "")
-        )
-    if lost:
-        raise UserError(
-            f"{where}: the weights do not fit the model; without block {', '.join(lost)} of a model of depth {depth}. "
-            "Download or copy the file again"
-        )
-    if known is None and there > usual:
-        raise UserError(
-            f"{where}: depth: the weights have {there} blocks, but a VAR transformer of width {C} has {usual}; say "
-            f"depth={there} (--depth {there}) if this one has them all"
-        )
-    return depth
-
-
-def _find_heads(notes: Sequence[Mapping[str, Any]], given: Given, C: int, where: str) -> int:
-    heads = setting_in(notes, "num_heads", int)
-    if heads is None and setting_in(notes, "pn", str) is not None and setting_in(notes, "depth", int) == C // 64:
-        heads = C // 64  # as VAR's own training sets it for all its models
-    heads = given.num_heads if heads is None else heads
-    if heads is None:
-        usual = max(1, C // 64)
-        raise UserError(
-            f"{where}: num_heads: weights without QK normalisation do not show it; say num_heads={usual} (--num-heads "
-            f"{usual}; model.num_heads in a recipe) if each is {C // usual} wide, as VAR's are, or what else it is"
-        )
-    return heads
-
-
-def _find_scales(
-    scale_of_position_1L: Tensor | None,
-    num_tokens: int,
-    notes: Sequence[Mapping[str, Any]],
-    scales: Sequence[int] | None,
-    where: str,
-) -> list[int]:
-    known = _sides_of(scale_of_position_1L) or schedule_in(notes)
-    candidates = [list(SCALES_256), list(SCALES_512)] if known is None else [known]
-    if scales is not None and (known is None or ScaleSchedule.of(known).num_tokens != num_tokens):
-        candidates = [checked_sides(scales, where)]
-    for candidate in candidates:
-        if ScaleSchedule.of(candidate).num_tokens == num_tokens:
-            return candidate
-    sides = math.isqrt(num_tokens)
-    raise UserError(
-        f"{where}: scales: the weights hold {num_tokens} positions, but {candidates} make "
-        f"{[ScaleSchedule.of(c).num_tokens for c in candidates]}; give the schedule the weights were trained with, "
-        f"such as scales=(1, 2, 3) or --scales 1 2 3 (its last side is below {sides + 1}; model.scales in a recipe)"
-    )
-
-
-def _sides_of(scale_of_position_1L: Tensor | None) -> list[int] | None:
-    """Reads the schedule from VAR's buffer `lvl_1L`, the scale of each position (1, L). None: it holds no schedule."""
-    if scale_of_position_1L is None or scale_of_position_1L.is_floating_point() or not scale_of_position_1L.numel():
-        return None
-    positions_L = scale_of_position_1L.flatten()
-    numbers, lengths = positions_L.unique_consecutive(return_counts=True)
-    sides = [math.isqrt(length) for length in lengths.tolist()]
-    whole = [side * side for side in sides] == lengths.tolist() and numbers.equal(torch.arange(len(sides)).to(numbers))
-    growing = sides == sorted(set(sides))
-    return sides if whole and growing else None

@@ -63,7 +63,7 @@ def forward_flops_by_part(model: ModelConfig, num_scales: int | None = None) -> 
     C, schedule = model.C, model.schedule
     bounds = schedule.bounds[:num_scales]
     L = bounds[-1][1]
-    attended = sum((end - start) * end for start, end in bounds)
+    attended = sum((end - start) * (end - start if model.markovian else end) for start, end in bounds)
     num_moe = sum(model.is_moe_block(index) for index in range(model.depth))
     experts = router = 0.0
     if model.moe is not None:

@@ -15,6 +15,7 @@ from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
 from mepa_ds.log import note
 from mepa_ds.weights.directories import size_in, with_match
+from mepa_ds.weights.kinds import but_another
 from mepa_ds.weights.state_dicts import Wanted
 from mepa_ds.weights.var_settings import schedule_in, setting_in
 
@@ -140,7 +141,7 @@ def _check_is_vars(state: Mapping[str, Tensor], notes: Sequence[Mapping[str, Any
             + (
                 "These are weights of mepa_ds: Tokenizer.open and commands take their directory (config.json)"
                 if own
-                else "Expected a state dict such as vae_ch160v4096z32.pth"
+                else f"Expected a state dict such as vae_ch160v4096z32.pth{but_another(state)}"
             )
         )
     if setting_in(notes, "using_znorm", bool):

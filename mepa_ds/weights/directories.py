@@ -19,6 +19,7 @@ from mepa_ds.config.base import Section, validate
 from mepa_ds.errors import UserError
 from mepa_ds.files import atomic_path, write_json
 from mepa_ds.safety.reading import read_json_object
+from mepa_ds.weights.kinds import but_another
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, read_json, read_state_dict
 from mepa_ds.weights.state_dicts import MAX_NAMED, listed
 
@@ -76,7 +77,8 @@ def load_strict(
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {listed(mismatched)}")
     if problems:
-        raise UserError(f"{where}: the weights do not fit the model; " + "; ".join(problems))
+        another = but_another(unexpected) if len(missing) > len(expected) / 2 else ""
+        raise UserError(f"{where}: the weights do not fit the model; " + "; ".join(problems) + another)
     module.load_state_dict(dict(state))
 
 

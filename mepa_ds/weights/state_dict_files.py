@@ -87,8 +87,11 @@ def _read(
         return {}, []
     # The command in a refusal needs a file: for a directory it is the weights file of the layout.
     file = path if not path.is_dir() else path / WEIGHTS_NAME
-    names = find({(): {name: name for name in shards}}, wanted, str(path), file).entries
-    return _load_from(shards, {name: raw for name, raw in names.items() if name.startswith(prefix)}), []
+    found = find({(): {name: name for name in shards}}, wanted, str(path), file)
+    if found.prefix:
+        _say_taken(str(path), found.label)
+    names = {name: raw for name, raw in found.entries.items() if name.startswith(prefix)}
+    return _load_from(shards, names), []
 
 
 def _chosen(
@@ -106,10 +109,20 @@ def _chosen(
             "Give a mapping from parameter names to tensors, alone or nested in others"
         )
     found = find(nests, wanted, where, file)
-    for key in averages_not_read(tree, found, wanted):
+    averages = averages_not_read(tree, found, wanted)
+    for key in averages:
         _say_left_out(where, key, found.label)
+    if (found.place or found.prefix) and not averages:
+        _say_taken(where, found.label)
     state = {name: tensor for name, tensor in found.entries.items() if name.startswith(prefix)}
     return state, notes_in(tree, found.place)
+
+
+@cache
+def _say_taken(where: str, taken: str) -> None:
+    """Says once for each file and state dict which one it was: a run opens a file several times."""
+    if distributed.is_main():
+        note(f"{where}: took the weights under {taken}")
 
 
 @cache

@@ -1,13 +1,21 @@
-"""Settings that VAR's programs store beside weights: its training's `args` and `config`, its classes' config.json."""
+"""Settings that VAR's programs store with weights: its training's `args` and `config`, its classes' config.json, and
+the buffers of its networks.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+from torch import Tensor
+
 from mepa_ds.config.model import SCALES_256, SCALES_512
+from mepa_ds.errors import UserError
+from mepa_ds.scales import ScaleSchedule
 from mepa_ds.weights.state_dict_files import CONFIG_NAME, read_json
 
 # What VAR's `--pn` takes beside 1_2_3_4.
@@ -62,4 +70,41 @@ def _sides_of(pn: Any) -> Sequence[int] | None:
         return None
     return _NAMED.get(pn) or (
         list(map(int, re.split("[_-]", pn))) if re.fullmatch(r"\d{1,6}([_-]\d{1,6}){,99}", pn) else None
+    )
+
+
+def sides_in_buffer(scale_of_position_1L: Tensor | None) -> list[int] | None:
+    """Reads the schedule from VAR's buffer `lvl_1L`, the scale of each position (1, L). None: it holds no schedule."""
+    if scale_of_position_1L is None or scale_of_position_1L.is_floating_point() or not scale_of_position_1L.numel():
+        return None
+    positions_L = scale_of_position_1L.flatten()
+    numbers, lengths = positions_L.unique_consecutive(return_counts=True)
+    sides = [math.isqrt(length) for length in lengths.tolist()]
+    whole = [side * side for side in sides] == lengths.tolist() and numbers.equal(torch.arange(len(sides)).to(numbers))
+    growing = sides == sorted(set(sides))
+    return sides if whole and growing else None
+
+
+def is_markovian(mask_11LL: Tensor | None, sides: Sequence[int], where: str) -> bool:
+    """Whether VAR's buffer `attn_bias_for_masking` lets a scale attend to itself alone, as HMAR's does.
+
+    A buffer that holds no mask for this schedule, or none at all, is VAR's.
+
+    Raises:
+        UserError: the mask is neither VAR's nor HMAR's.
+    """
+    schedule = ScaleSchedule.of(sides)
+    if mask_11LL is None or mask_11LL.shape != (1, 1, schedule.num_tokens, schedule.num_tokens):
+        return False
+    seen_LL = mask_11LL[0, 0] == 0
+    if len(sides) == 1 or not bool((seen_LL | (mask_11LL[0, 0] == -torch.inf)).all()):
+        return False
+    scale_L = schedule.scale_index_L(torch.device("cpu"))
+    if torch.equal(seen_LL, scale_L[:, None] >= scale_L):
+        return False
+    if torch.equal(seen_LL, scale_L[:, None] == scale_L):
+        return True
+    raise UserError(
+        f"{where}: trained with a mask of its own (attn_bias_for_masking): only those of VAR (a scale sees itself and "
+        "all coarser ones) and of HMAR (itself alone) can be computed here"
     )

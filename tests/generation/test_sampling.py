@@ -87,7 +87,7 @@ def test_tokens_and_image_are_vars(tokenizer: Tokenizer, drawn: list[Tensor], la
         assert torch.equal(tokens_of(drawn, tokenizer), tokens_BL)
 
 
-@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"qk_norm": False}])
+@pytest.mark.parametrize("changes", [{}, {"shared_adaln": True}, {"qk_norm": False}, {"markovian": True}])
 def test_experts_sample_what_they_were_trained_on(
     tokenizer: Tokenizer, drawn: list[Tensor], changes: dict[str, object]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,6 +117,73 @@ def test_the_command_writes_a_model_with_the_dense_output(tmp_path: Path, option
         output = model(vector("labels"), vector("teacher_input"))
     assert len(output.routing) == model.config.depth // moe.every
     torch.testing.assert_close(output.logits_BLV, vector("logits_adaln"), atol=2e-5, rtol=1e-4)
+
+
+def mixture_of(num_experts: int) -> NextScaleTransformer:
+    return upcycle(dense_model(), MoEConfig(num_experts=num_experts, top_k=2, every=2))
+
+
+def write_run(directory: Path, block: int, load_SE: list[list[float]]) -> Path:
+    directory.mkdir()
+    layer = {"load_scale": load_SE, "entropy_scale": [1.0] * len(load_SE)}
+    records = [{"event": "train", "step": 4}, {"event": "routing", "step": 4, "layers": {str(block): layer}}]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+def test_a_mixture_gets_more_experts_or_keeps_the_most_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its other settings stay as they are."""
+    old = mixture_of(4)
+    old.save_pretrained(tmp_path / "old")
+    words = ["--weights", str(tmp_path / "old"), "--out", str(tmp_path / "new")]
+    upcycle_command([*words, "--num-experts", "8", "--top-k", "4"])
+    more = NextScaleTransformer.load(tmp_path / "new").config.moe
+    assert more is not None
+    assert (more.num_experts, more.top_k, more.every) == (8, 4, 2)
+    run = write_run(tmp_path / "run", 1, [[0.1, 0.4, 0.1, 0.4]] * 4)
+    upcycle_command([*words, "--num-experts", "2", "--run", str(run)])
+    assert "block 1: experts 1, 3 are kept" in capsys.readouterr().out
+    fewer = NextScaleTransformer.load(tmp_path / "new")
+    assert fewer.config.moe is not None
+    assert (fewer.config.moe.num_experts, fewer.config.moe.top_k) == (2, 2)
+    weights = (dict(model.named_parameters())["blocks.1.ffn.experts.fc1_weight"] for model in (fewer, old))
+    assert torch.equal(next(weights), next(weights)[[1, 3]])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-experts", "2"], r"have 4 experts, .*give 4 or more, or .*mepa upcycle --num-experts 2 --run RUN"),
+        (["--num-experts", "2", "--run", "none"], r"--run: none/metrics\.jsonl has no record of routing; give the dir"),
+        (
+            ["--num-experts", "2", "--run", "other"],
+            r"metrics\.jsonl is of another model: expected loads of 4 scales and",
+        ),
+        (
+            ["--num-experts", "2", "--run", "torn"],
+            r"metrics\.jsonl: a record is not as a run of this version writes it",
+        ),
+        (["--num-experts", "1"], r"top_k \(2\) must not exceed num_experts \(1\)"),
+        (["--router", "smoe"], r"--router: .*old is a mixture with router stmoe, which .*; leave --router out"),
+        (["--no-shared-expert"], r"--no-shared-expert: .*with shared_expert True, .*leave --no-shared-expert out"),
+    ],
+)
+def test_what_a_mixture_cannot_become(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mixture_of(4).save_pretrained("old")
+    write_run(tmp_path / "other", 0, [[0.5, 0.5]] * 4)
+    write_run(tmp_path / "torn", 1, [["x"] * 4] * 4)  # type: ignore[list-item]
+    with pytest.raises(UserError, match=message):
+        upcycle_command(["--weights", "old", "--out", "new", *words])
+    assert not list(Path().glob("new/*"))
+
+
+def test_a_run_has_nothing_to_tell_about_a_dense_model(tmp_path: Path) -> None:
+    dense_model().save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match=r"--run: .*dense is dense, it has no experts to choose from; leave --run out"):
+        upcycle_command(["--weights", str(tmp_path / "dense"), "--out", str(tmp_path / "moe"), "--run", str(tmp_path)])
 
 
 def test_experts_wider_than_the_ffn_are_refused() -> None:

@@ -146,4 +146,19 @@ def test_a_number_of_that_name_is_no_average(tmp_path: Path, capsys: pytest.Capt
     torch.save({"model": toy(1), "ema": prefixed("module.", toy(1))}, tmp_path / "v.pth")
     for name in ("w.pth", "v.pth"):
         assert read_state_dict(tmp_path / name, wanted=WANTED).keys() >= toy(1).keys()
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path / name}: took the weights under 'model'" for name in ("w.pth", "v.pth")
+    ]
+
+
+def test_what_was_taken_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"trainer": {"net": toy(1), "vae": OTHER}}, tmp_path / "w.pth")
+    save_file({**prefixed("module.net.", toy(1)), **OTHER}, tmp_path / "w.safetensors")
+    torch.save(prefixed("module.", toy(1)), tmp_path / "plain.pth")
+    for _ in range(2):
+        for name in ("w.pth", "w.safetensors", "plain.pth"):
+            assert read_state_dict(tmp_path / name, wanted=WANTED).keys() == toy(1).keys()
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path / 'w.pth'}: took the weights under 'trainer.net'",
+        f"{tmp_path / 'w.safetensors'}: took the weights under 'net'",
+    ]

@@ -205,6 +205,29 @@ def test_weights_of_ours_in_a_file_of_their_own(tmp_path: Path) -> None:
         Tokenizer.open(tmp_path / "tokenizer" / "model.safetensors")
 
 
+def test_files_of_another_network_are_named_with_what_they_are(tmp_path: Path) -> None:
+    """One message each, with the nearest names."""
+    vit = {
+        "patch_embed.proj.weight": torch.zeros(8, 3, 4, 4),
+        "norm.weight": torch.zeros(8),
+        "head.weight": torch.zeros(3, 8),
+    }
+    for name, state in (("vit", vit), ("vae", fixture_state("tiny_vae")), ("var", fixture_state("tiny_var_adaln"))):
+        torch.save(state, tmp_path / f"{name}.pth")
+    for load, name, message in (
+        (NextScaleTransformer.open, "vit", r"word_embed\.weight \(nearest: norm\.weight\).* weights of a ViT, such"),
+        (
+            NextScaleTransformer.open,
+            "vae",
+            r"not a VAR transformer's state dict; .*These are weights of VAR's tokenizer$",
+        ),
+        (Tokenizer.open, "var", r"not a VAR tokenizer: no key .*These are weights of VAR's transformer$"),
+        (Tokenizer.open, "vit", r"not a VAR tokenizer: .*These are weights of a ViT, such as a teacher's$"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / f"{name}.pth")
+
+
 def test_arguments_of_a_class_are_refused_with_a_way(tmp_path: Path) -> None:
     checkpoint = training_checkpoint(fixture_state("tiny_var_adaln"))
     torch.save({**checkpoint, "args": argparse.Namespace(depth=2)}, tmp_path / "w.pth")

@@ -19,7 +19,7 @@ from mepa_ds.models.moe.routing import Router
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.models.transformer_files import read_transformer
 from mepa_ds.models.upcycling import NO_BIAS_AFTER_UPCYCLING, is_fresh_from_upcycling
-from mepa_ds.models.var_checkpoint import Given
+from mepa_ds.weights.var_sizes import GivenSizes
 
 _UNFIT = "does not fit the recipe's model"
 
@@ -56,6 +56,7 @@ def _architecture(config: ModelConfig) -> dict[str, object]:
         "code_width": config.code_width,
         "shared_adaln": config.shared_adaln,
         "qk_norm": config.qk_norm,
+        "markovian": config.markovian,
     }
     if config.moe is not None:
         if config.moe.every == 1:
@@ -123,7 +124,7 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
 @torch.no_grad()
 def _fill(transformer: NextScaleTransformer, path: Path, missing: Missing) -> None:
     ours = transformer.config
-    stored = read_transformer(path, Given(ours.scales if missing == "classes" else None, ours.num_heads, ours.depth))
+    stored = read_transformer(path, GivenSizes(ours.scales, ours.num_heads, ours.depth, missing != "classes"))
     try:
         adapted = adapt(
             stored.config, stored.state, stored.class_names, ours, transformer.class_names, missing,

@@ -1,11 +1,12 @@
-"""The weights of a mixture of experts for a mixture of more experts.
+"""The weights of a mixture of experts for a mixture of more experts, or of fewer.
 
 Shapes: E experts, S scales, C width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def more_experts(state: Mapping[str, Tensor], num_experts: int, seed: int = 0) -
     another top_k, tokens lose some of their choices to copies of their first.
 
     Raises:
-        UserError: fewer experts; nothing in the weights says which of them to leave out.
+        UserError: fewer experts; nothing in the weights says which of them to leave out (`fewer_experts` is told).
     """
     adapted = dict(state)
     for name, tensor in state.items():
@@ -38,12 +39,46 @@ def more_experts(state: Mapping[str, Tensor], num_experts: int, seed: int = 0) -
     return adapted
 
 
+def fewer_experts(state: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+    """The weights with these experts alone, by the index of their block, in the order given.
+
+    A router's probabilities are then shares among the kept ones, so the output is another one, even for tokens whose
+    experts are all kept: training has to go on from here.
+    """
+    adapted = dict(state)
+    for name, tensor in state.items():
+        if not name.endswith((*_BY_EXPERT, *_LAST_BY_EXPERT)):
+            continue
+        block = re.match(r"blocks\.(\d+)\.", name)
+        assert block is not None, name
+        dim = 0 if name.endswith(_BY_EXPERT) else tensor.ndim - 1
+        adapted[name] = tensor.index_select(dim, torch.tensor(kept[int(block[1])]))
+    return adapted
+
+
+def most_used(
+    loads: Mapping[int, Sequence[Sequence[float]]], lengths: Sequence[int], count: int
+) -> dict[int, list[int]]:
+    """The `count` experts of each block that most tokens went to, by rising index.
+
+    Args:
+        loads: each block's share of each expert in a scale's tokens, (S, E).
+        lengths: tokens of each scale, (S,).
+    """
+    kept = {}
+    for block, load_SE in loads.items():
+        tokens_E = torch.tensor(lengths, dtype=torch.float64) @ torch.tensor(load_SE, dtype=torch.float64)
+        kept[block] = sorted(tokens_E.argsort(descending=True, stable=True)[:count].tolist())
+    return kept
+
+
 def _copied(name: str, tensor: Tensor, dim: int, num_experts: int, seed: int) -> Tensor:
     count = tensor.shape[dim]
     if num_experts < count:
         raise UserError(
-            f"model.moe.num_experts: the weights have {count} experts, and nothing says which of them to leave out for "
-            f"{num_experts}; give {count} or more"
+            f"model.moe.num_experts: the weights have {count} experts, and nothing in them says which to leave out for "
+            f"{num_experts}; give {count} or more, or keep the most used ones, with `mepa upcycle --num-experts "
+            f"{num_experts} --run RUN`, where RUN is the run that trained them"
         )
     copied = tensor.index_select(dim, torch.arange(num_experts) % count)
     if (name.endswith(".gate.weight") or name.endswith(".scale_logits_SE")) and num_experts > count:

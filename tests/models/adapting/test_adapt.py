@@ -14,9 +14,10 @@ from mepa_ds.config.model import SCALES_256, SCALES_512, ModelConfig, MoEConfig
 from mepa_ds.engine.starting.initial_weights import load_initial_weights
 from mepa_ds.errors import UserError
 from mepa_ds.models.adapting.adapt import CLASSES, Missing, adapt
-from mepa_ds.models.adapting.experts import more_experts
+from mepa_ds.models.adapting.experts import fewer_experts, more_experts, most_used
 from mepa_ds.models.adapting.scales import POSITIONS, SCALES, resampled
 from mepa_ds.models.transformer import NextScaleTransformer
+from mepa_ds.models.var_checkpoint import name_in_var
 from mepa_ds.scales import ScaleSchedule
 
 
@@ -99,8 +100,36 @@ def test_copies_of_all_experts_give_the_old_output(router: str, renormalize: boo
     new.load_state_dict(more_experts(old.state_dict(), 8))
     expected = logits_of(old)
     assert (logits_of(new) - expected).abs().max() < 0.05 * expected.std()
-    with pytest.raises(UserError, match=r"the weights have 8 experts, .* for 3; give 8 or more"):
+    with pytest.raises(
+        UserError, match=r"the weights have 8 experts, .* for 3; give 8 or more, or .*--num-experts 3 --run RUN"
+    ):
         more_experts(new.state_dict(), 3)
+
+
+@pytest.mark.parametrize("router", ["stmoe", "smoe", "token"])
+def test_the_kept_experts_are_those_that_were_used(router: str) -> None:
+    """Where the routers use no other ones, the output is the old one: with renormalised shares of the chosen two."""
+    moe = {"num_experts": 6, "top_k": 2, "router": router, "renormalize": True, "bias_rate": 0.01}
+    old = model_of(moe=moe)
+    kept = {0: [1, 4, 5], 1: [0, 2, 3]}
+    with torch.no_grad():
+        for block, experts in kept.items():
+            others = [expert for expert in range(6) if expert not in experts]
+            ffn = old.blocks[block].ffn
+            for parameter in ffn.router.parameters():
+                parameter.mul_(50)
+            ffn.router.bias_steps_E[others] = -(10**6)
+    loads = {block: [[float(e in experts) for e in range(6)]] * 3 for block, experts in kept.items()}
+    assert most_used(loads, old.schedule.lengths, 3) == kept
+    new = model_of(moe=moe | {"num_experts": 3})
+    new.load_state_dict(fewer_experts(old.state_dict(), kept))
+    torch.testing.assert_close(logits_of(new), logits_of(old), atol=1e-5, rtol=1e-5)
+
+
+def test_the_most_used_are_counted_in_tokens() -> None:
+    """A coarse scale's favourite has few tokens; of equals the first is kept."""
+    assert most_used({3: [[1.0, 0.0, 0.0], [0.0, 0.6, 0.4]]}, (1, 4), 1) == {3: [1]}
+    assert most_used({0: [[0.2, 0.4, 0.4]]}, (1,), 1) == {0: [1]}
 
 
 def adapted(
@@ -149,6 +178,17 @@ def test_a_run_starts_with_other_scales_and_says_so(tmp_path: Path, capsys: pyte
     assert "was trained with scales [1, 2, 4]: embeddings of positions and scales are resampled" in said
     assert "knows 4 classes, model.num_classes is 7: embeddings of the classes start anew" in said
     assert torch.equal(run.head.weight, model_of().head.weight)
+
+
+def test_a_file_that_does_not_tell_its_schedule(tmp_path: Path) -> None:
+    """VAR's is tried, then the recipe's; else the message says how to tell it."""
+    state = {name_in_var(name): tensor for name, tensor in model_of().state_dict().items()}
+    torch.save(state, tmp_path / "var.pth")
+    run = model_of(num_classes=7)
+    load_initial_weights(run, tmp_path / "var.pth", "scales")
+    assert torch.equal(run.position_embed, model_of().position_embed)
+    with pytest.raises(UserError, match=r"SCALES\)\.save_pretrained\(DIRECTORY\), and init_weights=DIRECTORY"):
+        load_initial_weights(model_of(scales=(1, 2, 3, 4)), tmp_path / "var.pth", "scales")
 
 
 @pytest.mark.parametrize(("missing", "starts"), [("classes", False), ("scales", False), ("all", True)])
