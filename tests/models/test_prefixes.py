@@ -54,9 +54,10 @@ def test_the_own_scale_equals_a_mask(sides: tuple[int, ...]) -> None:
     scale_L = schedule.scale_index_L()
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3, schedule.num_tokens, 8, requires_grad=True) for _ in range(3)]
-    found = own_scale_attention(inputs[0], inputs[1], inputs[2], schedule.bounds, 0.5)
+    q, k, v = inputs
+    found = own_scale_attention(q, k, v, schedule.bounds, 0.5)
     mask_LL = scale_L[:, None] == scale_L
-    expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask_LL, scale=0.5).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_LL, scale=0.5).transpose(1, 2)
     gradient = torch.randn_like(found)
     pairs = zip(*(torch.autograd.grad(out, inputs, gradient) for out in (found, expected)), strict=True)
     for ours, theirs in [(found, expected), *pairs]:

@@ -115,10 +115,10 @@ def test_the_kept_experts_are_those_that_were_used(router: str) -> None:
     with torch.no_grad():
         for block, experts in kept.items():
             others = [expert for expert in range(6) if expert not in experts]
-            ffn = old.blocks[block].ffn
-            for parameter in ffn.router.parameters():
+            router_of_block: Any = old.get_submodule(f"blocks.{block}.ffn.router")
+            for parameter in router_of_block.parameters():
                 parameter.mul_(50)
-            ffn.router.bias_steps_E[others] = -(10**6)
+            router_of_block.bias_steps_E[others] = -(10**6)
     loads = {block: [[float(e in experts) for e in range(6)]] * 3 for block, experts in kept.items()}
     assert most_used(loads, old.schedule.lengths, 3) == kept
     new = model_of(moe=moe | {"num_experts": 3})
