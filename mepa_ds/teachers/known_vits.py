@@ -59,7 +59,7 @@ def settings_of(model_name: str) -> Any:
         architecture = model_name.partition(".")[0]
         known = ", ".join(timm.list_pretrained(f"{architecture}.*"))
         raise UserError(
-            f"teacher {model_name!r} is unknown: timm has {known or f'no tag of {architecture}'}"
+            f"teacher {model_name!r} is unknown; timm has {known or f'no tag of {architecture}'}"
         ) from error
 
 

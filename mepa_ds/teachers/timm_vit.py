@@ -122,7 +122,7 @@ def load_weights(model: Any, name: str, model_name: str, path: Path) -> None:
     if convert is not None:
         try:
             state = convert(state, model)
-        except (KeyError, RuntimeError, AttributeError) as error:
+        except (KeyError, IndexError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
             raise UserError(f"{path}: these are not weights of timm's {model_name} ({error})") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))

@@ -7,7 +7,7 @@ other names for some modules, which are in the table too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -72,11 +72,11 @@ class Layout(NamedTuple):
 
     @property
     def is_gated(self) -> bool:
-        return not {".mlp.fc1.weight"} & set(self.keys.values())
+        return ".mlp.fc1.weight" not in self.keys.values()
 
     def split(self, name: str) -> tuple[str, str]:
         """(number of the block or "", name within it)."""
-        match = re.fullmatch(rf"{re.escape(self.blocks)}(0|[1-9]\d{{,3}})(\..+)", name)
+        match = re.fullmatch(rf"{re.escape(self.blocks)}(0|[1-9]\d{{,2}})(\..+)", name)
         return (match[1], match[2]) if match else ("", name)
 
     def authors_name(self, name: str) -> str:
@@ -115,7 +115,7 @@ def layout_of(state: Mapping[str, Tensor], where: str) -> Layout:
         UserError: names are missing, or there are others; the message has the nearest of each.
     """
     found = [(*_wrong_names(state, layout), layout) for layout in _LAYOUTS]
-    missing, unexpected, layout = min(found, key=lambda item: len(item[0]) + len(item[1]))
+    unexpected, missing, layout = min(found, key=lambda item: (len(item[0]), len(item[1])))
     problems = [
         f"{len(names)} {what}: "
         + listed([*(with_match(name, others) for name in names[:MAX_NAMED]), *names[MAX_NAMED:]])
@@ -126,11 +126,12 @@ def layout_of(state: Mapping[str, Tensor], where: str) -> Layout:
         if names
     ]
     if problems:
-        nearest = DINOV3 if layout.is_dinov3 else DINOV2
+        known = DINOV3 if layout.is_dinov3 else DINOV2
+        nearest = f"nearest is its {known}, but {'; '.join(problems)}"
         raise UserError(
-            f"{where}: not the weights of a DINOv2 or DINOv3 of the transformers library, or not all of them; nearest "
-            f"is its {nearest}, but {'; '.join(problems)}. Copy the file again; of another model, give timm's file and "
-            "timm's name for it as the teacher"
+            f"{where}: not the weights of a DINOv2 or DINOv3 of the transformers library, or not all of them; "
+            + (f"it has none of their names, but {listed(unexpected)}" if len(unexpected) == len(state) else nearest)
+            + ". Copy the file again; of another model, give timm's file, and timm's name of it as the teacher"
         )
     return layout
 
@@ -145,7 +146,7 @@ def facts_of_weights(state: Mapping[str, Tensor], layout: Layout, where: str) ->
     facts = {
         "model_type": DINOV3 if layout.is_dinov3 else DINOV2_REGISTERS if has_registers else DINOV2,
         "hidden_size": size_in(state, [(_CLS, 3, 2), (norm, 1, 0)], where),
-        "num_hidden_layers": len(set(_numbers(state, layout))),
+        "num_hidden_layers": _num_blocks(state, layout),
         "patch_size": size_in(state, [(patches, 4, 2)], where),
         "num_register_tokens": size_in(state, [(_REGISTERS, 3, 1)], where) if has_registers else 0,
         "gated MLP": layout.is_gated,
@@ -178,7 +179,7 @@ def to_authors(state: dict[str, Tensor], layout: Layout, where: str) -> dict[str
     for whole, pieces in parts.items():  # no bias of keys
         authors[whole] = _joined({1: torch.zeros_like(pieces[0]), **pieces}, whole, where)
     # timm knows the authors' DINOv2 by its mask token, which a model may be made without.
-    authors.setdefault("mask_token", torch.zeros_like(authors["cls_token"][0]))
+    authors.setdefault("mask_token", authors["cls_token"].new_zeros(authors["cls_token"].shape[1:]))
     return authors
 
 
@@ -191,22 +192,20 @@ def _joined(pieces: Mapping[int, Tensor], name: str, where: str) -> Tensor:
 
 
 def _wrong_names(state: Mapping[str, Tensor], layout: Layout) -> tuple[list[str], list[str]]:
-    """(names that are missing, names that are of no part of the model)."""
+    """(names that are of no part of the model, names that are missing)."""
     optional = {_MASK, *(_BIASES_3 if layout.is_dinov3 else [_REGISTERS])}
     if _BIASES_3 & {layout.split(name)[1] for name in state}:  # one block has them: all do
         optional -= {".attention.q_proj.bias", ".attention.v_proj.bias"}
-    blocks = range(len(set(_numbers(state, layout))))
-    known = [
-        (f"{layout.blocks}{number}{name}" if name.startswith(".") else name, name in optional)
+    blocks = range(_num_blocks(state, layout))
+    known = {
+        f"{layout.blocks}{number}{name}" if name.startswith(".") else name: name in optional
         for name in layout.keys
         for number in (blocks if name.startswith(".") else [0])
-    ]
-    missing = [name for name, is_optional in known if not is_optional and name not in state]
-    names = {name for name, _ in known}
-    return missing, [name for name in state if name not in names]
+    }
+    missing = [name for name, is_optional in known.items() if not is_optional and name not in state]
+    return [name for name in state if name not in known], missing
 
 
-def _numbers(state: Mapping[str, Tensor], layout: Layout) -> Iterator[str]:
-    for name in state:
-        if number := layout.split(name)[0]:
-            yield number
+def _num_blocks(state: Mapping[str, Tensor], layout: Layout) -> int:
+    numbers = (layout.split(name)[0] for name in state)
+    return max((int(number) + 1 for number in numbers if number), default=0)

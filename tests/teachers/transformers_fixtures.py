@@ -74,7 +74,7 @@ def state_of(name: str) -> dict[str, Tensor]:
 def weight(key: str, shape: list[int]) -> Tensor:
     """Numbers that depend on the name alone, none of them 0. NumPy keeps RandomState's streams for ever."""
     z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    if "norm" in key.split(".")[-2] and key.endswith("weight") or key.endswith("lambda1"):
+    if ("norm" in key.split(".")[-2] and key.endswith("weight")) or key.endswith("lambda1"):
         value = 1 + 0.3 * z
     elif len(shape) in (2, 4):
         value = z / math.sqrt(math.prod(shape[1:]))
