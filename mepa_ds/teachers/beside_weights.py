@@ -69,6 +69,25 @@ def check_facts(said: Facts, source: str, name: str, own: Mapping[str, Any] | No
         raise UserError(f"{source}: not {name}, but {told}; {_these_are(said)}, or give weights of {name}")
 
 
+def teachers_beside(path: Path) -> tuple[list[str], str]:
+    """(the teachers that everything beside the weights in a directory fits, why there is none or "").
+
+    Its config.json says that it is of one of MODEL_TYPES.
+    """
+    facts = facts_of_config(_read(path, CONFIG_NAME))
+    found, wrong = nearest_teachers(facts)
+    if wrong or not found:
+        return [], _these_are(facts)
+    fitting, reason = [], ""
+    for name in found:
+        try:
+            check_beside(path, name, TIMM_NAMES[name])
+            fitting.append(name)
+        except UserError as error:
+            reason = str(error)
+    return fitting, "" if fitting else reason
+
+
 def _these_are(said: Facts) -> str:
     teachers, wrong = nearest_teachers(said)
     if not wrong:

@@ -56,8 +56,8 @@ class TimmVit(Teacher):
         """
         if weights is None:
             raise UserError(
-                f"teacher {name!r} needs weights: give the path of a local checkpoint (.pth or .safetensors) of timm's "
-                f"{model_name}, or {HUB!r} to let timm download it"
+                f"teacher {name!r} needs weights: give the path of a local checkpoint (.pth, .safetensors or a "
+                f"directory from the Hub) of timm's {model_name}, or {HUB!r} to let timm download it"
             )
         if str(weights) != HUB:
             check_beside(Path(weights), name, model_name)

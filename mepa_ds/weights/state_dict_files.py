@@ -30,7 +30,7 @@ from mepa_ds.weights.state_dicts import MAX_NAMED, Found, Wanted, averages_not_r
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
+PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
 _HUB_NAMES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
@@ -95,8 +95,8 @@ def _read(source: Path | str | Mapping[str, Tensor], prefix: str, wanted: Wanted
     if path.suffix != ".safetensors" and not path.is_dir():
         return _chosen(_read_pickle(path), prefix, wanted, str(path), path)
     if path.is_dir() and not (path / WEIGHTS_NAME).exists() and not (path / INDEX_NAME).exists():
-        if (path / _PICKLE_NAME).exists():
-            return _chosen(_read_pickle(path / _PICKLE_NAME), prefix, wanted, str(path), path / _PICKLE_NAME)
+        if (path / PICKLE_NAME).exists():
+            return _chosen(_read_pickle(path / PICKLE_NAME), prefix, wanted, str(path), path / PICKLE_NAME)
         raise UserError(f"{path}: no {WEIGHTS_NAME} or {INDEX_NAME} in this directory{_snapshots(path)}")
     shards = _shards_in(path)
     if not shards:
