@@ -185,9 +185,9 @@ def to_authors(state: dict[str, Tensor], layout: Layout, where: str) -> dict[str
 
 def _joined(pieces: Mapping[int, Tensor], name: str, where: str) -> Tensor:
     ordered = [pieces[number] for number in sorted(pieces)]
-    if len({piece.shape for piece in ordered}) > 1 or not ordered[0].ndim:
-        shapes = ", ".join(str(tuple(piece.shape)) for piece in ordered)
-        raise UserError(f"{where}: the parts of {name} must have one shape, but have {shapes}; copy the file again")
+    if len({(piece.shape, piece.dtype) for piece in ordered}) > 1 or not ordered[0].ndim:
+        kinds = ", ".join(f"{tuple(piece.shape)} {str(piece.dtype).removeprefix('torch.')}" for piece in ordered)
+        raise UserError(f"{where}: the parts of {name} must have one shape and type, but have {kinds}; copy it again")
     return torch.cat(ordered)
 
 

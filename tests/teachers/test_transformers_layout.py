@@ -192,7 +192,8 @@ def test_published_models_of_random_weights(name: str, tmp_path: Path) -> None:
             state[key].zero_()
     teacher = build_teacher(name, fixtures.write(tmp_path, name, state), grid_side=2)
     assert teacher.width == 384
-    qkv = teacher.model.blocks[11].attn.qkv.weight  # type: ignore[union-attr]
+    assert isinstance(teacher, TimmVit)
+    qkv = teacher.model.blocks[11].attn.qkv.weight
     keys = next(key for key in state if "layer.11." in key and key.endswith(("key.weight", "k_proj.weight")))
     torch.testing.assert_close(qkv[384:768], state[keys].float())
     assert teacher.patch_features(torch.zeros(1, 3, 32, 32)).isfinite().all()
@@ -256,12 +257,17 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Tensor]], dict[str, Tensor]],
     "half a key": (
         "dinov2",
         lambda state: state | {"encoder.layer.0.attention.attention.key.weight": torch.ones(24, 48)},
-        "the parts of blocks.0.attn.qkv.weight must have one shape",
+        "the parts of blocks.0.attn.qkv.weight must have one shape and type",
+    ),
+    "half precision": (
+        "dinov2",
+        lambda state: state | {"encoder.layer.0.attention.attention.key.weight": torch.ones(48, 48).half()},
+        "must have one shape and type, but have .48, 48. float32, .48, 48. float16",
     ),
     "a number": (
         "dinov3",
         lambda state: state | {"layer.0.attention.k_proj.weight": torch.tensor(1.0)},
-        "the parts of blocks.0.attn.qkv.weight must have one shape",
+        "the parts of blocks.0.attn.qkv.weight must have one shape and type",
     ),
     "numbers": ("dinov2", lambda state: {key: torch.tensor(1.0) for key in state}, "has shape ()"),
     "nothing": ("dinov2", lambda state: {key: tensor[:0] for key, tensor in state.items()}, "34 of another shape"),
