@@ -19,7 +19,6 @@ from mepa_ds.teachers.registry import build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 from tests.teachers import transformers_fixtures as fixtures
 
-PUBLISHED = sorted(fixtures.models().keys() - fixtures.TINY.keys())
 SATELLITE = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
 WEB = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -42,12 +41,12 @@ def refused(path: Path, teacher: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", fixtures.PUBLISHED)
 def test_the_published_settings_fit_their_teacher_alone(name: str, tmp_path: Path) -> None:
     path = folder(tmp_path, config=fixtures.models()[name]["config"], preprocessor_config=WEB)
     check(path, name)
     check(path / "model.safetensors", name)
-    others = [other for other in PUBLISHED if other != name]
+    others = [other for other in fixtures.PUBLISHED if other != name]
     for other in others:
         told = refused(path, other)
         assert told.startswith(f"{path}: config.json says: not {other}, but ")

@@ -37,6 +37,10 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov3-no-bias": ("vit_7b_patch16_dinov3", {"img_size": 64}),
 }
 TINY_SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+PUBLISHED = sorted(f"dinov2-{size}{kind}" for size in "sblg" for kind in ("", "-reg")) + [
+    f"dinov3-{size}" for size in ("s", "s-plus", "b", "l", "h-plus", "7b")
+]
+"""Teachers that the published models are of."""
 
 
 @cache
