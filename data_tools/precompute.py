@@ -110,9 +110,11 @@ class Features:
     """Directory of the image set."""
     teacher: str
     """patch-pca, contrastive, supervised (fit-teacher makes these), dinov2-s|b|l|g[-reg],
-    dinov3-s|s-plus|b|l|h-plus|7b, or any plain ViT by its name in timm."""
+    dinov3-s|s-plus|b|l|h-plus|7b, dinov3-l|7b-sat (trained on satellite images), or any plain ViT by its name in
+    timm."""
     weights: PathOrName | None = None
-    """Local checkpoint of the teacher (the directory that fit-teacher wrote), or `hub` to let timm download it."""
+    """Local checkpoint of the teacher (a file or directory of timm, the authors or the transformers library, or the
+    directory that fit-teacher wrote), or `hub` to let timm download it."""
     codec: str = "int8"
     """How features are stored: fp16, int8 (a scale a token) or pca<k>-int8 (k principal components)."""
     grid_side: int | None = None

@@ -23,7 +23,8 @@ class OnlineTeacher(Section):
     """As for mepa data precompute: dinov2-s|b|l|g[-reg], dinov3-..., any plain ViT of timm, or one that fit-teacher
     made."""
     weights: PathOrHub
-    """Local checkpoint (the directory that fit-teacher wrote), or `hub` to let timm download it."""
+    """Local checkpoint (a file or directory of timm, the authors or the transformers library, or the directory that
+    fit-teacher wrote), or `hub` to let timm download it."""
 
 
 class DataConfig(Section):

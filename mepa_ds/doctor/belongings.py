@@ -13,16 +13,34 @@ from mepa_ds.data.shards.index import ShardIndex
 from mepa_ds.data.shards.writer import MANIFEST_NAME
 from mepa_ds.doctor.finding import Finding, note, ok, problem
 from mepa_ds.errors import UserError
+from mepa_ds.evaluation import classifier
+from mepa_ds.models import transformer_files
 from mepa_ds.runtime.run_lock import is_held
 from mepa_ds.runtime.status import STATUS_NAME, read_status
 from mepa_ds.slurm import scheduler
 from mepa_ds.slurm.checks import check_partition
 from mepa_ds.slurm.profile import read_profile
+from mepa_ds.teachers import conv_net, patch_pca
+from mepa_ds.teachers.beside_weights import teachers_beside
+from mepa_ds.teachers.known_vits import MODEL_TYPES, nearest_teachers
+from mepa_ds.teachers.transformers_layout import WANTED_NAMES, facts_of_weights, layout_of
+from mepa_ds.tokenizer import tokenizer_files
 from mepa_ds.weights.directories import read_kind
-from mepa_ds.weights.state_dict_files import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, read_json, read_state_dict
+from mepa_ds.weights.state_dict_files import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_json,
+    read_state_dict,
+    read_with_rest,
+)
+from mepa_ds.weights.state_dicts import Wanted
 from mepa_ds.weights.var_sizes import GivenSizes
 
 _MOST_RUNS = 200
+_OURS = (transformer_files.KIND, tokenizer_files.KIND, patch_pca.KIND, classifier.KIND, *conv_net.KINDS)
+_THEIRS = "weights in the transformers library's layout"
 
 
 def look_at_runs(folder: Path) -> Iterator[Finding]:
@@ -78,19 +96,45 @@ def look_at_weights(path: Path) -> Finding:
         return problem(about, "no such file or directory", "give a file of weights, or a directory like RUN/best")
     try:
         if path.is_dir() and (path / CONFIG_NAME).is_file():
-            kind = read_kind(path)
-            if kind != "None" and (damage := _damage(path)) is not None:
-                return problem(about, damage, "copy or export the weights again")
-            return ok(about, f"a {kind} of this project" if kind != "None" else "weights in Hugging Face's layout")
+            return _look_at_directory(path)
         state = read_state_dict(path)
     except UserError as error:
         return problem(about, str(error), "give a whole file: .safetensors, or one of torch.save that holds tensors")
     count = sum(tensor.numel() for tensor in state.values())
     layout = _layout_of(path)
+    if layout is None and (teachers := _teachers_of(path)):
+        return ok(about, f"{_THEIRS} of the teacher {' or '.join(teachers)}, {count / 1e6:.1f}M numbers")
     if layout is None:
         text = f"{len(state)} tensors, {count / 1e6:.1f}M numbers, in neither VAR's nor this project's layout"
         return note(about, text, "a teacher's file is read as it is: --weights of mepa data precompute features")
     return ok(about, f"{layout}, {count / 1e6:.1f}M numbers")
+
+
+def _look_at_directory(path: Path) -> Finding:
+    """Of weights with a config.json."""
+    about, kind = str(path), read_kind(path)
+    if not (path / PICKLE_NAME).is_file() and (damage := _damage(path)) is not None:
+        return problem(about, damage, "copy or export the weights again")
+    if kind in _OURS:
+        return ok(about, f"a {kind} of this project")
+    if kind == "None":
+        return ok(about, "weights in Hugging Face's layout")
+    if kind not in MODEL_TYPES:
+        remedy = "of the transformers library's models, only teachers are read: DINOv2 and DINOv3"
+        return note(about, f"a {kind[:100]}, which is none of this project's models", remedy)
+    teachers, wrong = teachers_beside(path)
+    if teachers:
+        return ok(about, f"{_THEIRS} of the teacher {' or '.join(teachers)}")
+    return note(about, f"{_THEIRS}, but of no teacher: {wrong}", "docs/data.md lists the teachers")
+
+
+def _teachers_of(path: Path) -> list[str]:
+    """The teachers that weights in the transformers library's layout are of, by their names and shapes."""
+    with suppress(UserError):
+        state, _ = read_with_rest(path, Wanted("a teacher", WANTED_NAMES[0], WANTED_NAMES[1:]))
+        found, wrong = nearest_teachers(facts_of_weights(state, layout_of(state, str(path)), str(path)))
+        return found if not wrong else []
+    return []
 
 
 def _damage(directory: Path) -> str | None:

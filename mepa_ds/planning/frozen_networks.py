@@ -20,7 +20,8 @@ from mepa_ds.config.tokenizer_training import TokenizerTrainingConfig
 from mepa_ds.data.shards.index import INDEX_NAME, ShardIndex
 from mepa_ds.planning.memory_trace import LiveBytes, materialise
 from mepa_ds.teachers.base import Teacher
-from mepa_ds.teachers.registry import FITTED, TIMM_NAMES, build_teacher
+from mepa_ds.teachers.known_vits import TIMM_NAMES
+from mepa_ds.teachers.registry import FITTED, build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 from mepa_ds.weights.directories import CONFIG_NAME

@@ -1,5 +1,5 @@
 """Teachers by name. A new teacher is a file with a subclass of `Teacher` and a line in TEACHERS, or, for a ViT of timm,
-a line in TIMM_NAMES. Its features must then be precomputed.
+a line in TIMM_NAMES (known_vits.py). Its features must then be precomputed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from mepa_ds.errors import UserError
 from mepa_ds.teachers import patch_pca
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.conv_net import KINDS, ConvNetConfig, ConvTeacher, Kind
+from mepa_ds.teachers.known_vits import TIMM_NAMES
 from mepa_ds.teachers.patch_pca import PatchPca, PatchPcaConfig
 from mepa_ds.teachers.timm_vit import TimmVit
 
@@ -41,24 +42,6 @@ def _conv(kind: Kind) -> Loader:
 def _timm(model_name: str) -> Loader:
     return lambda name, weights, grid_side: TimmVit.load(name, model_name, weights, grid_side)
 
-
-TIMM_NAMES = {
-    "dinov2-s": "vit_small_patch14_dinov2",
-    "dinov2-b": "vit_base_patch14_dinov2",
-    "dinov2-l": "vit_large_patch14_dinov2",
-    "dinov2-g": "vit_giant_patch14_dinov2",
-    "dinov2-s-reg": "vit_small_patch14_reg4_dinov2",
-    "dinov2-b-reg": "vit_base_patch14_reg4_dinov2",
-    "dinov2-l-reg": "vit_large_patch14_reg4_dinov2",
-    "dinov2-g-reg": "vit_giant_patch14_reg4_dinov2",
-    "dinov3-s": "vit_small_patch16_dinov3",
-    "dinov3-s-plus": "vit_small_plus_patch16_dinov3",
-    "dinov3-b": "vit_base_patch16_dinov3",
-    "dinov3-l": "vit_large_patch16_dinov3",
-    "dinov3-h-plus": "vit_huge_plus_patch16_dinov3",
-    "dinov3-7b": "vit_7b_patch16_dinov3",
-}
-"""Our short name of a ViT -> its name in timm."""
 
 FITTED: dict[str, Callable[[], Teacher]] = {
     patch_pca.KIND: lambda: PatchPca(PatchPcaConfig()),

@@ -9,17 +9,23 @@ REPA and MEPA do. Position embeddings are resampled to the grid by timm.
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mepa_ds import distributed
 from mepa_ds.errors import UserError
+from mepa_ds.log import note
+from mepa_ds.teachers import transformers_layout
 from mepa_ds.teachers.base import Teacher
+from mepa_ds.teachers.beside_weights import check_beside, check_facts
+from mepa_ds.teachers.known_vits import facts_of_model, is_dino, settings_of
 from mepa_ds.weights.directories import load_strict
-from mepa_ds.weights.state_dict_files import read_state_dict
-from mepa_ds.weights.state_dicts import Wanted
+from mepa_ds.weights.state_dict_files import read_with_rest
+from mepa_ds.weights.state_dicts import Wanted, listed
 
 HUB = "hub"
 """Given in place of a weights path: let timm resolve the model's name and download it."""
@@ -44,18 +50,20 @@ class TimmVit(Teacher):
     def load(cls, name: str, model_name: str, weights: str | Path | None, grid_side: int | None) -> TimmVit:
         """Builds timm's `model_name` with weights from a local file or directory, or from the hub when asked.
 
-        Local weights may be timm's own or the authors' original file (DINOv2's and DINOv3's .pth are converted).
-        Raises UserError for weights that are missing, unreadable or of another model, and for a model that is no
-        plain ViT.
+        Local weights may be timm's own, the authors' original file (DINOv2's and DINOv3's .pth are converted), or
+        DINOv2 or DINOv3 as the transformers library stores them. Raises UserError for weights that are missing,
+        unreadable or of another model, and for a model that is no plain ViT.
         """
         if weights is None:
             raise UserError(
-                f"teacher {name!r} needs weights: give the path of a local checkpoint (.pth or .safetensors) of timm's "
-                f"{model_name}, or {HUB!r} to let timm download it"
+                f"teacher {name!r} needs weights: give the path of a local checkpoint (.pth, .safetensors or a "
+                f"directory from the Hub) of timm's {model_name}, or {HUB!r} to let timm download it"
             )
+        if str(weights) != HUB:
+            check_beside(Path(weights), name, model_name)
         model = _create(model_name, pretrained=str(weights) == HUB)
         if str(weights) != HUB:
-            _load_local(model, model_name, Path(weights))
+            load_weights(model, name, model_name, Path(weights))
         return cls(name, model, grid_side or DEFAULT_GRID_SIDE).freeze()
 
     @classmethod
@@ -78,6 +86,7 @@ class TimmVit(Teacher):
 def _create(model_name: str, pretrained: bool) -> Any:
     import timm
 
+    settings_of(model_name)  # raises for a tag that is none
     try:
         model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
     except TypeError as error:  # the constructor takes no dynamic_img_size
@@ -93,36 +102,50 @@ def _create(model_name: str, pretrained: bool) -> Any:
     return model
 
 
-def _load_local(model: Any, model_name: str, path: Path) -> None:
-    # Names that the authors' files and timm's have in common.
+def load_weights(model: Any, name: str, model_name: str, path: Path) -> None:
+    """Reads a local file or directory into timm's `model_name`, which is the teacher `name`. Raises UserError."""
+    # Names that the authors' files and timm's have in common, and those of the transformers library.
     names = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "norm.weight")
-    state = read_state_dict(path, wanted=Wanted(f"a ViT such as timm's {model_name}", names))
-    _check_format(state, model, model_name, path)
+    wanted = Wanted(f"a ViT such as timm's {model_name}", names, transformers_layout.WANTED_NAMES)
+    state, rest = read_with_rest(path, wanted)
+    if transformers_layout.is_theirs(state):
+        layout = transformers_layout.layout_of(state, str(path))
+        facts = transformers_layout.facts_of_weights(state, layout, str(path))
+        own = facts_of_model(model, model_name) if is_dino(model_name) else None
+        check_facts(facts, f"{path}: the weights are", name, own)
+        state = transformers_layout.to_authors(state, layout, str(path))
+        if rest:
+            _say_left_out(str(path), listed(rest))
+    _check_qkv_bias(state, model, model_name, path)
     # timm keeps each architecture's conversion of original checkpoints beside the architecture.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
             state = convert(state, model)
-        except (KeyError, RuntimeError, AttributeError) as error:
+        except (KeyError, IndexError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
             raise UserError(f"{path}: these are not weights of timm's {model_name} ({error})") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
     load_strict(model, {name: tensor for name, tensor in state.items() if not name.startswith(heads)}, str(path))
 
 
-def _check_format(state: dict[str, Tensor], model: nn.Module, model_name: str, path: Path) -> None:
-    """Refuses weights that timm would silently misread, and drops zero biases that it would reject."""
-    if any(name.startswith("embeddings.") for name in state):
-        raise UserError(
-            f"{path}: a checkpoint of the transformers library; give timm's {model_name} or the authors' original file"
-        )
+@cache
+def _say_left_out(where: str, names: str) -> None:
+    """Says once for each file what no teacher has use for: a classifier's head, a decoder."""
+    if distributed.is_main():
+        note(f"{where}: left out {names}, which are no part of the teacher")
+
+
+def _check_qkv_bias(state: dict[str, Tensor], model: nn.Module, model_name: str, path: Path) -> None:
+    """Refuses a bias that timm would silently leave out, and drops one that is zero, which timm would reject."""
     if "storage_tokens" not in state or _has_qkv_bias(model):
         return
     # DINOv3's original files have a qkv bias that is zero in most models; timm leaves it out of those.
     for name in [name for name in state if name.endswith("attn.qkv.bias")]:
         mask = state.get(f"{name}_mask")
         if (state[name] * (1 if mask is None else mask.nan_to_num(0))).any():
-            raise UserError(f"{path}: these weights have a qkv bias; use the teacher {model_name}_qkvb")
+            architecture, dot, tag = model_name.partition(".")
+            raise UserError(f"{path}: these weights have a qkv bias; use the teacher {architecture}_qkvb{dot}{tag}")
         del state[name]
 
 

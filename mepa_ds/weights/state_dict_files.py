@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,12 +25,12 @@ from mepa_ds.files import check_regular
 from mepa_ds.log import note
 from mepa_ds.safety.reading import read_json_object
 from mepa_ds.weights.file_checks import check_safetensors, check_tensors, check_torch_file
-from mepa_ds.weights.state_dicts import MAX_NAMED, Wanted, averages_not_read, find, listed, nests_of, notes_in
+from mepa_ds.weights.state_dicts import MAX_NAMED, Found, Wanted, averages_not_read, find, listed, nests_of, notes_in
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-_PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
+PICKLE_NAME = "pytorch_model.bin"  # of older versions of huggingface_hub
 _HUB_NAMES = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)")
 _SHARD = re.compile(r"[\w-][\w.-]*\.safetensors")
 
@@ -52,7 +52,7 @@ def read_state_dict(
         UserError: no such file, no state dict in it, several that are meant, or a pickle that holds more than tensors
             and plain values (refused, not executed).
     """
-    return _read(source, prefix, wanted)[0]
+    return _read(source, prefix, wanted).state
 
 
 def read_checkpoint(
@@ -61,42 +61,56 @@ def read_checkpoint(
     """A state dict and the settings beside it, nearest first: a training program's `args` or `config` in the file,
     or the config.json beside weights in Hugging Face's layout.
     """
-    state, notes = _read(source, prefix, wanted)
-    if not isinstance(source, Mapping):
-        path = Path(source)
-        config_path = path / CONFIG_NAME if path.is_dir() else path.with_name(CONFIG_NAME)
-        if (path.is_dir() or _HUB_NAMES.fullmatch(path.name)) and config_path.exists():
-            notes = [*notes, read_json(config_path)]
+    state, notes, _ = _read(source, prefix, wanted)
+    folder = None if isinstance(source, Mapping) else settings_folder(Path(source))
+    if folder is not None and (folder / CONFIG_NAME).exists():
+        notes = [*notes, read_json(folder / CONFIG_NAME)]
     return state, notes
 
 
-def _read(
-    source: Path | str | Mapping[str, Tensor], prefix: str, wanted: Wanted | None
-) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
+def read_with_rest(path: Path, wanted: Wanted) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """A state dict, and the names in the file of the tensors around it, which are no part of the wanted network."""
+    state, _, rest = _read(path, "", wanted)
+    return state, rest
+
+
+def settings_folder(path: Path) -> Path | None:
+    """Where the config.json of weights in Hugging Face's layout would stand; None for a file of another name."""
+    if path.is_dir():
+        return path
+    return path.parent if _HUB_NAMES.fullmatch(path.name) else None
+
+
+class _Read(NamedTuple):
+    state: dict[str, Tensor]
+    notes: list[Mapping[str, Any]]
+    rest: tuple[str, ...]
+    """Names in the file of tensors beside the state dict, which have not its prefix."""
+
+
+def _read(source: Path | str | Mapping[str, Tensor], prefix: str, wanted: Wanted | None) -> _Read:
     if isinstance(source, Mapping):
         return _chosen(source, prefix, wanted, "the state dict", None)
     path = Path(source)
     if path.suffix != ".safetensors" and not path.is_dir():
         return _chosen(_read_pickle(path), prefix, wanted, str(path), path)
     if path.is_dir() and not (path / WEIGHTS_NAME).exists() and not (path / INDEX_NAME).exists():
-        if (path / _PICKLE_NAME).exists():
-            return _chosen(_read_pickle(path / _PICKLE_NAME), prefix, wanted, str(path), path / _PICKLE_NAME)
-        raise UserError(f"{path}: no {WEIGHTS_NAME} or {INDEX_NAME} in this directory")
+        if (path / PICKLE_NAME).exists():
+            return _chosen(_read_pickle(path / PICKLE_NAME), prefix, wanted, str(path), path / PICKLE_NAME)
+        raise UserError(f"{path}: no {WEIGHTS_NAME} or {INDEX_NAME} in this directory{_snapshots(path)}")
     shards = _shards_in(path)
     if not shards:
-        return {}, []
+        return _Read({}, [], ())
     # The command in a refusal needs a file: for a directory it is the weights file of the layout.
     file = path if not path.is_dir() else path / WEIGHTS_NAME
     found = find({(): {name: name for name in shards}}, wanted, str(path), file)
     if found.prefix:
         _say_taken(str(path), found.label)
     names = {name: raw for name, raw in found.entries.items() if name.startswith(prefix)}
-    return _load_from(shards, names), []
+    return _Read(_load_from(shards, names), [], _rest(shards, found))
 
 
-def _chosen(
-    tree: Any, prefix: str, wanted: Wanted | None, where: str, file: Path | None
-) -> tuple[dict[str, Tensor], list[Mapping[str, Any]]]:
+def _chosen(tree: Any, prefix: str, wanted: Wanted | None, where: str, file: Path | None) -> _Read:
     nests = nests_of(tree)
     if not nests:
         held = (
@@ -115,7 +129,18 @@ def _chosen(
     if (found.place or found.prefix) and not averages:
         _say_taken(where, found.label)
     state = {name: tensor for name, tensor in found.entries.items() if name.startswith(prefix)}
-    return state, notes_in(tree, found.place)
+    return _Read(state, notes_in(tree, found.place), _rest(nests[found.place], found))
+
+
+def _snapshots(path: Path) -> str:
+    """What to give instead of a model's folder in the Hub's cache."""
+    inside = sorted(path.glob("snapshots/*/"))
+    return f"; give the snapshot in it that you mean, such as {inside[-1]}" if inside else ""
+
+
+def _rest(entries: Mapping[str, Any], found: Found[Any]) -> tuple[str, ...]:
+    inside = set(found.names_in_file)
+    return tuple(name for name in entries if name not in inside)
 
 
 @cache

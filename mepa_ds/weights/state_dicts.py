@@ -37,6 +37,8 @@ class Wanted:
 
     what: str
     names: tuple[str, ...]
+    other_names: tuple[tuple[str, ...], ...] = ()
+    """The same for each other layout in which it is stored."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +174,19 @@ def _without_wrappers(entries: Mapping[str, T]) -> dict[str, str]:
 def _matches(
     cleaned: Mapping[str, str], entries: Mapping[str, T], place: tuple[Key, ...], wanted: Wanted | None
 ) -> Iterator[Found[T]]:
-    """The parts of this mapping that have more than half of the wanted names, each behind some prefix."""
+    """The parts of this mapping that have more than half of the names of a wanted layout, each behind some prefix."""
     if wanted is None:
         return
-    prefixes = dict.fromkeys(
-        name[: -len(known)] for name in cleaned for known in wanted.names if f".{name}".endswith(f".{known}")
-    )
-    least = len(wanted.names) / 2
-    full = [prefix for prefix in prefixes if sum(prefix + name in cleaned for name in wanted.names) > least]
+    full: list[str] = []
+    for names in (wanted.names, *wanted.other_names):
+        prefixes = dict.fromkeys(
+            name[: -len(known)] for name in cleaned for known in names if f".{name}".endswith(f".{known}")
+        )
+        full += [
+            prefix
+            for prefix in prefixes
+            if prefix not in full and sum(prefix + name in cleaned for name in names) > len(names) / 2
+        ]
     for prefix in full[:_MAX_MATCHES]:
         yield _found(cleaned, entries, place, prefix, [other for other in full if len(other) > len(prefix)])
 

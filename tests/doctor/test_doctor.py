@@ -9,11 +9,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from mepa_ds.cli.tools import doctor
 from mepa_ds.doctor import belongings, computer, versions
 from mepa_ds.doctor.finding import Finding
 from mepa_ds.runtime.run_lock import RunLock
+from tests.teachers import transformers_fixtures as fixtures
 from tests.tiny_run import make_run
 
 Usage = namedtuple("Usage", "total used free")
@@ -121,3 +123,36 @@ def test_weights_that_are_cut_short_are_a_problem(folder: Path, tmp_path: Path) 
     assert "model.safetensors is cut short or damaged" in belongings.look_at_weights(weights).text
     file.unlink()
     assert belongings.look_at_weights(weights).text == "model.safetensors is missing"
+
+
+def test_weights_of_teachers_in_the_transformers_layout(tmp_path: Path) -> None:
+    config = fixtures.models()["dinov3-l"]["config"]
+    path = fixtures.write(tmp_path / "weights", "dinov3-l", {"x": torch.ones(1)})  # what is in it is not read
+    found = belongings.look_at_weights(path)
+    text = "weights in the transformers library's layout of the teacher dinov3-l or dinov3-l-sat"
+    assert (found.level, found.text) == ("ok", text)
+    satellite = {"image_mean": [0.43, 0.411, 0.296], "image_std": [0.213, 0.156, 0.143]}
+    (path / "preprocessor_config.json").write_text(json.dumps(satellite))
+    assert belongings.look_at_weights(path).text == text.replace("dinov3-l or ", "")
+    for change, told in (
+        ({"num_hidden_layers": 11}, "but of no teacher: no teacher here is like that; nearest is dinov3-l"),
+        ({"model_type": "clip"}, "a clip, which is none of this project's models"),
+    ):
+        (path / "config.json").write_text(json.dumps(config | change))
+        assert belongings.look_at_weights(path).level == "note"
+        assert told in belongings.look_at_weights(path).text
+    (path / "model.safetensors").unlink()
+    assert belongings.look_at_weights(path).text == "model.safetensors is missing"
+
+
+def test_a_file_of_a_teacher_in_the_transformers_layout(tmp_path: Path) -> None:
+    state = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in fixtures.shapes_of("dinov2-s").items()}
+    path = tmp_path / "model.pth"
+    torch.save({f"dinov2.{key}": tensor for key, tensor in state.items()}, path)
+    found = belongings.look_at_weights(path)
+    assert (found.level, found.text) == (
+        "ok",
+        "weights in the transformers library's layout of the teacher dinov2-s, 22.1M numbers",
+    )
+    torch.save({key: tensor for key, tensor in state.items() if "layer.3." not in key}, path)
+    assert "in neither VAR's nor this project's layout" in belongings.look_at_weights(path).text

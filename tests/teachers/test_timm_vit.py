@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.teachers.registry import TEACHERS, TIMM_NAMES, build_teacher
+from mepa_ds.teachers.known_vits import TIMM_NAMES
+from mepa_ds.teachers.registry import TEACHERS, build_teacher
 from mepa_ds.teachers.timm_vit import TimmVit
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mepa_ds.errors import UserError
-from mepa_ds.weights.state_dict_files import read_checkpoint, read_state_dict
+from mepa_ds.weights.state_dict_files import read_checkpoint, read_state_dict, read_with_rest
 from mepa_ds.weights.state_dicts import Wanted, find, nests_of
 
 WANTED = Wanted("a toy", ("stem.weight", "blocks.0.weight", "head.weight"))
@@ -162,3 +162,20 @@ def test_what_was_taken_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixtu
         f"{tmp_path / 'w.pth'}: took the weights under 'trainer.net'",
         f"{tmp_path / 'w.safetensors'}: took the weights under 'net'",
     ]
+
+
+def test_another_layout_of_the_same_network(tmp_path: Path) -> None:
+    """Its names stand behind a prefix too, and what is beside them is told."""
+    wanted = Wanted("a toy", WANTED.names, (("input.w", "layer.0.w", "output.w"),))
+    other = {"input.w": torch.ones(2), "layer.0.w": torch.zeros(2), "output.w": torch.ones(1)}
+    save_file({**prefixed("net.", other), "extra.bias": torch.ones(1)}, tmp_path / "a.safetensors")
+    torch.save({"state": {**prefixed("module.net.", other), "extra.bias": torch.ones(1)}}, tmp_path / "a.pth")
+    for name in ("a.safetensors", "a.pth"):
+        state, rest = read_with_rest(tmp_path / name, wanted)
+        assert state.keys() == other.keys()
+        assert rest == ("extra.bias",)
+    with pytest.raises(UserError, match="no state dict of a toy"):
+        read_state_dict({"a": {"x": torch.ones(1)}, "b": {"y": torch.ones(1)}}, wanted=wanted)  # type: ignore[dict-item]
+    torch.save({"theirs": prefixed("net.", other), "ours": toy(1.0)}, tmp_path / "both.pth")
+    with pytest.raises(UserError, match="more than one state dict of a toy in it"):
+        read_state_dict(tmp_path / "both.pth", wanted=wanted)
