@@ -140,7 +140,10 @@ def test_a_model_around_it_is_left_out_and_told(
     )
     tiny("dinov2-reg", path)
     told = capsys.readouterr().err.splitlines()
-    assert told == [f"{path}: left out classifier.bias, classifier.weight, which are no part of the teacher"]
+    assert told == [
+        f"{path}: took the weights under {prefix.rstrip('.')!r}",
+        f"{path}: left out classifier.bias, classifier.weight, which are no part of the teacher",
+    ]
 
 
 def test_a_model_that_was_made_without_a_mask_token(tmp_path: Path) -> None:
