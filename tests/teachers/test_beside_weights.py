@@ -187,7 +187,8 @@ def test_another_kind_of_model(kind: object, tmp_path: Path) -> None:
 
 def test_a_dino_for_a_teacher_that_is_none(tmp_path: Path) -> None:
     path = folder(tmp_path, config=fixtures.models()["dinov2-b"]["config"])
-    assert "name the teacher dinov2-b" in refused(path, "vit_base_patch16_224")
+    for teacher in ("vit_base_patch16_224", "convnext_tiny.dinov3_lvd1689m"):
+        assert "name the teacher dinov2-b" in refused(path, teacher)
 
 
 def test_directories_of_timm(tmp_path: Path) -> None:
