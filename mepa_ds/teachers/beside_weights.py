@@ -5,10 +5,10 @@ teacher before the weights are read: a mistake that no shape shows would make wr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mepa_ds.errors import UserError
 from mepa_ds.teachers.known_vits import (
@@ -45,9 +45,10 @@ def check_beside(path: Path, name: str, model_name: str) -> None:
     config = _read(folder, CONFIG_NAME)
     of_timm = config.get("pretrained_cfg")
     of_timm = of_timm if isinstance(of_timm, Mapping) else {}
+    corpus = _corpus_in([*_names(path), config.get("_name_or_path"), of_timm.get("tag")])
+    _check_config(config, path, name, model_name, corpus.name)
     if settings is not None and settings.tag in _CORPORA:
-        _check_corpus([*_names(path), config.get("_name_or_path"), of_timm.get("tag")], path, name, settings)
-    _check_config(config, path, name, model_name)
+        _check_corpus(corpus, path, name, settings)
     if folder is None or settings is None:
         return
     preprocessor = _read(folder, PREPROCESSOR_NAME)
@@ -56,17 +57,21 @@ def check_beside(path: Path, name: str, model_name: str) -> None:
     _check_normalisation(of_timm, ("mean", "std"), folder / CONFIG_NAME, name, settings)
 
 
-def check_facts(said: Facts, source: str, name: str, own: Mapping[str, Any] | None) -> None:
-    """Raises UserError if what `source` says of the weights is not so of the teacher; None: it is no DINO."""
+def check_facts(said: Facts, source: str, name: str, own: Mapping[str, Any] | None, corpus: str = "") -> None:
+    """Raises UserError if what `source` says of the weights is not so of the teacher; None: it is no DINO.
+
+    Args:
+        corpus: the one of _CORPORA that the weights were trained on, if that is known.
+    """
     if own is None:
         kind = said["model_type"]
         raise UserError(
             f"{source}: a {kind} of the transformers library, not {name}, of which timm's own file is read; "
-            f"{_these_are(said)}"
+            f"{_these_are(said, corpus)}"
         )
     if wrong := differences(said, own):
         told = ", ".join(f"{fact} {_short(theirs)} ({name}: {ours})" for fact, (theirs, ours) in wrong.items())
-        raise UserError(f"{source}: not {name}, but {told}; {_these_are(said)}, or give weights of {name}")
+        raise UserError(f"{source}: not {name}, but {told}; {_these_are(said, corpus)}, or give weights of {name}")
 
 
 def teachers_beside(path: Path) -> tuple[list[str], str]:
@@ -77,7 +82,7 @@ def teachers_beside(path: Path) -> tuple[list[str], str]:
     facts = facts_of_config(_read(path, CONFIG_NAME))
     found, wrong = nearest_teachers(facts)
     if wrong or not found:
-        return [], _these_are(facts)
+        return [], _these_are(facts, "")
     fitting, reason = [], ""
     for name in found:
         try:
@@ -88,19 +93,20 @@ def teachers_beside(path: Path) -> tuple[list[str], str]:
     return fitting, "" if fitting else reason
 
 
-def _these_are(said: Facts) -> str:
+def _these_are(said: Facts, corpus: str) -> str:
     teachers, wrong = nearest_teachers(said)
+    teachers = [teacher for teacher in teachers if settings_of(TIMM_NAMES[teacher]).tag == corpus] or teachers
     if not wrong:
         return f"name the teacher {' or '.join(teachers)}" if teachers else "no teacher here is of that kind"
     told = ", ".join(f"{fact} {ours}" for fact, (_, ours) in wrong.items())
     return f"no teacher here is like that; nearest is {teachers[0]}, with {told}"
 
 
-def _check_config(config: Mapping[str, Any], path: Path, name: str, model_name: str) -> None:
+def _check_config(config: Mapping[str, Any], path: Path, name: str, model_name: str, corpus: str) -> None:
     kind, architecture = config.get("model_type"), config.get("architecture")
     source = f"{path}: {CONFIG_NAME}"
     if kind in MODEL_TYPES:
-        check_facts(facts_of_config(config), f"{source} says", name, facts_of(model_name))
+        check_facts(facts_of_config(config), f"{source} says", name, facts_of(model_name), corpus)
     elif kind is not None and kind != _TIMM_WRAPPER:
         raise UserError(
             f"{source} says that it holds {_short(kind)}, not {name}; of the transformers library's models, those of "
@@ -136,21 +142,30 @@ def _check_normalisation(
         )
 
 
-def _check_corpus(names: Sequence[Any], path: Path, name: str, settings: Any) -> None:
+class _Corpus(NamedTuple):
+    name: str
+    """One of _CORPORA, or empty: none is said."""
+    said_by: str
+
+
+def _corpus_in(names: Iterable[Any]) -> _Corpus:
     """The first name that says one of the corpora decides."""
     for said in names:
         found = [corpus for corpus in _CORPORA if isinstance(said, str) and corpus in said.lower()]
-        if len(found) != 1:
-            continue
-        if found[0] == settings.tag:
-            return
-        fitting = [other for other, cfg in _siblings(settings) if cfg.tag == found[0]]
-        right = short_name(fitting[0]) if fitting else " or ".join(n for n, m in TIMM_NAMES.items() if found[0] in m)
-        raise UserError(
-            f"{path}: by the name {_short(said)} the weights were trained on {found[0]}, but those of {name} on "
-            f"{settings.tag}, whose images are normalised otherwise; name the teacher {right}, or give weights of "
-            f"{name}"
-        )
+        if len(found) == 1:
+            return _Corpus(found[0], said)
+    return _Corpus("", "")
+
+
+def _check_corpus(corpus: _Corpus, path: Path, name: str, settings: Any) -> None:
+    if corpus.name in ("", settings.tag):
+        return
+    fitting = [other for other, cfg in _siblings(settings) if cfg.tag == corpus.name]
+    right = short_name(fitting[0]) if fitting else " or ".join(n for n, m in TIMM_NAMES.items() if corpus.name in m)
+    raise UserError(
+        f"{path}: by the name {_short(corpus.said_by)} the weights were trained on {corpus.name}, but those of {name} "
+        f"on {settings.tag}, whose images are normalised otherwise; name the teacher {right}, or give weights of {name}"
+    )
 
 
 def _siblings(settings: Any) -> Iterator[tuple[str, Any]]:

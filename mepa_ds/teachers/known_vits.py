@@ -43,7 +43,9 @@ MODEL_TYPES = (DINOV2, DINOV2_REGISTERS, DINOV3)
 
 
 def is_dino(model_name: str) -> bool:
-    return "dinov2" in model_name or "dinov3" in model_name
+    """Whether timm's model is a ViT of DINOv2 or DINOv3."""
+    architecture = model_name.partition(".")[0]
+    return architecture.startswith("vit_") and ("dinov2" in architecture or "dinov3" in architecture)
 
 
 def settings_of(model_name: str) -> Any:

@@ -135,6 +135,15 @@ def test_a_corpus_that_the_size_has_not(tmp_path: Path) -> None:
     assert "name the teacher dinov3-l-sat or dinov3-7b-sat" in told
 
 
+def test_sizes_come_before_the_corpus_and_the_corpus_narrows_them(tmp_path: Path) -> None:
+    small = folder(tmp_path / "dinov3-vits16-pretrain-lvd1689m", config=fixtures.models()["dinov3-s"]["config"])
+    assert "name the teacher dinov3-s, or" in refused(small, "dinov3-l-sat")
+    config = fixtures.models()["dinov3-l"]["config"]
+    for corpus, right in (("sat493m", "dinov3-l-sat"), ("lvd1689m", "dinov3-l"), ("mine", "dinov3-l or dinov3-l-sat")):
+        path = folder(tmp_path / f"dinov3-vitl16-pretrain-{corpus}", config=config)
+        assert f"name the teacher {right}, or give weights of dinov3-b" in refused(path, "dinov3-b")
+
+
 def test_config_names_the_model_that_it_was_made_from(tmp_path: Path) -> None:
     config = fixtures.models()["dinov3-l"]["config"] | {"_name_or_path": "facebook/dinov3-vitl16-pretrain-sat493m"}
     assert "name the teacher dinov3-l-sat" in refused(folder(tmp_path, config=config), "dinov3-l")
@@ -178,7 +187,8 @@ def test_another_kind_of_model(kind: object, tmp_path: Path) -> None:
 
 def test_a_dino_for_a_teacher_that_is_none(tmp_path: Path) -> None:
     path = folder(tmp_path, config=fixtures.models()["dinov2-b"]["config"])
-    assert "name the teacher dinov2-b" in refused(path, "vit_base_patch16_224")
+    for teacher in ("vit_base_patch16_224", "convnext_tiny.dinov3_lvd1689m"):
+        assert "name the teacher dinov2-b" in refused(path, teacher)
 
 
 def test_directories_of_timm(tmp_path: Path) -> None:
