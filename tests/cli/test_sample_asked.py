@@ -120,6 +120,7 @@ def test_strips_show_every_scale(folder: Path, tmp_path: Path, monkeypatch: pyte
         (["--towards", "3", "--share", "2"], r"^--share: expected a number in 0\.\.1, got 2"),
         (["--top-k", "1", "2"], "^--top-k: has 2 values, the model 4 scales; give one, or one for each"),
         (["--guided-scales", "3", "2"], "^--guided-scales: expected the first and the last"),
+        (["--rng", "var", "--seed", str(2**70)], r"^--seed: VAR's order of draws takes 0\.\.\d+, got \d+"),
         (["--seed", "-1"], "^--seed: expected a whole number of at least 0"),
         (["--image", "nowhere.png", "--keep-scales", "1"], r"--image: .*nowhere\.png: cannot be read: No such file"),
         (["--image", "text.png", "--keep-scales", "1"], r"--image: .*text\.png: not a readable image"),
