@@ -16,7 +16,7 @@ from mepa_ds.command_line.paths import check_one_of
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_writable, identity_of_weights
 from mepa_ds.generation.asked.arguments import Asked, asked_of, one_or_all
-from mepa_ds.generation.asked.options import SampleOptions
+from mepa_ds.generation.asked.options import SampleOptions, named_as_options
 from mepa_ds.progress import Progress
 
 if TYPE_CHECKING:
@@ -132,14 +132,15 @@ def _sampler(
             strips.append(tokenizer.decode_f_hat(f_hat).float().add(1).mul(0.5).clamp(0, 1).cpu())
 
         try:
-            images = sample(
-                model,
-                tokenizer,
-                asked.labels[part.start : part.stop],
-                first_index=part.start,
-                on_scale=note_scale if options.strips else None,
-                **asked.arguments(part),
-            )
+            with named_as_options():
+                images = sample(
+                    model,
+                    tokenizer,
+                    asked.labels[part.start : part.stop],
+                    first_index=part.start,
+                    on_scale=note_scale if options.strips else None,
+                    **asked.arguments(part),
+                )
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of GPU memory with {len(part)} images at once; use a smaller --batch-size, or --precision bf16"

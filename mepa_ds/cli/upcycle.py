@@ -72,10 +72,14 @@ def main(argv: list[str]) -> None:
     from mepa_ds.files import check_writable
     from mepa_ds.models.summary import count_parameters
     from mepa_ds.models.transformer import NextScaleTransformer
+    from mepa_ds.weights.file_checks import check_finite
 
     old = NextScaleTransformer.open(options.weights, options.scales, num_heads=options.num_heads, depth=options.depth)
     moe = _wanted(options, old.config.moe)
+    if options.out.resolve() == options.weights.resolve():
+        raise UserError(f"--out: {options.out} is --weights, which would be replaced; choose another directory")
     check_writable(options.out, "--out")
+    check_finite(old.state_dict(), str(options.weights))
     if old.config.moe is None:
         from mepa_ds.models.upcycling import upcycle
 
@@ -114,7 +118,12 @@ def _with_other_experts(old: NextScaleTransformer, moe: MoEConfig, options: Upcy
     theirs = old.config.moe
     assert theirs is not None
     config = old.config.model_copy(update={"moe": moe})
-    if moe.num_experts < theirs.num_experts and options.run is not None:
+    if options.run is not None and moe.num_experts >= theirs.num_experts:
+        raise UserError(
+            f"--run: it chooses experts to keep, but {options.weights} has {theirs.num_experts}, and {moe.num_experts} "
+            "are asked for; give a smaller --num-experts, or leave --run out"
+        )
+    if options.run is not None:
         blocks = [index for index in range(config.depth) if config.is_moe_block(index)]
         loads = _last_loads(options.run, blocks, (config.schedule.num_scales, theirs.num_experts))
         kept = most_used(loads, config.schedule.lengths, moe.num_experts)
@@ -135,6 +144,8 @@ def _last_loads(run: Path, blocks: list[int], shape: tuple[int, int]) -> dict[in
     from mepa_ds.runtime.metrics import METRICS_NAME, as_written, read_metrics
 
     path = run / METRICS_NAME
+    if not path.is_file():
+        raise UserError(f"--run: {run}: no {METRICS_NAME} there; give the directory of the run of these weights")
     with as_written(path):
         records = [record for record in read_metrics(path) if record.get("event") == "routing"]
         if not records:

@@ -67,7 +67,9 @@ def parse_yaml(text: str, where: str) -> Any:
         _refuse_repeated_keys(node, set())
         return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last: an escape far beyond Unicode
-        raise UserError(f"{where}: not valid YAML: {error}") from error
+        is_star = any(words in str(error) for words in ("scanning an alias", "undefined alias"))
+        remedy = '; a text that begins with * stands in quotes, such as ["*.bias"]' if is_star else ""
+        raise UserError(f"{where}: not valid YAML: {error}{remedy}") from error
 
 
 def _refuse_repeated_keys(node: yaml.Node | None, visited: set[int]) -> None:

@@ -26,6 +26,8 @@ from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.tokenizer.tokenizer import Tokenizer
 
 Rng = Literal["image", "var"]
+_MOST_SEED = 2**63 - 1
+"""Of PyTorch's generators."""
 Labels = Tensor | NDArray[Any] | Sequence[int | str | None]
 """Classes in 0..num_classes - 1, or by their names, for a model that has `class_names`; None is no class."""
 OnScale = Callable[[int, Tensor], None]
@@ -100,6 +102,8 @@ def sample(
     for name, number in (("seed", seed), ("first_index", first_index)):
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or number < 0:
             raise UserError(f"{name}: expected a whole number of at least 0, got {number!r}")
+    if rng == "var" and seed > _MOST_SEED:
+        raise UserError(f"seed: VAR's order of draws takes 0..{_MOST_SEED}, got {seed}")
     S = model.schedule.num_scales
     settings = by_scale(S, cfg, cfg_schedule, guided_scales, temperature, top_k, top_p)
     if given is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mepa_ds.config.model import ModelConfig
 from mepa_ds.models.var_checkpoint import convert_var, name_in_var
-from mepa_ds.weights.directories import load_strict, read_class_names, read_pretrained
+from mepa_ds.weights.directories import check_strict, read_class_names, read_pretrained
 from mepa_ds.weights.file_checks import check_fits
 from mepa_ds.weights.var_settings import kind_of_vars
 from mepa_ds.weights.var_sizes import GivenSizes
@@ -50,9 +50,17 @@ def with_weights(
 
     No initial weights are drawn. Raises UserError, with the names that the file has, for weights that do not fit.
     """
+    model = fitting(make, state, where, name_in_file).to_empty(device="cpu")
+    model.load_state_dict(dict(state))
+    return model.eval()
+
+
+def fitting(
+    make: Callable[[], ModelT], state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+) -> ModelT:
+    """Makes a model on the meta device. Raises UserError where the weights of `state` are not such a model's."""
     check_fits(make, state, where)
     with torch.device("meta"):
         model = make()
-    model.to_empty(device="cpu")
-    load_strict(model, state, where, name_in_file)
-    return model.eval()
+    check_strict(model, state, where, name_in_file)
+    return model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mepa_ds.config.objective import ObjectiveConfig
+from mepa_ds.models.adapting.freezing import is_frozen
 from mepa_ds.models.moe.layer import MoEFeedForward
 from mepa_ds.models.moe.routing import RoutingStatistics
 from mepa_ds.models.parametrisation import init_factor, width_multiplier
@@ -167,10 +168,12 @@ class PretrainingObjective(nn.Module):
         return (loss_BL * (weights_L / weights_L.mean())).mean()
 
     def update_balance_bias(self, counts_NE: Tensor) -> None:
-        """One step of loss-free balancing, where it is on: the routed pairs of a whole optimizer step."""
+        """One step of loss-free balancing, where it is on: the routed pairs of a whole optimizer step. What a frozen
+        router chooses stays."""
         layers = [m for m in self.transformer.modules() if isinstance(m, MoEFeedForward)]
         for layer, counts_E in zip(layers, counts_NE, strict=True):
-            layer.router.update_bias(counts_E)
+            if not all(map(is_frozen, layer.router.parameters())):
+                layer.router.update_bias(counts_E)
 
     def _alignment(self, hidden_BLC: Tensor | None, inputs: ModelInputs) -> Tensor:
         assert hidden_BLC is not None

@@ -50,13 +50,22 @@ def size_in(state: Mapping[str, Tensor], places: Sequence[tuple[str, int, int]],
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
 ) -> None:
-    """Copies `state` into `module`; every name and shape must fit.
+    """Copies `state` into `module`; every name and shape must fit. See `check_strict`."""
+    check_strict(module, state, where, name_in_file)
+    module.load_state_dict(dict(state))
+
+
+def check_strict(
+    module: nn.Module, state: Mapping[str, Tensor], where: str, name_in_file: Callable[[str], str] = str
+) -> None:
+    """Holds `state` against a module, which may be on "meta".
 
     Args:
         name_in_file: our name of a parameter -> its name in the user's file, for messages.
 
     Raises:
-        UserError: names the missing and unexpected keys with their nearest match, and the layers whose shapes differ.
+        UserError: names the missing and unexpected keys with their nearest match, and the layers whose shapes differ,
+            or that hold whole or complex numbers where weights are: copied, they would become others without a word.
     """
     expected = module.state_dict()
     missing = [name_in_file(name) for name in expected if name not in state]
@@ -65,6 +74,11 @@ def load_strict(
         f"{name_in_file(name)}: {tuple(state[name].shape)} in the weights, {tuple(tensor.shape)} in the model"
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
+    ]
+    mistyped = [
+        f"{name_in_file(name)}: {str(state[name].dtype).removeprefix('torch.')}"
+        for name, tensor in expected.items()
+        if name in state and tensor.is_floating_point() and not state[name].is_floating_point()
     ]
     problems = []
     if missing:
@@ -76,10 +90,11 @@ def load_strict(
         problems.append(f"{len(unexpected)} unexpected: {listed([*near, *unexpected[MAX_NAMED:]])}")
     if mismatched:
         problems.append(f"{len(mismatched)} of another shape: {listed(mismatched)}")
+    if mistyped:
+        problems.append(f"{len(mistyped)} that are not of floating-point numbers: {listed(mistyped)}")
     if problems:
         another = but_another(unexpected) if len(missing) > len(expected) / 2 else ""
         raise UserError(f"{where}: the weights do not fit the model; " + "; ".join(problems) + another)
-    module.load_state_dict(dict(state))
 
 
 def with_match(name: str, candidates: Sequence[str]) -> str:

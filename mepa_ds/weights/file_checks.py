@@ -49,8 +49,8 @@ def check_torch_file(path: Path) -> None:
 
     Raises:
         OSError: it cannot be read, or is a pipe or a device.
-        UserError: it is a zip archive whose members are compressed, or overlap, as those of torch.save never do: what
-            they unpack to has nothing to do with the file's size.
+        UserError: it is a zip archive without its end, as half a download is; or one whose members are compressed, or
+            overlap, as those of torch.save never do: what they unpack to has nothing to do with the file's size.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -59,6 +59,8 @@ def check_torch_file(path: Path) -> None:
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
+        except zipfile.BadZipFile:
+            raise UserError("its end is missing; copy or download it again") from None
         except Exception:  # zipfile's errors are many; torch says what is wrong
             return
         size = os.fstat(file.fileno()).st_size
@@ -93,6 +95,16 @@ def check_fits(make: Callable[[], object], state: Mapping[str, Tensor], where: s
             make()
         except (RuntimeError, TypeError, OverflowError, MemoryError) as error:  # sizes beyond 64 bits
             raise UserError(_too_large(where)) from error
+
+
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises UserError for NaN or infinity in weights that training is to go on from."""
+    bad = [name for name, tensor in state.items() if not tensor.float().isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{where}: NaN or infinity in {len(bad)} of its {len(state)} tensors, such as {bad[0]}; give weights from "
+            "before they broke, such as `best` of the run"
+        )
 
 
 class _Counting(TorchFunctionMode):

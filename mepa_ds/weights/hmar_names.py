@@ -23,15 +23,20 @@ def is_hmars(state: Mapping[str, object]) -> bool:
 
 
 def under_vars_names(state: Mapping[str, T]) -> tuple[dict[str, T], list[str]]:
-    """What predicts the next scale, under VAR's names, and the names of masked refinement, which are left out."""
+    """What predicts the next scale, under VAR's names, and the names of masked refinement, which are left out.
+
+    What would take a name that the file has already keeps its own, which strict loading then finds unexpected.
+    """
     shared = {int(match[2]) for name in state if (match := _BLOCK.match(name)) and match[1] == "base_blocks"}
     renamed, left_out = {}, []
     for name, value in state.items():
         if name.startswith(_REFINEMENT):
             left_out.append(name)
             continue
+        own = name
         if match := _BLOCK.match(name):
             number = int(match[2]) + (len(shared) if match[1] == "ns_blocks" else 0)
             name = f"blocks.{number}.{name[match.end() :]}"
-        renamed[name.removeprefix("ns_") if name != "word_embed_bias" else "word_embed.bias"] = value
+        name = name.removeprefix("ns_") if name != "word_embed_bias" else "word_embed.bias"
+        renamed[own if name in state else name] = value
     return renamed, left_out

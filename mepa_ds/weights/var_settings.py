@@ -20,6 +20,8 @@ from mepa_ds.weights.state_dict_files import CONFIG_NAME, read_json
 
 # What VAR's `--pn` takes beside 1_2_3_4.
 _NAMED = {"256": SCALES_256, "512": SCALES_512, "1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)}
+_HIDDEN = -1e4
+"""Of attention's logits: what programs write in place of minus infinity is at most this."""
 T = TypeVar("T")
 
 
@@ -94,10 +96,14 @@ def is_markovian(mask_11LL: Tensor | None, sides: Sequence[int], where: str) -> 
         UserError: the mask is neither VAR's nor HMAR's.
     """
     schedule = ScaleSchedule.of(sides)
-    if mask_11LL is None or mask_11LL.shape != (1, 1, schedule.num_tokens, schedule.num_tokens):
+    if len(sides) == 1 or mask_11LL is None or mask_11LL.numel() != schedule.num_tokens**2:
         return False
-    seen_LL = mask_11LL[0, 0] == 0
-    if len(sides) == 1 or not bool((seen_LL | (mask_11LL[0, 0] == -torch.inf)).all()):
+    mask_LL = mask_11LL.reshape(schedule.num_tokens, schedule.num_tokens)
+    if mask_LL.dtype == torch.bool:
+        seen_LL = mask_LL == mask_LL[0, 0]  # true may mean either, but every position sees itself
+    elif mask_LL.is_floating_point() and bool(((mask_LL == 0) | (mask_LL <= _HIDDEN)).all()):
+        seen_LL = mask_LL == 0
+    else:
         return False
     scale_L = schedule.scale_index_L(torch.device("cpu"))
     if torch.equal(seen_LL, scale_L[:, None] >= scale_L):

@@ -58,13 +58,14 @@ def infer_config(
         UserError: the names are not VAR's; sizes contradict each other; a size is neither in the file nor given.
     """
     if missing := [with_match(key, list(state)) for key in WANTED.names if key not in state]:
+        another = len(missing) > len(WANTED.names) / 2
         own = (
             "; these are weights of mepa_ds: NextScaleTransformer.open and all commands take their directory, with its "
             "config.json"
         )
         raise UserError(
             f"{where}: not a VAR transformer's state dict; without {', '.join(missing)}"
-            + (own if "class_embed.weight" in state else but_another(state))
+            + (own if "class_embed.weight" in state else but_another(state) if another else "")
         )
 
     def size(*places: tuple[str, int, int]) -> int:

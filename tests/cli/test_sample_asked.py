@@ -112,9 +112,16 @@ def test_strips_show_every_scale(folder: Path, tmp_path: Path, monkeypatch: pyte
         (["--keep-scales", "2"], "--keep-scales says what stays of an image"),
         (["--image", "photo.png"], "--image: give one of --repaint .* and --keep-scales"),
         (["--image", "photo.png", "--repaint", "mask.png", "--keep-scales", "1"], "--image: give one of"),
-        (["--image", "photo.png", "--keep-scales", "4"], r"scales to keep: expected 1\.\.3, got 4"),
+        (["--image", "photo.png", "--keep-scales", "4"], r"--keep-scales: .*expected 1\.\.3, got 4"),
         (["--image", "photo.png", "--repaint", "small.png"], r"small\.png has 8 x 8 pixels, the image 64 x 64; give a"),
-        (["--image", "photo.png", "--repaint", "black.png"], "mask: nothing of it is to change"),
+        (["--image", "photo.png", "--repaint", "black.png"], r"--repaint: .*black\.png: nothing of it is white; paint"),
+        (["--image", "wide.png", "--repaint", "rim.png"], r"rim\.png: nothing of it is white in the square that the"),
+        (["--share", "0.3"], "--share is the share of a second class; give it by --towards"),
+        (["--towards", "3", "--share", "2"], r"^--share: expected a number in 0\.\.1, got 2"),
+        (["--top-k", "1", "2"], "^--top-k: has 2 values, the model 4 scales; give one, or one for each"),
+        (["--guided-scales", "3", "2"], "^--guided-scales: expected the first and the last"),
+        (["--rng", "var", "--seed", str(2**70)], r"^--seed: VAR's order of draws takes 0\.\.\d+, got \d+"),
+        (["--seed", "-1"], "^--seed: expected a whole number of at least 0"),
         (["--image", "nowhere.png", "--keep-scales", "1"], r"--image: .*nowhere\.png: cannot be read: No such file"),
         (["--image", "text.png", "--keep-scales", "1"], r"--image: .*text\.png: not a readable image"),
         (["--negative", "3,4"], "--negative: expected one class, got 2"),
@@ -131,6 +138,10 @@ def test_bad_words(
     Image.new("L", (8, 8), 255).save(folder / "small.png")
     Image.new("L", (SIDE, SIDE)).save(folder / "black.png")
     (folder / "text.png").write_text("no image")
+    Image.new("RGB", (3 * SIDE, SIDE)).save(folder / "wide.png")
+    rim = Image.new("L", (3 * SIDE, SIDE))
+    rim.paste(255, (0, 0, SIDE // 2, SIDE))
+    rim.save(folder / "rim.png")
     paths = ["--weights", "model", "--tokenizer", "tokenizer", "--out", str(tmp_path / "images"), "--per-class", "1"]
     with pytest.raises(UserError, match=message):
         command.main([*paths, "--classes", "3", *words])

@@ -152,6 +152,8 @@ def test_every_fault_is_listed_at_once() -> None:
         ("train.steps=&x", r"there is no value"),
         ("train.steps=---", r"there is no value"),
         ("log.wandb_project=[a", r"not valid YAML"),
+        ("optim.freeze=[*]", r"(?s)not valid YAML: .*; a text that begins with \* stands in quotes, such as"),
+        ("optim.freeze=[*bias]", r"(?s)not valid YAML: .*; a text that begins with \* stands in quotes, such as"),
     ],
 )
 def test_an_override_is_taken_whole_or_not_at_all(override: str, message: str) -> None:

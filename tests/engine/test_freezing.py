@@ -59,6 +59,23 @@ def test_frozen_weights_stay_to_the_bit(tmp_path: Path, world_size: int) -> None
     run_on_ranks(world_size, check, str(tmp_path))
 
 
+def check_bias(folder: str) -> None:
+    from mepa_ds.engine.engine import PretrainEngine
+
+    settings = [f"train.global_batch={GLOBAL_BATCH}", "model.moe.bias_rate=0.01", "optim.freeze=[blocks.1.*]"]
+    values = apply_overrides(recipe_values(Path(folder)), settings)
+    engine = PretrainEngine(validate(PretrainConfig, values, "test"), FEATURE_WIDTH, torch.device("cpu"))
+    take_step(engine, [ModelInputs(**make_batch(0))], 1e-2)
+    steps = {name: tensor for name, tensor in engine.objective.named_buffers() if name.endswith("bias_steps_E")}
+    moved = {name: bool(tensor.any()) for name, tensor in steps.items()}
+    assert moved == {f"transformer.blocks.{n}.ffn.router.bias_steps_E": n == 0 for n in range(2)}
+
+
+def test_the_choice_of_a_frozen_router_stays(tmp_path: Path) -> None:
+    """Loss-free balancing moves no weight, but what the exported file says, and which experts a token gets."""
+    run_on_ranks(1, check_bias, str(tmp_path))
+
+
 def test_patterns() -> None:
     assert frozen_names(NAMES, ["blocks.*.attention.*"]) == {NAMES[0]}
     assert frozen_names(NAMES, ["blocks.[0-1].*"]) == set(NAMES[:2])

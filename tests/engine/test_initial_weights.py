@@ -141,7 +141,7 @@ def test_weights_of_other_classes_are_taken_but_for_these(tmp_path: Path, capsys
             assert torch.equal(parameter, theirs[name]), name
     config = json.loads((tmp_path / "weights/config.json").read_text())
     (tmp_path / "weights/config.json").write_text(json.dumps(config | {"num_classes": 6}))
-    with pytest.raises(UserError, match=r"init_weights: .*class_embed\.weight: \(8, 32\), expected \(7, 32\)"):
+    with pytest.raises(UserError, match=r"init_weights: .*class_embed\.weight: \(8, 32\) in the weights, \(7, 32\) in"):
         load_initial_weights(target, tmp_path / "weights")
 
 
@@ -269,7 +269,7 @@ def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder
     """Every rank skips the step, and then all end with a message that names the block."""
     model = NextScaleTransformer.load(folder / "moe")
     with torch.no_grad():
-        model.get_parameter("blocks.1.ffn.router.gate.weight")[0, 0] = float("nan")
+        model.get_parameter("blocks.1.ffn.router.gate.weight")[0] = 3e38  # a start from NaN is refused
     model.save_pretrained(folder / "broken")
     settings = ["parallel.ep_size=2", "train.steps=9", "guards.max_bad_steps=3"]
     codes, said = start(folder, "nan", f"init_weights={folder / 'broken'}", *settings, ranks=2)

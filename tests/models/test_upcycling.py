@@ -154,7 +154,13 @@ def test_a_mixture_gets_more_experts_or_keeps_the_most_used(tmp_path: Path, caps
     ("words", "message"),
     [
         (["--num-experts", "2"], r"have 4 experts, .*give 4 or more, or .*mepa upcycle --num-experts 2 --run RUN"),
-        (["--num-experts", "2", "--run", "none"], r"--run: none/metrics\.jsonl has no record of routing; give the dir"),
+        (["--num-experts", "2", "--run", "none"], r"--run: none: no metrics\.jsonl there; give the dir"),
+        (
+            ["--num-experts", "2", "--run", "short"],
+            r"--run: short/metrics\.jsonl has no record of routing; give the dir",
+        ),
+        (["--num-experts", "4", "--run", "other"], r"--run: .*old has 4, and 4 are asked for; give a smaller"),
+        (["--num-experts", "8", "--run", "other"], r"--run: .*old has 4, and 8 are asked for; give a smaller"),
         (
             ["--num-experts", "2", "--run", "other"],
             r"metrics\.jsonl is of another model: expected loads of 4 scales and",
@@ -175,6 +181,8 @@ def test_what_a_mixture_cannot_become(
     mixture_of(4).save_pretrained("old")
     write_run(tmp_path / "other", 0, [[0.5, 0.5]] * 4)
     write_run(tmp_path / "torn", 1, [["x"] * 4] * 4)  # type: ignore[list-item]
+    Path("short").mkdir()
+    Path("short/metrics.jsonl").write_text('{"event": "train", "step": 4}\n')
     with pytest.raises(UserError, match=message):
         upcycle_command(["--weights", "old", "--out", "new", *words])
     assert not list(Path().glob("new/*"))
@@ -184,6 +192,23 @@ def test_a_run_has_nothing_to_tell_about_a_dense_model(tmp_path: Path) -> None:
     dense_model().save_pretrained(tmp_path / "dense")
     with pytest.raises(UserError, match=r"--run: .*dense is dense, it has no experts to choose from; leave --run out"):
         upcycle_command(["--weights", str(tmp_path / "dense"), "--out", str(tmp_path / "moe"), "--run", str(tmp_path)])
+
+
+def test_weights_are_not_replaced_by_what_is_made_of_them(tmp_path: Path) -> None:
+    dense_model().save_pretrained(tmp_path / "dense")
+    (tmp_path / "link").symlink_to("dense")
+    with pytest.raises(UserError, match=r"--out: .*link is --weights, which would be replaced; choose another"):
+        upcycle_command(["--weights", str(tmp_path / "dense"), "--out", str(tmp_path / "link")])
+    assert NextScaleTransformer.load(tmp_path / "dense").config.moe is None
+
+
+def test_nothing_is_made_of_broken_weights(tmp_path: Path) -> None:
+    model = dense_model()
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match=r"dense: NaN or infinity in 1 of its \d+ tensors, such as head\.weight; give"):
+        upcycle_command(["--weights", str(tmp_path / "dense"), "--out", str(tmp_path / "moe")])
 
 
 def test_experts_wider_than_the_ffn_are_refused() -> None:

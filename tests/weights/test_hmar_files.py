@@ -89,6 +89,25 @@ def test_a_mask_of_neither_is_refused() -> None:
     assert not NextScaleTransformer.from_var(state).config.markovian
 
 
+@pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min, True, False])
+def test_masks_of_other_programs_are_read_as_they_are_meant(hidden: float | bool) -> None:
+    """Minus infinity by a large number, or booleans of either sense; taken for VAR's, the model would be another."""
+    for state, markovian in ((hmars_state(), True), (fixture_state("tiny_var_adaln"), False)):
+        hides = state["attn_bias_for_masking"] < 0
+        mask = hides == hidden if isinstance(hidden, bool) else torch.where(hides, hidden, 0.0)
+        for form in (mask, mask[0, 0]):
+            model = NextScaleTransformer.from_var({**state, "attn_bias_for_masking": form})
+            assert model.config.markovian == markovian
+
+
+def test_a_file_with_both_forms_of_a_name_is_refused() -> None:
+    state = fine_tuned(hmars_state())
+    own = fixture_state("tiny_var_adaln")
+    for name in ("head.weight", "blocks.1.ffn.fc1.bias", "word_embed.bias"):
+        with pytest.raises(UserError, match="1 unexpected: "):
+            NextScaleTransformer.from_var({**state, name: own[name]})
+
+
 def test_flops_count_what_is_attended_to() -> None:
     config = NextScaleTransformer.from_var(hmars_state()).config
     full = config.model_copy(update={"markovian": False})

@@ -220,3 +220,22 @@ def test_an_interrupted_save_leaves_a_directory_that_is_refused(
         weights.save_pretrained(tmp_path, ToyConfig(), toy_state(), "toy", max_shard_bytes=70)
     with pytest.raises(UserError, match=r"no config\.json"):
         weights.read_pretrained(tmp_path, ToyConfig, "toy")
+
+
+def test_half_a_download_is_told_as_such(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    for length in (4, 1000, 20_000, len(data) // 2, len(data) - 1):
+        (tmp_path / "half.pth").write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"half\.pth: damaged.*: its end is missing; copy or download it again"):
+            weights.read_state_dict(tmp_path / "half.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_are_no_weights(dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(2, 2)
+    state = module.state_dict() | {"weight": torch.ones(2, 2, dtype=dtype)}
+    with pytest.raises(UserError, match=f"x: .*1 that are not of floating-point numbers: weight: {str(dtype)[6:]}"):
+        weights.load_strict(module, state, "x")
+    for fine in (torch.bfloat16, torch.float16, torch.float64):
+        weights.load_strict(module, module.state_dict() | {"weight": torch.ones(2, 2, dtype=fine)}, "x")

@@ -17,8 +17,9 @@ from mepa_ds.log import note
 from mepa_ds.models.adapting.adapt import Missing, adapt
 from mepa_ds.models.moe.routing import Router
 from mepa_ds.models.transformer import NextScaleTransformer
-from mepa_ds.models.transformer_files import read_transformer
+from mepa_ds.models.transformer_files import fitting, read_transformer
 from mepa_ds.models.upcycling import NO_BIAS_AFTER_UPCYCLING, is_fresh_from_upcycling
+from mepa_ds.weights.file_checks import check_finite
 from mepa_ds.weights.var_sizes import GivenSizes
 
 _UNFIT = "does not fit the recipe's model"
@@ -71,7 +72,7 @@ def _refuse_another(theirs: ModelConfig, ours: ModelConfig, path: Path) -> None:
     """Raises UserError, with a remedy, for weights whose config differs from the recipe's."""
     if (theirs.moe is None) != (ours.moe is None):
         if ours.moe is not None:
-            way = _way_to_experts(theirs, ours, path) + ". init_missing=all makes one without a file of its own"
+            way = _way_to_experts(theirs, ours, path)
             raise UserError(f"{path} {_UNFIT}: it is dense, and the recipe's has experts. {way}")
         settings = _settings(_architecture(theirs), "moe.")
         raise UserError(f"{path} {_UNFIT}: it has experts, and the recipe's is dense; set {settings}")
@@ -117,7 +118,7 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
         changes.append(f"model.moe.expert_ratio={ratio}")
     return (
         f"Make a mixture of it, with\n  {shlex.join(map(str, words))}\n  and set {' '.join(changes)}; or train it "
-        "dense, with model.moe=null"
+        "dense, with model.moe=null. init_missing=all makes one without a file of its own"
     )
 
 
@@ -125,6 +126,8 @@ def _way_to_experts(theirs: ModelConfig, ours: ModelConfig, path: Path) -> str:
 def _fill(transformer: NextScaleTransformer, path: Path, missing: Missing) -> None:
     ours = transformer.config
     stored = read_transformer(path, GivenSizes(ours.scales, ours.num_heads, ours.depth, missing != "classes"))
+    fitting(lambda: NextScaleTransformer(stored.config), stored.state, str(path), stored.name_in_file)
+    check_finite(stored.state, str(path))
     try:
         adapted = adapt(
             stored.config, stored.state, stored.class_names, ours, transformer.class_names, missing,
@@ -138,19 +141,9 @@ def _fill(transformer: NextScaleTransformer, path: Path, missing: Missing) -> No
         for line in adapted.notes:
             note(f"init_weights: {path} {line}")
     layout = parameter_layout(transformer)
-    faults = [f"{name}: not in the model" for name in state if name not in layout and not name.endswith("bias_steps_E")]
-    for name, (shape, _) in layout.items():
-        found = tuple(state[name].shape) if name in state else None
-        if found != tuple(shape):
-            faults.append(f"{name}: {found or 'missing'} there, {tuple(shape)} in the recipe's model")
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(
-            f"{path} {_UNFIT}: {'; '.join(faults[:3])}{more}; its config says "
-            "otherwise, so copy or export the weights again"
-        )
     for name, parameter in transformer.named_parameters():
-        offset = layout[name][1]
+        shape, offset = layout[name]
+        assert state[name].shape == shape, name
         own = state[name].reshape(-1)[offset : offset + parameter.numel()]
         parameter.copy_(own.view(parameter.shape))
     for module in transformer.modules():

@@ -97,7 +97,10 @@ def _given(options: SampleOptions, path: Path, tokenizer: Tokenizer) -> tuple[Gi
     facts = {"image": hashlib.sha256(data).hexdigest()[:16]}
     if options.repaint is None:
         assert options.keep_scales is not None
-        keep_L = keep_scales(options.keep_scales, tokenizer.schedule)
+        try:
+            keep_L = keep_scales(options.keep_scales, tokenizer.schedule)
+        except UserError as error:
+            raise UserError(f"--keep-scales: {error}") from error
         facts["keep_scales"] = str(options.keep_scales)
     else:
         mask_data = _bytes_of(options.repaint, "--repaint")
@@ -105,7 +108,13 @@ def _given(options: SampleOptions, path: Path, tokenizer: Tokenizer) -> tuple[Gi
         if mask.size != image.size:
             sizes = f"{mask.width} x {mask.height} pixels, the image {image.width} x {image.height}"
             raise UserError(f"--repaint: {options.repaint} has {sizes}; give a mask of the same size")
-        keep_L = keep_outside(_white(fit_image(mask, side)), tokenizer.schedule)
+        repaint = _white(fit_image(mask, side))
+        if not repaint.any():
+            where = "" if mask.width == mask.height else " in the square that the image is cut to"
+            raise UserError(
+                f"--repaint: {options.repaint}: nothing of it is white{where}; paint white what is to change"
+            )
+        keep_L = keep_outside(repaint, tokenizer.schedule)
         facts["repaint"] = hashlib.sha256(mask_data).hexdigest()[:16]
     pixels = torch.from_numpy(np.array(fit_image(image, side))).permute(2, 0, 1)[None].float()
     device = next(tokenizer.parameters()).device

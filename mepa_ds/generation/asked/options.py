@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +43,18 @@ class DrawingOptions:
     """Mix codes instead of drawing one: prettier, but never for evaluation."""
     rng: Literal["image", "var"] = "image"
     """var: VAR's own order of draws, for comparisons (one batch)."""
+
+
+@contextmanager
+def named_as_options() -> Iterator[None]:
+    """The sampler's refusals name its arguments (`top_k`); within, they name the options (`--top-k`)."""
+    try:
+        yield
+    except UserError as error:
+        name, colon, said = str(error).partition(": ")
+        if not colon or name not in {field.name for field in fields(DrawingOptions)}:
+            raise
+        raise UserError(f"--{name.replace('_', '-')}: {said}") from error
 
 
 @dataclass(kw_only=True)
@@ -112,5 +126,7 @@ class SampleOptions(EditingOptions, DrawingOptions):
             raise UserError(f"{option} says what stays of an image; give it by --image")
         if self.image is not None and (self.repaint is None) == (self.keep_scales is None):
             raise UserError("--image: give one of --repaint (a mask) and --keep-scales, which say what of it stays")
+        if self.share != DrawingOptions.share and self.towards is None:
+            raise UserError("--share is the share of a second class; give it by --towards")
         if self.strips and not self.is_grid:
             raise UserError("--strips shows images in a grid; give --out a file that ends in .png")

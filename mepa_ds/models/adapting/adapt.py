@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,7 +43,7 @@ def adapt(
     """Makes weights of the config `theirs` fit the config `ours`, as far as `missing` allows.
 
     Args:
-        state: names -> tensors, on the CPU.
+        state: names -> tensors, on the CPU, which fit `theirs`.
         their_classes, our_classes: names of the classes by label; empty where they are not known.
         missing: "classes": the number of classes, or their names, may differ; "scales": the schedule, too; "all":
             experts, too, from a dense model or from fewer experts.
@@ -52,6 +53,7 @@ def adapt(
         UserError: experts that cannot be made from these weights.
     """
     adapted = Adapted(dict(state), theirs)
+    their_classes = their_classes[: theirs.num_classes]  # a config.json may name more
     if theirs.scales != ours.scales and missing != "classes":
         adapted.state |= resampled(adapted.state, theirs.schedule, ours.schedule)
         adapted.config = adapted.config.model_copy(update={"scales": ours.scales})
@@ -60,7 +62,8 @@ def adapt(
         )
     if missing == "all":
         _fit_experts(adapted, ours)
-    if theirs.num_classes != ours.num_classes or (our_classes and their_classes and our_classes != their_classes):
+    others = theirs.num_classes != ours.num_classes or (our_classes and their_classes and our_classes != their_classes)
+    if others and theirs.C == ours.C:  # no row fits another width, which the caller refuses
         _fit_classes(adapted, their_classes, ours, our_classes, drawn_classes)
     return adapted
 
@@ -94,7 +97,8 @@ def _fit_classes(
         raise UserError(f"{CLASSES}: {'missing' if rows is None else tuple(rows.shape)}, expected {expected}")
     drawn = drawn_classes()
     drawn[-1] = rows[-1].to(drawn)
-    place = {name: label for label, name in enumerate(their_classes) if their_classes.count(name) == 1}
+    counts = Counter(their_classes)
+    place = {name: label for label, name in enumerate(their_classes) if name and counts[name] == 1}
     taken = [(label, place[name]) for label, name in enumerate(our_classes[: ours.num_classes]) if name in place]
     for label, other in taken:
         drawn[label] = rows[other].to(drawn)
