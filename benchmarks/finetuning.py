@@ -110,7 +110,7 @@ def main(options: Options) -> dict[str, Any]:
     workshop = Workshop(options)
     psnr = workshop.make_data()
     print(f"tokenizer: {psnr['digits']:.1f} dB on digits, {psnr['fashion']:.1f} dB on Fashion-MNIST", flush=True)
-    digits = workshop.train("digits", "digits", options.digit_steps, "optim.base_lr=8e-3")
+    digits = workshop.train("digits", "digits", options.digit_steps, "optim.base_lr=1.6e-2")
     print(f"model of digits: held-out CE {lowest(digits):.4f}", flush=True)
     result: dict[str, Any] = {"psnr": psnr, "digits": lowest(digits)}
     lengths: dict[str, int] = {"all": options.steps} | ({"few": options.few_steps} if options.few else {})

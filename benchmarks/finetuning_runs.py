@@ -19,7 +19,8 @@ from mepa_ds.safety.reading import read_json
 ROOT = Path(__file__).parent.parent
 EVALUATIONS = 20
 """Of a run, evenly over its steps."""
-MODEL = ("model.depth=4", "model.width=128", "model.num_heads=4")
+BATCH = 32
+MODEL = ("model.depth=4", "model.width=128", "model.num_heads=4", f"train.global_batch={BATCH}")
 _TIMEOUT = 3600.0
 Curve = Sequence[tuple[int, float]]
 """(step, held-out CE) of every evaluation."""
@@ -37,7 +38,7 @@ class Options:
     """Of initial weights, order and dropout; one model of digits starts them all."""
     steps: int = 600
     """Of a run from scratch on all images."""
-    few: int = 1000
+    few: int = 500
     """Images of the small data set; 0 leaves it out."""
     few_steps: int = 300
     """Of a run from scratch on these."""
@@ -47,8 +48,8 @@ class Options:
     """Of the tokenizer, at 16 images."""
     train_images: int = 20_000
     """Of Fashion-MNIST, to train on."""
-    rates: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
-    """Values of optim.base_lr to choose from; a quarter of it is the rate at 64 images."""
+    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2)
+    """Values of optim.base_lr to choose from; an eighth of it is the peak at 32 images a step."""
     jobs: int = 2
     """Runs at a time, of one thread each."""
     fashion: Path = Path("/usr/share/datasets/fashion-mnist")
