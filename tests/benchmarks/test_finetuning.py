@@ -95,6 +95,6 @@ def test_from_images_to_numbers(benchmark: Any, tmp_path: Path) -> None:
     )  # fmt: skip
     benchmark.main(options)
     found = json.loads((tmp_path / "found.json").read_text())
-    for images in ("all", "few"):
-        assert found[images]["mean"]["seeds"] == 1
-        assert found[images]["rows"][0]["scratch"] > 0
+    for kind in ("all", "few"):
+        assert found[kind]["mean"]["seeds"] == 1
+        assert found[kind]["rows"][0]["scratch"] > 0
