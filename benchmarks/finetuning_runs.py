@@ -48,7 +48,7 @@ class Options:
     """Of the tokenizer, at 16 images."""
     train_images: int = 20_000
     """Of Fashion-MNIST, to train on."""
-    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2)
+    rates: tuple[float, ...] = (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     """Values of optim.base_lr to choose from; an eighth of it is the peak at 32 images a step."""
     jobs: int = 2
     """Runs at a time, of one thread each."""
