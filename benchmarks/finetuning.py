@@ -8,10 +8,11 @@ classes are new (init_missing=classes). One tokenizer, trained on both, makes al
 
 scratch   drawn weights, `steps` steps; the target is its lowest held-out CE, that of RUN/best
 half      from the weights of digits, steps / 2 steps with a schedule that ends there: is it at the target?
+frozen    as half, with the first two of four blocks frozen
 whole     from the weights of digits, `steps` steps: the first of 20 evaluations that is at or below the target
 
-Scratch and half each have the best of `rates` by the first seed; whole has half's. Rates, targets and results are all
-of the same held-out images, and the digits' own steps are not counted.
+Scratch and half each have the best of `rates` by the first seed; frozen and whole have half's. Rates, targets and
+results are all of the same held-out images, and the digits' own steps are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from typing import Any
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.finetuning_runs import Curve, Options, Run, Workshop, lowest
+from benchmarks.finetuning_runs import ARMS, Curve, Options, Run, Workshop, lowest
 from mepa_ds.command_line import entry
 from mepa_ds.files import write_json
 from mepa_ds.machine import cpu_name
@@ -38,24 +39,21 @@ def first_at_or_below(curve: Curve, target: float) -> int | None:
     return next((step for step, ce in curve if ce <= target), None)
 
 
-def compared(scratch: Curve, half: Curve, whole: Curve) -> dict[str, Any]:
-    """The numbers of one seed. `half_minus_scratch` is below 0 where half of the steps do better."""
-    target, steps = lowest(scratch), scratch[-1][0]
-    first = first_at_or_below(whole, target)
-    return {
-        "scratch": target,
-        "half": lowest(half),
-        "half_minus_scratch": lowest(half) - target,
-        "whole": lowest(whole),
-        "first_step": first,
-        "share_of_steps": None if first is None else first / steps,
-    }
+def compared(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """The numbers of one seed, from its curves by arm. `half_minus_scratch` is below 0 where half of the steps do
+    better."""
+    found: dict[str, Any] = {arm: lowest(curve) for arm, curve in curves.items()}
+    first = first_at_or_below(curves["whole"], found["scratch"])
+    found["half_minus_scratch"] = found["half"] - found["scratch"]
+    found["first_step"] = first
+    found["share_of_steps"] = None if first is None else first / curves["scratch"][-1][0]
+    return found
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds, and in how many of them half of the steps were enough. No mean of what a seed does not have."""
     found: dict[str, Any] = {"seeds": len(rows), "half_is_enough": sum(row["half_minus_scratch"] <= 0 for row in rows)}
-    for key in ("scratch", "half", "half_minus_scratch", "whole", "share_of_steps"):
+    for key in (*ARMS, "half_minus_scratch", "share_of_steps"):
         values = [row[key] for row in rows]
         found[key] = None if None in values else statistics.fmean(values)
     return found
@@ -63,31 +61,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def compare(workshop: Workshop, images: str, steps: int) -> dict[str, Any]:
     """Chooses the rates by the first seed, trains all runs, and compares them seed by seed."""
-    first, *others = workshop.options.seeds
-    lengths: dict[str, int] = {"scratch": steps, "half": steps // 2, "whole": steps}
-    tried = [
-        Run(images, arm, lengths[arm], rate, first) for arm in ("scratch", "half") for rate in workshop.options.rates
-    ]
-    curves = workshop.train_all(tried)
-    best = {
-        arm: min((lowest(curves[run]), run.rate) for run in tried if run.arm == arm)[1]
-        for arm in lengths
-        if arm != "whole"
-    }
-    best["whole"] = best["half"]
-
-    def run_of(arm: str, seed: int) -> Run:
-        return Run(images, arm, lengths[arm], best[arm], seed)
-
-    curves |= workshop.train_all([run_of(arm, seed) for seed in others for arm in ("scratch", "half")])
-    curves |= workshop.train_all([run_of("whole", seed) for seed in workshop.options.seeds])
-    rows = [
-        {"seed": seed, **compared(*(curves[run_of(arm, seed)] for arm in ("scratch", "half", "whole")))}
-        for seed in workshop.options.seeds
-    ]
-    by_rate = {
-        arm: {f"{run.rate:g}": lowest(curves[run]) for run in tried if run.arm == arm} for arm in ("scratch", "half")
-    }
+    seeds, rates = workshop.options.seeds, workshop.options.rates
+    lengths = {"scratch": steps, "half": steps // 2, "frozen": steps // 2, "whole": steps}
+    tried = {arm: [Run(images, arm, lengths[arm], rate, seeds[0]) for rate in rates] for arm in ("scratch", "half")}
+    curves = workshop.train_all([run for runs in tried.values() for run in runs])
+    best = {arm: min(runs, key=lambda run: lowest(curves[run])).rate for arm, runs in tried.items()}
+    best["frozen"] = best["whole"] = best["half"]
+    runs = {seed: {arm: Run(images, arm, lengths[arm], best[arm], seed) for arm in ARMS} for seed in seeds}
+    curves |= workshop.train_all([run for of_seed in runs.values() for run in of_seed.values() if run not in curves])
+    rows = [{"seed": s, **compared({arm: curves[run] for arm, run in runs[s].items()})} for s in seeds]
+    by_rate = {arm: {f"{run.rate:g}": lowest(curves[run]) for run in runs} for arm, runs in tried.items()}
     return {"steps": steps, "by_rate": by_rate, "rates": best, "rows": rows, "mean": summary(rows)}
 
 
@@ -96,12 +79,12 @@ def show(images: str, found: dict[str, Any]) -> None:
     print(
         f"\n{images}: {found['steps']} steps; base_lr {rates['scratch']:g} from scratch, {rates['half']:g} fine-tuned"
     )
-    print("seed  scratch  half of the steps  difference  all steps  at the target")
+    print("seed  scratch    half  half - scratch  frozen   whole  at the target after")
     for row in [*found["rows"], {"seed": "mean", **found["mean"]}]:
         share = "never" if row["share_of_steps"] is None else f"{100 * row['share_of_steps']:.0f} % of the steps"
         print(
-            f"{row['seed']!s:<5} {row['scratch']:7.4f}  {row['half']:17.4f}  {row['half_minus_scratch']:+10.4f}  "
-            f"{row['whole']:9.4f}  {share}"
+            f"{row['seed']!s:<5} {row['scratch']:7.4f} {row['half']:7.4f}  {row['half_minus_scratch']:+14.4f} "
+            f"{row['frozen']:7.4f} {row['whole']:7.4f}  {share}"
         )
 
 

@@ -21,6 +21,7 @@ EVALUATIONS = 20
 """Of a run, evenly over its steps."""
 BATCH = 32
 MODEL = ("model.depth=4", "model.width=128", "model.num_heads=4", f"train.global_batch={BATCH}")
+ARMS = ("scratch", "half", "frozen", "whole")
 _TIMEOUT = 3600.0
 Curve = Sequence[tuple[int, float]]
 """(step, held-out CE) of every evaluation."""
@@ -31,7 +32,7 @@ class Options:
     """Compare fine-tuning with training from scratch."""
 
     out: Path = Path("runs/benchmarks/finetuning")
-    """Data and runs; what is there is not made again."""
+    """Data and runs. What is there is not made again, so give other options of data another directory."""
     json: Path | None = None
     """Write the numbers here."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -63,7 +64,7 @@ class Run:
     images: str
     """All or few."""
     arm: str
-    """scratch, half or whole."""
+    """One of ARMS."""
     steps: int
     rate: float
     seed: int
@@ -173,6 +174,8 @@ class Workshop:
         settings, start = [f"seed={run.seed}", f"optim.base_lr={run.rate:g}"], time.perf_counter()
         if run.arm != "scratch":
             settings += [f"init_weights={self.out}/runs/digits/best", "init_missing=classes"]
+        if run.arm == "frozen":
+            settings.append("optim.freeze=[blocks.[0-1].*]")
         if run.images == "few":
             settings.append(f"data.unique_images={self.options.few}")
         curve = self.train(run.name, "fashion", run.steps, *settings)

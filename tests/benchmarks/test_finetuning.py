@@ -22,20 +22,24 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_benchmark("finetuning", monkeypatch)
 
 
+def compared(benchmark: Any, half: Sequence[tuple[int, float]], whole: Sequence[tuple[int, float]]) -> Any:
+    return benchmark.compared({"scratch": SCRATCH, "half": half, "frozen": half, "whole": whole})
+
+
 def test_the_target_is_the_lowest_of_scratch_and_the_first_step_at_it_counts(benchmark: Any) -> None:
     whole = [(5, 3.0), (10, 2.5), (15, 2.6), (20, 2.4)]
-    found = benchmark.compared(SCRATCH, [(5, 2.7), (10, 2.6)], whole)
+    found = compared(benchmark, [(5, 2.7), (10, 2.6)], whole)
     assert found["scratch"] == 2.5
     assert found["half_minus_scratch"] == pytest.approx(0.1)
     assert (found["first_step"], found["share_of_steps"]) == (10, 0.5)
-    never = benchmark.compared(SCRATCH, [(10, 2.4)], [(5, 2.9), (20, 2.51)])
+    never = compared(benchmark, [(10, 2.4)], [(5, 2.9), (20, 2.51)])
     assert (never["first_step"], never["share_of_steps"]) == (None, None)
     assert never["half_minus_scratch"] == pytest.approx(-0.1)
 
 
 def test_means_are_of_all_seeds_or_there_is_none(benchmark: Any) -> None:
-    good = benchmark.compared(SCRATCH, [(10, 2.3)], [(5, 2.4), (20, 2.2)])
-    bad = benchmark.compared(SCRATCH, [(10, 2.8)], [(5, 3.0), (20, 2.7)])
+    good = compared(benchmark, [(10, 2.3)], [(5, 2.4), (20, 2.2)])
+    bad = compared(benchmark, [(10, 2.8)], [(5, 3.0), (20, 2.7)])
     both = benchmark.summary([good, bad])
     assert (both["seeds"], both["half_is_enough"], both["share_of_steps"]) == (2, 1, None)
     assert both["half_minus_scratch"] == pytest.approx(0.05)
@@ -52,15 +56,15 @@ def test_each_arm_has_its_best_rate_of_the_first_seed_and_no_run_is_trained_twic
 
         def train_all(self, runs: Sequence[Any]) -> dict[Any, list[tuple[int, float]]]:
             asked.extend(runs)
-            best = {"scratch": 0.4, "half": 0.2, "whole": 0.2}
+            best = {"scratch": 0.4, "half": 0.2, "frozen": 0.2, "whole": 0.2}
             return {run: [(run.steps, 1.0 + abs(run.rate - best[run.arm]) + run.seed / 100)] for run in runs}
 
     found = benchmark.compare(Workshop(), "all", 40)
-    assert found["rates"] == {"scratch": 0.4, "half": 0.2, "whole": 0.2}
+    assert found["rates"] == {"scratch": 0.4, "half": 0.2, "frozen": 0.2, "whole": 0.2}
     assert found["by_rate"]["half"] == {"0.1": pytest.approx(1.13), "0.2": 1.03, "0.4": pytest.approx(1.23)}
-    assert {run.steps for run in asked if run.arm == "half"} == {20}
-    assert {run.steps for run in asked if run.arm != "half"} == {40}
-    assert len(asked) == len(set(asked)) == 3 + 3 + 2 + 2
+    assert {run.steps for run in asked if run.arm in ("half", "frozen")} == {20}
+    assert {run.steps for run in asked if run.arm in ("scratch", "whole")} == {40}
+    assert len(asked) == len(set(asked)) == 3 + 3 + 2 * 4 - 2
     assert [row["half_minus_scratch"] for row in found["rows"]] == [0, 0]
     benchmark.show("all", found)
     assert "100 % of the steps" in capsys.readouterr().out
