@@ -175,7 +175,7 @@ class Workshop:
         if run.arm != "scratch":
             settings += [f"init_weights={self.out}/runs/digits/best", "init_missing=classes"]
         if run.arm == "frozen":
-            settings.append("optim.freeze=[blocks.[0-1].*]")
+            settings.append("optim.freeze=['blocks.[0-1].*']")
         if run.images == "few":
             settings.append(f"data.unique_images={self.options.few}")
         curve = self.train(run.name, "fashion", run.steps, *settings)
