@@ -85,6 +85,7 @@ def test_what_has_ended_is_not_trained_again(benchmark: Any, tmp_path: Path, mon
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_from_images_to_numbers(benchmark: Any, tmp_path: Path) -> None:
     """On made-up images in Fashion-MNIST's format, with runs of a few steps."""
     rng = np.random.default_rng(0)
