@@ -25,7 +25,7 @@ from mepa_ds.engine.expert_parallel import mark_expert_parameters, shard_experts
 from mepa_ds.engine.fragments import flat_partitions
 from mepa_ds.engine.gradients import gather_directly, gathers_directly, take_over_norm
 from mepa_ds.engine.optimizer import build_optimizer
-from mepa_ds.engine.starting.initial_weights import load_initial_weights
+from mepa_ds.engine.starting.initial_weights import UnroundedWeights, load_initial_weights
 from mepa_ds.engine.starting.lean_start import NothingDrawn, leave_out_needless_work, materialise
 from mepa_ds.engine.waiting import WaitingClock
 from mepa_ds.models.adapting.freezing import freeze
@@ -80,8 +80,10 @@ class PretrainEngine:
         materialise(objective, device)
         mark_expert_parameters(objective)
         objective.init_weights(config.seed, config.optim.mup_base_width)
+        unrounded: UnroundedWeights | None = None
         if config.init_weights is not None and not resumes:
             load_initial_weights(objective.transformer, config.init_weights, config.init_missing)
+            unrounded = UnroundedWeights(objective) if config.parallel.precision != "fp32" else None
         freeze(objective, config.optim.freeze)
         self._compiled = compiles(config.parallel.compile, config.parallel.activation_checkpointing, device)
         if self._compiled:
@@ -99,6 +101,8 @@ class PretrainEngine:
         # DeepSpeed would end the run when the loss scale cannot fall any more, but the run has its own guard for that.
         if hasattr(self.zero.loss_scaler, "raise_error_at_min_scale"):
             self.zero.loss_scaler.raise_error_at_min_scale = False
+        if unrounded is not None:
+            unrounded.fill(self.objective, flat_partitions(self.zero, MASTER))
         self._ema_decay = config.optim.ema
         self._ema = [flat.clone() for flat in flat_partitions(self.zero, MASTER)] if self._ema_decay else []
         self._balance_over_step = config.objective.balance_over == "step"

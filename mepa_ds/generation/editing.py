@@ -64,13 +64,18 @@ def keep_scales(count: int, schedule: ScaleSchedule) -> Tensor:
     Raises:
         UserError: `count` is none of 1..S-1.
     """
-    if not 1 <= count < schedule.num_scales:
+    is_whole = isinstance(count, int | np.integer) and not isinstance(count, bool)
+    if not is_whole or not 1 <= count < schedule.num_scales:
         raise UserError(f"scales to keep: expected 1..{schedule.num_scales - 1}, got {count}")
     return torch.arange(schedule.num_tokens) < schedule.bounds[count - 1][1]
 
 
 def checked(given: Given, num_images: int, schedule: ScaleSchedule, codebook_size: int) -> Given:
     """The same with a row of tokens for each image. Raises UserError for what does not fit the model."""
+    if not isinstance(given, Given):
+        raise UserError(
+            f"given: expected Given(tokens, keep) of mepa_ds.generation.editing, got {type(given).__name__}"
+        )
     tokens_BL, keep_L = torch.as_tensor(given.tokens_BL), torch.as_tensor(given.keep_L)
     L = schedule.num_tokens
     if tokens_BL.ndim != 2 or tokens_BL.shape[1] != L or len(tokens_BL) not in (1, num_images):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -148,7 +149,7 @@ class _Classes:
     def of(
         cls, model: NextScaleTransformer, labels: Labels, negative: Labels | None, towards: Labels | None, share: float
     ) -> _Classes:
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
             raise UserError(f"share: expected a number in 0..1, got {share!r}")
         labels_B = _as_labels(labels, model, "labels")
         others: dict[str, Tensor] = {}

@@ -98,7 +98,7 @@ def is_markovian(mask_11LL: Tensor | None, sides: Sequence[int], where: str) -> 
     schedule = ScaleSchedule.of(sides)
     if len(sides) == 1 or mask_11LL is None or mask_11LL.numel() != schedule.num_tokens**2:
         return False
-    mask_LL = mask_11LL.reshape(schedule.num_tokens, schedule.num_tokens)
+    mask_LL = mask_11LL.reshape(schedule.num_tokens, schedule.num_tokens).cpu()  # a state dict in memory may be a GPU's
     if mask_LL.dtype == torch.bool:
         seen_LL = mask_LL == mask_LL[0, 0]  # true may mean either, but every position sees itself
     elif mask_LL.is_floating_point() and bool(((mask_LL == 0) | (mask_LL <= _HIDDEN)).all()):

@@ -277,3 +277,17 @@ def test_router_logits_that_are_not_finite_end_all_ranks_with_their_block(folder
     assert None not in codes
     assert "router logits of blocks [1]: not finite, the step was skipped" in said
     assert "steps in a row were skipped (router logits of blocks [1]: not finite)" in said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_not_rounded_on_their_way_into_the_optimizer(folder: Path, ranks: int) -> None:
+    """In bf16, what is frozen leaves the run as it came, with experts on two ranks too, and so does its average."""
+    settings = ["parallel.precision=bf16", f"parallel.ep_size={ranks}", "optim.freeze=[blocks.*]", "optim.ema=0.5"]
+    name = f"unrounded{ranks}"
+    codes, said = start(folder, name, f"init_weights={folder / 'moe'}", *settings, ranks=ranks)
+    assert codes == [0] * ranks, said
+    theirs = NextScaleTransformer.load(folder / "moe").state_dict()
+    for made in ("last", "last_ema"):
+        found = NextScaleTransformer.load(folder / name / made).state_dict()
+        for key in theirs:
+            assert torch.equal(found[key], theirs[key]) == key.startswith("blocks."), key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,7 +100,7 @@ def test_mixed_classes(model: NextScaleTransformer, tokenizer: Tokenizer) -> Non
     assert torch.equal(images(model, tokenizer, [3, 5], towards=[5, 3], share=0), plain)
     swapped = images(model, tokenizer, [5, 3], towards=[3, 5], share=1)
     torch.testing.assert_close(swapped, plain, atol=1e-5, rtol=0)
-    halves = images(model, tokenizer, [3, 5], towards=[5, 3], share=0.5, cfg=0, top_k=1)
+    halves = images(model, tokenizer, [3, 5], towards=[5, 3], share=np.float32(0.5), cfg=0, top_k=1)
     torch.testing.assert_close(halves[0], halves[1], atol=1e-5, rtol=0)
 
 

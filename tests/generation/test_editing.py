@@ -101,6 +101,8 @@ def test_edits_do_not_depend_on_the_batch(tokenizer: Tokenizer, batch_size: int)
         (lambda: keep_outside(torch.ones(4, 4), SCHEDULE), "mask: expected a square of booleans, got torch.float32"),
         (lambda: keep_outside(np.zeros((4, 4), bool), SCHEDULE), "mask: nothing of it is to change"),
         (lambda: keep_scales(4, SCHEDULE), r"scales to keep: expected 1\.\.3, got 4"),
+        (lambda: keep_scales(True, SCHEDULE), r"scales to keep: expected 1\.\.3, got True"),
+        (lambda: keep_scales(1.5, SCHEDULE), r"scales to keep: expected 1\.\.3, got 1\.5"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_masks(make: Any, message: str) -> None:
@@ -122,3 +124,9 @@ def test_bad_masks(make: Any, message: str) -> None:
 def test_bad_given_tokens(tokenizer: Tokenizer, tokens: torch.Tensor, keep: torch.Tensor, message: str) -> None:
     with pytest.raises(UserError, match=message):
         sample(model_of("adaln"), tokenizer, [1, 2], given=Given(tokens, keep))
+
+
+def test_tokens_alone_do_not_say_what_stays(tokenizer: Tokenizer) -> None:
+    tokens: Any = torch.zeros(1, 30, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"given: expected Given\(tokens, keep\) of .*editing, got Tensor"):
+        sample(model_of("adaln"), tokenizer, [1], given=tokens)

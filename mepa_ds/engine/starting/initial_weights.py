@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from mepa_ds import distributed
+from mepa_ds.checkpoint.fragment import MASTER
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.engine.fragments import parameter_layout
+from mepa_ds.engine.fragments import parameter_fragments, parameter_layout
 from mepa_ds.errors import UserError
 from mepa_ds.log import note
 from mepa_ds.models.adapting.adapt import Missing, adapt
@@ -43,6 +45,25 @@ def load_initial_weights(transformer: NextScaleTransformer, path: Path, missing:
     except UserError as raised:
         error = UserError(f"init_weights: {raised}")
     distributed.agree(error)
+
+
+class UnroundedWeights:
+    """Weights as they were read, for the optimizer's fp32 masters.
+
+    DeepSpeed makes those of what it has cast to bf16 or fp16: they would start from weights of three digits, and what
+    is frozen would not be exported as it came.
+    """
+
+    def __init__(self, objective: nn.Module):
+        self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in objective.named_parameters()}
+
+    def fill(self, objective: nn.Module, masters: list[Tensor]) -> None:
+        """Fills a rank's flat partitions, one per group."""
+        layout = parameter_layout(objective)
+        for piece in parameter_fragments(objective, {MASTER: masters}):
+            name = piece.name.removeprefix(f"{MASTER}/")
+            start = piece.offset - layout[name][1]
+            piece.data.copy_(self._weights[name].view(-1)[start : start + piece.data.numel()])
 
 
 def _architecture(config: ModelConfig) -> dict[str, object]:

@@ -82,9 +82,8 @@ def _copied(name: str, tensor: Tensor, dim: int, num_experts: int, seed: int) ->
         )
     copied = tensor.index_select(dim, torch.arange(num_experts) % count)
     if (name.endswith(".gate.weight") or name.endswith(".scale_logits_SE")) and num_experts > count:
-        noise = (
-            torch.randn(copied.shape, generator=generator(seed, "more experts", name)) * tensor.float().std() * _NOISE
-        )
+        spread = tensor.float().std(correction=0)  # a single number has none
+        noise = torch.randn(copied.shape, generator=generator(seed, "more experts", name)) * spread * _NOISE
         noise.narrow(dim, 0, count).zero_()
         copied = copied + noise.to(copied)
     return copied

@@ -14,6 +14,7 @@ from torch import Tensor
 from mepa_ds.engine.starting.initial_weights import load_initial_weights
 from mepa_ds.errors import UserError
 from mepa_ds.models.adapting.adapt import CLASSES
+from mepa_ds.models.adapting.experts import more_experts
 from mepa_ds.models.adapting.scales import POSITIONS, SCALES
 from tests.models.adapting.test_adapt import model_of
 
@@ -58,6 +59,13 @@ def test_damaged_weights(tmp_path: Path, damage: Callable[..., object], told: st
     run = model_of(**OTHER) if missing == "all" else model_of(moe=MOE)
     with pytest.raises(UserError, match=f"init_weights: {tmp_path}: .*{told}"):
         load_initial_weights(run, tmp_path, missing)
+
+
+def test_a_router_of_one_number_is_copied_without_noise() -> None:
+    old = model_of(scales=(1,), moe={"num_experts": 1, "top_k": 1, "router": "smoe"})
+    found = more_experts(old.state_dict(), 3)
+    table_SE = old.get_parameter("blocks.0.ffn.router.scale_logits_SE")
+    assert torch.equal(found["blocks.0.ffn.router.scale_logits_SE"], table_SE.expand(1, 3))
 
 
 def test_another_width_and_other_classes(tmp_path: Path) -> None:
