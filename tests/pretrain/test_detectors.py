@@ -344,25 +344,25 @@ def sleep_in_rank_1() -> None:
         InputMaker.training = training  # type: ignore[assignment, method-assign]
 
 
-def test_a_slow_rank_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("ep_size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_slow_rank_is_named(folder: Path, ep_size: int) -> None:
     """Rank 0 waits for it in the forward pass, in all-to-all or in the sum of the counts, and is not blamed for it."""
-    for ep_size in (1, 2):
-        name = f"slow{ep_size}"
-        with Ranks(
-            arguments(folder, name, f"parallel.ep_size={ep_size}", "train.steps=25"),  # ten in a row, with a hiccup too
-            2,
-            folder / f"{name}.log",
-            sleep_in_rank_1,
-        ) as ranks:
-            assert ranks.wait() == [0, 0], ranks.log.read_text()
-        warnings = events(folder / name, "slow_rank")
-        assert {warning["rank"] for warning in warnings} == {1}
-        assert len(warnings) <= 2, "not at every record"
-        assert "rank 1 takes more than 1.3 times as long" in ranks.log.read_text()
-        for record in events(folder / name, "train"):
-            assert (record["all_to_all_seconds"] > 0) == (ep_size == 2)
-            assert record["all_to_all_seconds"] < record["forward_seconds"] + record["backward_seconds"]
-            assert record["ranks"]["own_seconds"]["max"] > 0.3
+    name = f"slow{ep_size}"
+    with Ranks(
+        arguments(folder, name, f"parallel.ep_size={ep_size}", "train.steps=25"),  # ten in a row, with a hiccup too
+        2,
+        folder / f"{name}.log",
+        sleep_in_rank_1,
+    ) as ranks:
+        assert ranks.wait() == [0, 0], ranks.log.read_text()
+    warnings = events(folder / name, "slow_rank")
+    assert {warning["rank"] for warning in warnings} == {1}
+    assert len(warnings) <= 2, "not at every record"
+    assert "rank 1 takes more than 1.3 times as long" in ranks.log.read_text()
+    for record in events(folder / name, "train"):
+        assert (record["all_to_all_seconds"] > 0) == (ep_size == 2)
+        assert record["all_to_all_seconds"] < record["forward_seconds"] + record["backward_seconds"]
+        assert record["ranks"]["own_seconds"]["max"] > 0.3
 
 
 def load_slowly_in_rank_1() -> None:

@@ -60,7 +60,9 @@ def test_setup_takes_nothing_but_the_lock() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert "--require-hashes --requirement $(LOCK)" in makefile
     assert "--no-deps --no-build-isolation --no-index --editable ." in makefile
-    assert "PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)" in makefile  # of what builds packages, too
+    assert "PIP_BUILD_CONSTRAINT=$(LOCK) $(PIP) install --require-hashes" in makefile  # of what builds packages, too
+    assert "--require-hashes --requirement .venv/pip.lock" in makefile  # pip itself, which must know that
+    assert "pip>=25.3" in PROJECT["dependency-groups"]["build"]
 
 
 def test_licences_are_listed() -> None:
