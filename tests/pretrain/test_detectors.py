@@ -64,7 +64,7 @@ def events(output: Path, kind: str) -> list[dict[str, Any]]:
     return [record for record in read_metrics(output / "metrics.jsonl") if record["event"] == kind]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_a_step_that_is_not_finite_is_skipped_and_its_images_named(folder: Path, precision: str) -> None:
     name = f"skipped_{precision}"
     settings = [f"data.features={folder}/one.features", f"parallel.precision={precision}", "parallel.ep_size=2"]
