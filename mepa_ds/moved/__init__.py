@@ -25,9 +25,12 @@ _GONE = "loops"
 
 _FOLDERS = {
     "checkpoint": "engine.background_writer",
+    "cli.results": "cli.evaluate cli.report",
     "command_line": "cli.entry cli.paths cli.recipes",
     "data.remote": "data.fetched_ahead data.fetching data.openers data.shard_cache data.shared_lock urls",
     "data.shards": "data.index data.left_out data.open_files data.samples data.tar data.tar_headers data.writer",
+    "engine.starting": "engine.initial_weights engine.lean_start",
+    "evaluation.tokenizer": "evaluation.reconstruction",
     "generation": "loops.sampling loops.sample_grids",
     "objective": "loops.flops loops.reports",
     "planning": "loops.plan loops.memory_trace loops.frozen_networks",
