@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from mepa_ds.data.remote.remote_file import REMOTE_NAME
 from mepa_ds.data.shards.index import ShardIndex
@@ -97,13 +98,10 @@ def look_at_weights(path: Path) -> Finding:
     try:
         if path.is_dir() and (path / CONFIG_NAME).is_file():
             return _look_at_directory(path)
-        state = read_state_dict(path)
+        layout, state = _layout_of(path) or (None, read_state_dict(path))
     except UserError as error:
         return problem(about, str(error), "give a whole file: .safetensors, or one of torch.save that holds tensors")
     count = sum(tensor.numel() for tensor in state.values())
-    layout = _layout_of(path)
-    if layout is None and (teachers := _teachers_of(path)):
-        return ok(about, f"{_THEIRS} of the teacher {' or '.join(teachers)}, {count / 1e6:.1f}M numbers")
     if layout is None:
         text = f"{len(state)} tensors, {count / 1e6:.1f}M numbers, in neither VAR's nor this project's layout"
         return note(about, text, "a teacher's file is read as it is: --weights of mepa data precompute features")
@@ -128,15 +126,6 @@ def _look_at_directory(path: Path) -> Finding:
     return note(about, f"{_THEIRS}, but of no teacher: {wrong}", "docs/data.md lists the teachers")
 
 
-def _teachers_of(path: Path) -> list[str]:
-    """The teachers that weights in the transformers library's layout are of, by their names and shapes."""
-    with suppress(UserError):
-        state, _ = read_with_rest(path, Wanted("a teacher", WANTED_NAMES[0], WANTED_NAMES[1:]))
-        found, wrong = nearest_teachers(facts_of_weights(state, layout_of(state, str(path)), str(path)))
-        return found if not wrong else []
-    return []
-
-
 def _damage(directory: Path) -> str | None:
     """What is wrong with the safetensors of a directory; their headers tell whether the files are whole."""
     index = read_json(directory / INDEX_NAME).get("weight_map", {}) if (directory / INDEX_NAME).is_file() else None
@@ -151,14 +140,22 @@ def _damage(directory: Path) -> str | None:
     return None
 
 
-def _layout_of(path: Path) -> str | None:
+def _layout_of(path: Path) -> tuple[str, Mapping[str, Tensor]] | None:
+    """What the weights in a file are of, by their names and shapes, and they themselves; None: nothing known here."""
     from mepa_ds.models.var_checkpoint import convert_var as transformer
     from mepa_ds.tokenizer.tokenizer_files import convert_var as tokenizer
 
     with suppress(UserError):
-        return f"VAR's transformer of depth {transformer(path, GivenSizes())[0].depth}"
+        config, state = transformer(path, GivenSizes())
+        return f"VAR's transformer of depth {config.depth}", state
     with suppress(UserError):
-        return f"VAR's tokenizer of {tokenizer(path, None, None).config.codebook_size} codes"
+        stored = tokenizer(path, None, None)
+        return f"VAR's tokenizer of {stored.config.codebook_size} codes", stored.state
+    with suppress(UserError):
+        state, _ = read_with_rest(path, Wanted("a teacher", WANTED_NAMES[0], WANTED_NAMES[1:]))
+        teachers, wrong = nearest_teachers(facts_of_weights(state, layout_of(state, str(path)), str(path)))
+        if teachers and not wrong:
+            return f"{_THEIRS} of the teacher {' or '.join(teachers)}", state
     return None
 
 

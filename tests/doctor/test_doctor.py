@@ -17,6 +17,7 @@ from mepa_ds.doctor.finding import Finding
 from mepa_ds.runtime.run_lock import RunLock
 from tests.teachers import transformers_fixtures as fixtures
 from tests.tiny_run import make_run
+from tests.var_fixtures import fixture_state
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -123,6 +124,17 @@ def test_weights_that_are_cut_short_are_a_problem(folder: Path, tmp_path: Path) 
     assert "model.safetensors is cut short or damaged" in belongings.look_at_weights(weights).text
     file.unlink()
     assert belongings.look_at_weights(weights).text == "model.safetensors is missing"
+
+
+def test_a_checkpoint_of_vars_training_is_known(tmp_path: Path) -> None:
+    """It holds two networks, of which the transformer is told."""
+    networks = {"var_wo_ddp": fixture_state("tiny_var_adaln"), "vae_local": fixture_state("tiny_vae")}
+    torch.save({"trainer": networks}, tmp_path / "ar-ckpt-best.pth")
+    torch.save(networks["var_wo_ddp"], tmp_path / "var.pth")
+    for name in ("ar-ckpt-best.pth", "var.pth"):
+        found = belongings.look_at_weights(tmp_path / name)
+        assert found.level == "ok"
+        assert found.text.startswith("VAR's transformer of depth 2, ")
 
 
 def test_weights_of_teachers_in_the_transformers_layout(tmp_path: Path) -> None:
