@@ -74,23 +74,26 @@ def _compare(tokenizer: Any, folder: Path) -> dict[str, float]:
     torch.save({"trainer": {"transformer_wo_ddp": pretrained.state_dict()}}, folder / "training.pth")
     torch.save(published.state_dict(), folder / "published.pth")
     torch.save(tokenizer.state_dict(), folder / "tokenizer.pth")
-    ours = [NextScaleTransformer.open(folder / name) for name in ("training.pth", "published.pth")]
-    words: list[Callable[[Tensor], Tensor]] = [
-        pretrained.word_embed,
+    of_training, of_published = (NextScaleTransformer.open(folder / name) for name in ("training.pth", "published.pth"))
+    theirs = _logits(pretrained, pretrained.word_embed, pretrained.blocks, pretrained.get_logits, labels_B, inputs_BLZ)
+    theirs_published = _logits(
+        published,
         lambda x: published.word_embed(x) + published.word_embed_bias,
-    ]
-    blocks = [pretrained.blocks, [*published.base_blocks, *published.ns_blocks]]
-    heads = [pretrained.get_logits, published.get_ns_logits]
-    found = {}
-    for name, model, theirs, embed, chain, head in zip(
-        ("training", "published"), ours, (pretrained, published), words, blocks, heads, strict=True
-    ):
-        expected = _logits(theirs, embed, chain, head, labels_B, inputs_BLZ)
-        found[f"logits, {name}"] = float((model(labels_B, inputs_BLZ).logits_BLV - expected).abs().max())
+        [*published.base_blocks, *published.ns_blocks],
+        published.get_ns_logits,
+        labels_B,
+        inputs_BLZ,
+    )
     images = published.generate(2, labels_B, cfg=1.5, top_k=1, top_p=0.0, mask=False)
-    mine = sample(ours[1], Tokenizer.open(folder / "tokenizer.pth", _SCALES), labels_B, cfg=1.5, top_k=1, top_p=0.0)
-    found["greedy images, published"] = float((mine - images).abs().max())
-    return found
+    mine = sample(
+        of_published, Tokenizer.open(folder / "tokenizer.pth", _SCALES), labels_B, cfg=1.5, top_k=1, top_p=0.0
+    )
+    pairs = {
+        "logits, training": (of_training(labels_B, inputs_BLZ).logits_BLV, theirs),
+        "logits, published": (of_published(labels_B, inputs_BLZ).logits_BLV, theirs_published),
+        "greedy images, published": (mine, images),
+    }
+    return {name: float((found - expected).abs().max()) for name, (found, expected) in pairs.items()}
 
 
 def _drawn(network: Any) -> Any:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -198,6 +199,13 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+@cache
+def note_once(text: str) -> None:
+    """Says a line on stderr, on the main rank alone and once in its life: a run opens the same file several times."""
+    if is_main():
+        log.note(text)
 
 
 def is_main() -> bool:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from mepa_ds import distributed
 from mepa_ds.config.model import ModelConfig
-from mepa_ds.log import note
 from mepa_ds.weights.hmar_names import is_hmars, under_vars_names
 from mepa_ds.weights.state_dict_files import read_checkpoint
 from mepa_ds.weights.var_settings import is_markovian
@@ -67,18 +65,15 @@ def convert_var(weights: Path | str | Mapping[str, Tensor], given: GivenSizes) -
     hmars = is_hmars(source)
     if hmars:
         source, left_out = under_vars_names(source)
-        _say_left_out(where, len(left_out))
+        if left_out:
+            distributed.note_once(
+                f"{where}: HMAR's; its {len(left_out)} tensors of masked refinement (mask_blocks, mask_head, ...) are "
+                "left out"
+            )
     state = {_our_name(key): tensor for key, tensor in source.items() if _pattern(key) not in IGNORED}
     config = infer_config(source, notes, given, where)
     markovian = hmars or is_markovian(source.get("attn_bias_for_masking"), config.scales, where)
     return config.model_copy(update={"markovian": markovian}), state
-
-
-@cache
-def _say_left_out(where: str, count: int) -> None:
-    """Once for each file: a run opens it several times."""
-    if count and distributed.is_main():
-        note(f"{where}: HMAR's; its {count} tensors of masked refinement (mask_blocks, mask_head, ...) are left out")
 
 
 def name_in_var(name: str) -> str:

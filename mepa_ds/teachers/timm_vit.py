@@ -9,7 +9,6 @@ REPA and MEPA do. Position embeddings are resampled to the grid by timm.
 from __future__ import annotations
 
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
-from mepa_ds.log import note
 from mepa_ds.teachers import transformers_layout
 from mepa_ds.teachers.base import Teacher
 from mepa_ds.teachers.beside_weights import check_beside, check_facts
@@ -115,7 +113,7 @@ def load_weights(model: Any, name: str, model_name: str, path: Path) -> None:
         check_facts(facts, f"{path}: the weights are", name, own)
         state = transformers_layout.to_authors(state, layout, str(path))
         if rest:
-            _say_left_out(str(path), listed(rest))
+            distributed.note_once(f"{path}: left out {listed(rest)}, which are no part of the teacher")
     _check_qkv_bias(state, model, model_name, path)
     # timm keeps each architecture's conversion of original checkpoints beside the architecture.
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -127,13 +125,6 @@ def load_weights(model: Any, name: str, model_name: str, path: Path) -> None:
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
     load_strict(model, {name: tensor for name, tensor in state.items() if not name.startswith(heads)}, str(path))
-
-
-@cache
-def _say_left_out(where: str, names: str) -> None:
-    """Says once for each file what no teacher has use for: a classifier's head, a decoder."""
-    if distributed.is_main():
-        note(f"{where}: left out {names}, which are no part of the teacher")
 
 
 def _check_qkv_bias(state: dict[str, Tensor], model: nn.Module, model_name: str, path: Path) -> None:

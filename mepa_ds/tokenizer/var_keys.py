@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,6 @@ from mepa_ds import distributed
 from mepa_ds.config.base import validate
 from mepa_ds.config.tokenizer import TokenizerConfig, checked_sides
 from mepa_ds.errors import UserError
-from mepa_ds.log import note
 from mepa_ds.weights.directories import size_in, with_match
 from mepa_ds.weights.kinds import but_another
 from mepa_ds.weights.state_dicts import Wanted
@@ -127,7 +125,11 @@ def config_of(
         default = TokenizerConfig()
         sizes["phi_ratio"] = default.phi_ratio if known is None else known
         if known is None and validate(TokenizerConfig, {**sizes, "scales": default.scales}, where) != default:
-            _say_assumed(where, default.phi_ratio)
+            distributed.note_once(
+                f"{where}: phi_ratio is not told by a file of other sizes than VAR's; taken as VAR's "
+                f"{default.phi_ratio}. Otherwise: Tokenizer.open(FILE, SCALES, phi_ratio=...)"
+                ".save_pretrained(DIRECTORY), and give the directory"
+            )
     return validate(TokenizerConfig, sizes, where)
 
 
@@ -168,17 +170,6 @@ def _phi_ratio_of(notes: Sequence[Mapping[str, Any]], given: float | None, where
     if given is not None and known is not None and given != known:
         raise UserError(f"phi_ratio: {where} was trained with {known}, and has no other; got {given}")
     return given if known is None else known
-
-
-@cache
-def _say_assumed(where: str, phi_ratio: float) -> None:
-    """Once for each file: a run opens it several times."""
-    if not distributed.is_main():
-        return
-    note(
-        f"{where}: phi_ratio is not told by a file of other sizes than VAR's; taken as VAR's {phi_ratio}. Otherwise: "
-        "Tokenizer.open(FILE, SCALES, phi_ratio=...).save_pretrained(DIRECTORY), and give the directory"
-    )
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from torch import Tensor
 from mepa_ds import distributed
 from mepa_ds.errors import UserError
 from mepa_ds.files import check_regular
-from mepa_ds.log import note
 from mepa_ds.safety.reading import read_json_object
 from mepa_ds.weights.file_checks import check_safetensors, check_tensors, check_torch_file
 from mepa_ds.weights.state_dicts import MAX_NAMED, Found, Wanted, averages_not_read, find, listed, nests_of, notes_in
@@ -105,7 +103,7 @@ def _read(source: Path | str | Mapping[str, Tensor], prefix: str, wanted: Wanted
     file = path if not path.is_dir() else path / WEIGHTS_NAME
     found = find({(): {name: name for name in shards}}, wanted, str(path), file)
     if found.prefix:
-        _say_taken(str(path), found.label)
+        _say_taken(str(path), found)
     names = {name: raw for name, raw in found.entries.items() if name.startswith(prefix)}
     return _Read(_load_from(shards, names), [], _rest(shards, found))
 
@@ -125,9 +123,11 @@ def _chosen(tree: Any, prefix: str, wanted: Wanted | None, where: str, file: Pat
     found = find(nests, wanted, where, file)
     averages = averages_not_read(tree, found, wanted)
     for key in averages:
-        _say_left_out(where, key, found.label)
+        distributed.note_once(
+            f"{where}: took {found.label}; the averaged weights under {key!r} are in a form that is not read"
+        )
     if (found.place or found.prefix) and not averages:
-        _say_taken(where, found.label)
+        _say_taken(where, found)
     state = {name: tensor for name, tensor in found.entries.items() if name.startswith(prefix)}
     return _Read(state, notes_in(tree, found.place), _rest(nests[found.place], found))
 
@@ -143,18 +143,9 @@ def _rest(entries: Mapping[str, Any], found: Found[Any]) -> tuple[str, ...]:
     return tuple(name for name in entries if name not in inside)
 
 
-@cache
-def _say_taken(where: str, taken: str) -> None:
-    """Says once for each file and state dict which one it was: a run opens a file several times."""
-    if distributed.is_main():
-        note(f"{where}: took the weights under {taken}")
-
-
-@cache
-def _say_left_out(where: str, key: str, taken: str) -> None:
-    """Says once for each file that averaged weights were left out: a run opens a file several times."""
-    if distributed.is_main():
-        note(f"{where}: took {taken}; the averaged weights under {key!r} are in a form that is not read")
+def _say_taken(where: str, found: Found[Any]) -> None:
+    """Which of a file's state dicts it was."""
+    distributed.note_once(f"{where}: took the weights under {found.label}")
 
 
 def _read_pickle(path: Path) -> Any:

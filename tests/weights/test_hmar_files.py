@@ -18,16 +18,15 @@ from mepa_ds.errors import UserError
 from mepa_ds.models import attention
 from mepa_ds.models.transformer import NextScaleTransformer
 from mepa_ds.objective.flops import forward_flops_by_part
+from mepa_ds.scales import ScaleSchedule
 from tests.var_fixtures import TINY_SCALES, fixture_state, vector
 
-
-def scale_of_position() -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(TINY_SCALES)), torch.tensor([side * side for side in TINY_SCALES]))
+SCHEDULE = ScaleSchedule.of(TINY_SCALES)
 
 
 def hmars_state() -> dict[str, Tensor]:
     """VAR's tiny network with HMAR's mask, as HMAR's pretraining stores it."""
-    scale_L = scale_of_position()
+    scale_L = SCHEDULE.scale_index_L()
     mask_LL = torch.where(scale_L[:, None] == scale_L, 0.0, -torch.inf)
     return {**fixture_state("tiny_var_adaln"), "attn_bias_for_masking": mask_LL[None, None]}
 
@@ -50,7 +49,7 @@ def fine_tuned(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def logits_by_a_mask(state: dict[str, Tensor]) -> Tensor:
     """VAR's network with a dense block-diagonal mask in its attention."""
-    scale_L = scale_of_position()
+    scale_L = SCHEDULE.scale_index_L()
 
     def masked(q: Tensor, k: Tensor, v: Tensor, bounds: Any, softmax_scale: float) -> Tensor:
         mask_LL = scale_L[:, None] == scale_L
@@ -111,8 +110,6 @@ def test_a_file_with_both_forms_of_a_name_is_refused() -> None:
 def test_flops_count_what_is_attended_to() -> None:
     config = NextScaleTransformer.from_var(hmars_state()).config
     full = config.model_copy(update={"markovian": False})
-    lengths = [side * side for side in TINY_SCALES]
-    ends = [sum(lengths[: scale + 1]) for scale in range(len(lengths))]
-    share = sum(n * n for n in lengths) / sum(n * end for n, end in zip(lengths, ends, strict=True))
+    share = sum(n * n for n in SCHEDULE.lengths) / sum((end - start) * end for start, end in SCHEDULE.bounds)
     own, all_coarser = (forward_flops_by_part(each)["attention"] for each in (config, full))
     assert own / all_coarser == pytest.approx(share)

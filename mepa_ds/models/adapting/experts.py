@@ -5,7 +5,6 @@ Shapes: E experts, S scales, C width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -32,10 +31,8 @@ def more_experts(state: Mapping[str, Tensor], num_experts: int, seed: int = 0) -
     """
     adapted = dict(state)
     for name, tensor in state.items():
-        if name.endswith(_BY_EXPERT):
-            adapted[name] = _copied(name, tensor, 0, num_experts, seed)
-        elif name.endswith(_LAST_BY_EXPERT):
-            adapted[name] = _copied(name, tensor, tensor.ndim - 1, num_experts, seed)
+        if (dim := _dim_of_experts(name, tensor)) is not None:
+            adapted[name] = _copied(name, tensor, dim, num_experts, seed)
     return adapted
 
 
@@ -47,12 +44,9 @@ def fewer_experts(state: Mapping[str, Tensor], kept: Mapping[int, Sequence[int]]
     """
     adapted = dict(state)
     for name, tensor in state.items():
-        if not name.endswith((*_BY_EXPERT, *_LAST_BY_EXPERT)):
-            continue
-        block = re.match(r"blocks\.(\d+)\.", name)
-        assert block is not None, name
-        dim = 0 if name.endswith(_BY_EXPERT) else tensor.ndim - 1
-        adapted[name] = tensor.index_select(dim, torch.tensor(kept[int(block[1])]))
+        if (dim := _dim_of_experts(name, tensor)) is not None:
+            block = int(name.split(".")[1])
+            adapted[name] = tensor.index_select(dim, torch.tensor(kept[block]))
     return adapted
 
 
@@ -70,6 +64,13 @@ def most_used(
         tokens_E = torch.tensor(lengths, dtype=torch.float64) @ torch.tensor(load_SE, dtype=torch.float64)
         kept[block] = sorted(tokens_E.argsort(descending=True, stable=True)[:count].tolist())
     return kept
+
+
+def _dim_of_experts(name: str, tensor: Tensor) -> int | None:
+    """Along which the tensor has one part for each expert; None: it is not of routed experts or their router."""
+    if name.endswith(_BY_EXPERT):
+        return 0
+    return tensor.ndim - 1 if name.endswith(_LAST_BY_EXPERT) else None
 
 
 def _copied(name: str, tensor: Tensor, dim: int, num_experts: int, seed: int) -> Tensor:
